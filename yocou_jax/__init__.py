@@ -1,0 +1,1 @@
+"""Universal YOCO in JAX: programs of stages, exact accounting, one jitted training loop."""
