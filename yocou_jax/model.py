@@ -1,0 +1,205 @@
+"""The language model: embedding, the stages of its program, final norm, output head.
+
+    x = E[tokens]
+    for each stage:      repeat num_loops times, the same parameters each time:
+                             for each layer:   x = x + Attention(RMSNorm(x))
+                                               x = x + FeedForward(RMSNorm(x))
+    (before the first cross stage:  K, V = RMSNorm(x) W_k, RMSNorm(x) W_v)
+    logits = RMSNorm(x) W_out
+
+Nothing happens between loops but composition. Layers and loops are `nn.scan`s, so neither the
+compile time nor (for loops) the parameters grow with them.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from yocou_jax.attention import Context, CrossAttention, GlobalKeyValue, SelfAttention, residual_scale
+from yocou_jax.config import ModelConfig
+from yocou_jax.layers import Linear, RMSNorm, SwiGLU, fan_in_init
+from yocou_jax.moe import MixtureOfExperts, RouterStats
+from yocou_jax.program import Stage
+from yocou_jax.sharding import constrain
+from yocou_jax.typing import Array, Float, Int, PyTree
+
+# What a backward pass keeps of each layer; all else is computed again. "attention" spares the
+# quadratic part: the kernels name their output and log-sum-exp.
+REMAT = {
+    "attention": jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of activations and matrix products; parameters are float32 always."""
+    if config.dtype == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(config.dtype)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x + Attention(RMSNorm(x)), then x + FeedForward(RMSNorm(x))."""
+
+    config: ModelConfig
+    mixer: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], context: Context
+    ) -> tuple[Float[Array, "B N D"], RouterStats | None]:
+        c, dtype = self.config, compute_dtype(self.config)
+        if self.mixer == "cross":
+            attention = CrossAttention(c, dtype, name="attention")
+        else:
+            attention = SelfAttention(c, self.mixer, dtype, name="attention")
+        x = x + attention(RMSNorm(c.norm_eps, dtype, name="attention_norm")(x), context)
+        h = RMSNorm(c.norm_eps, dtype, name="feed_forward_norm")(x)
+        if c.num_experts:
+            y, stats = MixtureOfExperts(c, dtype, name="feed_forward")(h)
+        else:
+            y = SwiGLU(c.d_ff, dtype, residual_scale(c), name="feed_forward")(h)
+            stats = None
+        return constrain(x + y, "batch", "length", "activation"), stats
+
+
+class StageStack(nn.Module):
+    """The layers of one stage, applied once or in a loop.
+
+    Parameters are stacked over layers, [layers, ...], and shared by the loops. Returns x and the
+    routing statistics stacked over all layer applications (None without experts).
+    """
+
+    config: ModelConfig
+    stage: Stage
+
+    def setup(self):
+        block = Block
+        if self.config.remat != "none":
+            # Inside a scan the barrier that prevents common-subexpression elimination is not needed.
+            block = nn.remat(Block, policy=REMAT[self.config.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.stage.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.config, self.stage.mixer)
+
+    def __call__(
+        self, x: Float[Array, "B N D"], context: Context, num_loops: int
+    ) -> tuple[Float[Array, "B N D"], RouterStats | None]:
+        if not self.config.scan and not self.is_initializing():
+            return self._unrolled(x, context, num_loops)
+        if self.stage.loops is None:
+            return self.layers(x, context)
+        loop = nn.scan(
+            lambda stack, x, context: stack.layers(x, context),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=nn.broadcast,
+            length=num_loops,
+        )
+        x, stats = loop(self, x, context)
+        return x, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+
+    def _unrolled(self, x, context, num_loops):
+        """The same in plain Python, for debugging: a print or a breakpoint in Block sees each layer."""
+        stacked = self.layers.variables["params"]
+        block = Block(self.config, self.stage.mixer, parent=None)
+        stats = []
+        for _ in range(num_loops):
+            for layer in range(self.stage.layers):
+                params = jax.tree.map(lambda p: p[layer], stacked)
+                x, layer_stats = block.apply({"params": params}, x, context)
+                stats.append(layer_stats)
+        return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
+
+
+@flax.struct.dataclass
+class ModelOutput:
+    """hidden [B, N, D]: the final norm's output, which the head maps to logits.
+
+    router: statistics of every layer application, stacked (None without experts).
+    """
+
+    hidden: Float[Array, "B N D"]
+    router: RouterStats | None
+
+
+class LanguageModel(nn.Module):
+    """A program with its embedding and head. Parameters: see `accounting.parameters`."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c, dtype = self.config, compute_dtype(self.config)
+        init = nn.with_logical_partitioning(fan_in_init(c.d_model), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
+        stages = c.program.stages
+        self.stages = [
+            StageStack(c, stage, name=f"stage_{i}_{stage.mixer}") for i, stage in enumerate(stages)
+        ]
+        if c.program.has_cross:
+            self.global_kv = GlobalKeyValue(c, dtype)
+        if c.program.streams > 1:
+            axes = ("streams", "embed", "pair")
+            self.stream_gate = Linear((c.program.streams,), axes, jnp.float32)
+        self.final_norm = RMSNorm(c.norm_eps, dtype)
+        if not c.tie_embeddings:
+            init = nn.with_logical_partitioning(fan_in_init(c.d_model), ("embed", "vocab"))
+            self.head = self.param("head", init, (c.d_model, c.vocab_size), jnp.float32)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B N"],
+        positions: Int[Array, "B N"] | None = None,
+        segment_ids: Int[Array, "B N"] | None = None,
+        *,
+        num_loops: int | None = None,
+    ) -> ModelOutput:
+        """num_loops runs every looped stage that many times, whatever the config says."""
+        c = self.config
+        program = c.program if num_loops is None else c.program.with_loops(num_loops)
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        context = Context(positions, segment_ids)
+        x = jnp.take(self.embedding, tokens, axis=0).astype(compute_dtype(c))
+        x = constrain(x, "batch", "length", "activation")
+        if program.streams > 1:
+            x = jnp.tile(x, (program.streams, 1, 1))
+        router = []
+        for stage, stack in zip(program.stages, self.stages, strict=True):
+            if stage.mixer == "cross" and context.global_kv is None:
+                context = context.replace(global_kv=self.global_kv(x, context))
+            x, stats = stack(x, context, stage.num_loops)
+            router.append(stats)
+        x = self.final_norm(x)
+        if program.streams > 1:
+            x = self._mix_streams(x)
+        router = None if router[0] is None else jax.tree.map(lambda *s: jnp.concatenate(s), *router)
+        return ModelOutput(x, router)
+
+    def _mix_streams(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
+        """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax of a linear map of all streams (ParScale)."""
+        streams, floor = self.config.program.streams, self.config.gate_floor
+        x = x.reshape(streams, -1, *x.shape[1:])
+        gate = self.stream_gate(jnp.moveaxis(x, 0, 2).astype(jnp.float32))
+        weights = (1 - floor) * jax.nn.softmax(gate, axis=-1) + floor / streams
+        return jnp.einsum("pbnd,bnp->bnd", x, weights.astype(x.dtype))
+
+
+def head_matrix(params: PyTree, config: ModelConfig) -> Float[Array, "D V"]:
+    """The output head W_out; with tied embeddings it is the embedding table transposed."""
+    return params["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def logits(
+    params: PyTree, config: ModelConfig, tokens: Int[Array, "B N"], **kwargs
+) -> Float[Array, "B N V"]:
+    """All logits at once in float32: for tests, analysis and short texts (training chunks them)."""
+    hidden = LanguageModel(config).apply({"params": params}, tokens, **kwargs).hidden
+    head = head_matrix(params, config).astype(hidden.dtype)
+    return (hidden @ head).astype(jnp.float32)

@@ -1,0 +1,135 @@
+"""Mixture-of-experts feed-forward: top-k routed SwiGLU experts and shared ones, dropless.
+
+Tokens are sorted by expert and go through `jax.lax.ragged_dot`, one matrix product with as many
+groups as experts, so no token is dropped and no capacity is padded.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from yocou_jax.attention import residual_scale
+from yocou_jax.config import ModelConfig
+from yocou_jax.layers import Linear, SwiGLU, fan_in_init
+from yocou_jax.sharding import LOGICAL_AXES
+from yocou_jax.typing import Array, Float, Int
+
+
+@flax.struct.dataclass
+class RouterStats:
+    """One layer's routing. load_balance is 1 when the load is uniform, and E at the worst.
+
+    load_balance  E sum_e f_e P_e over the share of assignments f and the mean probability P
+                  (Switch Transformer, eq. 4)
+    router_z      mean of logsumexp(router logits)^2 (ST-MoE, eq. 5)
+    load [E]      share of the assignments that each expert receives, times E (1 is uniform)
+    """
+
+    load_balance: Float[Array, ""]
+    router_z: Float[Array, ""]
+    load: Float[Array, "E"]
+
+
+def _experts(
+    x: Float[Array, "M D"],
+    weights: Float[Array, "M k"],
+    chosen: Int[Array, "M k"],
+    gate_up: Float[Array, "E D 2 F"],
+    down: Float[Array, "E F D"],
+) -> Float[Array, "M D"]:
+    """Sends each token through its chosen experts and adds the results by weight."""
+    num_experts, per_token = gate_up.shape[0], chosen.shape[1]
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
+    token = order // per_token
+    gate_up = gate_up.reshape(num_experts, x.shape[1], -1)
+    hidden = jax.lax.ragged_dot(x[token], gate_up, group_sizes)
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    y = jax.lax.ragged_dot(nn.silu(gate) * up, down, group_sizes)
+    y = y * weights.reshape(-1)[order][:, None]
+    return jnp.zeros_like(x).at[token].add(y)
+
+
+class MixtureOfExperts(nn.Module):
+    """sum over the top-k experts of p_e SwiGLU_e(x), plus the shared experts.
+
+    The probabilities are a float32 softmax over all experts; the k chosen ones are scaled to sum
+    to 1. The shared experts are one SwiGLU of their joint width.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> tuple[Float[Array, "B N D"], RouterStats]:
+        c, d, scale = self.config, x.shape[-1], residual_scale(self.config)
+        logits = Linear((c.num_experts,), ("embed", "experts"), jnp.float32, name="router")(
+            x.astype(jnp.float32)
+        )
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, chosen = jax.lax.top_k(probabilities, c.experts_per_token)
+        weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(self.dtype)
+
+        def kernel(name, fan_in, shape, axes, init_scale=1.0):
+            init = nn.with_logical_partitioning(fan_in_init(fan_in, init_scale), axes)
+            return self.param(name, init, shape, jnp.float32).astype(self.dtype)
+
+        width = c.expert_width
+        gate_up = kernel(
+            "gate_up", d, (c.num_experts, d, 2, width), ("experts", "embed", "pair", "mlp")
+        )
+        down = kernel(
+            "down", width, (c.num_experts, width, d), ("experts", "mlp", "embed"), scale
+        )
+        y = _sharded_experts(x, weights, chosen, gate_up, down)
+        if c.num_shared_experts:
+            y = y + SwiGLU(c.num_shared_experts * width, self.dtype, scale, name="shared")(x)
+
+        counts = jnp.bincount(chosen.reshape(-1), length=c.num_experts)
+        load = counts / chosen.size * c.num_experts
+        return y, RouterStats(
+            load_balance=jnp.sum(load * probabilities.mean(axis=(0, 1))),
+            router_z=jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
+            load=load,
+        )
+
+
+def _sharded_experts(x, weights, chosen, gate_up, down):
+    """`_experts` on every device's own tokens: a sort across devices would gather all of them.
+
+    Each tensor shard holds a slice of every expert's width, so the results are summed over it.
+    """
+
+    def flat(x, weights, chosen, gate_up, down):
+        b, n, d = x.shape
+        k = chosen.shape[-1]
+        y = _experts(x.reshape(-1, d), weights.reshape(-1, k), chosen.reshape(-1, k), gate_up, down)
+        return y.reshape(b, n, d)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return flat(x, weights, chosen, gate_up, down)
+    batch_ways = 1
+    for axis in LOGICAL_AXES["batch"]:
+        batch_ways *= mesh.shape[axis]
+    batch = PartitionSpec(LOGICAL_AXES["batch"] if x.shape[0] % batch_ways == 0 else None)
+    (tensor,) = LOGICAL_AXES["mlp"]
+    split = tensor if down.shape[1] % mesh.shape[tensor] == 0 else None
+
+    def local(*args):
+        y = flat(*args)
+        return jax.lax.psum(y, tensor) if split else y
+
+    return jax.shard_map(
+        local,
+        in_specs=(
+            batch,
+            batch,
+            batch,
+            PartitionSpec(None, None, None, split),
+            PartitionSpec(None, split, None),
+        ),
+        out_specs=batch,
+    )(x, weights, chosen, gate_up, down)

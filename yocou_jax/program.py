@@ -1,0 +1,172 @@
+"""A language model is a short program of stages; everything else follows from that one object.
+
+    yoco_u = "window*10@3 | cross*10"      10 window layers, applied 3 times; then 10 cross layers
+
+`mixer*layers@loops`, stages joined by `|`, and `, streams=P` behind them for ParScale. Mixers:
+
+    window   causal self-attention over the last W keys, the query's own included (RoPE)
+    full     causal self-attention over everything before (RoPE)
+    cross    causal attention on the one global K, V (no position encoding)
+
+The global K, V are written once, by one RMSNorm and two projections, right before the first cross
+stage (YOCO, arXiv 2405.05254; YOCO-U, arXiv 2604.01220). A new architecture is a new line below.
+"""
+
+import dataclasses
+import re
+
+from yocou_jax.errors import UserError
+
+MIXERS = ("window", "full", "cross")
+
+# {all} is the number of layers, {half} half of it. The loop counts are the paper's; a config's
+# `model.num_loops` replaces the count of every stage that has one.
+ARCHITECTURES: dict[str, str] = {
+    "yoco_u": "window*{half}@3 | cross*{half}",
+    "yoco": "window*{half} | cross*{half}",
+    "transformer": "full*{all}",
+    "universal_transformer": "full*{all}@2",
+    "rins": "full*{half}@3 | full*{half}",
+    "upper_loop": "window*{half} | cross*{half}@3",
+    "upper_loop_unshared": "window*{half} | full*{half}@3",
+    "parscale": "full*{all}, streams=2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """`layers` blocks of one mixer, the whole stack of them applied `loops` times.
+
+    loops None says that the stage is no loop. A loop run once (1) computes the same, but stays a
+    loop: its count can be changed later, in a config or for a single call.
+    """
+
+    mixer: str
+    layers: int
+    loops: int | None = None
+
+    def __post_init__(self):
+        if self.mixer not in MIXERS:
+            raise UserError(
+                f"The stage '{self}' has the mixer '{self.mixer}'; the mixers are "
+                f"{', '.join(MIXERS)}."
+            )
+        if self.layers < 1 or (self.loops is not None and self.loops < 1):
+            raise UserError(f"The stage '{self}' needs at least one layer and at least one loop.")
+
+    @property
+    def num_loops(self) -> int:
+        return self.loops or 1
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token passes through: layers times loops."""
+        return self.layers * self.num_loops
+
+    def __str__(self) -> str:
+        return f"{self.mixer}*{self.layers}" + ("" if self.loops is None else f"@{self.loops}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The stages in order; `streams` parallel copies of the input (ParScale) when above 1."""
+
+    stages: tuple[Stage, ...]
+    streams: int = 1
+
+    def __post_init__(self):
+        mixers = [stage.mixer for stage in self.stages]
+        if not mixers:
+            raise UserError("A program needs at least one stage, such as 'full*12'.")
+        if mixers[0] == "cross":
+            raise UserError(
+                f"The program '{self}' begins with a cross stage, but no layer before it could "
+                "write the global K, V: put a window or full stage first."
+            )
+        if "cross" in mixers and set(mixers[mixers.index("cross") :]) != {"cross"}:
+            raise UserError(
+                f"The program '{self}' has a window or full stage behind a cross stage; once the "
+                "global K, V are written only cross stages may follow, because prefill stops there."
+            )
+        if self.streams < 1:
+            raise UserError(f"streams={self.streams} must be at least 1.")
+        if self.streams > 1 and set(mixers) != {"full"}:
+            raise UserError(
+                f"The program '{self}' has streams={self.streams}; parallel streams (ParScale) are "
+                "defined for programs of full stages alone."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Program":
+        """Reads 'window*10@3 | cross*10' or 'full*20, streams=2'; raises UserError otherwise."""
+        body, _, option = text.partition(",")
+        streams = re.fullmatch(r"\s*streams\s*=\s*(\d+)\s*", option) if option else None
+        if option and not streams:
+            raise UserError(
+                f"The program '{text}' ends in '{option.strip()}'; the only option is 'streams=P'."
+            )
+        stages = []
+        for part in body.split("|"):
+            match = re.fullmatch(r"\s*([a-z]+)\s*\*\s*(\d+)\s*(?:@\s*(\d+)\s*)?", part)
+            if not match:
+                raise UserError(
+                    f"'{part.strip()}' in the program '{text}' is not a stage; a stage is written "
+                    "mixer*layers or mixer*layers@loops, such as window*10@3."
+                )
+            mixer, layers, loops = match.groups()
+            stages.append(Stage(mixer, int(layers), int(loops) if loops else None))
+        return cls(tuple(stages), int(streams.group(1)) if streams else 1)
+
+    @classmethod
+    def from_architecture(cls, architecture: str, num_layers: int) -> "Program":
+        """The program of a name in ARCHITECTURES at `num_layers` layers, or a program's own text.
+
+        With a text such as 'window*4@3 | cross*4' the text decides and num_layers is not used.
+        """
+        if "*" in architecture:
+            return cls.parse(architecture)
+        if architecture not in ARCHITECTURES:
+            raise UserError(
+                f"model.architecture='{architecture}' is neither a program such as "
+                f"'window*4@3 | cross*4' nor one of {', '.join(ARCHITECTURES)}."
+            )
+        template = ARCHITECTURES[architecture]
+        if "{half}" in template and num_layers % 2:
+            raise UserError(
+                f"model.num_layers={num_layers} is odd; '{architecture}' ({template}) needs two "
+                "equal halves."
+            )
+        return cls.parse(template.format(all=num_layers, half=num_layers // 2))
+
+    def with_loops(self, num_loops: int) -> "Program":
+        """The same program with every looped stage run `num_loops` times."""
+        if num_loops < 1:
+            raise UserError(f"num_loops={num_loops} must be at least 1.")
+        if all(stage.loops is None for stage in self.stages):
+            raise UserError(
+                f"num_loops={num_loops} was asked for, but the program '{self}' has no looped "
+                "stage; mark one as mixer*layers@loops."
+            )
+        stages = tuple(
+            stage if stage.loops is None else dataclasses.replace(stage, loops=num_loops)
+            for stage in self.stages
+        )
+        return dataclasses.replace(self, stages=stages)
+
+    @property
+    def layers(self) -> int:
+        """Layers with parameters of their own."""
+        return sum(stage.layers for stage in self.stages)
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token passes through, loops counted."""
+        return sum(stage.depth for stage in self.stages)
+
+    @property
+    def has_cross(self) -> bool:
+        return self.stages[-1].mixer == "cross"
+
+    def __str__(self) -> str:
+        text = " | ".join(str(stage) for stage in self.stages)
+        return text + (f", streams={self.streams}" if self.streams > 1 else "")

@@ -1,0 +1,121 @@
+"""The mesh, and the one table that says how every array lies on it.
+
+Modules name logical axes; LOGICAL_AXES maps them to mesh axes; all shardings are derived from it
+(`jax.eval_shape` -> specs -> `jit(init, out_shardings=...)`). A new kind of parallelism is a new
+mesh axis and its rows here.
+"""
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from yocou_jax.config import MeshConfig
+from yocou_jax.errors import UserError
+from yocou_jax.typing import Array, PyTree
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "activation": (),  # the model width of an activation
+    # parameters
+    "embed": ("fsdp",),  # the model width of a matrix
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": (),
+    "head_dim": (),
+    "norm": (),
+    "pair": (),  # K and V, or gate and up, side by side in one matrix
+    "streams": (),
+    "prefix": (),
+    "layers": (),  # the stacked axis of a scan
+}
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """A mesh of axes data, fsdp, tensor over all devices; a size of -1 takes what is left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    named = 1
+    for size in sizes.values():
+        named *= max(size, 1)
+    for axis, size in sizes.items():
+        if size == -1:
+            sizes[axis] = len(devices) // named
+    total = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    if total != len(devices):
+        raise UserError(
+            f"A mesh of data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} cannot be "
+            f"laid over {len(devices)} devices: the sizes multiply to {total}. "
+            "Set one of them to -1 to take what is left."
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes.
+
+    A dimension that its mesh axes do not divide is replicated (so 2 K/V heads work under
+    tensor=4). Raises ValueError when two dimensions of one array claim the same mesh axis, or when
+    a name is not in the table: both are mistakes in a module, not in a config.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"Logical axes {axes} do not match the shape {shape}.")
+    entries, used = [], {}
+    for name, size in zip(axes, shape, strict=True):
+        if name is not None and name not in LOGICAL_AXES:
+            raise ValueError(f"The logical axis '{name}' of {axes} is not in LOGICAL_AXES.")
+        mesh_axes = LOGICAL_AXES[name] if name else ()
+        for axis in mesh_axes:
+            if axis in used:
+                raise ValueError(
+                    f"Logical axes '{used[axis]}' and '{name}' of {axes} both map to the mesh axis "
+                    f"'{axis}'; an array can be split along it only once."
+                )
+            used[axis] = name
+        ways = 1
+        for axis in mesh_axes:
+            ways *= mesh.shape[axis]
+        entries.append(mesh_axes if mesh_axes and size % ways == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Tells the compiler how an activation lies on the mesh of the context, if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, mesh))
+
+
+def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+    """NamedShardings of a tree whose parameters are boxed by flax with their logical axes.
+
+    Leaves without a box (step counters, scalars of the optimiser) are replicated.
+    """
+
+    def one(leaf):
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, spec_for(leaf.names, leaf.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sequences are split over data and fsdp; every device of a tensor group has the same ones."""
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the global batch is split."""
+    ways = 1
+    for axis in LOGICAL_AXES["batch"]:
+        ways *= mesh.shape[axis]
+    return ways
