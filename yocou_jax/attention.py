@@ -130,8 +130,7 @@ class SelfAttention(nn.Module):
         prefix = self.param("prefix", init, shape, jnp.float32).astype(self.dtype)
         prefix = jnp.repeat(prefix, k.shape[0] // c.program.streams, axis=1)
         return tuple(
-            jnp.concatenate([one, own], axis=1)
-            for one, own in zip(prefix, (k, v), strict=True)
+            jnp.concatenate([one, own], axis=1) for one, own in zip(prefix, (k, v), strict=True)
         )
 
 

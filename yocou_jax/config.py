@@ -89,9 +89,7 @@ class ModelConfig:
             0.0 <= self.gate_floor < 1.0,
             f"model.gate_floor={self.gate_floor} must lie in [0, 1).",
         )
-        _require(
-            self.prefix_length >= 0, f"model.prefix_length={self.prefix_length} is negative."
-        )
+        _require(self.prefix_length >= 0, f"model.prefix_length={self.prefix_length} is negative.")
         _ = self.program  # a program that makes no sense is refused here, not at the first step
 
     @property
@@ -130,9 +128,7 @@ class OptimizerConfig:
             self.learning_rate > 0,
             f"optimizer.learning_rate={self.learning_rate} must be positive.",
         )
-        _require(
-            self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} is negative."
-        )
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} is negative.")
         _require(
             0 < self.decay_fraction <= 1,
             f"optimizer.decay_fraction={self.decay_fraction} must lie in (0, 1].",

@@ -77,10 +77,8 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        gate_up = Linear(
-            (2, self.width), ("embed", "pair", "mlp"), self.dtype, name="gate_up"
-        )(x)
+        gate_up = Linear((2, self.width), ("embed", "pair", "mlp"), self.dtype, name="gate_up")(x)
         hidden = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return Linear(
-            (x.shape[-1],), ("mlp", "embed"), self.dtype, self.out_scale, name="down"
-        )(hidden)
+        return Linear((x.shape[-1],), ("mlp", "embed"), self.dtype, self.out_scale, name="down")(
+            hidden
+        )

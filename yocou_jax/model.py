@@ -16,7 +16,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from yocou_jax.attention import Context, CrossAttention, GlobalKeyValue, SelfAttention, residual_scale
+from yocou_jax.attention import (
+    Context,
+    CrossAttention,
+    GlobalKeyValue,
+    SelfAttention,
+    residual_scale,
+)
 from yocou_jax.config import ModelConfig
 from yocou_jax.layers import Linear, RMSNorm, SwiGLU, fan_in_init
 from yocou_jax.moe import MixtureOfExperts, RouterStats

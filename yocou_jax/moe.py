@@ -80,9 +80,7 @@ class MixtureOfExperts(nn.Module):
         gate_up = kernel(
             "gate_up", d, (c.num_experts, d, 2, width), ("experts", "embed", "pair", "mlp")
         )
-        down = kernel(
-            "down", width, (c.num_experts, width, d), ("experts", "mlp", "embed"), scale
-        )
+        down = kernel("down", width, (c.num_experts, width, d), ("experts", "mlp", "embed"), scale)
         y = _sharded_experts(x, weights, chosen, gate_up, down)
         if c.num_shared_experts:
             y = y + SwiGLU(c.num_shared_experts * width, self.dtype, scale, name="shared")(x)

@@ -1,0 +1,14 @@
+"""Text to global batches: `load_data(config)` is the one entry."""
+
+from yocou_jax.data.pipeline import Batch, DataBundle, TrainIterator, Validation, load_data
+from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batch",
+    "DataBundle",
+    "Tokenizer",
+    "TrainIterator",
+    "Validation",
+    "load_data",
+    "load_tokenizer",
+]

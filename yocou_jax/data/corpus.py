@@ -2,9 +2,9 @@
 
 A source is one of
 
-    python                the standard library of the running interpreter, read in place (no network)
+    python                the running interpreter's standard library, read in place, no network
     site_packages         every .py file of the installed packages
-    path or glob          text, .jsonl or .parquet files, each also as .gz; `**` crosses directories
+    path or glob          text(.gz), .jsonl(.gz) or .parquet files; `**` crosses directories
     hf:org/name[/config]  the train split of a Hugging Face data set (needs `datasets`)
     w*source + w*source   a mixture; w is the share of training sequences and the shares sum to 1
 
@@ -19,7 +19,8 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -179,17 +180,16 @@ def _files_corpus(source: str, paths: list[Path], root: Path, text_field: str) -
     def read() -> Iterator[tuple[str, bytes | str]]:
         for name, path in names:
             try:
-                suffix = path.name.removesuffix(".gz")
-                if suffix.endswith(".parquet"):
+                if name.endswith(".parquet"):
                     yield from _read_parquet(name, path, text_field)
-                elif suffix.endswith(".jsonl"):
+                elif name.endswith((".jsonl", ".jsonl.gz")):
                     yield from _read_jsonl(name, path, text_field)
                 elif len(names) == 1:
                     yield from _read_pieces(name, path)
                 else:
                     with _open(path) as file:
                         yield name, file.read()
-            except (OSError, EOFError) as error:  # EOFError: a .gz that ends too early
+            except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
                 raise UserError(f"The data file '{path}' could not be read: {error}.") from error
 
     return Corpus(source, read)
@@ -206,14 +206,13 @@ def _read_pieces(name: str, path: Path) -> Iterator[tuple[str, bytes]]:
             yield f"{name}#{number}", b"".join(lines)
 
 
-def _field(record: Any, text_field: str, where: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        fields = ", ".join(map(repr, record)) if isinstance(record, dict) else "none"
+def _text(value: Any, text_field: str, fields: Iterable[str], where: str) -> str:
+    if not isinstance(value, str):
         raise UserError(
             f"{where} has no text in the field {text_field!r} (data.text_field); its fields are "
-            f"{fields}."
+            f"{', '.join(map(repr, fields)) or 'none'}."
         )
-    return record[text_field]
+    return value
 
 
 def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[tuple[str, str]]:
@@ -226,7 +225,8 @@ def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[tuple[str, s
                 record = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{where} is not valid JSON: {error}.") from error
-            yield f"{name}:{number}", _field(record, text_field, where)
+            record = record if isinstance(record, dict) else {}
+            yield f"{name}:{number}", _text(record.get(text_field), text_field, record, where)
 
 
 def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[tuple[str, str]]:
@@ -239,14 +239,15 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[tuple[str,
         ) from error
     number = 0
     try:
-        with _open(path) as raw, pq.ParquetFile(raw) as file:
+        with pq.ParquetFile(path) as file:
             fields = file.schema_arrow.names
-            columns = [text_field] if text_field in fields else fields
-            for batch in file.iter_batches(columns=columns):
-                for record in batch.to_pylist():
+            if text_field not in fields:
+                _text(None, text_field, fields, f"The data file '{path}'")
+            for batch in file.iter_batches(columns=[text_field]):
+                for value in batch.column(0).to_pylist():
                     number += 1
                     where = f"Row {number} of the data file '{path}'"
-                    yield f"{name}:{number}", _field(record, text_field, where)
+                    yield f"{name}:{number}", _text(value, text_field, fields, where)
     except pa.ArrowInvalid as error:
         raise UserError(f"The data file '{path}' is not valid parquet: {error}.") from error
 
@@ -269,4 +270,5 @@ def _read_hugging_face(source: str, text_field: str) -> Iterator[tuple[str, str]
             f"loaded: {reason}. Check the name and the network."
         ) from error
     for number, record in enumerate(rows):
-        yield f"{name}:{number}", _field(record, text_field, f"Row {number} of {source!r}")
+        where = f"Row {number + 1} of the data set {name!r}"
+        yield f"{name}:{number + 1}", _text(record.get(text_field), text_field, record, where)

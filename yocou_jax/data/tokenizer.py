@@ -6,7 +6,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Tokenizer:
     tokens) and are left out by `decode`. `eot_id` stands in front of every document.
     """
 
-    backend: tokenizers.Tokenizer | None
+    backend: tokenizers.Tokenizer | None = field(repr=False)  # its repr is the vocabulary
     vocab_size: int
     eot_id: int
     pad_id: int
@@ -92,7 +92,7 @@ class Tokenizer:
 
     @staticmethod
     def from_json(text: str, name: str = "given") -> "Tokenizer":
-        """Raises UserError when the text is no tokenizer, has no end-of-text token or loses text."""
+        """Raises UserError for no tokenizer, no end-of-text token, or one that loses text."""
         if text.strip() == "bytes":
             return Tokenizer(None, 256 + len(SPECIAL_TOKENS), 256, 257)
         try:
@@ -112,9 +112,8 @@ class Tokenizer:
         vocab_size = max(backend.get_vocab().values()) + 1  # ids may have gaps
         tokenizer = Tokenizer(backend, vocab_size, eot_id, eot_id if pad_id is None else pad_id)
         ids = tokenizer.encode(PROBE)
-        if tokenizer.decode(ids) != PROBE or tokenizer.token_bytes[ids].sum() != len(
-            PROBE.encode()
-        ):
+        size = tokenizer.token_bytes[ids].sum()
+        if tokenizer.decode(ids) != PROBE or size != len(PROBE.encode()):
             raise UserError(
                 f"The tokenizer {name!r} does not give back the exact text, so bits per byte would "
                 "mean nothing; use a byte-level tokenizer."

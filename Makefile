@@ -1,0 +1,73 @@
+# make help | setup | train | test | test-fast | lint
+#
+# Everything runs in a virtual environment of its own. Another Python, place or accelerator:
+#   make test PYTHON=python3.13 VENV=.venv-newest
+#   make setup REQUIREMENTS=requirements-gpu.txt
+
+PYTHON       ?= python3
+VENV         ?= .venv
+REQUIREMENTS ?= requirements.txt
+CONFIG       ?= configs/yocou_small.py
+ARGS         ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-fast lint
+
+help:
+	@echo "make setup      make $(VENV) and install $(REQUIREMENTS) into it (once)"
+	@echo "make train      setup, then train $(CONFIG); ARGS='--config.run.steps=50' is passed on"
+	@echo "make test       setup, then the whole test suite"
+	@echo "make test-fast  setup, then the tests that take seconds"
+	@echo "make lint       setup, then ruff's checks and its format check"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) REQUIREMENTS=$(REQUIREMENTS) CONFIG=$(CONFIG) ARGS=$(ARGS)"
+
+# The tested versions differ by Python, because jax 0.10.2 is the last release for Python 3.11.
+# The stamp holds a hash of what was installed, so that a second call installs nothing and a
+# changed requirement installs again.
+define SETUP
+import hashlib, os, subprocess, sys
+venv, requirements = "$(VENV)", "$(REQUIREMENTS)"
+name = "oldest" if sys.version_info < (3, 12) else "newest"
+if name == "newest" and "gpu" in requirements:
+    name = "newest-gpu"
+constraints = f"constraints/{name}.txt"
+files = sorted({"requirements.txt", requirements, constraints})
+key = sys.version.split()[0] + " " + " ".join(
+    hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files)
+stamp, python = f"{venv}/.installed", f"{venv}/bin/python"
+def run(*command):
+    print("+", *command, flush=True)
+    if subprocess.call(command):
+        sys.exit(f"The set-up stopped: the command above failed; {venv} is incomplete.")
+if os.path.exists(stamp) and os.path.exists(python) and open(stamp).read() == key:
+    print(f"{venv} has {requirements} with {constraints} already; nothing to install.")
+    sys.exit()
+if os.path.isdir(venv) and os.listdir(venv) and not os.path.exists(f"{venv}/pyvenv.cfg"):
+    sys.exit(f"{venv} exists and is not a virtual environment; name another place with VENV=.")
+print(f"Setting up {venv}: Python {sys.version.split()[0]}, {requirements} with {constraints} "
+      "(a minute or two).", flush=True)
+run(sys.executable, "-m", "venv", "--clear", venv)
+run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check",
+    "-r", requirements, "-c", constraints)
+open(stamp, "w").write(key)
+print(f"{venv} is ready.")
+endef
+export SETUP
+
+setup:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "This project needs Python 3.11 or newer, and '$(PYTHON)' is not that: name one, as in 'make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12'." >&2; exit 2; }
+	@$(PYTHON) -c "$$SETUP"
+
+train: setup
+	$(VENV)/bin/python -m experiments.train --config=$(CONFIG) $(ARGS)
+
+test: setup
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-fast: setup
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+lint: setup
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .

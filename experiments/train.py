@@ -1,0 +1,68 @@
+"""Trains one model: the main command.
+
+    python -m experiments.train --config=configs/yocou_small.py
+    python -m experiments.train --config=configs/yocou_small.py:rins --config.model.num_loops=5
+
+Typed again, the same command goes on from the newest checkpoint in --workdir. On several hosts
+start it once on each with --distributed (a TPU pod needs nothing else; elsewhere give the three
+flags that name the processes).
+"""
+
+import os
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console as Terminal
+
+from experiments import cli
+from yocou_jax.config import Config
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and :architecture.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Of this run; runs/<config name> by default.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.")
+flags.mark_flag_as_required("config")
+
+
+def default_workdir(config_file: str) -> Path:
+    """configs/yocou_small.py:rins -> runs/yocou_small-rins."""
+    path, _, preset = config_file.partition(":")
+    return Path("runs") / (Path(path).stem + (f"-{preset}" if preset else ""))
+
+
+def main(_):
+    import jax
+
+    from yocou_jax.checkpoint import EXIT_PREEMPTED
+    from yocou_jax.loop import Run
+    from yocou_jax.metrics import Console, duration
+
+    if DISTRIBUTED.value:
+        if jax.config.jax_platforms == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    config = Config.from_dict(CONFIG.value)
+    config_file = flags.FLAGS["config"].config_filename
+    workdir = Path(WORKDIR.value or default_workdir(config_file))
+    # Only process 0 speaks: the others would say the same.
+    quiet = None if jax.process_index() == 0 else open(os.devnull, "w")
+    with Console(Terminal(file=quiet)) as console:
+        summary = Run(config, workdir, console).train()
+        if summary is None:
+            return EXIT_PREEMPTED
+        console.notice(
+            f"Finished in {duration(summary['wall_s'])}: validation {summary['val_loss']:.4f} "
+            f"nats/token, {summary['val_bpb']:.4f} bits/byte after {summary['tokens']:,} tokens.\n"
+            f"Metrics and summary: {workdir}/metrics.jsonl, {workdir}/summary.json\n"
+            f"Curves:   tensorboard --logdir={workdir.parent}\n"
+            f"Compare:  python -m experiments.train --config={config_file.partition(':')[0]}"
+            ":transformer"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,325 @@
+"""The four attention operations, their contract, and the choice of the code that runs them.
+
+Layout [batch, positions, heads, head width]: B batch, N query positions, S key positions, Q query
+heads, K key/value heads (Q a multiple of K: head q reads key head q // (Q/K)), H head width,
+W window = the number of visible keys **including self**.
+
+`implementation` is "auto" or a name; a name runs or raises ValueError with the reason. Choices are
+made here and nowhere else, logged once per operation (logger "pallas_kernels.api").
+"""
+
+import functools
+import logging
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import reference, xla
+from pallas_kernels.mask import SegmentIds
+
+logger = logging.getLogger(__name__)
+
+OPERATIONS = ("window_attention", "cross_attention", "decode_window", "decode_cross")
+
+
+class Call(NamedTuple):
+    """What an implementation may decide on. Shapes and dtype are None when a banner asks before
+    there are arrays; a reason that does not depend on them must be given all the same."""
+
+    operation: str
+    q_shape: tuple[int, ...] | None = None
+    k_shape: tuple[int, ...] | None = None
+    dtype: jnp.dtype | None = None
+    window: int | None = None
+    segments: bool = False
+
+
+class Implementation(NamedTuple):
+    """One backend. `attention` and `decode` have the signatures of those in reference.py;
+    `unsupported_reason(call)` is None where it can run, else a full sentence."""
+
+    unsupported_reason: Callable[[Call], str | None]
+    attention: Callable | None = None
+    decode: Callable | None = None
+
+
+class Choice(NamedTuple):
+    """Which implementation runs an operation, and why, in words for a start banner."""
+
+    operation: str
+    implementation: str
+    reason: str
+
+
+def _not_written(name: str) -> Implementation:
+    sentence = f"The {name} kernels are not part of this version; xla runs everywhere."
+    return Implementation(lambda call: sentence)
+
+
+def _always(call: Call) -> None:
+    return None
+
+
+# In the order in which "auto" tries them; reference is only ever run by name.
+_REGISTRY = {
+    "pallas_tpu": _not_written("pallas_tpu"),
+    "pallas_gpu": _not_written("pallas_gpu"),
+    "triton": _not_written("triton"),
+    "cudnn": _not_written("cudnn"),
+    "xla": Implementation(_always, xla.attention, xla.decode),
+    "reference": Implementation(_always, reference.attention, reference.decode),
+}
+IMPLEMENTATIONS = ("auto", *_REGISTRY)
+
+
+def unsupported_reason(implementation: str, call: Call) -> str | None:
+    """Why `implementation` cannot run `call`, as a full sentence, or None if it can."""
+    if implementation not in _REGISTRY:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r} is not one of: {known}.")
+    return _REGISTRY[implementation].unsupported_reason(call)
+
+
+def choose_implementation(operation: str, *, implementation: str = "auto", **facts) -> Choice:
+    """Decides what runs. `facts` are fields of `Call` (q_shape=..., dtype=..., window=...), as far
+    as they are known.
+
+    Raises:
+      ValueError: unknown operation or implementation, or the one named cannot run this call.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation={operation!r} is not one of: {', '.join(OPERATIONS)}.")
+    call = Call(operation, **facts)
+    if implementation != "auto":
+        if reason := unsupported_reason(implementation, call):
+            raise ValueError(f"{operation} cannot run with {implementation=}: {reason}")
+        return Choice(operation, implementation, "asked for by name")
+    for name in _REGISTRY:
+        if unsupported_reason(name, call) is None:
+            return Choice(operation, name, "auto: the first in the order that supports this call")
+    raise AssertionError("xla supports every call")
+
+
+@functools.cache
+def _log_once(choice: Choice) -> None:
+    logger.info("%s runs on %s (%s)", *choice)
+
+
+def _select(implementation: str, call: Call) -> Implementation:
+    choice = choose_implementation(implementation=implementation, **call._asdict())
+    _log_once(choice)
+    return _REGISTRY[choice.implementation]
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+def _check_heads(operation, q, k, v):
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    _require(
+        k.ndim == 4 and k.shape == v.shape,
+        f"{operation} needs k and v of one shape [B, S, K, H]; got {shapes}.",
+    )
+    _require(
+        q.shape[0] == k.shape[0] and q.shape[-1] == k.shape[-1],
+        f"{operation} needs q, k and v to agree in batch and head width; got {shapes}.",
+    )
+    _require(
+        q.shape[-2] % k.shape[-2] == 0,
+        f"{operation} needs the number of query heads to be a multiple of the number of "
+        f"key/value heads; got {q.shape[-2]} and {k.shape[-2]} ({shapes}).",
+    )
+    _require(min(q.shape + k.shape) > 0, f"{operation} needs no axis of length 0; got {shapes}.")
+    _require(
+        q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating),
+        f"{operation} needs q, k and v of one floating dtype; got {q.dtype}, {k.dtype} and "
+        f"{v.dtype}.",
+    )
+
+
+def _check_rows(operation, name, x, B):
+    _require(
+        x.shape == (B,) and jnp.issubdtype(x.dtype, jnp.integer),
+        f"{operation} needs {name} as {B} integers, one per row; got {x.dtype}{x.shape}.",
+    )
+
+
+def _segments(operation, segment_ids, q, k) -> SegmentIds | None:
+    if segment_ids is None:
+        return None
+    if not isinstance(segment_ids, SegmentIds):
+        _require(
+            q.shape[1] == k.shape[1],
+            f"{operation} needs SegmentIds(q=[B, N], kv=[B, S]) when there are "
+            f"{q.shape[1]} queries and {k.shape[1]} keys; got one array.",
+        )
+        segment_ids = SegmentIds(segment_ids, segment_ids)
+    for name, ids, x in zip(("q", "kv"), segment_ids, (q, k), strict=True):
+        _require(
+            ids.shape == x.shape[:2] and jnp.issubdtype(ids.dtype, jnp.integer),
+            f"{operation} needs integer segment ids of shape {x.shape[:2]} for {name}; "
+            f"got {ids.dtype}{ids.shape}.",
+        )
+    return segment_ids
+
+
+def _attention(
+    operation,
+    q,
+    k,
+    v,
+    *,
+    window,
+    q_offset,
+    segment_ids,
+    kv_lengths,
+    scale,
+    return_lse,
+    implementation,
+):
+    _require(q.ndim == 4, f"{operation} needs q as [B, N, Q, H]; got shape {q.shape}.")
+    _check_heads(operation, q, k, v)
+    q_offset = operator.index(q_offset)
+    _require(q_offset >= 0, f"{operation} needs {q_offset=} to be at least 0.")
+    if kv_lengths is not None:
+        _check_rows(operation, "kv_lengths", kv_lengths, q.shape[0])
+    segments = _segments(operation, segment_ids, q, k)
+    call = Call(operation, q.shape, k.shape, q.dtype, window, segments is not None)
+    out, lse = _select(implementation, call).attention(
+        q,
+        k,
+        v,
+        window=window,
+        q_offset=q_offset,
+        segments=segments,
+        kv_lengths=kv_lengths,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+    )
+    return (out, lse) if return_lse else out
+
+
+def window_attention(
+    q: Float[Array, "B N Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    window: int,
+    q_offset: int = 0,
+    segment_ids: SegmentIds | Int[Array, "B N"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+):
+    """Causal attention over the last W = `window` positions, the query's own included.
+
+    Args:
+      q_offset: position of q[:, 0] on the axis on which k[:, 0] stands at 0.
+      segment_ids: documents that must not see each other; one array if N == S.
+      scale: multiplies q . k; H ** -0.5 unless given.
+
+    Returns:
+      [B, N, Q, H] in the dtype of q; with return_lse also the natural log of the sum of the
+      exponentials, fp32 [B, N, Q]. A row that sees no key gives output 0, lse `MASKED` (-1e30,
+      finite) and no gradient.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, window < 1, an implementation that cannot run.
+    """
+    window = operator.index(window)
+    _require(window >= 1, f"window_attention needs {window=} to be at least 1 (it counts self).")
+    return _attention(
+        "window_attention",
+        q,
+        k,
+        v,
+        window=window,
+        q_offset=q_offset,
+        segment_ids=segment_ids,
+        kv_lengths=None,
+        scale=scale,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
+
+
+def cross_attention(
+    q: Float[Array, "B N Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_offset: int = 0,
+    kv_lengths: Int[Array, "B"] | None = None,
+    segment_ids: SegmentIds | Int[Array, "B N"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+):
+    """Causal attention over all earlier positions, the query's own included: the cross layers on
+    the global K, V, and ordinary full attention when k and v are the layer's own.
+
+    kv_lengths: only the first kv_lengths[b] keys of row b exist. The rest as `window_attention`.
+    """
+    return _attention(
+        "cross_attention",
+        q,
+        k,
+        v,
+        window=None,
+        q_offset=q_offset,
+        segment_ids=segment_ids,
+        kv_lengths=kv_lengths,
+        scale=scale,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
+
+
+def _decode(operation, q, k, v, lengths, scale, implementation):
+    _require(q.ndim == 3, f"{operation} needs q as [B, Q, H], one query per row; got {q.shape}.")
+    _check_heads(operation, q, k, v)
+    _check_rows(operation, "lengths", lengths, q.shape[0])
+    call = Call(operation, q.shape, k.shape, q.dtype)
+    return _select(implementation, call).decode(
+        q,
+        k,
+        v,
+        jnp.minimum(lengths, k.shape[1]),
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+    )
+
+
+def decode_window(
+    q: Float[Array, "B Q H"],
+    k_ring: Float[Array, "B W K H"],
+    v_ring: Float[Array, "B W K H"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B Q H"]:
+    """One query per row over a ring buffer of the last W keys, the query's own included.
+
+    lengths[b] counts the positions written to row b so far; the first min(lengths[b], W) slots are
+    valid, in whatever order (softmax does not care, and RoPE is applied before caching). A row of
+    length 0 gives 0.
+    """
+    return _decode("decode_window", q, k_ring, v_ring, lengths, scale, implementation)
+
+
+def decode_cross(
+    q: Float[Array, "B Q H"],
+    k_cache: Float[Array, "B S K H"],
+    v_cache: Float[Array, "B S K H"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B Q H"]:
+    """One query per row over the first lengths[b] keys of the global cache, the query's own
+    included. A row of length 0 gives 0."""
+    return _decode("decode_cross", q, k_cache, v_cache, lengths, scale, implementation)

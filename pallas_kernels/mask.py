@@ -1,0 +1,46 @@
+"""The one definition of who sees whom: causality, the window and segments.
+
+Positions are absolute: key s stands at position s, query n at position q_offset + n. A query sees
+its own position and what lies before it; with a window it sees W keys, **its own included**
+(i-W+1 .. i). Public code disagrees by one here, so every implementation takes the rule from
+`visible` and the bounds of its loops from `key_span`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+# Stands for minus infinity in scores and in the lse of a row that sees nothing. Finite, because
+# (-inf) - (-inf) is NaN; half of it is the threshold below which a row counts as empty.
+MASKED = -1e30
+
+
+class SegmentIds(NamedTuple):
+    """Which document each position belongs to; attention stays inside a document. Ids are compared
+    for equality only, so padding is a segment of its own (0 by custom)."""
+
+    q: Int[Array, "B N"]
+    kv: Int[Array, "B S"]
+
+
+def visible(q_pos, k_pos, window: int | None):
+    """True where a query may see a key: 0 <= q_pos - k_pos < window (any broadcastable shapes).
+    window=None is full causal attention."""
+    age = q_pos - k_pos
+    seen = age >= 0
+    return seen if window is None else seen & (age < window)
+
+
+def visible_dense(N: int, S: int, window: int | None, q_offset: int) -> jax.Array:
+    """[N, S] booleans, for the reference and for tests; no fast path may build it."""
+    return visible(q_offset + jnp.arange(N)[:, None], jnp.arange(S)[None, :], window)
+
+
+def key_span(first, last, S: int, window: int | None):
+    """The half-open range (low, high) of keys that any query at positions first..last can see,
+    inside [0, S) and never empty, so that a slice of it is always legal (Python ints)."""
+    high = min(last + 1, S)
+    low = 0 if window is None else max(0, first - window + 1)
+    return min(low, high - 1), high

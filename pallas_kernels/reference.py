@@ -1,0 +1,68 @@
+"""The oracle: attention as the textbook writes it, in fp32, with every array dense.
+
+O(N S) memory, differentiated by plain autodiff. Every other implementation is tested against this
+file, so it knows no blocks, no custom gradients and no tricks beyond what an empty row needs.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import mask as masks
+
+
+def _softmax_average(scores, seen, v, spec: str):
+    """Averages v over the visible keys. Returns the average, 0 where nothing is visible, and
+    the natural log of the sum of exponentials, MASKED there."""
+    scores = jnp.where(seen, scores, masks.MASKED)
+    top = lax.stop_gradient(scores.max(-1, keepdims=True))
+    p = jnp.where(seen, jnp.exp(scores - top), 0.0)
+    total = p.sum(-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)  # inside the where, so that the gradient is 0, not NaN
+    lse = jnp.where(empty, masks.MASKED, top + jnp.log(total))[..., 0]
+    return jnp.einsum(spec, p / total, v), lse
+
+
+def attention(
+    q: Float[Array, "B N Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    window: int | None,
+    q_offset: int,
+    segments: masks.SegmentIds | None,
+    kv_lengths: Int[Array, "B"] | None,
+    scale: float,
+) -> tuple[Float[Array, "B N Q H"], Float[Array, "B N Q"]]:
+    B, N, Q, H = q.shape
+    S, K = k.shape[1:3]
+    seen = masks.visible_dense(N, S, window, q_offset)[None]
+    if segments is not None:
+        seen = seen & (segments.q[:, :, None] == segments.kv[:, None, :])
+    if kv_lengths is not None:
+        seen = seen & (jnp.arange(S) < kv_lengths[:, None])[:, None, :]
+    grouped = q.astype(jnp.float32).reshape(B, N, K, Q // K, H)
+    scores = jnp.einsum("bnkgh,bskh->bkgns", grouped, k.astype(jnp.float32)) * scale
+    out, lse = _softmax_average(
+        scores, seen[:, None, None], v.astype(jnp.float32), "bkgns,bskh->bnkgh"
+    )
+    return out.reshape(q.shape).astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(B, N, Q)
+
+
+def decode(
+    q: Float[Array, "B Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    valid: Int[Array, "B"],
+    *,
+    scale: float,
+) -> Float[Array, "B Q H"]:
+    """One query a row over the first `valid` slots, in whatever order they lie."""
+    B, Q, H = q.shape
+    S, K = k.shape[1:3]
+    seen = (jnp.arange(S) < valid[:, None])[:, None, None, :]
+    grouped = q.astype(jnp.float32).reshape(B, K, Q // K, H)
+    scores = jnp.einsum("bkgh,bskh->bkgs", grouped, k.astype(jnp.float32)) * scale
+    out, _ = _softmax_average(scores, seen, v.astype(jnp.float32), "bkgs,bskh->bkgh")
+    return out.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,51 @@
+"""A tiny corpus and a configuration for it; the byte tokenizer unless a test asks for another."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """60 documents of 20 to 90 bytes, each with its own marker and words; returns their glob and texts."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    texts = {}
+    for i in range(60):
+        words = "".join(f" naïve{i * 7919 + j * 104729:x}日" for j in range(1 + i * 7 % 5))
+        texts[f"{i:02d}.txt"] = f"<{i:02d}>{words}"
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return SimpleNamespace(source=f"{folder}/*.txt", folder=folder, texts=texts)
+
+
+@pytest.fixture
+def make_config(tmp_path, corpus):
+    def make(**changes):
+        fields = {
+            "source": corpus.source,
+            "text_field": "text",
+            "tokenizer": "bytes",
+            "vocab_size": 300,
+            "packing": False,
+            "batch_size": 8,
+            "sequence_length": 16,
+            "validation_fraction": 0.2,
+            "validation_sequences": 10,
+            "seed": 0,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return SimpleNamespace(**(fields | changes))
+
+    return make
+
+
+@pytest.fixture
+def sharding():
+    """Sequences over all four devices of a 2 x 2 mesh."""
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "fsdp"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2
+    )
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))

@@ -1,0 +1,534 @@
+"""Batches: exact resume, any number of processes, packing, splits, mixtures, the token cache."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from yocou_jax.data import load_data, pipeline
+from yocou_jax.data.corpus import is_held_out, open_corpus
+from yocou_jax.data.pipeline import Batches, Windows
+from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
+from yocou_jax.errors import UserError
+
+EOT = load_tokenizer("bytes").eot_id
+
+
+def split_texts(corpus, fraction, held_out):
+    return [t for n, t in sorted(corpus.texts.items()) if is_held_out(n, fraction) == held_out]
+
+
+def joined(texts):
+    return [i for text in texts for i in (EOT, *text.encode())]
+
+
+def same(a, b):
+    leaves = jax.tree.leaves(a), jax.tree.leaves(b)
+    return all(np.array_equal(x, y) for x, y in zip(*leaves, strict=True))
+
+
+def take(bundle, sharding, count, start_step=0):
+    with bundle.train(sharding, start_step) as iterator:
+        return [jax.device_get(next(iterator)) for _ in range(count)]
+
+
+# --- Windows and packing ---------------------------------------------------------------------
+
+
+def test_windows_are_the_joined_training_documents(make_config, corpus):
+    bundle = load_data(make_config())
+    tokens = joined(split_texts(corpus, 0.2, held_out=False))
+    rows = {tuple(r.tokens): tuple(r.targets) for r in map(bundle.stream.__getitem__, range(200))}
+    expected = {
+        tuple(tokens[i : i + 16]): tuple(tokens[i + 1 : i + 17])
+        for i in range(0, len(tokens) - 16, 16)
+    }
+    assert rows == expected
+    assert bundle.num_windows == len(expected)
+    assert bundle.num_tokens == len(tokens)
+    assert bundle.num_bytes == len(tokens) - tokens.count(EOT)
+    assert bundle.num_documents == tokens.count(EOT)
+
+
+def brute_force_packing(tokens, n, i):
+    """Segments, positions and weights of window i, one token at a time."""
+    segment, position, segments, positions = 1, 0, [], []
+    for j in range(n + 1):
+        if j > 0 and tokens[i * n + j] == EOT:
+            segment, position = segment + 1, 0
+        segments.append(segment)
+        positions.append(position)
+        position += 1
+    weights = [float(segments[j] == segments[j + 1]) for j in range(n)]
+    return segments[:-1], positions[:-1], weights
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 61])
+def test_packing_against_a_brute_force(n):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 12, 40)  # one-token documents sit in here as well
+    tokens = np.concatenate([[EOT, *rng.integers(0, 256, k - 1)] for k in lengths])
+    starts = np.cumsum([0, *lengths[:-1]])
+    windows = Windows(tokens.astype(np.uint16), starts, n, packing=True)
+    assert len(windows) == (len(tokens) - 1) // n
+    for i in range(len(windows)):
+        row = windows[i]
+        segments, positions, weights = brute_force_packing(tokens, n, i)
+        assert row.tokens.tolist() == tokens[i * n : i * n + n].tolist()
+        assert row.targets.tolist() == tokens[i * n + 1 : i * n + n + 1].tolist()
+        assert row.segment_ids.tolist() == segments
+        assert row.positions.tolist() == positions
+        assert row.loss_weights.tolist() == weights
+
+
+def test_dtypes_and_absent_fields(make_config, sharding):
+    (plain,) = take(load_data(make_config()), sharding, 1)
+    assert plain.loss_weights is plain.segment_ids is plain.positions is None
+    (packed,) = take(load_data(make_config(packing=True)), sharding, 1)
+    assert {x.shape for x in jax.tree.leaves(packed)} == {(8, 16)}
+    integers = (packed.tokens, packed.targets, packed.segment_ids, packed.positions)
+    assert {x.dtype for x in integers} == {np.dtype("int32")}
+    assert packed.loss_weights.dtype == np.float32
+    assert same(replace(packed, loss_weights=None, segment_ids=None, positions=None), plain)
+
+
+# --- The training stream ---------------------------------------------------------------------
+
+
+def test_each_epoch_sees_each_window_once_in_a_new_order(make_config):
+    bundle = load_data(make_config())
+    count = bundle.num_windows
+    epochs = [[tuple(bundle.stream[e * count + i].tokens) for i in range(count)] for e in range(3)]
+    assert len(set(epochs[0])) == count
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_seed_decides_the_order(make_config, sharding):
+    first, again, other = (
+        take(load_data(make_config(seed=seed)), sharding, 3) for seed in (0, 0, 1)
+    )
+    assert same(first, again)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_resume_at_step_k_is_bit_identical(make_config, sharding, packing):
+    bundle = load_data(make_config(packing=packing))
+    steps = 3 * bundle.num_windows // 8  # over the ends of epochs
+    whole = take(bundle, sharding, steps)
+    for k in (1, 7, steps - 2):
+        resumed = take(load_data(make_config(packing=packing)), sharding, 2, start_step=k)
+        assert same(resumed, whole[k : k + 2])
+    assert not same(whole[0], whole[1])
+
+
+def test_step_counts_the_batches_handed_out_not_those_read_ahead(make_config, sharding):
+    with load_data(make_config()).train(sharding, start_step=5) as iterator:
+        time.sleep(0.1)
+        assert iterator.step == 5
+        next(iterator)
+        assert iterator.step == 6
+
+
+def test_close_stops_the_thread(make_config, sharding):
+    before = set(threading.enumerate())
+    iterator = load_data(make_config()).train(sharding)
+    next(iterator)
+    (thread,) = set(threading.enumerate()) - before
+    iterator.close()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+    iterator.close()
+
+
+def test_an_error_of_the_thread_reaches_the_train_loop(make_config, sharding):
+    def row(_):
+        raise OSError("disk gone")
+
+    with (
+        pipeline.TrainIterator(Batches(row, 8, 16, sharding)) as iterator,
+        pytest.raises(OSError, match="disk gone"),
+    ):
+        next(iterator)
+
+
+# --- Shardings and processes -----------------------------------------------------------------
+
+
+class OneProcess:
+    """A sharding as one of several processes sees it: only some devices are addressable."""
+
+    def __init__(self, sharding, devices):
+        self.sharding, self.devices = sharding, devices
+
+    def shard_shape(self, shape):
+        return self.sharding.shard_shape(shape)
+
+    def addressable_devices_indices_map(self, shape):
+        indices = self.sharding.devices_indices_map(shape)
+        return {device: indices[device] for device in self.devices}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_any_number_of_processes_gives_the_same_global_batch(make_config, sharding, processes):
+    bundle = load_data(make_config(packing=True))
+    expected = take(bundle, sharding, 6)
+    devices = list(sharding.mesh.devices.flat)
+    share = len(devices) // processes
+    for k in (0, 5):
+        seen = []
+        for p in range(processes):
+            read = []
+
+            def row(r, read=read):
+                read.append(r)
+                return bundle.stream[r]
+
+            view = OneProcess(sharding, devices[p * share : (p + 1) * share])
+            batches = Batches(row, 8, 16, view)
+            local = batches.host_batch(k)
+            wanted = jax.tree.map(lambda x, rows=batches.local_rows: x[rows], expected[k])
+            assert same(local, wanted)
+            assert len(read) == 8 // processes  # no row of another process was read
+            seen += batches.local_rows
+        assert sorted(seen) == list(range(8))
+
+
+SPECS = [
+    PartitionSpec(),
+    PartitionSpec("data"),
+    PartitionSpec(("data", "fsdp"), None),
+    PartitionSpec("data", "fsdp"),
+    PartitionSpec(("fsdp", "data")),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_every_sharding_gives_the_same_values(make_config, sharding, spec):
+    bundle = load_data(make_config(packing=True))
+    expected = jax.tree.map(lambda *x: np.stack(x), *[bundle.stream[8 + r] for r in range(8)])
+    target = NamedSharding(sharding.mesh, spec)
+    with bundle.train(target, start_step=1) as iterator:
+        batch = next(iterator)
+    assert all(x.sharding == target for x in jax.tree.leaves(batch))
+    assert same(batch, expected)
+    for shard in batch.tokens.addressable_shards:
+        assert np.array_equal(shard.data, expected.tokens[shard.index])
+
+
+def test_batch_that_does_not_divide(make_config, sharding):
+    bundle = load_data(make_config(batch_size=6))
+    with pytest.raises(UserError, match=r"data.batch_size=6 .* does not divide evenly over"):
+        bundle.train(sharding)
+    with pytest.raises(UserError, match=r"data.batch_size=6 .* does not divide evenly over"):
+        bundle.validation.batches(sharding)
+
+
+WORKER = """
+    import hashlib, json, sys
+    from types import SimpleNamespace
+    import jax
+    port, rank, fields = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    from yocou_jax.data import load_data
+    from yocou_jax.errors import UserError
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    bundle = load_data(SimpleNamespace(**fields))
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    assert len(sharding.addressable_devices) == 2
+    with bundle.train(sharding, start_step=3) as iterator:
+        batch = next(iterator)
+    total = jax.jit(lambda b: (b.tokens * b.positions).sum())(batch)
+    rows = {s.index[0].start: s.data.tolist() for s in batch.tokens.addressable_shards}
+    try:
+        fields["source"] = fields["source"].replace("*", "[0-3]*") if rank else fields["source"]
+        load_data(SimpleNamespace(**fields))
+        mismatch = "none"
+    except UserError as error:
+        mismatch = str(error)
+    print("RESULT", json.dumps([rows, int(total), mismatch]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_real_processes(make_config, sharding):
+    config = make_config(packing=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(port)]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), json.dumps(vars(config))],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    rows, totals = {}, []
+    for rank, (out, err) in enumerate(outputs):
+        line = next((x for x in out.splitlines() if x.startswith("RESULT ")), None)
+        assert line, err[-3000:]
+        shards, total, mismatch = json.loads(line.removeprefix("RESULT "))
+        rows |= {int(start): data for start, data in shards.items()}
+        totals.append(total)
+        assert f"Process {rank} reads other data" in mismatch
+    (expected,) = take(load_data(config), sharding, 1, start_step=3)
+    assert np.array_equal(np.concatenate([rows[start] for start in sorted(rows)]), expected.tokens)
+    assert totals == [int((expected.tokens * expected.positions).sum())] * 2
+
+
+# --- Splits, mixtures, validation ------------------------------------------------------------
+
+
+def test_held_out_documents_are_never_in_training(make_config, corpus, tmp_path):
+    bundle = load_data(make_config(sequence_length=1, validation_sequences=10**6))
+    text = {}
+    for split in ("train", "held_out"):
+        (path,) = (tmp_path / "cache").glob(f"tokens-*/{split}.bin")
+        tokens = np.fromfile(path, np.uint16)
+        text[split] = bytes(tokens[tokens < 256].astype(np.uint8)).decode()
+    held_out = {name for name in corpus.texts if is_held_out(name, 0.2)}
+    assert 5 < len(held_out) < 25
+    for name in corpus.texts:
+        assert (f"<{name[:2]}>" in text["held_out"]) == (name in held_out)
+        assert (f"<{name[:2]}>" in text["train"]) == (name not in held_out)
+    # What the iterators give comes from these two files and no other.
+    train = np.array([bundle.stream[r].targets[0] for r in range(bundle.num_windows)])
+    assert sorted(train[train != EOT]) == sorted(text["train"].encode())
+    validation = [w[i].targets[0] for w, i in bundle.validation.rows]
+    assert bytes(t for t in validation if t != EOT).decode() == text["held_out"]
+
+
+def test_mixture_shares_are_exact_and_random_access(make_config, corpus, tmp_path):
+    (tmp_path / "other.jsonl").write_text(
+        "".join(f'{{"text": "{"z" * (40 + i)}"}}\n' for i in range(40))
+    )
+    config = make_config(source=f"0.7*{corpus.source} + 0.3*{tmp_path}/other.jsonl")
+    bundle = load_data(config)
+    is_other = [ord("z") in bundle.stream[r].tokens for r in range(1000)]
+    for r in (10, 50, 333, 1000):
+        assert abs(sum(is_other[:r]) - 0.3 * r) <= 1
+    assert [ord("z") in bundle.stream[r].tokens for r in (999, 0, 500)] == [
+        is_other[r] for r in (999, 0, 500)
+    ]
+    others = sum(ord("z") in w[i].tokens for w, i in bundle.validation.rows)
+    assert (others, bundle.validation.num_sequences) == (3, 10)
+    assert bundle.fingerprint != load_data(make_config()).fingerprint
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_validation_counts_exact_bytes(make_config, corpus, sharding, tokenizer, packing):
+    config = make_config(
+        tokenizer=tokenizer, packing=packing, sequence_length=1, validation_sequences=10**6
+    )
+    validation = load_data(config).validation
+    texts = split_texts(corpus, 0.2, held_out=True)
+    # Windows of one token cover every target, so the bytes are those of the documents.
+    assert validation.num_bytes == sum(len(text.encode()) for text in texts)
+    boundaries = len(texts) - 1
+    if packing:
+        assert validation.num_tokens == validation.num_sequences - boundaries
+    else:
+        assert validation.num_tokens == validation.num_sequences
+    weights = sum(float(b.loss_weights.sum()) for b in validation.batches(sharding))
+    assert weights == validation.num_tokens
+
+
+def test_validation_batches_hold_each_sequence_once(make_config, sharding):
+    bundle = load_data(make_config(validation_sequences=10))
+    first, second = (jax.device_get(list(bundle.validation.batches(sharding))) for _ in range(2))
+    assert same(first, second)
+    assert [b.loss_weights.sum() for b in first] == [8 * 16, 2 * 16]  # the rest is padding
+    rows = np.concatenate([b.tokens for b in first])[:10]
+    assert same(list(rows), [w[i].tokens for w, i in bundle.validation.rows])
+    assert [i for _, i in bundle.validation.rows] == list(range(10))
+
+
+def test_validation_is_shorter_when_the_split_is(make_config):
+    validation = load_data(make_config(validation_sequences=10**6)).validation
+    assert 10 < validation.num_sequences < 100
+
+
+def test_bpe_is_trained_on_the_training_split_only(make_config, corpus, monkeypatch):
+    seen = []
+
+    def train(texts, *_):
+        seen.extend(texts)
+        return load_tokenizer("bytes")
+
+    monkeypatch.setattr(pipeline, "cached_bpe", train)
+    load_data(make_config(tokenizer="bpe"))
+    assert seen == split_texts(corpus, 0.2, held_out=False)
+    monkeypatch.setattr(pipeline, "BPE_SAMPLE_BYTES", 1000)
+    seen.clear()
+    load_data(make_config(tokenizer="bpe"))
+    assert 300 < sum(len(text.encode()) for text in seen) < 2500
+
+
+# --- The token cache -------------------------------------------------------------------------
+
+
+def test_second_load_tokenises_nothing(make_config, corpus, monkeypatch):
+    first = load_data(make_config())
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_write_tokens", lambda *_: pytest.fail("tokenised again"))
+        assert load_data(make_config(seed=5)).fingerprint == first.fingerprint
+        # Another sequence length or packing reads the same cache.
+        assert load_data(make_config(sequence_length=8, packing=True)).num_tokens
+    (corpus.folder / "00.txt").write_text("changed")
+    assert load_data(make_config()).fingerprint != first.fingerprint
+
+
+def test_other_split_or_tokenizer_is_another_cache(make_config, tmp_path):
+    for changes in ({}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}):
+        load_data(make_config(**changes))
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 3
+
+
+def test_token_width_follows_the_vocabulary(tmp_path, corpus):
+    tokenizer = load_tokenizer("bytes")
+    for vocab_size, dtype in ((2**16, "uint16"), (2**16 + 1, "uint32")):
+        wide = Tokenizer(None, vocab_size, vocab_size - 1, tokenizer.pad_id)
+        folder = tmp_path / dtype
+        folder.mkdir()
+        pipeline._write_tokens(open_corpus(corpus.source), wide, 0.2, folder)
+        tokens = np.fromfile(folder / "train.bin", dtype)
+        assert tokens[0] == vocab_size - 1
+        assert (tokens > 255).sum() == len(np.load(folder / "train.starts.npy"))
+
+
+KILLED = """
+    import json, os, signal, sys
+    from types import SimpleNamespace
+    from yocou_jax.data import load_data, pipeline
+    pipeline.ENCODE_BYTES = 500
+    chunks = pipeline._chunks
+    def killed(documents):
+        for i, chunk in enumerate(chunks(documents)):
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield chunk
+    pipeline._chunks = killed
+    load_data(SimpleNamespace(**json.loads(sys.argv[1])))
+"""
+
+
+def test_a_kill_while_tokenising_leaves_no_cache(make_config, tmp_path, sharding):
+    config = make_config()
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(vars(config))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    cache = tmp_path / "cache"
+    (left,) = cache.iterdir()
+    assert left.name.startswith(".tmp-")
+    assert take(load_data(config), sharding, 2)
+    assert left.is_dir()  # it could belong to a living process, so only age removes it
+    os.utime(left, (0, 0))
+    load_data(make_config(tokenizer="bpe"))
+    assert not left.is_dir()
+
+
+def test_two_builders_at_once(make_config, monkeypatch, tmp_path):
+    barrier, write, results = threading.Barrier(2), pipeline._write_tokens, []
+
+    def both_at_once(*arguments):
+        barrier.wait(timeout=20)
+        write(*arguments)
+        barrier.wait(timeout=20)
+
+    monkeypatch.setattr(pipeline, "_write_tokens", both_at_once)
+    threads = [
+        threading.Thread(target=lambda: results.append(load_data(make_config()))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, second = results
+    assert same([first.stream[r] for r in range(20)], [second.stream[r] for r in range(20)])
+    assert [p.name[:7] for p in (tmp_path / "cache").iterdir()] == ["tokens-"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_disk_full_leaves_nothing(make_config, monkeypatch, tmp_path, tokenizer):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = (pipeline.np, "save") if tokenizer == "bytes" else (os, "replace")
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, full)
+        with pytest.raises(UserError, match=r"cache'?: No space left on device.*data\.cache_dir"):
+            load_data(make_config(tokenizer=tokenizer))
+        assert list((tmp_path / "cache").iterdir()) == []
+    assert load_data(make_config(tokenizer=tokenizer)).num_tokens
+
+
+def test_cache_dir_that_cannot_be_made(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="data cache could not be written"):
+        load_data(make_config(cache_dir=str(tmp_path / "file" / "cache")))
+
+
+def test_damaged_cache(make_config, tmp_path):
+    load_data(make_config())
+    (path,) = (tmp_path / "cache").glob("tokens-*/train.bin")
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="is damaged; delete it and run again"):
+        load_data(make_config())
+
+
+# --- Bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sequence_length": 10**6}, r"train split .* fewer than one window"),
+        ({"validation_fraction": 1e-9}, r"held-out split .* has 0 documents and 0 tokens"),
+        ({"validation_fraction": 1 - 1e-9}, r"train split .* has 0 documents"),
+        ({"batch_size": 5000}, r"\d+ training windows .* fewer than data.batch_size=5000"),
+        ({"source": "nowhere"}, "is not a file that exists"),
+        ({"tokenizer": "nowhere.json"}, "nor a readable tokenizer"),
+        ({"tokenizer": "bpe", "vocab_size": 100}, "data.vocab_size=100 is too small"),
+    ],
+)
+def test_bad_configurations(make_config, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_data(make_config(**changes))
+
+
+def test_the_built_in_source_loads(tmp_path, make_config):
+    bundle = load_data(make_config(source="python", sequence_length=256, batch_size=16))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    (batch,) = take(bundle, NamedSharding(mesh, PartitionSpec("data")), 1)
+    assert batch.tokens.shape == (16, 256)
+    assert 0.99 < bundle.bytes_per_token < 1
+    assert bundle.validation.num_sequences == 10

@@ -1,0 +1,424 @@
+"""Saving, killing, damaging, resuming: every promise of yocou_jax.checkpoint, on real files."""
+
+import functools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from yocou_jax.checkpoint import (
+    EXIT_PREEMPTED,
+    Checkpointer,
+    StopRequest,
+    load_params,
+    params_sha256,
+    write_or_check_manifest,
+)
+from yocou_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+
+
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def mesh(*shape):
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return jax.sharding.Mesh(
+        devices, ("x", "y")[: len(shape)], axis_types=(AxisType.Auto,) * len(shape)
+    )
+
+
+def place(state, mesh):
+    """Matrices sharded over the first axis of the mesh, everything else on all of its devices."""
+
+    def sharding(x):
+        return NamedSharding(mesh, PartitionSpec("x") if x.ndim == 2 else PartitionSpec())
+
+    return jax.tree.map(lambda x: jax.device_put(x, sharding(x)), state)
+
+
+def make_state(step=0, seed=0):
+    keys = jax.random.split(jax.random.key(seed + step), 2)
+    params = {
+        "layer": {"w": jax.random.normal(keys[0], (64, 32)), "b": jnp.ones(32, jnp.bfloat16)},
+        "embed": jax.random.normal(keys[1], (128, 64)),
+    }
+    return place(State(jnp.int32(step), params, TX.init(params)), mesh(8))
+
+
+def abstract(state, on=None):
+    target = place(state, on) if on is not None else state
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
+    )
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def save(directory, *steps, **options):
+    with Checkpointer(directory, every=10, **options) as checkpointer:
+        for step in steps:
+            assert checkpointer.save(step, make_state(step))
+
+
+def restore(directory, **options):
+    with Checkpointer(directory, every=10, **options) as checkpointer:
+        return checkpointer.restore_latest(abstract(make_state()))
+
+
+def folders(directory):
+    return sorted(p.name for p in Path(directory).iterdir())
+
+
+def test_saves_what_is_due_and_keeps_the_newest(tmp_path):
+    with Checkpointer(tmp_path, every=10, keep=2) as checkpointer:
+        saved = [s for s in range(35) if checkpointer.save(s, make_state(s))]
+        assert saved == [10, 20, 30]
+        assert checkpointer.save(34, make_state(34), force=True)
+        assert not checkpointer.save(34, make_state(34), force=True)  # it is there already
+    assert [int(f) for f in folders(tmp_path) if f.isdigit()] == [30, 34]
+    state, step = restore(tmp_path)
+    assert step == 34
+    assert_same(state, make_state(34))
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restore(tmp_path / "new") is None
+    with pytest.raises(UserError, match="no checkpoint to read"):
+        load_params(tmp_path / "new", abstract(make_state()).params)
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"every": 10, "keep": 1}])
+def test_impossible_options(tmp_path, options):
+    with pytest.raises(UserError, match="or more"):
+        Checkpointer(tmp_path, **options)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (2, 4)])
+def test_restores_onto_another_mesh(tmp_path, shape):
+    save(tmp_path, 10)
+    target = abstract(make_state(), on=mesh(*shape))
+    with Checkpointer(tmp_path, every=10) as checkpointer:
+        state, _ = checkpointer.restore_latest(target)
+    assert_same(state, make_state(10))
+    jax.tree.map(
+        lambda x, t: (
+            x.sharding.is_equivalent_to(t.sharding, x.ndim) or pytest.fail("another sharding")
+        ),
+        state,
+        target,
+    )
+
+
+def test_params_alone(tmp_path):
+    save(tmp_path, 10, 20)
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), make_state().params
+    )
+    before = folders(tmp_path)
+    params, step = load_params(tmp_path, wanted)
+    assert step == 20
+    assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(20).params))
+    assert folders(tmp_path) == before
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(state):
+        return jax.tree.map(lambda x: x * 2 + 1, state)
+
+    with Checkpointer(tmp_path, every=1, keep=5) as checkpointer:
+        state, expected = make_state(), {}
+        for step in range(1, 5):
+            state = advance(state)
+            expected[step] = jax.tree.map(lambda x: np.array(x, copy=True), state.params)
+            checkpointer.save(step, state)
+    for step in (4, 3, 2):
+        params, found = load_params(tmp_path, abstract(make_state()).params)
+        assert found == step
+        assert_same(params, expected[step])
+        shutil.rmtree(tmp_path / str(step))
+
+
+def checkpoint_files():
+    """The kinds of file a checkpoint has; names of OCDBT data files are random."""
+    return ["inventory.json", "_CHECKPOINT_METADATA", "layout/metadata", "state/_METADATA",
+            "state/manifest.ocdbt", "state/d/*", "state/ocdbt.process_0/d/*"]  # fmt: skip
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "halved":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    else:  # one flipped bit, which neither Orbax nor TensorStore notices in an array
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    save(directory, 10, 20)
+    return directory
+
+
+@pytest.mark.parametrize("how", ["deleted", "halved", "emptied", "flipped"])
+@pytest.mark.parametrize("pattern", checkpoint_files())
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, saved, caplog, pattern, how):
+    directory = shutil.copytree(saved, tmp_path / "c")
+    victim = max((directory / "20").glob(pattern), key=lambda p: p.stat().st_size)
+    damage(victim, how)
+    if pattern == "inventory.json" and how == "flipped":
+        victim.write_text(victim.read_text().replace("layout", "layouu"))
+    with Checkpointer(directory, every=10) as checkpointer:
+        state, step = checkpointer.restore_latest(abstract(make_state()))
+        assert step == 10
+        assert_same(state, make_state(10))
+        warnings = [r.getMessage() for r in caplog.records if r.name.startswith("yocou_jax")]
+        assert len(warnings) == 1
+        assert warnings[0].startswith("Checkpoint 20 was passed over: it")
+        assert warnings[0].endswith("; step 10 is used instead.")
+    assert folders(directory) == ["10", "passed-over-20"]
+
+
+def test_the_steps_after_a_damaged_checkpoint_can_be_saved_again(tmp_path, saved):
+    directory = shutil.copytree(saved, tmp_path / "c")
+    damage(directory / "20/layout/metadata", "halved")
+    with Checkpointer(directory, every=10) as checkpointer:
+        assert checkpointer.restore_latest(abstract(make_state()))[1] == 10
+        assert checkpointer.save(15, make_state(15), force=True)
+        assert checkpointer.save(20, make_state(20))
+    assert folders(directory) == ["15", "20", "passed-over-20"]
+    state, step = restore(directory)
+    assert step == 20
+    assert_same(state, make_state(20))
+
+
+def test_a_folder_that_was_never_finished_is_passed_over(tmp_path, saved, caplog):
+    directory = shutil.copytree(saved, tmp_path / "c")
+    (directory / "30").mkdir()
+    shutil.copytree(directory / "20", directory / "40.orbax-checkpoint-tmp-1")
+    assert restore(directory)[1] == 20
+    assert "Checkpoint 30 was passed over: it was never finished" in caplog.text
+    assert folders(directory) == ["10", "20", "passed-over-30"]
+
+
+def test_only_an_unfinished_checkpoint_starts_anew_but_only_damaged_ones_stop(tmp_path, saved):
+    directory = shutil.copytree(saved, tmp_path / "c")
+    for step in ("10", "20"):
+        damage(directory / step / "state/manifest.ocdbt", "halved")
+    with pytest.raises(UserError, match=r"of step 20, its file state/manifest.ocdbt has changed"):
+        restore(directory)
+    assert folders(directory) == ["10", "20"]
+    for step in ("10", "20"):
+        (directory / step / "inventory.json").unlink()
+    assert restore(directory) is None
+    assert folders(directory) == ["passed-over-10", "passed-over-20"]
+
+
+def test_another_model_is_refused_by_name(saved):
+    other = make_state()
+    other = other.replace(params={**other.params, "embed": jnp.zeros((128, 65))})
+    with (
+        Checkpointer(saved, every=10) as checkpointer,
+        pytest.raises(
+            UserError, match=r"params.embed: \[\[128, 64\], 'float32'\] -> \[\[128, 65\]"
+        ),
+    ):
+        checkpointer.restore_latest(abstract(other))
+    assert folders(saved) == ["10", "20"]
+
+
+CHILD = """
+    import os, sys, signal, resource, logging
+    from tests.test_checkpoint import *
+    logging.disable(logging.CRITICAL)
+    directory, moment = sys.argv[1], sys.argv[2]
+"""
+
+
+def child(directory, moment, code):
+    script = textwrap.dedent(CHILD) + textwrap.dedent(code)
+    flags = "--xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script, str(directory), moment]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("moment", ["writing", "sealing"])
+def test_killed_while_saving(tmp_path, moment):
+    """SIGKILL while the arrays are written, and between their commit and the inventory."""
+    code = """
+        import orbax.checkpoint, yocou_jax.checkpoint
+        checkpointer = Checkpointer(directory, every=10)
+        checkpointer.save(10, make_state(10))
+        checkpointer._raise_error_of_last_save(wait=True)
+        def kill(*_, **__):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if moment == "sealing":
+            yocou_jax.checkpoint._inventory = kill
+            checkpointer.save(20, make_state(20))
+        else:
+            from orbax.checkpoint._src.handlers import base_pytree_checkpoint_handler as handler
+            handler.BasePyTreeCheckpointHandler.finalize = kill
+            checkpointer.save(20, make_state(20))
+        checkpointer.close()
+    """
+    result = child(tmp_path, moment, code)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    left = folders(tmp_path)
+    assert left[0] == "10"
+    assert len(left) == 2, left
+    assert left[1] == "20" if moment == "sealing" else left[1].startswith("20.")
+    state, step = restore(tmp_path)
+    assert step == 10
+    assert_same(state, make_state(10))
+    save(tmp_path, 20)
+    assert restore(tmp_path)[1] == 20
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """A limit on the size of files stands for the full disk: writes fail in the same place."""
+    code = """
+        checkpointer = Checkpointer(directory, every=10)
+        checkpointer.save(10, make_state(10))
+        checkpointer._raise_error_of_last_save(wait=True)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            checkpointer.save(20, make_state(20))
+            checkpointer._seal.join()
+            checkpointer.save(21, make_state(21))  # not due, yet it says what happened
+        except UserError as error:
+            print(error)
+        try:
+            with checkpointer:
+                checkpointer.save(30, make_state(30))
+        except UserError as error:
+            print(error)
+            sys.exit(2)
+    """
+    result = child(tmp_path, "", code)
+    assert result.returncode == 2, result.stderr
+    for step, sentence in zip((20, 30), result.stdout.splitlines(), strict=True):
+        assert sentence == (
+            f"The checkpoint of step {step} could not be written to {tmp_path}: File too large. "
+            "Nothing older is lost: once this is put right, the same command resumes from step 10."
+        )
+    assert restore(tmp_path)[1] == 10
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used: Not a directory"):
+        Checkpointer(tmp_path / "file" / "checkpoints", every=10)
+
+
+def test_sigterm_is_answered_after_the_step():
+    assert EXIT_PREEMPTED not in (0, 1, 2)
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reached(2)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one is not held back
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+CONFIG = {"model": {"window": 64, "loops": 3}, "data": {"mix": (1, 2)}, "run": {"log_every": 10}}
+
+
+def manifest(workdir, config=CONFIG, resuming=True, corpus="abc", **options):
+    return write_or_check_manifest(
+        workdir, config, resuming=resuming, corpus=corpus, free=("run.log_every",), **options
+    )
+
+
+def test_manifest_is_written_and_passes_again(tmp_path, caplog):
+    manifest(tmp_path, resuming=False, note="x")
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert written["config"]["model"]["window"] == 64
+    assert written["packages"]["jax"] == jax.__version__
+    assert written["device"]["count"] == 8
+    assert (written["corpus"], written["note"]) == ("abc", "x")
+    assert len((written["git"] or "0" * 40).removesuffix("+dirty")) == 40
+    again = manifest(tmp_path)
+    assert again["created"] == written["created"]
+    assert not caplog.records
+
+
+def test_manifest_refuses_another_config_by_name(tmp_path):
+    manifest(tmp_path, resuming=False)
+    other = {
+        "model": {"window": 32, "loops": 3},
+        "data": {"mix": (1, 2)},
+        "run": {"log_every": 5},
+        "new": 1,
+    }
+    with pytest.raises(UserError) as error:
+        manifest(tmp_path, other)
+    assert "cannot be resumed: model.window: 64 -> 32; new: absent -> 1. Give" in str(error.value)
+    manifest(tmp_path, other, resuming=False)  # without a checkpoint there is nothing to protect
+    assert manifest(tmp_path, other | {"run": {"log_every": 1}})["config"]["run"]["log_every"] == 1
+
+
+def test_manifest_refuses_another_corpus_and_warns_of_another_version(tmp_path, caplog):
+    manifest(tmp_path, resuming=False)
+    with pytest.raises(UserError, match=r"training text has changed .*abc -> abd"):
+        manifest(tmp_path, corpus="abd")
+    path = tmp_path / "manifest.json"
+    written = json.loads(path.read_text())
+    written["packages"]["jax"] = "0.0.1"
+    path.write_text(json.dumps(written))
+    with caplog.at_level(logging.WARNING):
+        manifest(tmp_path)
+    assert f"packages.jax: '0.0.1' -> '{jax.__version__}'" in caplog.text
+    path.write_text("{")
+    manifest(tmp_path)
+    assert "cannot be read" in caplog.text
+
+
+def test_params_sha256_sees_every_bit():
+    params = make_state().params
+    digest = params_sha256(params)
+    # neither the order of the keys nor the sharding matters
+    shuffled = {"embed": params["embed"], "layer": dict(reversed(params["layer"].items()))}
+    assert params_sha256(place(shuffled, mesh(2))) == digest
+    flipped = params["embed"].at[5, 7].set(jnp.nextafter(params["embed"][5, 7], jnp.inf))
+    for other in (
+        params | {"embed": flipped},
+        params | {"embed": params["embed"].reshape(64, 128)},
+        params | {"embed": jax.lax.bitcast_convert_type(params["embed"], jnp.int32)},
+        {"layer": params["layer"], "embedding": params["embed"]},
+    ):
+        assert params_sha256(other) != digest

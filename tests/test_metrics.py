@@ -1,0 +1,263 @@
+"""What is written for scripts and people: rows, events, the summary, the terminal, sentences."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rich.console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from yocou_jax import metrics
+from yocou_jax.metrics import Console, MetricsWriter, mfu, peak_flops, read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_names_that_others_rely_on():
+    relied_on = {"loss", "bpb", "val_loss", "val_bpb", "grad_norm", "lr", "tokens_per_s", "mfu"}
+    names = [v for k, v in vars(metrics).items() if k.isupper() and isinstance(v, str)]
+    assert relied_on | {"data_wait_fraction", "step", "tokens"} <= set(names)
+    assert len(names) == len(set(names))
+    assert all(re.fullmatch(r"[a-z_0-9]+", name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5p", 459), ("TPU v5", 459),
+        ("TPU v6 lite", 918), ("TPU v6e", 918), ("TPU7x", 1153.5), ("TPU v7x", 1153.5),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989),
+        ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121), ("NVIDIA L40S", None), ("cpu", None), ("TPU v2", None),
+    ],
+)  # fmt: skip
+def test_peak_flops(kind, tera):
+    assert peak_flops(kind) == (None if tera is None else tera * 1e12)
+
+
+def test_mfu_is_known_only_where_the_peak_is():
+    assert mfu(1000.0, 312e9, "NVIDIA A100-SXM4-80GB", 4) == pytest.approx(0.25)
+    assert mfu(1000.0, 312e9, "cpu", 1) is None
+
+
+def scalars(workdir, tag="loss"):
+    events = EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    return {e.step: e.value for e in events.Scalars(tag)}
+
+
+def test_a_resume_drops_what_came_after_the_checkpoint(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in range(10, 60, 10):
+        writer.write(step, {"loss": np.float32(step), "tokens": step * 100})
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # no close: the run was killed
+        file.write('{"step": 60, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30, 40, 50]
+
+    resumed = MetricsWriter(tmp_path, resume_step=30)
+    resumed.write(40, {"loss": 4.5})
+    resumed.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40]
+    assert json.loads(lines[0]) == {"step": 10, "loss": 10.0, "tokens": 1000}
+    assert scalars(tmp_path) == {10: 10.0, 20: 20.0, 30: 30.0, 40: 4.5}
+
+    MetricsWriter(tmp_path).close()  # a run from the start leaves nothing of the old one
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_steps_rise_and_nan_stays_json(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": float("nan"), "lr": 1e-3})
+    with pytest.raises(ValueError, match="Step 1 is written after step 1"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "lr": 1e-3}
+    assert np.isnan(scalars(tmp_path)[1])
+
+
+def test_text_hparams_and_summary(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.text("sample", "def f():\n    return 1", step=7)
+    writer.hparams({"model": {"window": 64, "loops": None}, "run": {"seed": 0}})
+    writer.summary({"val_loss": 1.5, "params": 10})
+    writer.summary({"val_loss": 1.25, "params": 10})
+    writer.close()
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"val_loss": 1.25, "params": 10}
+    assert not list(tmp_path.glob("*.new"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert "sample/text_summary" in events.Tags()["tensors"]
+    (sample,) = events.Tensors("sample/text_summary")
+    assert sample.step == 7
+    assert sample.tensor_proto.string_val[0] == b"    def f():\n        return 1"
+    hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"model.window" in hparams
+    assert b"model.loops" in hparams
+
+
+def plain(**options):
+    out = io.StringIO()
+    return out, Console(rich.console.Console(file=out, width=80), **options)
+
+
+ROW = {"loss": 3.21987, "bpb": 1.5, "tokens_per_s": 45678.9, "mfu": 0.412}
+
+
+def test_plain_lines_are_whole_and_throttled(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    out, console = plain(plain_every_s=10)
+    with console:
+        console.start(1000)
+        for step in range(100, 1001):
+            console.update(step, ROW)
+            clock[0] += 1.0
+        console.notice("[bold] is not markup, and a long sentence " + "x" * 80)
+    lines = out.getvalue().splitlines()
+    assert (
+        len(lines) == 91 + 1
+    )  # every tenth step, the first and the last among them, and the notice
+    assert lines[0] == ("step  100/1000  loss 3.220  1.500 bits/byte  45,679 tokens/s  MFU 41.2%")
+    assert lines[1].endswith("MFU 41.2%  14:50 left")
+    assert lines[-1] == "[bold] is not markup, and a long sentence " + "x" * 80
+    assert "\x1b" not in out.getvalue()
+
+
+def test_what_is_not_known_is_not_shown():
+    out, console = plain()
+    console.start(10)
+    console.update(1, {"loss": 2.0, "mfu": None})
+    assert out.getvalue() == "step  1/10  loss 2.000\n"
+
+
+def test_live_line_stays_below_notices_and_samples():
+    out = io.StringIO()
+    terminal = rich.console.Console(file=out, force_terminal=True, width=80, height=25)
+    with Console(terminal) as console:
+        console.start(100)
+        console.update(1, ROW)
+        console.notice("Resumed from step 1.")
+        console.update(2, ROW | {"loss": 1.0})
+        console.sample("def f(x): [red]", title="step 2")
+        print("a stray print", file=sys.stderr)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    assert any(line.startswith("Resumed from step 1.") for line in lines)
+    assert any("def f(x): [red]" in line for line in lines)
+    assert lines[-1].startswith("step   2/100  loss 1.000")
+
+
+def test_banner():
+    out, console = plain()
+    console.banner(
+        "yocou_small",
+        {
+            "device": {"kind": "cpu x 8"},
+            "model": {"parameters": 3141592, "FLOPs": 1.5e9, "tied": False},
+        },
+    )
+    text = out.getvalue()
+    for word in ("yocou_small", "device", "cpu x 8", "3,141,592", "1.5e+09", "False"):
+        assert word in text
+
+
+CONFIG = """
+    from ml_collections import ConfigDict
+
+    def get_config(preset="plain"):
+        if preset not in ("plain", "rins"):
+            raise ValueError(f"There is no preset {preset!r}.")
+        return ConfigDict({"model": {"window": 64, "name": preset}, "lr": 0.1})
+"""
+
+COMMAND = """
+    import errno, os
+    from absl import flags
+    from ml_collections import config_flags
+    from experiments import cli
+    from yocou_jax.errors import UserError
+
+    config_flags.DEFINE_config_file("config")
+    flags.mark_flag_as_required("config")
+    ERRORS = {
+        0.2: UserError("A batch of 7 sequences does not divide by 2."),
+        0.3: KeyboardInterrupt(),
+        0.4: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"),
+        0.5: RuntimeError("a bug"),
+    }
+
+    def main(argv):
+        config = flags.FLAGS.config
+        if config.lr in ERRORS:
+            raise ERRORS[config.lr]
+        print("ran", config.model.name, config.model.window)
+        return 75 if config.lr == 0.6 else None
+
+    cli.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "config.py").write_text(textwrap.dedent(CONFIG))
+    (folder / "command.py").write_text(textwrap.dedent(COMMAND))
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "command.py", *arguments],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config=config.py", "--config.model.windw=3"],
+         "There is no config field 'windw' (in --config.model.windw=3). Did you mean 'window'?"),
+        (["--config=config.py", "--config.qqq=3"],
+         "There is no config field 'qqq' (in --config.qqq=3). configs/base.py lists every field."),
+        (["--config=config.py", "--config.model.window=abc"],
+         "The value of --config.model.window=abc is not possible: "
+         "invalid literal for int() with base 10: 'abc'."),
+        (["--config=nowhere.py"], "The config file nowhere.py does not exist."),
+        (["--config=nowhere.py", "--config.lr=1"], "The config file nowhere.py does not exist."),
+        (["--config=config.py:rinz"], "There is no preset 'rinz'."),
+        (["--cnfig=config.py"], "There is no flag --cnfig. Did you mean --config?"),
+        ([], "The flag --config is missing."),
+        (["config.py"], "The flag --config is missing."),
+        (["--config=config.py", "more"],
+         "The argument 'more' means nothing here: every option is a --flag."),
+        (["--config=config.py", "--config.lr=0.2"], "A batch of 7 sequences does not divide by 2."),
+        (["--config=config.py", "--config.lr=0.4"],
+         "No space left on device (runs/x). What was saved before is intact."),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_and_code_2(command, arguments, sentence):
+    result = command(*arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", sentence + "\n")
+
+
+def test_other_endings(command):
+    result = command("--config=config.py:rins", "--config.model.window=3", "--config.lr=0.6")
+    assert (result.returncode, result.stdout, result.stderr) == (75, "ran rins 3\n", "")
+    result = command("--config=config.py", "--config.lr=0.3")
+    assert (result.returncode, result.stderr) == (130, "Interrupted.\n")
+    result = command("--config=config.py", "--config.lr=0.5")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "a bug" in result.stderr

@@ -1,0 +1,438 @@
+"""Checkpoints that survive a kill, the manifest that guards a resume, and the request to stop.
+
+Orbax's CheckpointManager writes the arrays in the background; this file adds what it lacks.
+TensorStore notices truncated files, but not a flipped bit, and it answers damage with hundreds of
+lines. So a finished checkpoint gets an inventory (size and sha256 of every file), written last: a
+folder without one was never finished, a folder that differs from it is damaged, and a resume
+passes over both, before Orbax looks at them.
+
+    checkpoints/<step>/{state/, layout/, inventory.json}     checkpoints/passed-over-<step>/
+
+The directory is local or on a file system that all processes share.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from yocou_jax.errors import UserError
+from yocou_jax.typing import PyTree
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL, "try again": the exit code of a run that a SIGTERM stopped
+INVENTORY = "inventory.json"
+UNFINISHED = "it was never finished"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves the training state every `every` steps and keeps the newest `keep` checkpoints.
+
+    The state is a pytree of jax arrays; the same tree of `jax.ShapeDtypeStruct` with shardings
+    restores it, onto any mesh. `save` copies the arrays and writes them behind the training: an
+    error of that write is raised, as a UserError, by the next `save` or by `close`.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, every: int, keep: int = 2):
+        if every < 1:
+            raise UserError(f"A checkpoint every {every} steps is impossible: give 1 or more.")
+        if keep < 2:
+            raise UserError(
+                f"Keeping {keep} checkpoint is too few: give 2 or more, so that a damaged newest "
+                "one can be passed over for the one before it."
+            )
+        self.directory, self.every = Path(directory).absolute(), every
+        self._seal: threading.Thread | None = None
+        self._saving, self._error = -1, None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                    enable_async_checkpointing=True,
+                    cleanup_tmp_directories=True,  # of a run that was killed while saving
+                    create=False,
+                ),
+            )
+        except OSError as error:
+            raise UserError(
+                f"The checkpoint directory {self.directory} cannot be used: {_reason(error)}."
+            ) from error
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except UserError as failure:
+            if kind is None:
+                raise
+            log.warning("%s", failure)  # the error that ended the run is the one to raise
+
+    def latest_step(self) -> int | None:
+        """The newest finished checkpoint, or None; its files are not read."""
+        return max(self._finished_steps(), default=None)
+
+    def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
+        """Begins to save if `step` is due or forced; True if so. `state` may be donated after."""
+        self._raise_error_of_last_save(wait=False)
+        due = force or (step > 0 and step % self.every == 0)
+        if not due or step in self._manager.all_steps():
+            return False
+        self._raise_error_of_last_save(wait=True)
+        self._saving = step
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), layout=ocp.args.JsonSave(_layout(state))
+        )
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise UserError(self._failure(error)) from error
+        self._seal = threading.Thread(target=self._wait_and_seal, args=(step,), name="seal")
+        self._seal.start()
+        return True
+
+    def restore_latest(self, abstract_state: PyTree) -> tuple[PyTree, int] | None:
+        """The newest whole checkpoint as (state, step), or None if none was ever finished.
+
+        Unfinished and damaged ones are passed over with a warning and renamed, so that their
+        steps can be saved again. Raises UserError, and touches nothing, if every finished one is
+        damaged or the arrays are not those of `abstract_state`.
+        """
+        step, passed_over = _newest_whole(self.directory, self._manager.all_steps())
+        damaged = {s: why for s, why in passed_over.items() if why != UNFINISHED}
+        if step is None and damaged:
+            raise UserError(
+                f"No checkpoint in {self.directory} can be read: "
+                + "; ".join(f"of step {s}, {why}" for s, why in damaged.items())
+                + ". Move the directory away, or choose another workdir, to start from step 0."
+            )
+        state = None if step is None else _restore(self.directory, step, abstract_state)
+        for bad, why in passed_over.items():
+            instead = "the run starts anew" if step is None else f"step {step} is used instead"
+            log.warning("Checkpoint %d was passed over: %s; %s.", bad, why, instead)
+            if jax.process_index() == 0:
+                aside = self.directory / f"passed-over-{bad}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(bad)).rename(aside)
+        if passed_over:
+            multihost_utils.sync_global_devices("passed over")
+            self._manager.reload()
+        return None if step is None else (state, step)
+
+    def close(self) -> None:
+        """Waits for the last save and raises its error. A second call does nothing."""
+        if self._manager is not None:
+            try:
+                self._raise_error_of_last_save(wait=True)
+            finally:
+                manager, self._manager = self._manager, None
+                with contextlib.suppress(Exception):  # it raises the error of the last save again
+                    manager.wait_until_finished()
+                manager.close()
+
+    def _finished_steps(self) -> list[int]:
+        steps = self._manager.all_steps()
+        return [s for s in steps if (self.directory / str(s) / INVENTORY).exists()]
+
+    def _wait_and_seal(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                folder = self.directory / str(step)
+                write_atomically(folder / INVENTORY, json.dumps(_inventory(folder), indent=1))
+        except Exception as error:
+            self._error = error
+
+    def _raise_error_of_last_save(self, *, wait: bool) -> None:
+        if self._seal is not None and (wait or not self._seal.is_alive()):
+            self._seal.join()
+            self._seal, error, self._error = None, self._error, None
+            if error is not None:
+                raise UserError(self._failure(error)) from error
+
+    def _failure(self, error: Exception) -> str:
+        latest = max((s for s in self._finished_steps() if s != self._saving), default=0)
+        return (
+            f"The checkpoint of step {self._saving} could not be written to {self.directory}: "
+            f"{_reason(error)}. Nothing older is lost: once this is put right, the same command "
+            f"resumes from step {latest}."
+        )
+
+
+def load_params(directory: str | os.PathLike, abstract_params: PyTree) -> tuple[PyTree, int]:
+    """(params, step) of the newest whole checkpoint; nothing on disk is changed.
+
+    They are cast to the types of `abstract_params` and placed by its shardings (without any: on
+    the first device).
+    """
+    directory = Path(directory).absolute()
+    steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+    step, passed_over = _newest_whole(directory, steps)
+    for bad, why in passed_over.items():
+        log.warning("Checkpoint %d was passed over: %s.", bad, why)
+    if step is None:
+        raise UserError(f"There is no checkpoint to read in {directory}.")
+    return _restore(directory, step, {"params": abstract_params}, partial=True)["params"], step
+
+
+def _restore(directory: Path, step: int, abstract: PyTree, partial: bool = False) -> PyTree:
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    with ocp.CheckpointManager(directory, options=options) as manager:
+
+        def read(**items):
+            return manager.restore(step, args=ocp.args.Composite(**items))
+
+        stored, wanted = read(layout=ocp.args.JsonRestore())["layout"], _layout(abstract)
+        if partial:  # other entries and types do not matter
+            stored = {n: [v[0], wanted[n][1]] for n, v in stored.items() if n in wanted}
+        if differing := differences(stored, wanted):
+            raise UserError(
+                f"Checkpoint {step} in {directory} holds other arrays than this model has "
+                f"({len(differing)} differ): {'; '.join(differing[:8])}."
+            )
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract
+        )
+        if not partial:
+            return read(state=ocp.args.StandardRestore(target))["state"]
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        return read(
+            state=ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
+        )["state"]
+
+
+def _layout(tree: PyTree) -> dict[str, list]:
+    return {name: [list(x.shape), str(x.dtype)] for name, x in _named_leaves(tree)}
+
+
+def _named_leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves]
+
+
+def _newest_whole(directory: Path, steps: list[int]) -> tuple[int | None, dict[int, str]]:
+    """The newest whole step, and what is wrong with the ones after it."""
+    passed_over = {}
+    for step in sorted(steps, reverse=True):
+        why = _damage(directory / str(step)) if jax.process_index() == 0 else ""
+        if jax.process_count() > 1:  # what process 0 reads decides for all
+            verdicts = ["", UNFINISHED, "it is damaged"]
+            verdict = verdicts.index(why) if why in verdicts else 2
+            verdict = int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
+            why = why or verdicts[verdict]
+        if not why:
+            return step, passed_over
+        passed_over[step] = why
+    return None, passed_over
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, as the end of a sentence; empty if nothing is."""
+    try:
+        expected, found = json.loads((folder / INVENTORY).read_text()), _inventory(folder)
+        for name, entry in expected.items():
+            if found.get(name) != entry:
+                return f"its file {name} {'has changed' if name in found else 'is missing'}"
+    except FileNotFoundError:
+        return UNFINISHED
+    except (OSError, ValueError, AttributeError) as error:
+        return f"its {INVENTORY} cannot be read ({_reason(error)})"
+    return ""
+
+
+def _inventory(folder: Path) -> dict[str, list]:
+    """[size, sha256] of every file but the inventory itself."""
+    inventory = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.name.removesuffix(".new") != INVENTORY:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            inventory[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
+    return inventory
+
+
+def _reason(error: Exception) -> str:
+    """The cause in a few words: texts of TensorStore run over hundreds of lines."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    for words in ("No space left on device", "Disk quota exceeded", "File too large"):
+        if words in str(error):
+            return words
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}".rstrip(".: ")
+
+
+class StopRequest:
+    """Turns a SIGTERM into a question asked after each step, so that the run can save and exit.
+
+        with StopRequest() as stop:
+            ...
+            if stop.reached(step): save with force=True, close, exit with EXIT_PREEMPTED
+
+    With several processes the signal may reach one only; jax's preemption service then lets all
+    of them answer True at the same step. A second SIGTERM ends a single process at once.
+    """
+
+    def __enter__(self) -> "StopRequest":
+        self._requested = False
+        self._service = jax.process_count() > 1
+        # Python allows handlers in the main thread only: elsewhere (a notebook) SIGTERM just kills.
+        main = threading.current_thread() is threading.main_thread()
+        self._installed = main and not self._service
+        if self._installed:
+            self._before = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _on_signal(self, number, frame) -> None:
+        self._requested = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def reached(self, step: int) -> bool:
+        """True once it is time to save and stop; every process calls it at every step."""
+        if self._service:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
+
+
+def write_or_check_manifest(
+    workdir: str | os.PathLike,
+    config: Mapping,
+    *,
+    resuming: bool,
+    corpus: str | None = None,
+    free: tuple[str, ...] = (),
+    **extra,
+) -> dict:
+    """Writes workdir/manifest.json (config, code, versions, device, corpus); a resume checks it.
+
+    Args:
+      resuming: there is a checkpoint to go on from; without one nothing is compared.
+      corpus: fingerprint of the training text.
+      free: dotted names of fields that may change on resume, such as "run.log_every".
+      extra: anything else worth keeping, as JSON values.
+
+    Raises:
+      UserError: on resume, if the config (outside `free`) or the corpus is another one.
+    """
+    path = Path(workdir) / "manifest.json"
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    device = jax.devices()[0].device_kind
+    manifest = {
+        "created": now,
+        "config": json.loads(json.dumps(config)),  # tuples become lists, as they will be when read
+        "corpus": corpus,
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": {"kind": device, "count": jax.device_count(), "processes": jax.process_count()},
+        **extra,
+    }
+    if resuming:
+        try:
+            before = json.loads(path.read_text())
+            _check(before, manifest, free, path.parent)
+            manifest |= {"created": before["created"], "resumed": now}
+        except (OSError, KeyError, json.JSONDecodeError) as error:
+            log.warning("%s cannot be read (%s), so the config is not compared.", path, error)
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def _check(before: dict, now: dict, free: tuple[str, ...], workdir: Path) -> None:
+    differing = differences(flat(before["config"]), flat(now["config"]), ignore=free)
+    if differing:
+        raise UserError(
+            f"The run in {workdir} was started with another config, so it cannot be resumed: "
+            f"{'; '.join(differing)}. Give the old values, or choose another workdir."
+        )
+    if before["corpus"] != now["corpus"]:
+        raise UserError(
+            f"The training text has changed since the run in {workdir} was started (fingerprint "
+            f"{before['corpus']} -> {now['corpus']}), so a resume would see other batches. Bring "
+            "the old text (or Python) back, or choose another workdir."
+        )
+    old, new = ({k: m[k] for k in ("git", "python", "packages", "device")} for m in (before, now))
+    if changed := differences(flat(old), flat(new)):
+        log.warning(
+            "This resume may not be bit-for-bit the run that was begun: %s.", "; ".join(changed)
+        )
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted names."""
+    result = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        result |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return result
+
+
+def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> list[str]:
+    """`name: old -> new` for every name whose value differs or is absent on one side."""
+    shown = {}
+    for name in sorted((old.keys() | new.keys()) - set(ignore)):
+        if name not in old or name not in new or old[name] != new[name]:
+            shown[name] = [repr(side[name]) if name in side else "absent" for side in (old, new)]
+    return [f"{name}: {a} -> {b}" for name, (a, b) in shown.items()]
+
+
+def _git_revision() -> str | None:
+    """The commit of this code, "+dirty" if a tracked file was edited; None outside a checkout."""
+    command = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+dirty")
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All or nothing, also through a kill or a full disk: a new file takes the old one's place."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def params_sha256(params: PyTree) -> str:
+    """A hash of names, types, shapes and bytes: equal only for bit-for-bit equal parameters.
+
+    Every process calls it: arrays that are spread over processes are gathered.
+    """
+    digest = hashlib.sha256()
+    for name, x in sorted(_named_leaves(params), key=lambda pair: pair[0]):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            x = multihost_utils.process_allgather(x, tiled=True)
+        array = np.asarray(x)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

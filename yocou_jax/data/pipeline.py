@@ -1,0 +1,431 @@
+"""From a data configuration to global batches: tokenise once, then random access.
+
+The documents of a split are joined as <eot> doc <eot> doc ... in one memory map. Window i holds
+tokens i*N .. i*N + N: inputs are all but the last, targets all but the first. Row r of the
+training stream is a pure function of (corpus, seed, r), so the state of the iterator is one
+integer, and any number of processes gets the same global batches.
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from yocou_jax.data.corpus import Corpus, hash_fraction, is_held_out, open_corpus, parse_source
+from yocou_jax.data.tokenizer import Tokenizer, cache_error, cached_bpe, load_tokenizer
+from yocou_jax.errors import UserError
+from yocou_jax.typing import Array, Float, Int
+
+FORMAT = 1  # part of the cache key: raise it when the files below change their meaning
+SPLITS = ("train", "held_out")
+BPE_SAMPLE_BYTES = 32 * 1024**2  # enough text for tens of thousands of merges, about 15 s
+ENCODE_BYTES = 4 * 1024**2  # text encoded at once: bounds the memory, keeps every core busy
+STALE_SECONDS = 7 * 24 * 3600  # a scratch directory this old was left by a killed process
+log = logging.getLogger(__name__)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One global batch, or one row of it without the axis B.
+
+    With packing, segment_ids count the documents of a row from 1, positions restart at 0 with
+    each of them, and a target in another document than its input has loss weight 0. Without
+    packing these two are None. loss_weights None means that every target counts.
+    """
+
+    tokens: Int[Array, "B N"]
+    targets: Int[Array, "B N"]
+    loss_weights: Float[Array, "B N"] | None
+    segment_ids: Int[Array, "B N"] | None
+    positions: Int[Array, "B N"] | None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of N + 1 tokens over one memory map; consecutive windows share one token.
+
+    tokens: uint16 or uint32 [T]; starts: int64 [documents], the index of each document's <eot>.
+    The last tokens that fill no whole window are left out.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    sequence_length: int
+    packing: bool
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // self.sequence_length)
+
+    def __getitem__(self, i: int) -> Batch:
+        n = self.sequence_length
+        begin = int(i) * n
+        tokens = self.tokens[begin : begin + n + 1].astype(np.int32)
+        if not self.packing:
+            return Batch(tokens[:-1], tokens[1:], None, None, None)
+        # The document that is under way when the window begins is segment 1.
+        first, last = np.searchsorted(self.starts, [begin + 1, begin + n + 1])
+        starts = self.starts[first:last] - begin
+        step = np.zeros(n + 1, np.int32)
+        step[starts] = 1
+        segments = 1 + np.cumsum(step, dtype=np.int32)
+        index = np.arange(n + 1, dtype=np.int32)
+        positions = index - np.maximum.accumulate(index * step)
+        weights = (segments[1:] == segments[:-1]).astype(np.float32)
+        return Batch(tokens[:-1], tokens[1:], weights, segments[:-1], positions[:-1])
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Random access to global batches on a sharding: batch k holds rows k*B .. k*B + B - 1.
+
+    A process reads only the rows that its own devices hold. Raises UserError when [B, N] does
+    not divide over the mesh.
+    """
+
+    row: Callable[[int], Batch]
+    batch_size: int
+    sequence_length: int
+    sharding: jax.sharding.Sharding
+
+    def __post_init__(self):
+        try:
+            self.sharding.shard_shape(self.shape)
+        except ValueError as error:
+            raise UserError(
+                f"A batch of data.batch_size={self.batch_size} sequences of data.sequence_length="
+                f"{self.sequence_length} tokens does not divide evenly over {self.sharding}."
+            ) from error
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.batch_size, self.sequence_length
+
+    @cached_property
+    def local_rows(self) -> list[int]:
+        """The rows of a batch, within 0 .. B - 1, that this process has to read."""
+        spans = self.sharding.addressable_devices_indices_map(self.shape).values()
+        return sorted({r for rows, _ in spans for r in range(*rows.indices(self.batch_size))})
+
+    def __len__(self) -> int:
+        return sys.maxsize // self.batch_size
+
+    def host_batch(self, k: int) -> Batch:
+        """The local rows of batch k as numpy arrays [len(local_rows), N]."""
+        rows = [self.row(int(k) * self.batch_size + r) for r in self.local_rows]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+
+    def __getitem__(self, k: int) -> Batch:
+        def place(local: np.ndarray) -> jax.Array:
+            def shard(index: tuple[slice, slice]) -> np.ndarray:
+                rows = range(*index[0].indices(self.batch_size))
+                return local[np.searchsorted(self.local_rows, rows), index[1]]
+
+            return jax.make_array_from_callback(self.shape, self.sharding, shard, local.dtype)
+
+        return jax.tree.map(place, self.host_batch(k))
+
+
+class TrainIterator:
+    """An endless iterator of global batches, read ahead by one background thread.
+
+    `step` is the whole state: the number of batches handed out. Close it, or use it in `with`,
+    to stop the thread.
+    """
+
+    def __init__(self, batches: Batches, start_step: int = 0):
+        self.step = start_step
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+        grain.experimental.set_next_index(self._iterator, start_step)
+        self._iterator.start_prefetch()
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self.step += 1
+        return batch
+
+    def close(self) -> None:
+        self._iterator.close()
+
+    def __enter__(self) -> "TrainIterator":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The first windows of the held-out split: the same rows at every call.
+
+    num_tokens counts the targets with loss weight 1, num_bytes the UTF-8 bytes they stand for, so
+    bits per byte = (mean nats per token) * num_tokens / (ln 2 * num_bytes).
+    """
+
+    rows: tuple[tuple[Windows, int], ...]  # (windows, index), one per sequence
+    batch_size: int
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.rows)
+
+    def _row(self, i: int) -> Batch:
+        windows, index = self.rows[min(i, len(self.rows) - 1)]
+        row = windows[index]
+        weights = np.ones(len(row.tokens), np.float32) if not windows.packing else row.loss_weights
+        # The last batch is filled up with rows that do not count.
+        weights = weights * np.float32(i < len(self.rows))
+        return Batch(row.tokens, row.targets, weights, row.segment_ids, row.positions)
+
+    def batches(self, sharding: jax.sharding.Sharding) -> Iterator[Batch]:
+        """Every sequence once; loss_weights are always set and sum to num_tokens."""
+        length = self.rows[0][0].sequence_length
+        batches = Batches(self._row, self.batch_size, length, sharding)
+        return (batches[k] for k in range(-(-len(self.rows) // self.batch_size)))
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """Everything a run needs to know of its data. Counts are of the training split."""
+
+    tokenizer: Tokenizer
+    stream: grain.MapDataset  # row r of the training stream
+    validation: Validation
+    batch_size: int
+    sequence_length: int
+    fingerprint: str  # sha256 of the documents, the weights and the tokenizer
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    num_windows: int
+    num_invalid: int  # documents of both splits with invalid UTF-8
+    num_duplicates: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.num_bytes / self.num_tokens
+
+    def train(self, sharding: jax.sharding.Sharding, start_step: int = 0) -> TrainIterator:
+        """The iterator whose next batch is number `start_step`, bit for bit."""
+        row = self.stream.__getitem__
+        batches = Batches(row, self.batch_size, self.sequence_length, sharding)
+        return TrainIterator(batches, start_step)
+
+
+def load_data(config: Any) -> DataBundle:
+    """Read, tokenise (once per corpus and tokenizer, into config.cache_dir) and open the data.
+
+    `config` has the fields of DataConfig. Every process of a run calls this; all must see the same
+    documents. Raises UserError for every input that cannot be used.
+    """
+    mixture = parse_source(config.source)
+    corpora = [(weight, open_corpus(name, config.text_field)) for weight, name in mixture]
+    cache_dir = Path(config.cache_dir).expanduser()
+    fraction = config.validation_fraction
+    content = " + ".join(f"{weight!r}*{c.summary.fingerprint}" for weight, c in corpora)
+    if config.tokenizer == "bpe":
+        texts = _bpe_sample(corpora, fraction)
+        key = f"{content} {fraction!r} {BPE_SAMPLE_BYTES}"
+        tokenizer = cached_bpe(texts, config.vocab_size, cache_dir, key)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    fingerprint = sha256(f"{content} {tokenizer.fingerprint}".encode()).hexdigest()
+    _require_same_everywhere(fingerprint)
+
+    train, held_out, counts = [], [], {"documents": 0, "tokens": 0, "bytes": 0}
+    for weight, corpus in corpora:
+        directory, meta = _tokenised(corpus, tokenizer, fraction, cache_dir)
+        for split, found in zip(SPLITS, (train, held_out), strict=True):
+            windows = _open_windows(directory, meta, split, config)
+            if not len(windows):
+                raise UserError(
+                    f"The {split.replace('_', '-')} split of the data source {corpus.source!r} has "
+                    f"{meta[split]['documents']} documents and {meta[split]['tokens']} tokens, "
+                    f"fewer than one window of data.sequence_length={config.sequence_length} plus "
+                    "one; use a shorter sequence, more text, or another data.validation_fraction "
+                    f"(now {fraction:g})."
+                )
+            found.append((weight, windows))
+        counts = {name: counts[name] + meta["train"][name] for name in counts}
+    num_windows = sum(len(windows) for _, windows in train)
+    if num_windows < config.batch_size:
+        raise UserError(
+            f"The data source {config.source!r} has {num_windows} training windows of "
+            f"data.sequence_length={config.sequence_length}, fewer than "
+            f"data.batch_size={config.batch_size}."
+        )
+    return DataBundle(
+        tokenizer=tokenizer,
+        stream=_training_stream(train, config.seed),
+        validation=_validation(held_out, tokenizer, config),
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        fingerprint=fingerprint,
+        num_documents=counts["documents"],
+        num_tokens=counts["tokens"],
+        num_bytes=counts["bytes"],
+        num_windows=num_windows,
+        num_invalid=sum(corpus.summary.invalid for _, corpus in corpora),
+        num_duplicates=sum(corpus.summary.duplicates for _, corpus in corpora),
+    )
+
+
+def _training_stream(train: list[tuple[float, Windows]], seed: int) -> grain.MapDataset:
+    """Each component visits all its windows once per epoch, in an order new to each epoch."""
+    parts = [
+        grain.MapDataset.source(windows).seed(seed + i).shuffle().repeat()
+        for i, (_, windows) in enumerate(train)
+    ]
+    return grain.MapDataset.mix(parts, [w for w, _ in train]) if len(parts) > 1 else parts[0]
+
+
+def _validation(
+    held_out: list[tuple[float, Windows]], tokenizer: Tokenizer, config: Any
+) -> Validation:
+    """As many sequences of each component as its weight asks for, fewer where the split ends."""
+    rows = []
+    for weight, windows in held_out:
+        wanted = max(1, round(weight * config.validation_sequences))
+        rows += [(windows, i) for i in range(min(wanted, len(windows)))]
+    num_tokens = num_bytes = 0
+    for windows, i in rows:
+        row = windows[i]
+        targets = row.targets[row.loss_weights > 0] if windows.packing else row.targets
+        num_tokens += len(targets)
+        num_bytes += int(tokenizer.token_bytes[targets].sum())
+    return Validation(tuple(rows), config.batch_size, num_tokens, num_bytes)
+
+
+def _bpe_sample(corpora: list[tuple[float, Corpus]], fraction: float) -> Iterator[str]:
+    """Training documents, by hash of their names when there are more than BPE_SAMPLE_BYTES."""
+    for weight, corpus in corpora:
+        share = weight * BPE_SAMPLE_BYTES / corpus.summary.bytes
+        for name, text in corpus.documents():
+            if not is_held_out(name, fraction) and hash_fraction(name, "bpe") < share:
+                yield text
+
+
+def _require_same_everywhere(fingerprint: str) -> None:
+    """Two Python versions have two standard libraries: processes must not train on both."""
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+    everyone = multihost_utils.process_allgather(mine)
+    others = [rank for rank, theirs in enumerate(everyone) if (theirs != mine).any()]
+    if others:
+        raise UserError(
+            f"Process {jax.process_index()} reads other data or another tokenizer than the "
+            f"processes {others}; a source such as 'python' needs the same Python everywhere."
+        )
+
+
+# --- The token cache: a directory that is whole or absent -------------------------------------
+
+
+def _tokenised(
+    corpus: Corpus, tokenizer: Tokenizer, fraction: float, cache_dir: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The cache of a corpus, built when it is absent, and its meta.json."""
+    key = f"{FORMAT} {corpus.summary.fingerprint} {tokenizer.fingerprint} {fraction!r}"
+    directory = cache_dir / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
+    if not directory.is_dir():
+        log.info("tokenising %s into %s", corpus.source, directory)
+        with _whole_or_absent(directory) as scratch:
+            _write_tokens(corpus, tokenizer, fraction, scratch)
+    return directory, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _whole_or_absent(directory: Path) -> Iterator[Path]:
+    """A scratch directory that becomes `directory` in one rename at the end of the block.
+
+    When another process was first, its result stays: both hold the same bytes.
+    """
+    scratch = directory.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        scratch.mkdir(parents=True)
+        for old in directory.parent.glob(".tmp-*"):
+            with suppress(OSError):  # its owner may rename or remove it meanwhile
+                if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(old)
+        yield scratch
+        try:
+            os.rename(scratch, directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+    except OSError as error:
+        raise cache_error(directory.parent, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, fraction: float, out: Path) -> None:
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    meta: dict[str, Any] = {
+        "source": corpus.source,
+        **corpus.summary._asdict(),
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": np.dtype(dtype).name,
+    }
+    starts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    with open(out / "train.bin", "wb") as train, open(out / "held_out.bin", "wb") as held_out:
+        files = dict(zip(SPLITS, (train, held_out), strict=True))
+        for documents in _chunks(corpus.documents()):
+            for (name, text), ids in zip(
+                documents, tokenizer.encode_batch([d.text for d in documents]), strict=True
+            ):
+                split = SPLITS[is_held_out(name, fraction)]
+                starts[split].append(counts[split]["tokens"])
+                files[split].write(np.insert(ids, 0, tokenizer.eot_id).astype(dtype).tobytes())
+                counts[split]["documents"] += 1
+                counts[split]["tokens"] += 1 + len(ids)
+                counts[split]["bytes"] += len(text.encode())
+    for split in SPLITS:
+        np.save(out / f"{split}.starts.npy", np.array(starts[split], np.int64))
+    text = json.dumps(meta | counts, indent=2)
+    (out / "meta.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _chunks(documents: Iterable[Any]) -> Iterator[list[Any]]:
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text)
+        if size >= ENCODE_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _open_windows(directory: Path, meta: dict[str, Any], split: str, config: Any) -> Windows:
+    path, dtype, count = directory / f"{split}.bin", np.dtype(meta["dtype"]), meta[split]["tokens"]
+    if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
+        raise UserError(f"The data cache '{directory}' is damaged; delete it and run again.")
+    # mmap refuses an empty file.
+    tokens = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
+    starts = np.load(directory / f"{split}.starts.npy")
+    return Windows(tokens, starts, config.sequence_length, config.packing)

@@ -1,0 +1,333 @@
+"""The host side of a training run: data, state, checkpoints, evaluation, what is reported.
+
+Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the
+host; evaluation, samples and checkpoints are the only places where the host waits for the device.
+"""
+
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from pallas_kernels import api
+from yocou_jax import accounting, metrics
+from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256, write_or_check_manifest
+from yocou_jax.config import Config, ModelConfig
+from yocou_jax.data.pipeline import DataBundle, load_data
+from yocou_jax.errors import UserError
+from yocou_jax.inference import sample
+from yocou_jax.model import compute_dtype
+from yocou_jax.sharding import batch_sharding
+from yocou_jax.train import Setup, TrainState, set_up
+
+# What may differ when a run is resumed: it changes what is shown, saved or laid out, not the maths.
+FREE_FIELDS = (
+    "data.cache_dir",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "optimizer.max_skipped_updates",
+    "run.log_every",
+    "run.eval_every",
+    "run.sample_every",
+    "run.sample_prompt",
+    "run.sample_tokens",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.profile_steps",
+)
+
+PROFILE_FROM = 10  # the first steps compile and warm up
+
+
+class Stopwatch:
+    """Wall time between two logged steps, less what was spent on anything but training."""
+
+    def __init__(self):
+        self._since = time.perf_counter()
+        self.tokens, self.waited = 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self):
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def lap(self) -> tuple[float, float]:
+        """(tokens per second, share of the time spent waiting for data) since the last lap."""
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        result = self.tokens / seconds, self.waited / seconds
+        self._since, self.tokens, self.waited = now, 0, 0.0
+        return result
+
+
+class Run:
+    """One training run in its workdir; `train()` does all of it. Every process makes one."""
+
+    def __init__(self, config: Config, workdir: Path, console: metrics.Console):
+        self.config, self.workdir, self.console = config, Path(workdir), console
+        self.setup: Setup = set_up(config)
+        self.data: DataBundle = load_data(config.data)
+        needed, rows = self.data.tokenizer.vocab_size, config.model.vocab_size
+        if needed > rows:
+            raise UserError(
+                f"The tokenizer has {needed} entries, but model.vocab_size={rows}; "
+                f"set --config.model.vocab_size={needed} or more."
+            )
+        self.is_main = jax.process_index() == 0
+        self.sharding = batch_sharding(self.setup.mesh)
+        self.validation = list(self.data.validation.batches(self.sharding))
+        self.tokens_per_step = config.data.batch_size * config.data.sequence_length
+        self.flops_per_token = accounting.train_flops_per_token(
+            config.model, config.data.sequence_length
+        )
+        self.started = time.perf_counter()
+        self.writer: metrics.MetricsWriter | None = None
+        self.values: dict[str, float] = {}  # of the newest step that was read
+
+    def train(self) -> dict | None:
+        """Trains to run.steps, resuming where the workdir left off.
+
+        Returns the summary, or None if the run was asked to stop (SIGTERM) and saved its state.
+        Raises UserError for what the user must mend; what was saved before is intact then.
+        """
+        run = self.config.run
+        with (
+            jax.set_mesh(self.setup.mesh),
+            Checkpointer(
+                self.workdir / "checkpoints", every=run.checkpoint_every, keep=run.keep_checkpoints
+            ) as checkpointer,
+            StopRequest() as stop,
+        ):
+            state, first = self._begin(checkpointer)
+            with contextlib.closing(self.data.train(self.sharding, first)) as batches:
+                state, done = self._loop(state, first, batches, checkpointer, stop)
+            checkpointer.save(done, state, force=True)
+            if done < run.steps:
+                checkpointer.close()
+                self.console.notice(
+                    f"Stopped on request and saved step {done}. The same command goes on from there."
+                )
+                return None
+            summary = self._finish(state)
+        if self.writer:
+            self.writer.summary(summary)
+            self.writer.close()
+        return summary
+
+    def _begin(self, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+        """A restored or a fresh state, the manifest checked, the banner shown."""
+        config, data = self.config, self.data
+        resuming = checkpointer.latest_step() is not None
+        write_or_check_manifest(
+            self.workdir,
+            config.to_dict(),
+            corpus=data.fingerprint,
+            resuming=resuming,
+            free=FREE_FIELDS,
+            program=str(config.model.program),
+        )
+        restored = checkpointer.restore_latest(self.setup.abstract_state) if resuming else None
+        if restored:
+            state, first = restored
+        else:
+            state, first = self.setup.init(), 0
+        if self.is_main:
+            self.writer = metrics.MetricsWriter(
+                self.workdir, resume_step=first if restored else None
+            )
+            self.writer.text("config", _as_text(config), first)
+            self.writer.hparams(config.to_dict())
+        self.console.banner(f"YOCO-U in JAX: {config.model.program}", self._banner())
+        if restored:
+            self.console.notice(f"Resumed from the checkpoint of step {first} in {self.workdir}.")
+        self.console.start(config.run.steps)
+        self.stopwatch = Stopwatch()
+        return state, first
+
+    def _loop(self, state, first, batches, checkpointer, stop) -> tuple[TrainState, int]:
+        run = self.config.run
+        pending, done = None, first
+        while done < run.steps:
+            with self.stopwatch.waiting():
+                batch = next(batches)
+            self._profile(done - first)
+            state, out = self.setup.step(state, batch)
+            if pending is not None:
+                self._read(*pending)
+            done += 1
+            pending = (done, out)
+            stopping = stop.reached(done)
+            evaluating = done % run.eval_every == 0 or done == run.steps
+            sampling = done % run.sample_every == 0 or done == run.steps
+            saving = done % run.checkpoint_every == 0
+            if evaluating or sampling or saving or stopping:
+                # Rows are written before the checkpoint of their step, or a kill could lose them.
+                self._read(done, out, self.evaluate(state.params) if evaluating else None)
+                pending = None
+                with self.stopwatch.paused():
+                    if sampling:
+                        self._show_sample(state.params, done)
+                    if saving:
+                        checkpointer.save(done, state)
+            if stopping:
+                break
+        return state, done
+
+    def _read(self, step: int, out: dict[str, jax.Array], evaluated: dict | None = None) -> None:
+        """Waits for the metrics of a step; shows and, when due, writes them."""
+        values = {name: value.item() for name, value in jax.device_get(out).items()}
+        in_a_row = int(values.pop(metrics.SKIPPED_IN_A_ROW))
+        if in_a_row >= self.config.optimizer.max_skipped_updates:
+            raise UserError(
+                f"The gradient was not finite for {in_a_row} updates in a row, the last one at "
+                f"step {step}; all of them were skipped and the run stops. The newest checkpoint is "
+                "intact; a lower optimizer.learning_rate or a longer optimizer.warmup_steps may help."
+            )
+        bits = self.data.bytes_per_token * math.log(2)
+        values[metrics.BPB] = values[metrics.LOSS] / bits
+        self.stopwatch.tokens += self.tokens_per_step
+        logged = step % self.config.run.log_every == 0 or step == self.config.run.steps
+        if logged or evaluated:
+            rate, waited = self.stopwatch.lap()
+            values[metrics.TOKENS_PER_S], values[metrics.DATA_WAIT_FRACTION] = rate, waited
+            share = metrics.mfu(
+                rate, self.flops_per_token, jax.devices()[0].device_kind, jax.device_count()
+            )
+            values |= {} if share is None else {metrics.MFU: share}
+            values[metrics.TOKENS] = step * self.tokens_per_step
+            self.values = values | (evaluated or {})
+            if self.writer:
+                self.writer.write(step, self.values)
+        shown = {metrics.TOKENS_PER_S: None} | self.values | values
+        self.console.update(step, shown)
+        if evaluated:
+            self.console.notice(
+                f"step {step}: validation loss {evaluated[metrics.VAL_LOSS]:.4f} nats/token, "
+                f"{evaluated[metrics.VAL_BPB]:.4f} bits/byte"
+            )
+
+    def evaluate(self, params) -> dict[str, float]:
+        """Loss (nats per token) and bits per byte on the fixed validation set."""
+        with self.stopwatch.paused():
+            sums = [self.setup.evaluate(params, batch) for batch in self.validation]
+            nll = float(np.sum([jax.device_get(s.nll) for s in sums], dtype=np.float64))
+        validation = self.data.validation
+        return {
+            metrics.VAL_LOSS: nll / validation.num_tokens,
+            metrics.VAL_BPB: nll / math.log(2) / validation.num_bytes,
+        }
+
+    def _show_sample(self, params, step: int) -> None:
+        run, tokenizer = self.config.run, self.data.tokenizer
+        prompt = np.asarray([tokenizer.eot_id, *tokenizer.encode(run.sample_prompt)], np.int32)
+        room = self.config.data.sequence_length - len(prompt)
+        if room < 1:
+            return
+        tokens = sample(
+            params,
+            self.config.model,
+            prompt,
+            jax.random.key(step),
+            num_tokens=min(run.sample_tokens, room),
+        )
+        text = tokenizer.decode(np.asarray(jax.device_get(tokens))[1:].tolist())
+        self.console.sample(text, f"step {step}: a sample")
+        if self.writer:
+            self.writer.text("sample", text, step)
+
+    def _profile(self, step: int) -> None:
+        """A profiler trace of run.profile_steps steps from the tenth on, for TensorBoard."""
+        wanted = self.config.run.profile_steps if self.is_main else 0
+        if wanted and step == PROFILE_FROM:
+            jax.profiler.start_trace(str(self.workdir / "tensorboard"))
+        if wanted and step == PROFILE_FROM + wanted:
+            jax.profiler.stop_trace()
+
+    def _finish(self, state: TrainState) -> dict:
+        config = self.config
+        tokens = config.run.steps * self.tokens_per_step
+        if metrics.VAL_BPB not in self.values:  # resumed behind the last step: nothing left to do
+            self.values |= self.evaluate(state.params)
+        return {
+            "program": str(config.model.program),
+            "params": accounting.parameters(config.model)["total"],
+            "tokens": tokens,
+            "train_flops": tokens * self.flops_per_token,
+            "val_loss": self.values[metrics.VAL_LOSS],
+            "val_bpb": self.values[metrics.VAL_BPB],
+            "tokens_per_s": self.values.get(metrics.TOKENS_PER_S),
+            "wall_s": time.perf_counter() - self.started,
+            "kv_bytes_per_sequence": accounting.kv_bytes(
+                config.model,
+                config.data.sequence_length,
+                compute_dtype(config.model).itemsize,
+            ),
+            "final_params_sha256": params_sha256(state.params),
+        }
+
+    def _banner(self) -> dict[str, dict]:
+        """Everything a person wants to know before the first step, section by section."""
+        config, data = self.config, self.data
+        model, length = config.model, config.data.sequence_length
+        device = jax.devices()[0]
+        parts = accounting.parameters(model)
+        tokens = config.run.steps * self.tokens_per_step
+        dtype = compute_dtype(model)
+        kv = accounting.kv_bytes(model, length, dtype.itemsize) / accounting.MIB
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.setup.mesh.shape.items())
+        return {
+            "device": {
+                "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+                "mesh": mesh,
+                "compute": f"{dtype.name}, parameters in float32",
+                **attention_choices(model),
+            },
+            "model": {"program": str(model.program)} | parts,
+            "compute": {
+                "training FLOPs per token": f"{self.flops_per_token:.4g}",
+                "training FLOPs in all": f"{self.flops_per_token * tokens:.4g}",
+                "KV cache per sequence": f"{kv:.3f} MiB at {length} tokens, {dtype.name}",
+            },
+            "data": {
+                "source": config.data.source,
+                "corpus": f"{data.num_documents:,} documents, {data.num_tokens:,} tokens, "
+                f"{data.bytes_per_token:.3f} bytes per token, sha256 {data.fingerprint[:12]}",
+                "validation": f"{data.validation.num_sequences} sequences, "
+                f"{data.validation.num_tokens:,} tokens",
+                "batch": f"{config.data.batch_size} x {length} tokens",
+                "training": f"{config.run.steps:,} steps, {tokens:,} tokens, "
+                f"{tokens / parts['total']:.2f} per parameter, "
+                f"{tokens / data.num_tokens:.2f} epochs",
+            },
+            "run": {"workdir": str(self.workdir)},
+        }
+
+
+def attention_choices(config: ModelConfig) -> dict[str, str]:
+    """Which implementation runs each kind of attention of a program, and why."""
+    mixers = {stage.mixer for stage in config.program.stages}
+    operations = {"window_attention": {"window"}, "cross_attention": {"full", "cross"}}
+    choices = {}
+    for operation, needed_by in operations.items():
+        if mixers & needed_by:
+            choice = api.choose_implementation(operation, implementation=config.attention)
+            choices[operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
+    return choices
+
+
+def _as_text(config: Config) -> str:
+    lines = []
+    for group, fields in config.to_dict().items():
+        lines += [f"{group}.{name} = {value!r}" for name, value in fields.items()]
+    return "\n".join(lines)

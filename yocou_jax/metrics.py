@@ -1,0 +1,261 @@
+"""What a run reports and where: metrics.jsonl, TensorBoard, summary.json and the terminal.
+
+The names below are an API: scripts, notebooks and later studies read them from metrics.jsonl.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import rich.box
+import rich.console
+import rich.live
+import rich.panel
+import rich.table
+import rich.text
+from tensorboardX import summary as tb
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from yocou_jax.checkpoint import flat, write_atomically
+
+STEP = "step"  # updates done
+TOKENS = "tokens"  # targets trained on since step 0
+LOSS = "loss"  # cross-entropy of the training batch, nats per token
+BPB = "bpb"  # the same in bits per byte of text
+VAL_LOSS = "val_loss"  # on the fixed validation set, nats per token
+VAL_BPB = "val_bpb"
+GRAD_NORM = "grad_norm"  # global, before clipping
+LR = "lr"
+TOKENS_PER_S = "tokens_per_s"  # over all devices, since the last logged step
+MFU = "mfu"  # share of the peak FLOP/s; absent where the peak is unknown
+DATA_WAIT_FRACTION = "data_wait_fraction"  # share of the time spent waiting for batches
+SKIPPED_UPDATES = "skipped_updates"  # non-finite updates since step 0
+SKIPPED_IN_A_ROW = "skipped_in_a_row"  # of those, the latest ones without a good one between
+Z_LOSS = "z_loss"  # mean logsumexp(logits)^2
+LOAD_BALANCE = "load_balance"  # of the routers: 1 is uniform, the number of experts the worst
+ROUTER_Z = "router_z"
+EXPERT_LOAD_MAX = "expert_load_max"  # of the busiest expert, 1 is uniform
+EXPERT_LOAD_MIN = "expert_load_min"
+ELAPSED_S = "elapsed_s"  # wall time since this process began to train
+
+# Dense bf16 FLOP/s of one jax device, by a pattern of device_kind; the first match counts.
+# Of a TPU v7x chip (2307e12) jax shows each half as a device. GPU figures are without sparsity.
+PEAK_FLOPS = (
+    (r"TPU v4 lite", None),
+    (r"TPU v4", 275e12),
+    (r"TPU v5 ?(lite|e)", 197e12),
+    (r"TPU v5", 459e12),  # v5p
+    (r"TPU v6", 918e12),  # v6e, "v6 lite"
+    (r"TPU ?v?7", 1153.5e12),
+    (r"\bG?B200\b", 2250e12),
+    (r"\bH[12]00 (NVL)\b", 835e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bG?H[12]00\b", 989e12),
+    (r"\bA100\b", 312e12),
+    (r"\bL4\b", 121e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of one device, by `jax.Device.device_kind`; None if not in the table."""
+    return next((f for pattern, f in PEAK_FLOPS if re.search(pattern, device_kind)), None)
+
+
+def mfu(
+    tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int
+) -> float | None:
+    """Model FLOP/s over the peak of all devices; None where the peak is unknown (a CPU)."""
+    peak = peak_flops(device_kind)
+    return None if peak is None else tokens_per_s * flops_per_token / (peak * devices)
+
+
+class MetricsWriter:
+    """metrics.jsonl, summary.json and TensorBoard events of one run; only process 0 makes one.
+
+    `resume_step` (None: from the start) drops what a killed run wrote after that checkpoint, so no
+    step appears twice. Write the row of a step before saving its checkpoint: a kill between the
+    two would lose it. All is written at once and in this thread, so a kill loses nothing, and a
+    full disk raises its OSError here (tensorboardX's SummaryWriter would hang on it instead).
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
+        self.workdir = Path(workdir)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.path, self.tensorboard = self.workdir / "metrics.jsonl", self.workdir / "tensorboard"
+        self.tensorboard.mkdir(exist_ok=True)
+        kept = [r for r in read_metrics(self.path) if resume_step and r[STEP] <= resume_step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._last_step = kept[-1][STEP] if kept else -1
+        self._file = self.path.open("a")
+        # The suffix: two starts within one second would write the same file.
+        self._events = EventsWriter(str(self.tensorboard / "events"), f".{time.time_ns()}")
+        # TensorBoard forgets what earlier files of the run say of this step and later ones.
+        first = self._last_step + 1
+        self._event(first, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row: numbers (or 0-d arrays) by name. Steps must rise."""
+        if step <= self._last_step:
+            raise ValueError(f"Step {step} is written after step {self._last_step}.")
+        self._last_step = step
+        row = {k: v if isinstance(v, int | str) else float(v) for k, v in values.items()}
+        # JSON has no NaN: a loss that is not finite is null there, and NaN in TensorBoard.
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._file.write(json.dumps({STEP: step, **clean}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if not isinstance(value, str):
+                self._event(step, summary=tb.scalar(name, value))
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """A sample or the config, shown as typed (TensorBoard would read it as Markdown)."""
+        indented = "\n".join("    " + line for line in text.splitlines())
+        self._event(step, summary=tb.text(tag, indented))
+
+    def hparams(self, config: Mapping) -> None:
+        """The config for TensorBoard's HPARAMS tab, beside val_loss and val_bpb."""
+        numbers_or_text = {
+            k: v if isinstance(v, int | float | str) else repr(v) for k, v in flat(config).items()
+        }
+        for part in tb.hparams(numbers_or_text, {VAL_LOSS: 0.0, VAL_BPB: 0.0}):
+            self._event(0, summary=part)
+
+    def summary(self, values: Mapping) -> None:
+        """Writes summary.json, all or nothing."""
+        write_atomically(self.workdir / "summary.json", json.dumps(dict(values), indent=1) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def _event(self, step: int, **fields) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **fields))
+        self._events.flush()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """The rows of a metrics.jsonl (no file: none), without a last line that a kill cut off."""
+    rows = []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and STEP in row:
+            rows.append(row)
+    return rows
+
+
+class Console:
+    """The terminal of a run: a banner, one live line, and notices and samples that do not break it.
+
+    On a terminal the line is redrawn in place. Elsewhere (a log file, CI) it is printed as a plain
+    line, at the first step, the last, and at most every `plain_every_s` seconds between.
+    """
+
+    def __init__(self, console: rich.console.Console | None = None, *, plain_every_s: float = 10.0):
+        self.console = console or rich.console.Console()
+        self._plain_every_s = plain_every_s
+        self._live: rich.live.Live | None = None
+        self._total = 0
+        self._first: tuple[int, float] | None = None
+        self._printed_at = -math.inf
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def banner(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
+        """A table of key/value sections; values as text, integers with thousands separators."""
+        table = rich.table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for i, (name, rows) in enumerate(sections.items()):
+            if i:
+                table.add_row()
+            table.add_row(rich.text.Text(name, style="bold cyan"))
+            for key, value in rows.items():
+                table.add_row(rich.text.Text(f"  {key}"), rich.text.Text(show(value)))
+        self.console.print(rich.panel.Panel(table, title=title, title_align="left", expand=False))
+
+    def start(self, total_steps: int) -> None:
+        """Begins the live line of a run that ends at `total_steps`."""
+        self._total, self._first = total_steps, None
+        if self.console.is_terminal:
+            self._live = rich.live.Live(console=self.console, refresh_per_second=4)
+            self._live.start()
+
+    def update(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Shows step, loss, bits per byte, tokens/s, MFU and the time left, as far as known."""
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        line = self._line(step, values, now)
+        if self._live is not None:
+            self._live.update(rich.text.Text(line, no_wrap=True, overflow="ellipsis"))
+        elif step >= self._total or now - self._printed_at >= self._plain_every_s:
+            self._printed_at = now
+            self._print(line)
+
+    def notice(self, text: str) -> None:
+        """A sentence above the live line."""
+        self._print(text)
+
+    def sample(self, text: str, title: str) -> None:
+        """Generated text, verbatim, above the live line."""
+        self.console.print(
+            rich.panel.Panel(rich.text.Text(text), title=title, title_align="left", style="dim")
+        )
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, step: int, values: Mapping[str, float | None], now: float) -> str:
+        parts = [f"step {step:>{len(str(self._total))}}/{self._total}"]
+        for name, form in _LINE:
+            if (value := values.get(name)) is not None:
+                parts.append(form.format(float(value)))
+        first_step, first_time = self._first
+        if step > first_step:  # the first interval has compilation in it, so it does not count
+            left = (now - first_time) / (step - first_step) * max(self._total - step, 0)
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+
+_LINE = (
+    (LOSS, "loss {:.3f}"),
+    (BPB, "{:.3f} bits/byte"),
+    (TOKENS_PER_S, "{:,.0f} tokens/s"),
+    (MFU, "MFU {:.1%}"),
+)
+
+
+def show(value: object) -> str:
+    """A number as a person writes it; anything else as str() has it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:42, 12:05 or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
