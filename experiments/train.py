@@ -8,7 +8,6 @@ start it once on each with --distributed (a TPU pod needs nothing else; elsewher
 flags that name the processes).
 """
 
-import os
 from pathlib import Path
 
 from absl import flags
@@ -48,8 +47,7 @@ def main(_):
     config_file = flags.FLAGS["config"].config_filename
     workdir = Path(WORKDIR.value or default_workdir(config_file))
     # Only process 0 speaks: the others would say the same.
-    quiet = None if jax.process_index() == 0 else open(os.devnull, "w")
-    with Console(Terminal(file=quiet)) as console:
+    with Console(Terminal(quiet=jax.process_index() > 0)) as console:
         summary = Run(config, workdir, console).train()
         if summary is None:
             return EXIT_PREEMPTED

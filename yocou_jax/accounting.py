@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def _attention_params(config: ModelConfig, mixer: str) -> int:
-    """Matrix entries of one layer's attention: W_q, W_o and, where the layer has its own, W_k W_v."""
+    """Matrix entries of one layer's attention: W_q, W_o and, if it has its own, W_k and W_v."""
     own_kv = 0 if mixer == "cross" else 2 * config.num_kv_heads
     return config.d_model * config.head_dim * (2 * config.num_heads + own_kv)
 
@@ -102,7 +102,7 @@ def visible_keys(config: ModelConfig, mixer: str, context: int) -> int:
 
 
 def _stage_flops(config: ModelConfig, stage: Stage, tokens: int, pairs: int) -> int:
-    """Forward FLOPs of a stage over `tokens` positions of which `pairs` (query, key) are visible."""
+    """Forward FLOPs of a stage over `tokens` positions with `pairs` visible (query, key) pairs."""
     matmul = 2 * _layer_matmul_params(config, stage) * tokens
     attention = 4 * config.num_heads * config.head_dim * pairs
     return config.program.streams * stage.depth * (matmul + attention)
@@ -142,7 +142,7 @@ def prefill_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def decode_flops_per_token(config: ModelConfig, context: int) -> int:
-    """FLOPs of one decode step whose query sees a context of `context` positions, its own included."""
+    """FLOPs of one decode step that sees `context` positions, its own included."""
     return _ends_flops(config, 1, 1) + sum(
         _stage_flops(config, stage, 1, visible_keys(config, stage.mixer, context))
         for stage in config.program.stages

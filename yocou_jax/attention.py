@@ -121,7 +121,7 @@ class SelfAttention(nn.Module):
         return Output(c, self.dtype, name="output")(y)
 
     def _prepend_prefix(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Puts each stream's learned keys and values before the sequence's own, stream-major in B."""
+        """Puts each stream's learned keys and values before the sequence's; B is stream-major."""
         c = self.config
         shape = (2, c.program.streams, c.prefix_length, c.num_kv_heads, c.head_dim)
         axes = ("pair", "streams", "prefix", "kv_heads", "head_dim")
@@ -135,7 +135,7 @@ class SelfAttention(nn.Module):
 
 
 class GlobalKeyValue(nn.Module):
-    """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: written once, read by every cross layer (YOCO, eq. 2)."""
+    """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: written once, for every cross layer (YOCO, eq. 2)."""
 
     config: ModelConfig
     dtype: jnp.dtype

@@ -116,7 +116,7 @@ class Run:
             if done < run.steps:
                 checkpointer.close()
                 self.console.notice(
-                    f"Stopped on request and saved step {done}. The same command goes on from there."
+                    f"Stopped on request and saved step {done}; the same command goes on from there."
                 )
                 return None
             summary = self._finish(state)
@@ -191,8 +191,8 @@ class Run:
         if in_a_row >= self.config.optimizer.max_skipped_updates:
             raise UserError(
                 f"The gradient was not finite for {in_a_row} updates in a row, the last one at "
-                f"step {step}; all of them were skipped and the run stops. The newest checkpoint is "
-                "intact; a lower optimizer.learning_rate or a longer optimizer.warmup_steps may help."
+                f"step {step}; all of them were skipped and the run stops. The newest checkpoint "
+                "is intact; a lower optimizer.learning_rate or more optimizer.warmup_steps may help."
             )
         bits = self.data.bytes_per_token * math.log(2)
         values[metrics.BPB] = values[metrics.LOSS] / bits

@@ -11,6 +11,8 @@ Nothing happens between loops but composition. Layers and loops are `nn.scan`s, 
 compile time nor (for loops) the parameters grow with them.
 """
 
+import operator
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -83,7 +85,7 @@ class StageStack(nn.Module):
     def setup(self):
         block = Block
         if self.config.remat != "none":
-            # Inside a scan the barrier that prevents common-subexpression elimination is not needed.
+            # A scan's body needs no barrier against common-subexpression elimination.
             block = nn.remat(Block, policy=REMAT[self.config.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
@@ -112,13 +114,13 @@ class StageStack(nn.Module):
         return x, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
 
     def _unrolled(self, x, context, num_loops):
-        """The same in plain Python, for debugging: a print or a breakpoint in Block sees each layer."""
+        """The same in plain Python, to debug: a print or breakpoint in Block sees each layer."""
         stacked = self.layers.variables["params"]
         block = Block(self.config, self.stage.mixer, parent=None)
         stats = []
         for _ in range(num_loops):
             for layer in range(self.stage.layers):
-                params = jax.tree.map(lambda p: p[layer], stacked)
+                params = jax.tree.map(operator.itemgetter(layer), stacked)
                 x, layer_stats = block.apply({"params": params}, x, context)
                 stats.append(layer_stats)
         return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
@@ -189,7 +191,7 @@ class LanguageModel(nn.Module):
         return ModelOutput(x, router)
 
     def _mix_streams(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
-        """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax of a linear map of all streams (ParScale)."""
+        """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax(linear map of all streams) (ParScale)."""
         streams, floor = self.config.program.streams, self.config.gate_floor
         x = x.reshape(streams, -1, *x.shape[1:])
         gate = self.stream_gate(jnp.moveaxis(x, 0, 2).astype(jnp.float32))

@@ -165,7 +165,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
 
 
 class Setup(NamedTuple):
-    """What a run is made of once the config is known: the mesh, the optimiser and jitted functions."""
+    """What a run is made of once its config is known: mesh, optimiser, jitted functions."""
 
     mesh: Mesh
     optimizer: optax.GradientTransformation
