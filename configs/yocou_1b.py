@@ -5,9 +5,10 @@
     python -m experiments.account --config=configs/yocou_1b.py
 
 L = 20, D = 2560, W = 512, 3 loops, K/V width 512, AdamW at 1e-3, sequences of 8192 and about 20B
-tokens are the paper's. It does not give the feed-forward width (6656 makes 1.3B without embeddings), the
-vocabulary, warm-up, weight decay or clipping: those here are ours. The paper reports Wiki
-perplexity 21.01 for yoco_u, 22.25 for yoco and 22.52 for transformer; not reproduced here so far.
+tokens are the paper's. It does not give the feed-forward width (6656 makes 1.3B without
+embeddings), the vocabulary, warm-up, weight decay or clipping: those here are ours. The paper
+reports Wiki perplexity 21.01 for yoco_u, 22.25 for yoco and 22.52 for transformer; not reproduced
+here so far.
 Expected cost: see `experiments.account` (training FLOPs per token x 21B tokens).
 """
 

@@ -75,7 +75,7 @@ def test_a_resume_drops_what_came_after_the_checkpoint(tmp_path):
 
 def test_steps_rise_and_nan_stays_json(tmp_path):
     writer = MetricsWriter(tmp_path)
-    writer.write(1, {"loss": float("nan"), "lr": 1e-3})
+    writer.write(1, {"loss": float("nan"), "lr": 1e-3, "mfu": None})
     with pytest.raises(ValueError, match="Step 1 is written after step 1"):
         writer.write(1, {"loss": 1.0})
     writer.close()

@@ -129,8 +129,8 @@ class Checkpointer:
         state = None if step is None else _restore(self.directory, step, abstract_state)
         for bad, why in passed_over.items():
             instead = "the run starts anew" if step is None else f"step {step} is used instead"
-            log.warning("Checkpoint %d was passed over: %s; %s.", bad, why, instead)
             if jax.process_index() == 0:
+                log.warning("Checkpoint %d was passed over: %s; %s.", bad, why, instead)
                 aside = self.directory / f"passed-over-{bad}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(bad)).rename(aside)

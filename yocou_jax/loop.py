@@ -116,7 +116,7 @@ class Run:
             if done < run.steps:
                 checkpointer.close()
                 self.console.notice(
-                    f"Stopped on request and saved step {done}; the same command goes on from there."
+                    f"Stopped on request; step {done} is saved, the same command resumes."
                 )
                 return None
             summary = self._finish(state)
@@ -192,7 +192,7 @@ class Run:
             raise UserError(
                 f"The gradient was not finite for {in_a_row} updates in a row, the last one at "
                 f"step {step}; all of them were skipped and the run stops. The newest checkpoint "
-                "is intact; a lower optimizer.learning_rate or more optimizer.warmup_steps may help."
+                "is intact; try a lower optimizer.learning_rate or more optimizer.warmup_steps."
             )
         bits = self.data.bytes_per_token * math.log(2)
         values[metrics.BPB] = values[metrics.LOSS] / bits

@@ -98,12 +98,13 @@ class MetricsWriter:
         first = self._last_step + 1
         self._event(first, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One row: numbers (or 0-d arrays) by name. Steps must rise."""
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """One row: numbers (or 0-d arrays) by name; None is left out. Steps must rise."""
         if step <= self._last_step:
             raise ValueError(f"Step {step} is written after step {self._last_step}.")
         self._last_step = step
-        row = {k: v if isinstance(v, int | str) else float(v) for k, v in values.items()}
+        known = {k: v for k, v in values.items() if v is not None}
+        row = {k: v if isinstance(v, int | str) else float(v) for k, v in known.items()}
         # JSON has no NaN: a loss that is not finite is null there, and NaN in TensorBoard.
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()

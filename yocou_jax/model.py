@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
         return ModelOutput(x, router)
 
     def _mix_streams(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
-        """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax(linear map of all streams) (ParScale)."""
+        """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax(linear map of all x_p)."""
         streams, floor = self.config.program.streams, self.config.gate_floor
         x = x.reshape(streams, -1, *x.shape[1:])
         gate = self.stream_gate(jnp.moveaxis(x, 0, 2).astype(jnp.float32))
