@@ -155,6 +155,8 @@ def measure_window() -> dict[str, dict[str, float]]:
 
 
 def main(_):
+    if jax.default_backend() == "cpu":
+        cli.keep_freed_memory()
     result = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

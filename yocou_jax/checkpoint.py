@@ -63,6 +63,9 @@ class Checkpointer:
         self._saving, self._error = -1, None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._put_aside(
+                {s: UNFINISHED for s in _steps(self.directory) if not self._finished(s)}
+            )
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -90,7 +93,7 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest finished checkpoint, or None; its files are not read."""
-        return max(self._finished_steps(), default=None)
+        return max(filter(self._finished, self._manager.all_steps()), default=None)
 
     def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
         """Begins to save if `step` is due or forced; True if so. `state` may be donated after."""
@@ -112,32 +115,25 @@ class Checkpointer:
         return True
 
     def restore_latest(self, abstract_state: PyTree) -> tuple[PyTree, int] | None:
-        """The newest whole checkpoint as (state, step), or None if none was ever finished.
+        """The newest whole checkpoint as (state, step), or None if there is none.
 
-        Unfinished and damaged ones are passed over with a warning and renamed, so that their
-        steps can be saved again. Raises UserError, and touches nothing, if every finished one is
-        damaged or the arrays are not those of `abstract_state`.
+        Damaged ones after it are passed over with a warning and renamed, so that their steps can
+        be saved again (unfinished ones were when this object was made). Raises UserError, and
+        touches nothing, if all are damaged or the arrays are not those of `abstract_state`.
         """
-        step, passed_over = _newest_whole(self.directory, self._manager.all_steps())
-        damaged = {s: why for s, why in passed_over.items() if why != UNFINISHED}
+        step, damaged = _newest_whole(self.directory, self._manager.all_steps())
         if step is None and damaged:
             raise UserError(
                 f"No checkpoint in {self.directory} can be read: "
                 + "; ".join(f"of step {s}, {why}" for s, why in damaged.items())
                 + ". Move the directory away, or choose another workdir, to start from step 0."
             )
-        state = None if step is None else _restore(self.directory, step, abstract_state)
-        for bad, why in passed_over.items():
-            instead = "the run starts anew" if step is None else f"step {step} is used instead"
-            if jax.process_index() == 0:
-                log.warning("Checkpoint %d was passed over: %s; %s.", bad, why, instead)
-                aside = self.directory / f"passed-over-{bad}"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(bad)).rename(aside)
-        if passed_over:
-            multihost_utils.sync_global_devices("passed over")
-            self._manager.reload()
-        return None if step is None else (state, step)
+        if step is None:
+            return None
+        state = _restore(self.directory, step, abstract_state)
+        self._put_aside({s: f"{why}; step {step} is used instead" for s, why in damaged.items()})
+        self._manager.reload()
+        return state, step
 
     def close(self) -> None:
         """Waits for the last save and raises its error. A second call does nothing."""
@@ -150,9 +146,17 @@ class Checkpointer:
                     manager.wait_until_finished()
                 manager.close()
 
-    def _finished_steps(self) -> list[int]:
-        steps = self._manager.all_steps()
-        return [s for s in steps if (self.directory / str(s) / INVENTORY).exists()]
+    def _finished(self, step: int) -> bool:
+        return (self.directory / str(step) / INVENTORY).exists()
+
+    def _put_aside(self, reasons: dict[int, str]) -> None:
+        for step, why in reasons.items() if jax.process_index() == 0 else ():
+            log.warning("Checkpoint %d in %s was passed over: %s.", step, self.directory, why)
+            aside = self.directory / f"passed-over-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints put aside")
 
     def _wait_and_seal(self, step: int) -> None:
         try:
@@ -171,7 +175,8 @@ class Checkpointer:
                 raise UserError(self._failure(error)) from error
 
     def _failure(self, error: Exception) -> str:
-        latest = max((s for s in self._finished_steps() if s != self._saving), default=0)
+        steps = (s for s in self._manager.all_steps() if s != self._saving and self._finished(s))
+        latest = max(steps, default=0)
         return (
             f"The checkpoint of step {self._saving} could not be written to {self.directory}: "
             f"{_reason(error)}. Nothing older is lost: once this is put right, the same command "
@@ -186,8 +191,7 @@ def load_params(directory: str | os.PathLike, abstract_params: PyTree) -> tuple[
     the first device).
     """
     directory = Path(directory).absolute()
-    steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
-    step, passed_over = _newest_whole(directory, steps)
+    step, passed_over = _newest_whole(directory, _steps(directory))
     for bad, why in passed_over.items():
         log.warning("Checkpoint %d was passed over: %s.", bad, why)
     if step is None:
@@ -231,16 +235,18 @@ def _named_leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
     return [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves]
 
 
+def _steps(directory: Path) -> list[int]:
+    return [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+
+
 def _newest_whole(directory: Path, steps: list[int]) -> tuple[int | None, dict[int, str]]:
-    """The newest whole step, and what is wrong with the ones after it."""
+    """The newest whole step, and what is wrong with each one after it; process 0 decides."""
     passed_over = {}
     for step in sorted(steps, reverse=True):
         why = _damage(directory / str(step)) if jax.process_index() == 0 else ""
-        if jax.process_count() > 1:  # what process 0 reads decides for all
-            verdicts = ["", UNFINISHED, "it is damaged"]
-            verdict = verdicts.index(why) if why in verdicts else 2
-            verdict = int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
-            why = why or verdicts[verdict]
+        if jax.process_count() > 1:
+            whole = bool(multihost_utils.broadcast_one_to_all(np.array(not why)))
+            why = "" if whole else why or "it is damaged"
         if not why:
             return step, passed_over
         passed_over[step] = why

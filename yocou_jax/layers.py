@@ -1,5 +1,6 @@
 """The parts that every architecture shares: linear maps, RMSNorm, RoPE, SwiGLU."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -40,19 +41,46 @@ class Linear(nn.Module):
         return (x.reshape(-1, fan_in) @ kernel).reshape(*leading, *self.features)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32."""
+    normed, _ = _rms(x, eps)
+    return (normed * scale).astype(x.dtype)
+
+
+def _rms(x, eps):
+    x = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x * inverse, inverse
+
+
+# By hand, so that backward keeps x alone: autodiff keeps three arrays of its size.
+def _rms_norm_fwd(x, scale, eps):
+    return rms_norm(x, scale, eps), (x, scale)
+
+
+def _rms_norm_bwd(eps, residuals, g):
+    x, scale = residuals
+    normed, inverse = _rms(x, eps)
+    g = g.astype(jnp.float32)
+    g_normed = g * scale
+    dx = inverse * (g_normed - normed * jnp.mean(g_normed * normed, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(g * normed, axis=tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, over the last dimension, in float32."""
+    """`rms_norm` with a learned scale."""
 
     eps: float
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * inverse * scale).astype(self.dtype)
+        return rms_norm(x, scale, self.eps)
 
 
 def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "B N"], theta: float) -> Array:
@@ -68,8 +96,25 @@ def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "B N"], theta: fl
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
+@jax.custom_vjp
+def gated_silu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """silu(gate) * up."""
+    return nn.silu(gate) * up
+
+
+# By hand for the same reason as rms_norm: backward keeps gate and up, not the sigmoid between.
+def _gated_silu_bwd(residuals, g):
+    gate, up = residuals
+    sigmoid = nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return g * up * (sigmoid + silu * (1 - sigmoid)), g * silu
+
+
+gated_silu.defvjp(lambda gate, up: (gated_silu(gate, up), (gate, up)), _gated_silu_bwd)
+
+
 class SwiGLU(nn.Module):
-    """W_down(silu(W_gate x) * W_up x), gate and up side by side in one matrix."""
+    """W_down(silu(W_gate x) * W_up x)."""
 
     width: int
     dtype: jnp.dtype
@@ -77,8 +122,9 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        gate_up = Linear((2, self.width), ("embed", "pair", "mlp"), self.dtype, name="gate_up")(x)
-        hidden = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        # Two matrices: side by side in one, their gradients would have to be joined and split.
+        gate = Linear((self.width,), ("embed", "mlp"), self.dtype, name="gate")(x)
+        up = Linear((self.width,), ("embed", "mlp"), self.dtype, name="up")(x)
         return Linear((x.shape[-1],), ("mlp", "embed"), self.dtype, self.out_scale, name="down")(
-            hidden
+            gated_silu(gate, up)
         )

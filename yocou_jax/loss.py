@@ -33,16 +33,22 @@ def _chunk_length(batch: int, length: int, vocab: int) -> int:
     return max(n for n in range(1, length + 1) if length % n == 0 and n <= limit)
 
 
-def _chunk_sums(hidden, head, targets, weights):
-    """Sums of one chunk and d(nll)/d(logits), d(z)/d(logits) up to their cotangents."""
+def _chunk(hidden, head, targets, weights):
+    """One chunk of M rows: softmax probabilities [M, V], lse [M], and the sums of nll and lse^2."""
     logits = (hidden @ head).astype(jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return logits, lse, jnp.sum((lse - picked) * weights), jnp.sum(lse**2 * weights)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - top)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    lse = (top + jnp.log(total))[:, 0]
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return exponentials / total, lse, jnp.sum((lse - picked) * weights), jnp.sum(lse**2 * weights)
 
 
-def _slice(x, start, length):
-    return jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
+def _rows(x, start, length):
+    """Positions start .. start + length of every sequence, [B * length, ...]: sequences are split
+    over devices, so that a chunk of positions is work for all of them."""
+    x = jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
+    return x.reshape(-1, *x.shape[2:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -53,8 +59,8 @@ def _cross_entropy(hidden, head, targets, weights, z_loss):
     head = head.astype(hidden.dtype)
 
     def body(carry, start):
-        parts = [_slice(x, start, chunk) for x in (hidden, targets, weights)]
-        _, _, nll, z = _chunk_sums(parts[0], head, *parts[1:])
+        h, t, w = (_rows(x, start, chunk) for x in (hidden, targets, weights))
+        _, _, nll, z = _chunk(h, head, t, w)
         return (carry[0] + nll, carry[1] + z), None
 
     starts = jnp.arange(0, length, chunk)
@@ -72,16 +78,16 @@ def _cross_entropy_fwd(hidden, head, targets, weights, z_loss):
 
     def body(carry, start):
         nll_sum, z_sum, d_head = carry
-        h, t, w = (_slice(x, start, chunk) for x in (hidden, targets, weights))
-        logits, lse, nll, z = _chunk_sums(h, cast, t, w)
-        p = jnp.exp(logits - lse[..., None])
-        scale = (w * (1 + 2 * z_loss * lse))[..., None]
-        one_hot = t[..., None] == jnp.arange(vocab)
-        d_logits = (p * scale - jnp.where(one_hot, w[..., None], 0.0)).astype(hidden.dtype)
+        h, t, w = (_rows(x, start, chunk) for x in (hidden, targets, weights))
+        p, lse, nll, z = _chunk(h, cast, t, w)
+        scale = (w * (1 + 2 * z_loss * lse))[:, None]
+        one_hot = t[:, None] == jnp.arange(vocab)
+        d_logits = (p * scale - jnp.where(one_hot, w[:, None], 0.0)).astype(hidden.dtype)
+        # Two products read d_logits: without the barrier XLA computes it once for each.
+        d_logits = jax.lax.optimization_barrier(d_logits)
         d_hidden = d_logits @ cast.T
-        flat = (h.reshape(-1, width), d_logits.reshape(-1, vocab))
-        d_head = d_head + jnp.matmul(flat[0].T, flat[1], preferred_element_type=jnp.float32)
-        return (nll_sum + nll, z_sum + z, d_head), d_hidden
+        d_head = d_head + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
+        return (nll_sum + nll, z_sum + z, d_head), d_hidden.reshape(batch, chunk, width)
 
     start = (jnp.float32(0), jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
     (nll, z, d_head), d_hidden = jax.lax.scan(body, start, jnp.arange(0, length, chunk))

@@ -62,8 +62,8 @@ class Block(nn.Module):
             attention = CrossAttention(c, dtype, name="attention")
         else:
             attention = SelfAttention(c, self.mixer, dtype, name="attention")
-        x = x + attention(RMSNorm(c.norm_eps, dtype, name="attention_norm")(x), context)
-        h = RMSNorm(c.norm_eps, dtype, name="feed_forward_norm")(x)
+        x = x + attention(RMSNorm(c.norm_eps, name="attention_norm")(x), context)
+        h = RMSNorm(c.norm_eps, name="feed_forward_norm")(x)
         if c.num_experts:
             y, stats = MixtureOfExperts(c, dtype, name="feed_forward")(h)
         else:
@@ -155,7 +155,7 @@ class LanguageModel(nn.Module):
         if c.program.streams > 1:
             axes = ("streams", "embed", "pair")
             self.stream_gate = Linear((c.program.streams,), axes, jnp.float32)
-        self.final_norm = RMSNorm(c.norm_eps, dtype)
+        self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             init = nn.with_logical_partitioning(fan_in_init(c.d_model), ("embed", "vocab"))
             self.head = self.param("head", init, (c.d_model, c.vocab_size), jnp.float32)

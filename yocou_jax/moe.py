@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from yocou_jax.attention import residual_scale
 from yocou_jax.config import ModelConfig
-from yocou_jax.layers import Linear, SwiGLU, fan_in_init
+from yocou_jax.layers import Linear, SwiGLU, fan_in_init, gated_silu
 from yocou_jax.sharding import LOGICAL_AXES
 from yocou_jax.typing import Array, Float, Int
 
@@ -36,18 +36,21 @@ def _experts(
     x: Float[Array, "M D"],
     weights: Float[Array, "M k"],
     chosen: Int[Array, "M k"],
-    gate_up: Float[Array, "E D 2 F"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "M D"]:
     """Sends each token through its chosen experts and adds the results by weight."""
-    num_experts, per_token = gate_up.shape[0], chosen.shape[1]
+    num_experts, per_token = gate.shape[0], chosen.shape[1]
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
     token = order // per_token
-    gate_up = gate_up.reshape(num_experts, x.shape[1], -1)
-    hidden = jax.lax.ragged_dot(x[token], gate_up, group_sizes)
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    y = jax.lax.ragged_dot(nn.silu(gate) * up, down, group_sizes)
+    x_sorted = x[token]
+    hidden = gated_silu(
+        jax.lax.ragged_dot(x_sorted, gate, group_sizes),
+        jax.lax.ragged_dot(x_sorted, up, group_sizes),
+    )
+    y = jax.lax.ragged_dot(hidden, down, group_sizes)
     y = y * weights.reshape(-1)[order][:, None]
     return jnp.zeros_like(x).at[token].add(y)
 
@@ -77,11 +80,13 @@ class MixtureOfExperts(nn.Module):
             return self.param(name, init, shape, jnp.float32).astype(self.dtype)
 
         width = c.expert_width
-        gate_up = kernel(
-            "gate_up", d, (c.num_experts, d, 2, width), ("experts", "embed", "pair", "mlp")
+        into, out = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        kernels = (
+            kernel("gate", d, (c.num_experts, d, width), into),
+            kernel("up", d, (c.num_experts, d, width), into),
+            kernel("down", width, (c.num_experts, width, d), out, scale),
         )
-        down = kernel("down", width, (c.num_experts, width, d), ("experts", "mlp", "embed"), scale)
-        y = _sharded_experts(x, weights, chosen, gate_up, down)
+        y = _sharded_experts(x, weights, chosen, *kernels)
         if c.num_shared_experts:
             y = y + SwiGLU(c.num_shared_experts * width, self.dtype, scale, name="shared")(x)
 
@@ -94,27 +99,25 @@ class MixtureOfExperts(nn.Module):
         )
 
 
-def _sharded_experts(x, weights, chosen, gate_up, down):
+def _sharded_experts(x, weights, chosen, *kernels):
     """`_experts` on every device's own tokens: a sort across devices would gather all of them.
 
     Each tensor shard holds a slice of every expert's width, so the results are summed over it.
     """
 
-    def flat(x, weights, chosen, gate_up, down):
-        b, n, d = x.shape
-        k = chosen.shape[-1]
-        y = _experts(x.reshape(-1, d), weights.reshape(-1, k), chosen.reshape(-1, k), gate_up, down)
-        return y.reshape(b, n, d)
+    def flat(x, weights, chosen, *kernels):
+        rows = (array.reshape(-1, array.shape[-1]) for array in (x, weights, chosen))
+        return _experts(*rows, *kernels).reshape(x.shape)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return flat(x, weights, chosen, gate_up, down)
+        return flat(x, weights, chosen, *kernels)
     batch_ways = 1
     for axis in LOGICAL_AXES["batch"]:
         batch_ways *= mesh.shape[axis]
     batch = PartitionSpec(LOGICAL_AXES["batch"] if x.shape[0] % batch_ways == 0 else None)
     (tensor,) = LOGICAL_AXES["mlp"]
-    split = tensor if down.shape[1] % mesh.shape[tensor] == 0 else None
+    split = tensor if kernels[-1].shape[1] % mesh.shape[tensor] == 0 else None
 
     def local(*args):
         y = flat(*args)
@@ -126,8 +129,9 @@ def _sharded_experts(x, weights, chosen, gate_up, down):
             batch,
             batch,
             batch,
-            PartitionSpec(None, None, None, split),
+            PartitionSpec(None, None, split),
+            PartitionSpec(None, None, split),
             PartitionSpec(None, split, None),
         ),
         out_specs=batch,
-    )(x, weights, chosen, gate_up, down)
+    )(x, weights, chosen, *kernels)

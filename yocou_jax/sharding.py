@@ -29,7 +29,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "experts": (),
     "head_dim": (),
     "norm": (),
-    "pair": (),  # K and V, or gate and up, side by side in one matrix
+    "pair": (),  # K and V in one array
     "streams": (),
     "prefix": (),
     "layers": (),  # the stacked axis of a scan

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 @pytest.fixture
 def corpus(tmp_path):
-    """60 documents of 20 to 90 bytes, each with its own marker and words; returns their glob and texts."""
+    """60 documents of 20 to 90 bytes, each unlike the others; returns their glob and texts."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     texts = {}

@@ -63,16 +63,15 @@ def test_windows_are_the_joined_training_documents(make_config, corpus):
 
 
 def brute_force_packing(tokens, n, i):
-    """Segments, positions and weights of window i, one token at a time."""
+    """Segments and positions of window i, one token at a time."""
     segment, position, segments, positions = 1, 0, [], []
-    for j in range(n + 1):
+    for j in range(n):
         if j > 0 and tokens[i * n + j] == EOT:
             segment, position = segment + 1, 0
         segments.append(segment)
         positions.append(position)
         position += 1
-    weights = [float(segments[j] == segments[j + 1]) for j in range(n)]
-    return segments[:-1], positions[:-1], weights
+    return segments, positions
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 61])
@@ -85,12 +84,12 @@ def test_packing_against_a_brute_force(n):
     assert len(windows) == (len(tokens) - 1) // n
     for i in range(len(windows)):
         row = windows[i]
-        segments, positions, weights = brute_force_packing(tokens, n, i)
+        segments, positions = brute_force_packing(tokens, n, i)
         assert row.tokens.tolist() == tokens[i * n : i * n + n].tolist()
         assert row.targets.tolist() == tokens[i * n + 1 : i * n + n + 1].tolist()
         assert row.segment_ids.tolist() == segments
         assert row.positions.tolist() == positions
-        assert row.loss_weights.tolist() == weights
+        assert row.loss_weights is None
 
 
 def test_dtypes_and_absent_fields(make_config, sharding):
@@ -100,8 +99,7 @@ def test_dtypes_and_absent_fields(make_config, sharding):
     assert {x.shape for x in jax.tree.leaves(packed)} == {(8, 16)}
     integers = (packed.tokens, packed.targets, packed.segment_ids, packed.positions)
     assert {x.dtype for x in integers} == {np.dtype("int32")}
-    assert packed.loss_weights.dtype == np.float32
-    assert same(replace(packed, loss_weights=None, segment_ids=None, positions=None), plain)
+    assert same(replace(packed, segment_ids=None, positions=None), plain)
 
 
 # --- The training stream ---------------------------------------------------------------------
@@ -353,11 +351,7 @@ def test_validation_counts_exact_bytes(make_config, corpus, sharding, tokenizer,
     texts = split_texts(corpus, 0.2, held_out=True)
     # Windows of one token cover every target, so the bytes are those of the documents.
     assert validation.num_bytes == sum(len(text.encode()) for text in texts)
-    boundaries = len(texts) - 1
-    if packing:
-        assert validation.num_tokens == validation.num_sequences - boundaries
-    else:
-        assert validation.num_tokens == validation.num_sequences
+    assert validation.num_tokens == validation.num_sequences
     weights = sum(float(b.loss_weights.sum()) for b in validation.batches(sharding))
     assert weights == validation.num_tokens
 

@@ -44,9 +44,10 @@ log = logging.getLogger(__name__)
 class Batch:
     """One global batch, or one row of it without the axis B.
 
-    With packing, segment_ids count the documents of a row from 1, positions restart at 0 with
-    each of them, and a target in another document than its input has loss weight 0. Without
-    packing these two are None. loss_weights None means that every target counts.
+    With packing, segment_ids count the documents of a row from 1 and positions restart at 0 with
+    each of them; without it these two are None. loss_weights None means that every target counts.
+    Packing counts them all too: the target behind a document's last token is the next one's <eot>,
+    which is how a model learns to end a text.
     """
 
     tokens: Int[Array, "B N"]
@@ -79,15 +80,13 @@ class Windows:
         if not self.packing:
             return Batch(tokens[:-1], tokens[1:], None, None, None)
         # The document that is under way when the window begins is segment 1.
-        first, last = np.searchsorted(self.starts, [begin + 1, begin + n + 1])
-        starts = self.starts[first:last] - begin
-        step = np.zeros(n + 1, np.int32)
-        step[starts] = 1
+        first, last = np.searchsorted(self.starts, [begin + 1, begin + n])
+        step = np.zeros(n, np.int32)
+        step[self.starts[first:last] - begin] = 1
         segments = 1 + np.cumsum(step, dtype=np.int32)
-        index = np.arange(n + 1, dtype=np.int32)
+        index = np.arange(n, dtype=np.int32)
         positions = index - np.maximum.accumulate(index * step)
-        weights = (segments[1:] == segments[:-1]).astype(np.float32)
-        return Batch(tokens[:-1], tokens[1:], weights, segments[:-1], positions[:-1])
+        return Batch(tokens[:-1], tokens[1:], None, segments, positions)
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class TrainIterator:
 class Validation:
     """The first windows of the held-out split: the same rows at every call.
 
-    num_tokens counts the targets with loss weight 1, num_bytes the UTF-8 bytes they stand for, so
+    num_tokens counts the targets, num_bytes the UTF-8 bytes they stand for, so
     bits per byte = (mean nats per token) * num_tokens / (ln 2 * num_bytes).
     """
 
@@ -193,9 +192,8 @@ class Validation:
     def _row(self, i: int) -> Batch:
         windows, index = self.rows[min(i, len(self.rows) - 1)]
         row = windows[index]
-        weights = np.ones(len(row.tokens), np.float32) if not windows.packing else row.loss_weights
         # The last batch is filled up with rows that do not count.
-        weights = weights * np.float32(i < len(self.rows))
+        weights = np.full(len(row.tokens), i < len(self.rows), np.float32)
         return Batch(row.tokens, row.targets, weights, row.segment_ids, row.positions)
 
     def batches(self, sharding: jax.sharding.Sharding) -> Iterator[Batch]:
@@ -310,8 +308,7 @@ def _validation(
         rows += [(windows, i) for i in range(min(wanted, len(windows)))]
     num_tokens = num_bytes = 0
     for windows, i in rows:
-        row = windows[i]
-        targets = row.targets[row.loss_weights > 0] if windows.packing else row.targets
+        targets = windows[i].targets
         num_tokens += len(targets)
         num_bytes += int(tokenizer.token_bytes[targets].sum())
     return Validation(tuple(rows), config.batch_size, num_tokens, num_bytes)

@@ -1,0 +1,111 @@
+"""Models of a few thousand parameters, and what several test files do with them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import base
+from yocou_jax.config import Config, ModelConfig
+from yocou_jax.data.pipeline import Batch
+from yocou_jax.loss import cross_entropy
+from yocou_jax.model import LanguageModel, head_matrix
+
+MODEL = {
+    "num_layers": 4,
+    "vocab_size": 32,
+    "d_model": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 24,
+    "window": 4,
+    "prefix_length": 3,
+}
+MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "expert_width": 12}
+
+
+def config(
+    architecture="yoco_u", *, optimizer=None, data=None, mesh=None, run=None, **model
+) -> Config:
+    """configs/base.py made tiny, with `model` fields by name and the other groups as dicts."""
+    c = base.get_config()
+    c.model.update(architecture=architecture, **(MODEL | model))
+    c.optimizer.update(warmup_steps=2, **(optimizer or {}))
+    c.data.update({"batch_size": 8, "sequence_length": 16} | (data or {}))
+    c.mesh.update(mesh or {})
+    c.run.update({"steps": 20} | (run or {}))
+    return Config.from_dict(c)
+
+
+def model(architecture="yoco_u", **fields) -> ModelConfig:
+    return config(architecture, **fields).model
+
+
+@functools.cache
+def params(config: ModelConfig, seed: int = 0):
+    @jax.jit
+    def init(key):
+        return LanguageModel(config).init(key, jnp.zeros((1, 2), jnp.int32))
+
+    return nn.unbox(init(jax.random.key(seed)))["params"]
+
+
+def tokens(batch: int, length: int, vocab: int = 32, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocab, (batch, length)), jnp.int32)
+
+
+def batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0) -> Batch:
+    text = np.asarray(tokens(size, length + 1, vocab, seed))
+    return Batch(text[:, :-1], text[:, 1:], None, None, None)
+
+
+def packed_batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0) -> Batch:
+    """Rows of two documents each, cut at a place of their own."""
+    plain = batch(size, length, vocab, seed)
+    cuts = np.random.default_rng(seed).integers(1, length, (size, 1))
+    at = np.arange(length)[None]
+    weights = np.where(at + 1 == cuts, 0.0, 1.0).astype(np.float32)
+    return Batch(
+        plain.tokens,
+        plain.targets,
+        weights,
+        np.where(at < cuts, 1, 2).astype(np.int32),
+        np.where(at < cuts, at, at - cuts).astype(np.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_loops"))
+def hidden(params, config: ModelConfig, tokens, positions=None, segment_ids=None, num_loops=None):
+    output = LanguageModel(config).apply(
+        {"params": params}, tokens, positions, segment_ids, num_loops=num_loops
+    )
+    return output.hidden
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def value_and_grad(params, config: ModelConfig, tokens):
+    """Mean loss of predicting each next token, and its gradients."""
+
+    def loss(params):
+        output = LanguageModel(config).apply({"params": params}, tokens[:, :-1])
+        total, _ = cross_entropy(output.hidden, head_matrix(params, config), tokens[:, 1:])
+        return total / tokens[:, 1:].size
+
+    return jax.value_and_grad(loss)(params)
+
+
+def assert_close(a, b, tolerance=1e-5):
+    """Trees equal within `tolerance` of the largest entry of each array."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape, jax.tree_util.keystr(path)
+        worst, scale = np.abs(x - y).max(), np.abs(y).max()
+        assert worst <= tolerance * scale, (
+            f"{jax.tree_util.keystr(path)} differs by {worst}, its largest entry is {scale}"
+        )
