@@ -40,8 +40,7 @@ def main(_):
     from yocou_jax.metrics import Console, duration
 
     if DISTRIBUTED.value:
-        if jax.config.jax_platforms == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # elsewhere without effect
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if jax.default_backend() == "cpu":
         cli.keep_freed_memory()
