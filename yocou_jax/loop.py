@@ -49,6 +49,7 @@ class Stopwatch:
     def __init__(self):
         self._since = time.perf_counter()
         self.tokens, self.waited = 0, 0.0
+        self.total_tokens, self.total_seconds = 0, 0.0
 
     @contextlib.contextmanager
     def waiting(self):
@@ -67,6 +68,8 @@ class Stopwatch:
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         result = self.tokens / seconds, self.waited / seconds
+        self.total_tokens += self.tokens
+        self.total_seconds += seconds
         self._since, self.tokens, self.waited = now, 0, 0.0
         return result
 
@@ -92,6 +95,7 @@ class Run:
             config.model, config.data.sequence_length
         )
         self.started = time.perf_counter()
+        self.stopwatch = Stopwatch()
         self.writer: metrics.MetricsWriter | None = None
         self.values: dict[str, float] = {}  # of the newest step that was read
 
@@ -152,17 +156,19 @@ class Run:
         if restored:
             self.console.notice(f"Resumed from the checkpoint of step {first} in {self.workdir}.")
         self.console.start(config.run.steps)
-        self.stopwatch = Stopwatch()
         return state, first
 
     def _loop(self, state, first, batches, checkpointer, stop) -> tuple[TrainState, int]:
         run = self.config.run
         pending, done = None, first
+        if done < run.steps:
+            step = self._compile(state)
+            self.stopwatch = Stopwatch()
         while done < run.steps:
             with self.stopwatch.waiting():
                 batch = next(batches)
             self._profile(done - first)
-            state, out = self.setup.step(state, batch)
+            state, out = step(state, batch)
             if pending is not None:
                 self._read(*pending)
             done += 1
@@ -172,6 +178,8 @@ class Run:
             sampling = done % run.sample_every == 0 or done == run.steps
             saving = done % run.checkpoint_every == 0
             if evaluating or sampling or saving or stopping:
+                # The stopwatch must count this step, and not what comes after it.
+                jax.block_until_ready(out)
                 # Rows are written before the checkpoint of their step, or a kill could lose them.
                 self._read(done, out, self.evaluate(state.params) if evaluating else None)
                 pending = None
@@ -183,6 +191,14 @@ class Run:
             if stopping:
                 break
         return state, done
+
+    def _compile(self, state: TrainState):
+        """The train step, compiled before the clock starts."""
+        start = time.perf_counter()
+        batch = self.data.abstract_batch(self.sharding)
+        step = self.setup.step.lower(state, batch).compile()
+        self.console.notice(f"Compiled the train step in {time.perf_counter() - start:.1f} s.")
+        return step
 
     def _read(self, step: int, out: dict[str, jax.Array], evaluated: dict | None = None) -> None:
         """Waits for the metrics of a step; shows and, when due, writes them."""
@@ -209,8 +225,7 @@ class Run:
             self.values = values | (evaluated or {})
             if self.writer:
                 self.writer.write(step, self.values)
-        shown = {metrics.TOKENS_PER_S: None} | self.values | values
-        self.console.update(step, shown)
+        self.console.update(step, self.values | values)
         if evaluated:
             self.console.notice(
                 f"step {step}: validation loss {evaluated[metrics.VAL_LOSS]:.4f} nats/token, "
@@ -266,7 +281,7 @@ class Run:
             "train_flops": tokens * self.flops_per_token,
             "val_loss": self.values[metrics.VAL_LOSS],
             "val_bpb": self.values[metrics.VAL_BPB],
-            "tokens_per_s": self.values.get(metrics.TOKENS_PER_S),
+            "tokens_per_s": self.stopwatch.total_tokens / max(self.stopwatch.total_seconds, 1e-9),
             "wall_s": time.perf_counter() - self.started,
             "kv_bytes_per_sequence": accounting.kv_bytes(
                 config.model,

@@ -224,6 +224,13 @@ class DataBundle:
     def bytes_per_token(self) -> float:
         return self.num_bytes / self.num_tokens
 
+    def abstract_batch(self, sharding: jax.sharding.Sharding) -> Batch:
+        """Shapes and types of a training batch, to compile for."""
+        shape = (self.batch_size, self.sequence_length)
+        return jax.tree.map(
+            lambda row: jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding), self.stream[0]
+        )
+
     def train(self, sharding: jax.sharding.Sharding, start_step: int = 0) -> TrainIterator:
         """The iterator whose next batch is number `start_step`, bit for bit."""
         row = self.stream.__getitem__
