@@ -2,8 +2,8 @@
 
 Positions are absolute: key s stands at position s, query n at position q_offset + n. A query sees
 its own position and what lies before it; with a window it sees W keys, **its own included**
-(i-W+1 .. i). Public code disagrees by one here, so every implementation takes the rule from
-`visible` and the bounds of its loops from `key_span`.
+(i-W+1 .. i). Public code disagrees by one here, so every implementation takes the rule
+from `visible`.
 """
 
 from typing import NamedTuple
@@ -36,11 +36,3 @@ def visible(q_pos, k_pos, window: int | None):
 def visible_dense(N: int, S: int, window: int | None, q_offset: int) -> jax.Array:
     """[N, S] booleans, for the reference and for tests; no fast path may build it."""
     return visible(q_offset + jnp.arange(N)[:, None], jnp.arange(S)[None, :], window)
-
-
-def key_span(first, last, S: int, window: int | None):
-    """The half-open range (low, high) of keys that any query at positions first..last can see,
-    inside [0, S) and never empty, so that a slice of it is always legal (Python ints)."""
-    high = min(last + 1, S)
-    low = 0 if window is None else max(0, first - window + 1)
-    return min(low, high - 1), high

@@ -12,6 +12,7 @@ from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.loss import cross_entropy
 from yocou_jax.model import LanguageModel, head_matrix
+from yocou_jax.train import abstract_params
 
 MODEL = {
     "num_layers": 4,
@@ -33,7 +34,7 @@ def config(
     """configs/base.py made tiny, with `model` fields by name and the other groups as dicts."""
     c = base.get_config()
     c.model.update(architecture=architecture, **(MODEL | model))
-    c.optimizer.update(warmup_steps=2, **(optimizer or {}))
+    c.optimizer.update({"warmup_steps": 2} | (optimizer or {}))
     c.data.update({"batch_size": 8, "sequence_length": 16} | (data or {}))
     c.mesh.update(mesh or {})
     c.run.update({"steps": 20} | (run or {}))
@@ -46,11 +47,18 @@ def model(architecture="yoco_u", **fields) -> ModelConfig:
 
 @functools.cache
 def params(config: ModelConfig, seed: int = 0):
-    @jax.jit
-    def init(key):
-        return LanguageModel(config).init(key, jnp.zeros((1, 2), jnp.int32))
+    """Random parameters; numpy makes them, because compiling flax's initialisation takes seconds.
 
-    return nn.unbox(init(jax.random.key(seed)))["params"]
+    Norm scales are not all 1, so that a forgotten one is noticed.
+    """
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        noise = rng.normal(size=leaf.shape)
+        scale = jax.tree_util.keystr(path).endswith("['scale']")
+        return jnp.asarray(1 + 0.1 * noise if scale else 0.25 * noise, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, nn.unbox(abstract_params(config)))
 
 
 def tokens(batch: int, length: int, vocab: int = 32, seed: int = 0) -> jax.Array:

@@ -1,0 +1,114 @@
+"""The choice of an implementation, and the sentences for calls that cannot run."""
+
+import logging
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import (
+    IMPLEMENTATIONS,
+    OPERATIONS,
+    SegmentIds,
+    api,
+    choose_implementation,
+    cross_attention,
+    decode_cross,
+    decode_window,
+    window_attention,
+)
+
+q, k = jnp.ones((2, 6, 4, 8)), jnp.ones((2, 6, 2, 8))
+ids = jnp.zeros((2, 6), int)
+length = jnp.array([1, 2])
+
+CALLS = {
+    "is not one of: auto, pallas_tpu, pallas_gpu, triton, cudnn, xla, reference": lambda: (
+        cross_attention(q, k, k, implementation="flash")
+    ),
+    "window=0 to be at least 1": lambda: window_attention(q, k, k, window=0),
+    "q_offset=-1 to be at least 0": lambda: cross_attention(q, k, k, q_offset=-1),
+    r"multiple of the number of key/value heads; got 3 and 2": lambda: cross_attention(
+        q[:, :, :3], k, k
+    ),
+    r"k and v of one shape .* k \(2, 6, 2, 8\), v \(2, 5, 2, 8\)": lambda: cross_attention(
+        q, k, k[:, :5]
+    ),
+    r"agree in batch and head width; got q \(2, 6, 4, 7\)": lambda: cross_attention(
+        q[..., :7], k, k
+    ),
+    "no axis of length 0": lambda: cross_attention(q, k[:, :0], k[:, :0]),
+    r"q as \[B, N, Q, H\]; got shape \(2, 4, 8\)": lambda: cross_attention(q[:, 0], k, k),
+    "one floating dtype; got bfloat16, float32": lambda: cross_attention(
+        q.astype(jnp.bfloat16), k, k
+    ),
+    r"SegmentIds\(q=\[B, N\], kv=\[B, S\]\) when there are 5 queries and 6 keys": lambda: (
+        cross_attention(q[:, :5], k, k, segment_ids=ids)
+    ),
+    r"integer segment ids of shape \(2, 6\) for kv": lambda: cross_attention(
+        q, k, k, segment_ids=SegmentIds(ids, ids[:, :5])
+    ),
+    r"kv_lengths as 2 integers": lambda: cross_attention(q, k, k, kv_lengths=jnp.array([1])),
+    r"lengths as 2 integers, one per row; got float32\(2,\)": lambda: decode_cross(
+        q[:, 0], k, k, length * 1.0
+    ),
+    r"q as \[B, Q, H\], one query per row": lambda: decode_window(q, k, k, length),
+}
+
+
+@pytest.mark.parametrize("sentence", CALLS)
+def test_a_wrong_call_is_answered_with_a_sentence(sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        CALLS[sentence]()
+    assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu", "triton", "cudnn"])
+def test_a_named_implementation_runs_or_raises(name):
+    with pytest.raises(ValueError, match=f"cannot run with implementation='{name}': .* not part"):
+        window_attention(q, k, k, window=2, implementation=name)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_auto_resolves_to_xla_and_says_why(operation):
+    choice = choose_implementation(operation)
+    assert (choice.operation, choice.implementation) == (operation, "xla")
+    assert choice.reason
+    assert choose_implementation(operation, implementation="reference").reason
+
+
+def test_unknown_operation():
+    with pytest.raises(ValueError, match="operation='flash' is not one of: window_attention"):
+        choose_implementation("flash")
+
+
+def test_every_implementation_answers_for_every_operation():
+    for name in IMPLEMENTATIONS[1:]:
+        for operation in OPERATIONS:
+            reason = api.unsupported_reason(name, api.Call(operation))
+            assert reason is None or reason.endswith(".")
+
+
+def test_an_implementation_that_is_added_is_chosen_by_auto(monkeypatch):
+    """What a device kernel will do: take the calls it supports, leave the others to xla."""
+
+    def only_windows(call):
+        return None if call.window else "It only does windows."
+
+    fake = api.Implementation(only_windows, lambda q, *_, **__: (q + 41, q[..., 0]), None)
+    monkeypatch.setitem(api._REGISTRY, "pallas_tpu", fake)
+    assert (window_attention(q, k, k, window=2) == 42).all()
+    assert not (cross_attention(q, k, k) == 42).any()
+    with pytest.raises(ValueError, match="It only does windows"):
+        cross_attention(q, k, k, implementation="pallas_tpu")
+
+
+def test_the_choice_is_logged_once(caplog):
+    api._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
+        for _ in range(3):
+            cross_attention(q, k, k)
+            decode_cross(q[:, 0], k, k, length)
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        "cross_attention runs on xla",
+        "decode_cross runs on xla",
+    ]

@@ -1,0 +1,137 @@
+"""xla against the dense reference: values and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import MASKED, SegmentIds, cross_attention, window_attention
+from tests.kernels.cases import (
+    Shape,
+    assert_matches_reference,
+    documents,
+    empty_rows,
+    inputs,
+    operation,
+    outputs_and_gradients,
+)
+
+SHAPES = {
+    "full": Shape(24, 24),
+    "full, odd": Shape(29, 29),
+    "full, late queries": Shape(13, 40, q_offset=27),
+    "full, keys after the last query": Shape(9, 40, q_offset=10),
+    "full, more queries than keys": Shape(19, 11),
+    "window, odd": Shape(29, 29, 5),
+    "window, wider than a block": Shape(32, 32, 19),
+    "window of 1": Shape(17, 17, 1),
+    "window = N": Shape(17, 17, 17),
+    "window > N": Shape(17, 17, 100),
+    "window, late queries": Shape(13, 40, 9, q_offset=27),
+    "window, queries that have left all keys behind": Shape(20, 12, 6, q_offset=3),
+    "one query": Shape(1, 20, 7, q_offset=19),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients(shape, small_blocks):
+    assert_matches_reference(shape)
+
+
+@pytest.mark.parametrize(("Q", "K"), [(3, 1), (6, 2), (4, 1), (8, 1)])
+def test_groups_of_query_heads(Q, K, small_blocks):
+    assert_matches_reference(Shape(19, 19, 6, Q=Q, K=K))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_blocks_of_the_table(window):
+    """The sizes that really run: several blocks and a remainder."""
+    assert_matches_reference(Shape(300, 300, window, Q=2, K=1, B=1))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_segments_and_rows_that_see_nothing(window, small_blocks):
+    shape = Shape(29, 29, window)
+    one = documents(shape, 7, 7).q
+    assert empty_rows(assert_matches_reference(shape, segment_ids=one)["lse"]) == 0
+    got = assert_matches_reference(shape, segment_ids=documents(shape, 7, 11))
+    empty = np.asarray(got["lse"]) == np.float32(MASKED)
+    assert empty.any()
+    assert not empty.all()
+    assert not got["out"][empty].any()
+    assert not got["dq"][empty].any()
+
+
+def test_kv_lengths(small_blocks):
+    shape = Shape(29, 29)
+    got = assert_matches_reference(shape, kv_lengths=jnp.array([0, 13]))
+    assert empty_rows(got["lse"]) == shape.N * shape.Q
+    assert not got["dv"][0].any()
+    assert not got["dk"][1, 13:].any()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("window", [1, 5, 12, 30])
+def test_exactly_w_keys_are_visible(implementation, window, small_blocks):
+    """Counted: out[i] depends on v[j] exactly for i - W < j <= i."""
+    N = 20
+    q, k, v, *_ = inputs(Shape(N, N, B=1, Q=1, K=1, H=1))
+
+    def attend(v):
+        out = window_attention(q, k, v, window=window, implementation=implementation)
+        return out[0, :, 0, 0]
+
+    weights = np.asarray(jax.jit(jax.jacrev(attend))(v))[:, 0, :, 0, 0]
+    i, j = np.arange(N)[:, None], np.arange(N)[None, :]
+    np.testing.assert_array_equal(weights > 0, (i - window < j) & (j <= i))
+    np.testing.assert_array_equal((weights > 0).sum(1), np.minimum(np.arange(N) + 1, window))
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_bf16_error_is_that_of_the_reference(window, small_blocks):
+    """At most 1.5 times, root mean square, both against the fp32 reference on fp32 inputs."""
+    shape = Shape(96, 96, window, Q=4, K=2, H=32)
+    exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
+    args = inputs(shape, jnp.bfloat16)
+    errors = {}
+    for name in ("reference", "xla"):
+        got = outputs_and_gradients(operation(shape, implementation=name), args)
+        assert got["out"].dtype == got["dk"].dtype == jnp.bfloat16
+        assert got["lse"].dtype == jnp.float32
+        errors[name] = {
+            key: float(np.sqrt(np.mean(np.square(np.float32(x) - exact[key]))))
+            for key, x in got.items()
+        }
+    for key, error in errors["xla"].items():
+        assert error <= 1.5 * errors["reference"][key], (key, errors)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_scores_of_any_size_stay_finite(implementation, small_blocks):
+    """Logits of +-1e4, and a masked logit far above the visible ones, which must not drown them."""
+    q, k, v, d_out, d_lse = inputs(Shape(19, 19, 4))
+    k = (k * 1e4).at[:, -1].multiply(100.0)
+    attend = operation(Shape(19, 19, 4), implementation=implementation)
+    got = outputs_and_gradients(attend, (q, k, v, d_out, d_lse))
+    assert all(np.isfinite(x).all() for x in got.values())
+    assert np.abs(got["out"]).sum(-1).min() > 0
+
+
+def test_scale(small_blocks):
+    q, k, v, *_ = inputs(Shape(19, 19))
+    got = cross_attention(q, k, v, scale=0.25)
+    np.testing.assert_allclose(got, cross_attention(q * 0.25, k, v, scale=1.0), atol=1e-6)
+    np.testing.assert_allclose(cross_attention(q, k, v), cross_attention(q, k, v, scale=0.5))
+
+
+def test_lse_merges_two_halves_of_the_keys(small_blocks):
+    """What a ring over devices needs: out = sum_i exp(lse_i - lse) out_i, also where one half is
+    empty."""
+    q, k, v, *_ = inputs(Shape(12, 16, q_offset=4))
+    whole = cross_attention(q, k, v, q_offset=4)
+    left, a = cross_attention(q, k[:, :8], v[:, :8], q_offset=4, return_lse=True)
+    segments = SegmentIds(jnp.zeros((2, 12), int), jnp.repeat(jnp.array([[1, 0]] * 2), 8, axis=1))
+    right, b = cross_attention(q, k, v, q_offset=4, segment_ids=segments, return_lse=True)
+    assert empty_rows(b) == 2 * 4 * 2
+    weight = jax.nn.sigmoid(b - a)[..., None]
+    np.testing.assert_allclose(left * (1 - weight) + right * weight, whole, atol=1e-5)

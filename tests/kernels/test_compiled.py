@@ -1,0 +1,124 @@
+"""What the compiler makes of it: memory, rematerialisation, loops around it, shards."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pallas_kernels import cross_attention, window_attention
+from tests.kernels.cases import Shape, inputs, operation
+
+
+def compile_with_gradients(attend, N: int, H: int):
+    x = jax.ShapeDtypeStruct((1, N, 1, H), jnp.float32)
+
+    def run(q, k, v, d_out):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, vjp(d_out)
+
+    return jax.jit(run).lower(x, x, x, x).compile()
+
+
+def largest_array(compiled) -> int:
+    """Elements of the largest array anywhere in the compiled program."""
+    shapes = re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", compiled.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_no_array_of_n_squared(window):
+    N, H = 4096, 8
+    shape = Shape(N, N, window)
+    dense = compile_with_gradients(operation(shape, implementation="reference"), N, H)
+    assert largest_array(dense) >= N * N  # the measure sees one where there is one
+    blocked = compile_with_gradients(operation(shape, implementation="xla"), N, H)
+    assert largest_array(blocked) <= N * max(H, 128)
+    temp = [x.memory_analysis().temp_size_in_bytes for x in (blocked, dense)]
+    assert temp[0] * 20 < temp[1]
+
+
+def loops(function, *args) -> int:
+    """Counted before XLA, which on a CPU may merge a rematerialised loop with the first one."""
+    return str(jax.make_jaxpr(function)(*args)).count("scan[")
+
+
+def test_remat_policy_keeps_the_output_and_does_not_run_attention_again(small_blocks):
+    q, k, v, *_ = inputs(Shape(32, 32))
+
+    def gradient(policy):
+        def loss(q, k, v):
+            return jnp.sin(window_attention(q, k, v, window=6)).sum()
+
+        return jax.value_and_grad(jax.checkpoint(loss, policy=policy), (0, 1, 2))
+
+    keep = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+    assert loops(gradient(keep), q, k, v) == 2  # forward and backward
+    assert loops(gradient(jax.checkpoint_policies.nothing_saveable), q, k, v) == 3
+
+
+def test_inside_scan_and_checkpoint(small_blocks):
+    q, k, v, *_ = inputs(Shape(21, 21))
+
+    def layers(attend):
+        def layer(x, _):
+            return x + attend(x, k, v), None
+
+        return lambda x: (lax.scan(jax.checkpoint(layer), x, None, length=3)[0] ** 2).sum()
+
+    def attend(implementation):
+        return lambda x, k, v: cross_attention(
+            window_attention(x, k, v, window=5, implementation=implementation),
+            k,
+            v,
+            implementation=implementation,
+        )
+
+    want, got = (jax.jit(jax.grad(layers(attend(x))))(q) for x in ("reference", "xla"))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+SHARDED = """
+import jax, numpy as np
+from functools import partial
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from pallas_kernels import cross_attention, window_attention
+from tests.kernels.cases import Shape, inputs
+
+mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+spec = P("data", None, "tensor", None)
+args = inputs(Shape(300, 300, Q=4))[:4]
+sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in args]
+for attend in (partial(window_attention, window=40), cross_attention):
+    def run(q, k, v, d_out):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(d_out)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 4)
+    want = jax.jit(run)(*args)
+    for f in (run, mapped):
+        text = jax.jit(f).lower(*sharded).compile().as_text()
+        assert not any(x in text for x in ("all-gather", "all-reduce", "all-to-all", "permute"))
+        for a, b in zip(want, jax.jit(f)(*sharded), strict=True):
+            assert b.sharding.spec == spec, b.sharding
+            np.testing.assert_allclose(a, b, atol=1e-5)
+print("sharded: ok")
+"""
+
+
+def test_batch_and_heads_shard_without_communication():
+    """By GSPMD and by shard_map, on 4 devices in a process of their own."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
+    )
+    assert "sharded: ok" in done.stdout, done.stderr[-2000:]

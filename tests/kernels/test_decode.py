@@ -1,0 +1,63 @@
+"""A decode step is the last row of the full operation."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import cross_attention, decode_cross, decode_window, window_attention
+from tests.kernels.cases import Shape, inputs
+
+W = 8
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("length", [1, 5, W, W + 1, 21])
+def test_decode_window_is_the_last_row(implementation, length):
+    """Position p lives in slot p mod W, so the ring is rotated and, at first, partly filled."""
+    q, k, v, *_ = inputs(Shape(24, 24, Q=4))
+    slots = [p for p in range(length) if p >= length - W]
+    ring = {x: jnp.full((2, W, 2, 4), 1e4) for x in "kv"}  # garbage in the slots not yet written
+    for p in slots:
+        ring["k"] = ring["k"].at[:, p % W].set(k[:, p])
+        ring["v"] = ring["v"].at[:, p % W].set(v[:, p])
+    got = decode_window(
+        q[:, length - 1],
+        ring["k"],
+        ring["v"],
+        jnp.full(2, length),
+        implementation=implementation,
+    )
+    want = window_attention(q, k, v, window=W, implementation="reference")[:, length - 1]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_decode_cross_is_the_last_row(implementation):
+    q, k, v, *_ = inputs(Shape(24, 24, Q=4))
+    want = cross_attention(q, k, v, implementation="reference")
+    got = decode_cross(
+        jnp.stack([q[0, 6], q[1, 23]]), k, v, jnp.array([7, 24]), implementation=implementation
+    )
+    np.testing.assert_allclose(got, jnp.stack([want[0, 6], want[1, 23]]), atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("decode", [decode_window, decode_cross])
+def test_a_row_of_length_zero_gives_zero(implementation, decode):
+    q, k, v, *_ = inputs(Shape(1, W, Q=4))
+    got = decode(q[:, 0], k, v, jnp.array([0, 3]), implementation=implementation)
+    assert not got[0].any()
+    assert got[1].all()
+
+
+def test_decode_bf16():
+    """At most 1.5 times the error of the bf16 reference, both against fp32."""
+    q, k, v = inputs(Shape(1, 64, Q=4, H=32))[:3]
+    lengths = jnp.array([64, 50])
+    exact = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
+    error = {}
+    for name in ("reference", "xla"):
+        q16, k16, v16 = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        got = decode_cross(q16[:, 0], k16, v16, lengths, implementation=name)
+        error[name] = float(jnp.sqrt(jnp.mean((got.astype(jnp.float32) - exact) ** 2)))
+    assert error["xla"] <= 1.5 * error["reference"], error

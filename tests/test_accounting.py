@@ -1,0 +1,266 @@
+"""Parameters, FLOPs and KV bytes against real trees, XLA's own count and brute force."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import yocou_1b
+from tests import tiny
+from yocou_jax import accounting
+from yocou_jax.cache import kv_cache, kv_cache_bytes
+from yocou_jax.config import Config
+from yocou_jax.model import logits
+from yocou_jax.program import ARCHITECTURES
+from yocou_jax.train import abstract_params
+
+ROOT = Path(__file__).parent.parent
+LENGTHS = {k: k * 1024 for k in (8, 16, 32, 64, 128, 256)}
+
+# Table 10 of arXiv 2604.01220: KV cache, MiB per sequence, at 8K to 256K.
+TABLE_10 = {
+    "transformer": (320, 640, 1280, 2560, 5120, 10240),
+    "rins": (640, 1280, 2560, 5120, 10240, 20480),
+    "yoco": (26, 42, 74, 138, 266, 522),
+    "yoco_u": (46, 62, 94, 158, 286, 542),
+}
+
+
+def paper(architecture):
+    return Config.from_dict(yocou_1b.get_config(architecture)).model
+
+
+# --- KV cache -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", TABLE_10)
+def test_the_kv_cache_is_table_10_exactly(architecture):
+    config = accounting.sibling(paper("yoco_u"), architecture)
+    found = [accounting.kv_bytes(config, n) / accounting.MIB for n in LENGTHS.values()]
+    assert tuple(found) == TABLE_10[architecture]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kv_cache_is_the_bytes_of_the_arrays(architecture):
+    for config in (paper(architecture), tiny.model(architecture, num_kv_heads=1)):
+        for length in (8192, 262144):
+            described = jax.eval_shape(lambda n=length, c=config: kv_cache(c, 1, n))
+            assert kv_cache_bytes(described) == accounting.kv_bytes(config, length)
+    described = jax.eval_shape(lambda: kv_cache(config, 3, 64, jnp.float32))
+    assert kv_cache_bytes(described) == 3 * accounting.kv_bytes(config, 64, bytes_per_value=4)
+
+
+# --- Parameters -----------------------------------------------------------------------------------
+
+OPTIONS = {
+    "dense": {},
+    "experts": tiny.MOE | {"num_shared_experts": 2},
+    "experts alone": tiny.MOE | {"num_shared_experts": 0},
+    "tied, qk_norm": {"tie_embeddings": True, "qk_norm": True},
+    "cross_rope, MQA": {"cross_rope": True, "num_kv_heads": 1},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_parameters_are_those_of_the_tree(architecture, options):
+    config = tiny.model(architecture, **options)
+    tree = abstract_params(config)
+
+    def size(part):
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(part))
+
+    found = accounting.parameters(config)
+    assert found["total"] == size(tree)
+    assert found["embedding"] == size(tree["embedding"])
+    assert found.get("global_kv", 0) == size(tree.get("global_kv", ()))
+    assert found["non_embedding"] == size(tree) - size(tree["embedding"]) - size(
+        tree.get("head", ())
+    )
+    for name in tree:
+        if name.startswith("stage_"):
+            layers = tree[name]["layers"]
+            assert found[f"{name}.feed_forward"] == size(layers["feed_forward"])
+            norms = size(layers["attention_norm"]) + size(layers["feed_forward_norm"])
+            attention = found[f"{name}.attention"] + found[f"{name}.norms"]
+            assert attention == size(layers["attention"]) + norms
+
+
+def test_active_parameters_leave_out_the_experts_not_chosen():
+    config = tiny.model("yoco_u", **tiny.MOE)
+    found = accounting.parameters(config)
+    idle_experts = config.num_experts - config.experts_per_token
+    expert = 3 * config.d_model * config.expert_width
+    assert found["total"] - found["active"] == 4 * idle_experts * expert
+    dense = accounting.parameters(tiny.model())
+    assert dense["active"] == dense["total"]
+
+
+@pytest.mark.parametrize("architecture", [n for n, t in ARCHITECTURES.items() if "@" in t])
+def test_loops_add_no_parameters(architecture):
+    counts = [accounting.parameters(tiny.model(architecture, num_loops=n)) for n in (1, 3, 8)]
+    assert counts[0] == counts[1] == counts[2]
+    trees = [
+        jax.tree.map(lambda x: x.shape, abstract_params(tiny.model(architecture, num_loops=n)))
+        for n in (1, 8)
+    ]
+    assert trees[0] == trees[1]
+
+
+def test_the_paper_sizes():
+    """1.3B without embeddings in both layouts; about 10.5B, 1.5 to 1.7B active, with experts."""
+    for name in ("yocou_1b", "yocou_1b_deep"):
+        module = __import__(f"configs.{name}", fromlist=["get_config"])
+        found = accounting.parameters(Config.from_dict(module.get_config()).model)
+        assert found["non_embedding"] == pytest.approx(1.3e9, rel=0.04)
+    from configs import yocou_10b_moe
+
+    found = accounting.parameters(Config.from_dict(yocou_10b_moe.get_config()).model)
+    assert found["non_embedding"] == pytest.approx(10.5e9, rel=0.02)
+    embeddings = found["total"] - found["non_embedding"]
+    assert 1.45e9 < found["active"] - embeddings < 1.75e9
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------
+
+# Wide against its length, so that attention, norms and softmax are a small share of the whole.
+WIDE = {
+    "d_model": 256,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "d_ff": 640,
+    "vocab_size": 512,
+    "num_layers": 2,
+    "window": 8,
+    "prefix_length": 2,
+    "scan": False,
+    "attention": "reference",
+}
+
+
+@pytest.mark.parametrize("architecture", ["yoco_u", "universal_transformer", "upper_loop"])
+def test_forward_flops_are_those_that_xla_counts(architecture):
+    """XLA counts a scan's body once, so the model is unrolled; it knows nothing of masks, so
+    attention is kept small."""
+    config, n = tiny.model(architecture, **WIDE), 32
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), _unboxed(abstract_params(config))
+    )
+    tokens = jax.ShapeDtypeStruct((1, n), jnp.int32)
+    compiled = jax.jit(lambda p, t: logits(p, config, t)).lower(shapes, tokens).compile()
+    counted = compiled.cost_analysis()["flops"]
+    ours = accounting.train_flops_per_token(config, n) * n / 3
+    attention = 4 * config.num_heads * config.head_dim * n * n * config.program.depth
+    assert attention < 0.1 * ours
+    assert counted == pytest.approx(ours, rel=0.03)
+
+
+def _unboxed(tree):
+    import flax.linen as nn
+
+    return nn.unbox(tree)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 40])
+@pytest.mark.parametrize("mixer", ["window", "full", "cross"])
+def test_attention_flops_are_the_unmasked_pairs(mixer, length):
+    config = tiny.model("yoco_u", window=4)
+    i, j = np.mgrid[:length, :length]
+    mask = (j <= i) & ((i - j < 4) | (mixer != "window"))
+    assert accounting.visible_pairs(config, mixer, length) == mask.sum()
+    assert accounting.visible_keys(config, mixer, length) == mask[-1].sum()
+
+
+def test_a_prefix_is_seen_by_every_query():
+    config = tiny.model("parscale")  # a prefix of 3
+    assert accounting.visible_pairs(config, "full", 5) == 15 + 5 * 3
+    assert accounting.visible_keys(config, "full", 5) == 5 + 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_share_of_the_flops(architecture):
+    """Take 4 H per pair, query head and layer away, and the rest does not depend on the length."""
+    config = tiny.model(architecture)
+    n, stages, streams = 24, config.program.stages, config.program.streams
+    pairs = sum(s.depth * accounting.visible_pairs(config, s.mixer, n) for s in stages)
+    attention = 3 * 4 * 4 * 8 * pairs * streams / n
+    matmul = accounting.train_flops_per_token(config, n) - attention
+    blind = sum(s.depth * accounting.visible_pairs(config, s.mixer, 2 * n) for s in stages)
+    longer = 3 * 4 * 4 * 8 * blind * streams / (2 * n)
+    assert accounting.train_flops_per_token(config, 2 * n) - longer == pytest.approx(matmul)
+
+
+def test_training_flops_by_hand():
+    """One window layer: 6 FLOPs per matrix entry, 12 H per visible pair and head."""
+    config = tiny.model("window*1")
+    d, f, v, q, k, h, w, n = 16, 24, 32, 4, 2, 8, 4, 10
+    matrices = d * h * (2 * q + 2 * k) + 3 * d * f + d * v
+    pairs = 1 + 2 + 3 + 4 * (n - 3)
+    assert w == config.window
+    expected = 6 * matrices + 12 * h * q * pairs / n
+    assert accounting.train_flops_per_token(config, n) == pytest.approx(expected)
+
+
+def test_prefill_of_yoco_u_costs_the_same_per_token_at_every_length():
+    config = paper("yoco_u")
+    costs = [accounting.prefill_flops_per_token(config, n) for n in LENGTHS.values()]
+    assert max(costs) < 1.02 * min(costs)
+    transformer = [
+        accounting.prefill_flops_per_token(paper("transformer"), n) for n in LENGTHS.values()
+    ]
+    assert transformer[-1] > 5 * transformer[0]
+    # At length 1 prefill, decode and a third of training are the same forward pass.
+    for name in ARCHITECTURES:
+        c = tiny.model(name)
+        one = accounting.decode_flops_per_token(c, 1)
+        assert accounting.prefill_flops_per_token(c, 1) == one
+        assert accounting.train_flops_per_token(c, 1) == 3 * one
+
+
+def test_decode_adds_up_to_a_forward_pass():
+    """Token by token with a cache costs what the whole sequence costs at once."""
+    for name in ARCHITECTURES:
+        config, n = tiny.model(name), 11
+        steps = sum(accounting.decode_flops_per_token(config, i) for i in range(1, n + 1))
+        assert steps == pytest.approx(accounting.train_flops_per_token(config, n) * n / 3)
+
+
+def test_the_looped_model_costs_about_twice_the_plain_one():
+    ratio = accounting.train_flops_per_token(paper("yoco_u"), 8192) / (
+        accounting.train_flops_per_token(paper("yoco"), 8192)
+    )
+    assert 1.6 < ratio < 2.0
+
+
+# --- Siblings and the command ---------------------------------------------------------------------
+
+
+def test_siblings_keep_the_sizes_and_the_loops():
+    config = dataclasses.replace(tiny.model("yoco_u"), num_loops=5)
+    assert str(accounting.sibling(config, "rins").program) == "full*2@5 | full*2"
+    assert str(accounting.sibling(config, "transformer").program) == "full*4"
+    assert str(accounting.sibling(tiny.model("yoco_u"), "rins").program) == "full*2@3 | full*2"
+
+
+def test_the_account_command_prints_the_promised_keys():
+    line = (sys.executable, "-m", "experiments.account", "--config=configs/yocou_1b.py", "--json")
+    output = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = json.loads(output)["architectures"]
+    assert set(found) == set(ARCHITECTURES)
+    lengths = {str(n) for n in LENGTHS.values()}
+    for name, report in found.items():
+        assert report["params"] == accounting.parameters(paper(name))
+        assert set(report["kv_mib"]) == lengths
+        assert set(report["flops_per_token"]) == {"train", "prefill", "decode"}
+        for figures in report["flops_per_token"].values():
+            assert set(figures) == lengths
+    for name, row in TABLE_10.items():
+        assert tuple(found[name]["kv_mib"].values()) == row

@@ -1,0 +1,332 @@
+"""The training command as a user types it: killed, stopped, damaged, misused, on two processes."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from yocou_jax.checkpoint import EXIT_PREEMPTED
+
+ROOT = Path(__file__).parent.parent
+STEPS = 60
+FIELDS = {
+    "model.num_layers": 2,
+    "model.num_loops": 2,
+    "model.vocab_size": 258,
+    "model.d_model": 32,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 16,
+    "model.d_ff": 64,
+    "model.window": 8,
+    "optimizer.warmup_steps": 5,
+    "data.tokenizer": "bytes",
+    "data.batch_size": 8,
+    "data.sequence_length": 32,
+    "data.validation_fraction": 0.2,
+    "data.validation_sequences": 8,
+    "run.steps": STEPS,
+    "run.log_every": 1,
+    "run.eval_every": 20,
+    "run.sample_every": STEPS,
+    "run.sample_tokens": 4,
+    "run.checkpoint_every": 10,
+    "run.keep_checkpoints": 3,
+}
+# What depends on the clock; everything else in a row of metrics must repeat.
+CLOCK = {"tokens_per_s", "data_wait_fraction", "mfu", "elapsed_s"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a text of its own; runs share its token cache."""
+    path = tmp_path_factory.mktemp("runs")
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "def", "return", "if"]
+    lines = (" ".join(rng.choices(words, k=12)) for _ in range(2500))
+    (path / "text.txt").write_text("\n".join(lines))
+    return path
+
+
+def command(home: Path, workdir: str, *flags: str, **fields) -> list[str]:
+    fields = FIELDS | {
+        "data.source": home / "text.txt",
+        "data.cache_dir": home / "cache",
+        **{name.replace("__", "."): value for name, value in fields.items()},
+    }
+    return [
+        *(sys.executable, "-m", "experiments.train", "--config=configs/yocou_small.py"),
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+        f"--workdir={home / workdir}",
+        *flags,
+    ]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+
+
+def start(line: list[str], devices: int = 1) -> subprocess.Popen:
+    return subprocess.Popen(
+        line,
+        cwd=ROOT,
+        env=environment(devices),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == code, output
+    return output
+
+
+def run(line: list[str], code: int = 0, devices: int = 1) -> str:
+    return finish(start(line, devices), code)
+
+
+def rows(workdir: Path) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+
+def summary(workdir: Path) -> dict:
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def wait_for(process: subprocess.Popen, workdir: Path, steps: int) -> None:
+    """Until the run has written `steps` rows of metrics."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if (workdir / "metrics.jsonl").read_text().count("\n") >= steps:
+                return
+        if process.poll() is not None:
+            pytest.fail(f"The run ended before its step {steps}:\n{process.stdout.read()}")
+        time.sleep(0.005)
+    pytest.fail(f"The run did not reach step {steps}.")
+
+
+@pytest.fixture(scope="module")
+def whole(home) -> Path:
+    """A run that nobody disturbed."""
+    output = run(command(home, "whole"))
+    assert "Finished" in output
+    assert "Resumed" not in output
+    return home / "whole"
+
+
+# --- What a run leaves behind ---------------------------------------------------------------------
+
+
+def test_names_that_others_rely_on(whole):
+    found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    names = {"loss", "grad_norm", "lr", "tokens_per_s", "data_wait_fraction", "bpb", "tokens"}
+    assert all(names <= set(row) for row in found)
+    evaluated = {row["step"] for row in found if {"val_loss", "val_bpb"} <= set(row)}
+    assert evaluated == {20, 40, 60}
+    got = summary(whole)
+    for name in (
+        *("params", "tokens", "train_flops", "val_loss", "val_bpb", "tokens_per_s", "wall_s"),
+        *("kv_bytes_per_sequence", "final_params_sha256"),
+    ):
+        assert name in got, name
+    assert got["tokens"] == STEPS * 8 * 32
+    assert got["val_loss"] == found[-1]["val_loss"]
+    assert len(got["final_params_sha256"]) == 64
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert {"config", "git", "packages", "device", "corpus"} <= set(manifest)
+    assert list((whole / "tensorboard").iterdir())
+
+
+def test_it_learns(whole):
+    losses = [row["loss"] for row in rows(whole)]
+    assert losses[0] > 5  # log 258 = 5.55
+    assert losses[-1] < 2.8  # the letters alone, without context, have an entropy of 2.9 nats
+    assert summary(whole)["val_loss"] < 2.8
+
+
+# --- Interrupted runs end where undisturbed ones do -----------------------------------------------
+
+
+def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(home, whole):
+    line, workdir = command(home, "disturbed"), home / "disturbed"
+    process = start(line)
+    wait_for(process, workdir, 16)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (workdir / "summary.json").exists()
+    killed_at = rows(workdir)[-1]["step"]
+    assert killed_at < STEPS
+
+    process = start(line)
+    wait_for(process, workdir, killed_at + 3)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, EXIT_PREEMPTED)
+    assert "Resumed from the checkpoint" in output
+    assert "Stopped on request" in output
+    assert "Traceback" not in output
+    stopped_at = rows(workdir)[-1]["step"]
+    assert killed_at < stopped_at < STEPS
+
+    output = run(line)
+    assert f"Resumed from the checkpoint of step {stopped_at}" in output
+    assert summary(workdir)["final_params_sha256"] == summary(whole)["final_params_sha256"]
+    # Each step once, with the loss and all else that it has in the undisturbed run.
+    again = {row["step"]: row for row in rows(workdir)}
+    assert len(again) == len(rows(workdir))
+    for row in rows(whole):
+        got = again[row["step"]]
+        assert {k: got[k] for k in row if k in got} == {k: row[k] for k in row if k in got}
+        assert {"loss", "grad_norm", "lr"} <= set(got)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(home, whole):
+    workdir = home / "damaged"
+    shutil.copytree(whole, workdir)
+    (workdir / "summary.json").unlink()
+    newest = max(
+        (workdir / "checkpoints").iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1
+    )
+    assert newest.name == str(STEPS)
+    files = [p for p in newest.rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    output = run(command(home, "damaged"))
+    assert f"Resumed from the checkpoint of step {STEPS - 10}" in output
+    warning = next(
+        line for line in output.splitlines() if "damaged" in line or "passed over" in line
+    )
+    assert str(STEPS) in warning
+    assert "Traceback" not in output
+    assert summary(workdir)["final_params_sha256"] == summary(whole)["final_params_sha256"]
+    assert rows(workdir) == rows(whole)
+
+
+def test_a_finished_run_is_not_run_again(home, whole):
+    before = summary(whole)["final_params_sha256"]
+    output = run(command(home, "whole"))
+    assert f"Resumed from the checkpoint of step {STEPS}" in output
+    assert summary(whole)["final_params_sha256"] == before
+    assert len(rows(whole)) == STEPS
+
+
+# --- One sentence for every mistake ---------------------------------------------------------------
+
+
+def assert_one_sentence(output: str, *words: str) -> None:
+    assert "Traceback" not in output
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert len(lines) == 1, output
+    assert lines[0].endswith((".", "?")), output
+    for word in words:
+        assert word in lines[0], output
+
+
+def test_a_changed_config_is_refused_with_the_fields(home, whole):
+    line = command(home, "whole", model__window=9, optimizer__learning_rate=0.5, run__log_every=2)
+    output = run(line, code=2)
+    assert_one_sentence(
+        output, "model.window: 8 -> 9", "optimizer.learning_rate: 0.001 -> 0.5", str(whole)
+    )
+    assert "log_every" not in output  # changes nothing of the mathematics
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model__windw": 3}, ["windw", "Did you mean 'window'?"]),
+        ({"model__architecture": "cross*2"}, ["cross*2", "begins with a cross stage"]),
+        ({"model__architecture": "yocou"}, ["yocou", "yoco_u"]),
+        ({"model__num_layers": 3}, ["num_layers=3", "odd"]),
+        ({"model__d_model": "wide"}, ["--config.model.d_model", "wide"]),
+        ({"data__batch_size": 9, "optimizer__accumulation_steps": 2}, ["batch_size=9", "2"]),
+        ({"mesh__data": 3}, ["data=3", "1 devices"]),
+        ({"data__source": "no/such/file.txt"}, ["no/such/file.txt"]),
+        ({"model__vocab_size": 100}, ["258", "vocab_size=100"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_bad_config_is_answered_with_one_sentence(home, fields, words):
+    output = run(command(home, "bad", **fields), code=2)
+    assert_one_sentence(output, *words)
+    assert not (home / "bad").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_devices(home):
+    output = run(command(home, "bad", data__batch_size=9), code=2, devices=2)
+    assert_one_sentence(output, "data.batch_size=9", "2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config=configs/nothing.py"], ["configs/nothing.py", "does not exist"]),
+        ([], ["--config is missing"]),
+        (["--config=configs/yocou_small.py", "--wrokdir=x"], ["--wrokdir", "workdir"]),
+        (["--config=configs/yocou_small.py", "extra"], ["extra"]),
+        (["--config=configs/yocou_small.py:trasnformer"], ["trasnformer"]),
+    ],
+    ids=["missing config", "no config", "wrong flag", "stray word", "wrong preset"],
+)
+def test_a_bad_command_line_is_answered_with_one_sentence(flags, words):
+    output = run([sys.executable, "-m", "experiments.train", *flags], code=2)
+    assert_one_sentence(output, *words)
+
+
+def test_an_unwritable_workdir_is_answered_with_one_sentence(home):
+    """A file is in the way: it holds for root too, whom permissions do not stop."""
+    (home / "file").write_text("")
+    output = run(command(home, "file/run"), code=2)
+    assert_one_sentence(output, str(home / "file"))
+
+
+def test_a_gradient_that_stays_infinite_stops_the_run(home):
+    line = command(home, "infinite", optimizer__z_loss=1e39, optimizer__max_skipped_updates=3)
+    output = run(line, code=2)
+    assert "Traceback" not in output
+    assert "not finite for 3 updates in a row, the last one at step 3" in output
+
+
+# --- Two processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_run_of_one(home):
+    fields = {"run__steps": 12, "run__eval_every": 6, "run__checkpoint_every": 6}
+    run(command(home, "one", **fields), devices=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    both = [
+        start(command(home, "two", *flags, f"--process_id={rank}", **fields)) for rank in (0, 1)
+    ]
+    outputs = [finish(process) for process in both]
+    assert "2 x cpu" in outputs[0]
+    assert "Finished" not in outputs[1]  # only process 0 speaks
+    one, two = rows(home / "one"), rows(home / "two")
+    assert [row["step"] for row in two] == list(range(1, 13))
+    for a, b in zip(one, two, strict=True):
+        assert set(a) == set(b)
+        for name in ("loss", "grad_norm", "val_loss"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)

@@ -1,0 +1,130 @@
+"""The chunked cross-entropy against the plain one, and what it keeps in memory."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from yocou_jax.loss import cross_entropy
+
+
+def plain(hidden, head, targets, weights, z_loss):
+    """(what to differentiate, sum nll, sum z) with all logits at once."""
+    logits = (hidden @ head).astype(jnp.float32)
+    log_p = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] * weights
+    z = jax.nn.logsumexp(logits, -1) ** 2 * weights
+    return nll.sum() + z_loss * z.sum(), (nll.sum(), z.sum())
+
+
+def example(batch, length, vocab, width=4, dtype=jnp.float32):
+    rng = np.random.default_rng(length)
+    hidden = jnp.asarray(rng.normal(size=(batch, length, width)), dtype)
+    head = jnp.asarray(rng.normal(size=(width, vocab)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 3, (batch, length)), jnp.float32)
+    return hidden, head, targets, weights
+
+
+# 11 entries make one chunk, 2^20 several; the prime length leaves chunks of one position.
+@pytest.mark.parametrize(
+    ("vocab", "length", "z_loss"),
+    [(11, 1, 0.0), (11, 7, 0.3), (11, 12, 0.0), (2**20, 1, 0.0), (2**20, 7, 0.0), (2**20, 12, 0.3)],
+)
+def test_values_and_gradients_are_those_of_log_softmax(vocab, length, z_loss):
+    hidden, head, targets, weights = example(2, length, vocab)
+
+    def chunked(hidden, head):
+        total, sums = cross_entropy(hidden, head, targets, weights, z_loss)
+        return 1.7 * total, (sums.nll, sums.z, sums.weight)  # a cotangent other than 1
+
+    def expected(hidden, head):
+        total, (nll, z) = plain(hidden, head, targets, weights, z_loss)
+        return 1.7 * total, (nll, z, weights.sum())
+
+    got, wanted = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, head)
+        for f in (chunked, expected)
+    )
+    tiny.assert_close(got, wanted, 2e-5)
+    # Without a gradient another piece of code runs.
+    total, sums = jax.jit(functools.partial(cross_entropy, z_loss=z_loss))(
+        hidden, head, targets, weights
+    )
+    tiny.assert_close((1.7 * total, (sums.nll, sums.z, sums.weight)), wanted[0], 2e-5)
+
+
+def test_no_weights_count_every_target_once():
+    hidden, head, targets, _ = example(3, 5, 11)
+    total, sums = cross_entropy(hidden, head, targets)
+    wanted, _ = plain(hidden, head, targets, jnp.ones((3, 5)), 0.0)
+    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+    np.testing.assert_allclose(sums.nll, wanted, rtol=1e-5)
+    assert sums.weight == 15
+
+
+def test_a_target_of_weight_zero_has_no_influence():
+    hidden, head, targets, weights = example(2, 6, 11)
+    hidden = hidden.at[0, 2].set(1e4)
+    weights = weights.at[0, 2].set(0.0)
+
+    def total(hidden, targets):
+        return cross_entropy(hidden, head, targets, weights, 0.1)[0]
+
+    slope = jax.grad(total)(hidden, targets)
+    assert (np.asarray(slope[0, 2]) == 0).all()
+    other = targets.at[0, 2].add(1) % 11
+    np.testing.assert_array_equal(total(hidden, targets), total(hidden, other))
+
+
+def test_large_logits_stay_finite():
+    hidden, head, targets, weights = example(2, 6, 11)
+    value, slope = jax.value_and_grad(lambda h: cross_entropy(h, head, targets, weights)[0])(
+        1e4 * hidden
+    )
+    assert np.isfinite(value)
+    assert np.isfinite(slope).all()
+
+
+def test_bfloat16_activations_give_float32_sums_and_head_gradients():
+    hidden, head, targets, weights = example(2, 8, 64, width=32, dtype=jnp.bfloat16)
+
+    def total(hidden, head):
+        return cross_entropy(hidden, head, targets, weights)[0]
+
+    value, (d_hidden, d_head) = jax.value_and_grad(total, argnums=(0, 1))(hidden, head)
+    assert (value.dtype, d_hidden.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    wanted = plain(hidden.astype(jnp.float32), head, targets, weights, 0.0)[0]
+    np.testing.assert_allclose(value, wanted, rtol=0.02)
+
+
+def _largest_array(f, *args) -> int:
+    """Elements of the largest array in the compiled program."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    shapes = re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)
+    return max(math.prod(map(int, s.split(","))) for s in shapes)
+
+
+def test_all_logits_never_exist_at_once():
+    b, n, d, v = 4, 1024, 8, 32768
+    hidden = jax.ShapeDtypeStruct((b, n, d), jnp.float32)
+    head = jax.ShapeDtypeStruct((d, v), jnp.float32)
+    targets = jax.ShapeDtypeStruct((b, n), jnp.int32)
+
+    def chunked(hidden, head, targets):
+        return cross_entropy(hidden, head, targets, None, 0.1)[0]
+
+    def at_once(hidden, head, targets):
+        return plain(hidden, head, targets, 1.0, 0.1)[0]
+
+    def grad(f):
+        return jax.value_and_grad(f, argnums=(0, 1))
+
+    assert _largest_array(grad(at_once), hidden, head, targets) >= b * n * v
+    assert _largest_array(grad(chunked), hidden, head, targets) <= b * n * v / 16
+    assert _largest_array(chunked, hidden, head, targets) <= b * n * v / 16

@@ -1,0 +1,131 @@
+"""Routed experts against a plain loop over experts, on one device and on eight."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from yocou_jax.config import MeshConfig
+from yocou_jax.moe import MixtureOfExperts
+from yocou_jax.sharding import make_mesh, tree_shardings
+
+D = tiny.MODEL["d_model"]
+X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6, D)), jnp.float32)
+
+
+def layer(**fields):
+    """(a function of parameters and x, parameters) of one feed-forward with experts."""
+    module = MixtureOfExperts(tiny.model(**(tiny.MOE | fields)), jnp.float32)
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), X))["params"]
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), nn.unbox(boxed)
+    )
+    return lambda params, x: module.apply({"params": params}, x), params, boxed
+
+
+def swiglu(x, gate, up, down):
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def loop_over_experts(params, x, per_token):
+    """Every expert sees every token; the weights of those not chosen are 0."""
+    logits = x @ params["router"]["kernel"]
+    p = jax.nn.softmax(logits, axis=-1)
+    kth = jnp.sort(p, axis=-1)[..., -per_token][..., None]
+    weights = jnp.where(p >= kth, p, 0.0)
+    weights = weights / weights.sum(-1, keepdims=True)
+    y = jnp.zeros_like(x)
+    for e in range(p.shape[-1]):
+        expert = (params[name][e] for name in ("gate", "up", "down"))
+        y = y + weights[..., e : e + 1] * swiglu(x, *expert)
+    if "shared" in params:
+        y = y + swiglu(x, *(params["shared"][name]["kernel"] for name in ("gate", "up", "down")))
+    return y
+
+
+def gradients(f, params, x):
+    """Of a projection of the output, to parameters and input."""
+    direction = jax.random.normal(jax.random.key(3), x.shape)
+    return jax.jit(jax.value_and_grad(lambda p, x: (f(p, x) * direction).sum(), argnums=(0, 1)))(
+        params, x
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_experts": 4, "experts_per_token": 2},
+        {"num_experts": 5, "experts_per_token": 1, "num_shared_experts": 0},
+        {"num_experts": 3, "experts_per_token": 3, "num_shared_experts": 2},
+    ],
+    ids=["top 2 of 4", "top 1 of 5, none shared", "all 3"],
+)
+def test_routed_experts_are_a_loop_over_experts(fields):
+    apply, params, _ = layer(**fields)
+    k = fields["experts_per_token"]
+    np.testing.assert_allclose(apply(params, X)[0], loop_over_experts(params, X, k), atol=2e-5)
+    got = gradients(lambda p, x: apply(p, x)[0], params, X)
+    tiny.assert_close(got, gradients(lambda p, x: loop_over_experts(p, x, k), params, X), 2e-5)
+
+
+def test_no_token_is_dropped_when_all_want_one_expert():
+    apply, params, _ = layer(experts_per_token=1, num_shared_experts=0)
+    params["router"]["kernel"] = jnp.zeros((D, 4)).at[0, 2].set(100.0)
+    x = X.at[..., 0].set(1.0)
+    y, stats = apply(params, x)
+    expert = (params[name][2] for name in ("gate", "up", "down"))
+    np.testing.assert_allclose(y, swiglu(x, *expert), atol=2e-5)
+    np.testing.assert_allclose(stats.load, [0, 0, 4, 0])
+    np.testing.assert_allclose(stats.load_balance, 4.0, rtol=1e-5)  # the worst there is
+
+
+def test_a_router_without_preference_has_balance_one():
+    apply, params, _ = layer()
+    params["router"]["kernel"] = jnp.zeros((D, 4))
+    _, stats = apply(params, X)
+    np.testing.assert_allclose(stats.load_balance, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(stats.router_z, np.log(4.0) ** 2, rtol=1e-6)
+
+
+def test_router_statistics_by_hand():
+    apply, params, _ = layer()
+    _, stats = apply(params, X)
+    logits = np.asarray(X, np.float64).reshape(-1, D) @ np.asarray(params["router"]["kernel"])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.argsort(-p, axis=-1)[:, :2]
+    share = np.bincount(chosen.ravel(), minlength=4) / chosen.size
+    np.testing.assert_allclose(stats.load, share * 4, rtol=1e-5)
+    np.testing.assert_allclose(stats.load_balance, 4 * (share * p.mean(0)).sum(), rtol=1e-5)
+    z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
+    np.testing.assert_allclose(stats.router_z, z, rtol=1e-5)
+
+
+def test_the_balance_loss_moves_the_router():
+    apply, params, _ = layer()
+
+    def balance(kernel):
+        return apply(params | {"router": {"kernel": kernel}}, X)[1].load_balance
+
+    value, slope = jax.jit(jax.value_and_grad(balance))(params["router"]["kernel"])
+    assert np.abs(slope).max() > 1e-3
+    assert balance(params["router"]["kernel"] - 0.05 * slope) < value
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)
+def test_eight_devices_compute_what_one_does(sizes):
+    """Width 12 divides over tensor=2 and not over tensor=8."""
+    apply, params, boxed = layer()
+
+    def both(params, x):
+        y, stats = apply(params, x)
+        return y + stats.load_balance + stats.router_z + stats.load.max()
+
+    expected = gradients(both, params, X)
+    mesh = make_mesh(MeshConfig(*sizes))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(boxed, mesh))
+        got = jax.device_get(gradients(both, placed, X))
+    tiny.assert_close(got, jax.device_get(expected), 1e-5)

@@ -1,0 +1,223 @@
+"""Eight virtual devices against one: the same numbers, where arrays lie, moving checkpoints."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests import tiny
+from yocou_jax.checkpoint import Checkpointer
+from yocou_jax.config import MeshConfig
+from yocou_jax.errors import UserError
+from yocou_jax.program import ARCHITECTURES
+from yocou_jax.sharding import LOGICAL_AXES, batch_sharding, make_mesh, spec_for, tree_shardings
+from yocou_jax.train import abstract_params, loss_fn, set_up
+
+MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
+
+
+def config_on(mesh, architecture="yoco_u", **fields):
+    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    return tiny.config(architecture, mesh=sizes, **({"num_layers": 2, "num_loops": 2} | fields))
+
+
+# --- The same numbers on every mesh ---------------------------------------------------------------
+
+
+def gradients(config, batch, mesh):
+    """Loss and gradients by the functions of a training step, on a mesh."""
+    shardings = tree_shardings(abstract_params(config.model), mesh)
+    targets = batch.targets.size if batch.loss_weights is None else batch.loss_weights.sum()
+
+    @functools.partial(
+        jax.jit,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(NamedSharding(mesh, PartitionSpec()), shardings),
+    )
+    def compute(params, batch):
+        def objective(params):
+            return loss_fn(params, batch, config, jnp.float32(targets))[0]
+
+        return jax.value_and_grad(objective)(params)
+
+    with jax.set_mesh(mesh):
+        return jax.device_get(compute(tiny.params(config.model), batch))
+
+
+@functools.cache
+def on_one_device(architecture, packed, extra):
+    config = config_on((1, 1, 1), architecture, **dict(extra))
+    batch = tiny.packed_batch() if packed else tiny.batch()
+    return gradients(config, batch, make_mesh(config.mesh, jax.devices()[:1]))
+
+
+def check(mesh, architecture="yoco_u", packed=False, **extra):
+    config = config_on(mesh, architecture, **extra)
+    batch = tiny.packed_batch() if packed else tiny.batch()
+    got = gradients(config, batch, make_mesh(config.mesh))
+    expected = on_one_device(architecture, packed, tuple(extra.items()))
+    tiny.assert_close(got, expected, 1e-5)
+
+
+def test_there_are_ten_meshes_of_eight_devices():
+    assert len(MESHES) == 10
+    assert len(set(MESHES)) == 10
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mesh):
+    """With 4 query and 2 key/value heads, tensor=4 and tensor=8 leave heads that do not divide."""
+    check(mesh)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ((2, 2, 2), {"packed": True}),
+        ((2, 2, 2), {"architecture": "window*1@2 | cross*1", **tiny.MOE}),
+        ((1, 2, 4), {"architecture": "full*1, streams=2", "num_loops": None}),
+        ((1, 4, 2), {"tie_embeddings": True, "qk_norm": True}),
+    ],
+    ids=["packed", "experts", "streams", "tied and qk_norm"],
+)
+def test_options_on_a_mesh_give_the_gradients_of_one_device(mesh, options):
+    check(mesh, **options)
+
+
+# --- Where arrays lie -----------------------------------------------------------------------------
+
+
+def _per_device(abstract):
+    """Shapes of the first device's part of each array, by the last keys of its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    return {jax.tree_util.keystr(p): x.sharding.shard_shape(x.shape) for p, x in leaves}
+
+
+def test_parameters_and_optimizer_state_are_really_sharded():
+    config = config_on((2, 2, 2))
+    setup = set_up(config)
+    with jax.set_mesh(setup.mesh):
+        state = setup.init()
+    shapes = {
+        jax.tree_util.keystr(path): x.addressable_shards[0].data.shape
+        for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+    layer = "['stage_0_window']['layers']"
+    # D = 16, V = 32, F = 24, 4 query and 2 key/value heads of 8; fsdp halves D, tensor the rest.
+    assert shapes["['embedding']"] == (16, 8)
+    assert shapes["['head']"] == (8, 16)
+    assert shapes[f"{layer}['attention']['query']['project']['kernel']"] == (1, 8, 2, 8)
+    assert shapes[f"{layer}['attention']['output']['project']['kernel']"] == (1, 2, 8, 8)
+    assert shapes[f"{layer}['attention_norm']['scale']"] == (1, 16)
+    assert shapes[f"{layer}['feed_forward']['down']['kernel']"] == (1, 12, 8)
+    # Both moments of AdamW lie as their parameters do; nothing else is larger than a number.
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    expected = [x.sharding for x in jax.tree.leaves(state.params)] * 2
+    assert [x.sharding for x in moments] == expected
+    distinct = {x.sharding.spec for x in moments}
+    assert len(distinct) > 3
+
+
+def test_muon_state_lies_as_the_parameters_do():
+    config = config_on((1, 4, 2), optimizer={"name": "muon"})
+    setup = set_up(config)
+    named = {
+        path: x.sharding
+        for path, x in jax.tree_util.tree_leaves_with_path(setup.abstract_state.params)
+    }
+    count = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(setup.abstract_state.opt_state):
+        for start in range(len(path)):
+            if path[start:] in named:
+                assert x.sharding == named[path[start:]]
+                count += 1
+    assert count >= len(named)
+    embedding = [x for x in jax.tree.leaves(setup.abstract_state.opt_state) if x.shape == (32, 16)]
+    assert {x.sharding.spec for x in embedding} == {next(iter(named.values())).spec}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_parameter_of_every_architecture_fits_every_mesh(architecture):
+    """No collision, no unknown name; and fsdp divides every matrix."""
+    config = tiny.model(architecture, qk_norm=True, **tiny.MOE)
+    boxed = abstract_params(config)
+    for sizes in MESHES:
+        mesh = make_mesh(MeshConfig(*sizes))
+        shardings = jax.tree.leaves(tree_shardings(boxed, mesh))
+        shapes = [x.shape for x in jax.tree.leaves(boxed)]
+        total = sum(map(math.prod, shapes))
+        held = sum(math.prod(s.shard_shape(x)) for s, x in zip(shardings, shapes, strict=True))
+        assert held <= 1.1 * total / sizes[1]
+
+
+def test_heads_that_do_not_divide_are_replicated():
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    axes = ("embed", "kv_heads", "head_dim")
+    assert spec_for(axes, (16, 2, 8), mesh) == PartitionSpec(("fsdp",), None, None)
+    assert spec_for(axes, (16, 4, 8), mesh) == PartitionSpec(("fsdp",), ("tensor",), None)
+    assert spec_for(("batch", "length"), (6, 16), mesh) == PartitionSpec(("data", "fsdp"), None)
+    assert spec_for(("batch", "length"), (7, 16), mesh) == PartitionSpec(None, None)
+
+
+def test_two_dimensions_cannot_claim_one_mesh_axis():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    with pytest.raises(ValueError, match=r"'heads' and 'mlp'.*'tensor'"):
+        spec_for(("heads", "mlp"), (4, 4), mesh)
+    with pytest.raises(ValueError, match=r"'experst'.*not in LOGICAL_AXES"):
+        spec_for(("experst",), (4,), mesh)
+    with pytest.raises(ValueError, match="do not match"):
+        spec_for(("embed",), (4, 4), mesh)
+
+
+def test_the_table_names_only_mesh_axes():
+    assert {axis for axes in LOGICAL_AXES.values() for axis in axes} <= {"data", "fsdp", "tensor"}
+
+
+def test_make_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
+    assert dict(make_mesh(MeshConfig(-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(2, 1, -1)).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    for sizes in ((3, 1, 1), (-1, 3, 1), (1, 1, 16)):
+        with pytest.raises(UserError, match="8 devices"):
+            make_mesh(MeshConfig(*sizes))
+    with pytest.raises(UserError, match="at most one -1"):
+        MeshConfig(-1, -1, 1)
+
+
+@pytest.mark.parametrize("batch_size", [6, 12])
+def test_a_batch_that_does_not_divide_is_refused(batch_size):
+    with pytest.raises(UserError, match=rf"data.batch_size={batch_size}.*does not divide by 8"):
+        set_up(config_on((4, 2, 1), data={"batch_size": batch_size}))
+
+
+# --- Checkpoints move between meshes --------------------------------------------------------------
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
+    """Saved after one step on (8, 1, 1), restored on (1, 4, 2): the second step agrees."""
+    first, second = set_up(config_on((8, 1, 1))), set_up(config_on((1, 4, 2)))
+    batches = [tiny.batch(seed=seed) for seed in (1, 2)]
+    with jax.set_mesh(first.mesh):
+        state, _ = first.step(first.init(), batches[0])
+        with Checkpointer(tmp_path, every=1) as checkpointer:
+            checkpointer.save(1, state)
+        saved = jax.device_get(state)
+        expected, metrics = first.step(state, batches[1])
+    with jax.set_mesh(second.mesh):
+        with Checkpointer(tmp_path, every=1) as checkpointer:
+            state, step = checkpointer.restore_latest(second.abstract_state)
+        assert step == 1
+        for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(saved), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        for got, wanted in zip(
+            jax.tree.leaves(state), jax.tree.leaves(second.abstract_state), strict=True
+        ):
+            assert got.sharding == wanted.sharding
+        moved, moved_metrics = second.step(state, batches[1])
+    np.testing.assert_allclose(moved_metrics["loss"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(moved_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+    # Adam divides by the square root of tiny squares, so single entries move a little more.
+    tiny.assert_close(jax.device_get(moved.params), jax.device_get(expected.params), 1e-4)
