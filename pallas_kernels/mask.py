@@ -33,6 +33,11 @@ def visible(q_pos, k_pos, window: int | None):
     return seen if window is None else seen & (age < window)
 
 
+def same_segment(q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B S"]) -> jax.Array:
+    """[B, N, S] booleans; blocks of ids give the block of the mask."""
+    return q_ids[:, :, None] == kv_ids[:, None, :]
+
+
 def visible_dense(N: int, S: int, window: int | None, q_offset: int) -> jax.Array:
     """[N, S] booleans, for the reference and for tests; no fast path may build it."""
     return visible(q_offset + jnp.arange(N)[:, None], jnp.arange(S)[None, :], window)

@@ -39,7 +39,7 @@ def attention(
     S, K = k.shape[1:3]
     seen = masks.visible_dense(N, S, window, q_offset)[None]
     if segments is not None:
-        seen = seen & (segments.q[:, :, None] == segments.kv[:, None, :])
+        seen = seen & masks.same_segment(segments.q, segments.kv)
     if kv_lengths is not None:
         seen = seen & (jnp.arange(S) < kv_lengths[:, None])[:, None, :]
     grouped = q.astype(jnp.float32).reshape(B, N, K, Q // K, H)

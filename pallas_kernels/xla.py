@@ -87,7 +87,7 @@ def _scores(plan, q, k, seg, lengths, i, j, low):
     if seg is not None:
         seg_q = lax.dynamic_slice_in_dim(seg.q, i * plan.bq, plan.bq, 1)
         seg_k = lax.dynamic_slice_in_dim(seg.kv, low, plan.bk, 1)
-        seen = seen & (seg_q[:, :, None] == seg_k[:, None, :])
+        seen = seen & masks.same_segment(seg_q, seg_k)
     if lengths is not None:
         seen = seen & (k_pos < lengths[:, None, None])
     grouped = s.reshape(*s.shape[:2], -1, plan.bq, plan.bk)

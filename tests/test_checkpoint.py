@@ -1,4 +1,4 @@
-"""Saving, killing, damaging, resuming: every promise of yocou_jax.checkpoint, on real files."""
+"""Saving, killing, damaging, resuming: what checkpoint.py and manifest.py promise, on real files."""
 
 import functools
 import json
@@ -25,9 +25,9 @@ from yocou_jax.checkpoint import (
     StopRequest,
     load_params,
     params_sha256,
-    write_or_check_manifest,
 )
 from yocou_jax.errors import UserError
+from yocou_jax.manifest import write_or_check_manifest
 
 ROOT = Path(__file__).parent.parent
 

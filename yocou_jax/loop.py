@@ -14,11 +14,12 @@ import numpy as np
 
 from pallas_kernels import api
 from yocou_jax import accounting, metrics
-from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256, write_or_check_manifest
+from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
 from yocou_jax.inference import sample
+from yocou_jax.manifest import write_or_check_manifest
 from yocou_jax.model import compute_dtype
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.train import Setup, TrainState, set_up

@@ -21,7 +21,7 @@ from tensorboardX import summary as tb
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from yocou_jax.checkpoint import flat, write_atomically
+from yocou_jax.manifest import flat, write_atomically
 
 STEP = "step"  # updates done
 TOKENS = "tokens"  # targets trained on since step 0
