@@ -32,7 +32,7 @@ def attention(
     window: int | None,
     q_offset: int,
     segments: masks.SegmentIds | None,
-    kv_lengths: Int[Array, "B"] | None,
+    kv_lengths: Int[Array, " B"] | None,
     scale: float,
 ) -> tuple[Float[Array, "B N Q H"], Float[Array, "B N Q"]]:
     B, N, Q, H = q.shape
@@ -54,7 +54,7 @@ def decode(
     q: Float[Array, "B Q H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    valid: Int[Array, "B"],
+    valid: Int[Array, " B"],
     *,
     scale: float,
 ) -> Float[Array, "B Q H"]:

@@ -1,4 +1,4 @@
-"""Saving, killing, damaging, resuming: what checkpoint.py and manifest.py promise, on real files."""
+"""Saving, killing, damaging, resuming: the promises of checkpoint.py and manifest.py."""
 
 import functools
 import json

@@ -123,6 +123,12 @@ def wait_for(process: subprocess.Popen, workdir: Path, steps: int) -> None:
     pytest.fail(f"The run did not reach step {steps}.")
 
 
+def wait_for_folder(process: subprocess.Popen, folder: Path) -> None:
+    while not folder.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+
+
 @pytest.fixture(scope="module")
 def whole(home) -> Path:
     """A run that nobody disturbed."""
@@ -169,7 +175,8 @@ def test_it_learns(whole):
 def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(home, whole):
     line, workdir = command(home, "disturbed"), home / "disturbed"
     process = start(line)
-    wait_for(process, workdir, 16)
+    wait_for(process, workdir, 22)
+    wait_for_folder(process, workdir / "checkpoints" / "20")  # so that of step 10 is whole
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL

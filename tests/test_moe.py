@@ -58,10 +58,10 @@ def gradients(f, params, x):
     "fields",
     [
         {"num_experts": 4, "experts_per_token": 2},
-        {"num_experts": 5, "experts_per_token": 1, "num_shared_experts": 0},
+        {"num_experts": 5, "experts_per_token": 3, "num_shared_experts": 0},
         {"num_experts": 3, "experts_per_token": 3, "num_shared_experts": 2},
     ],
-    ids=["top 2 of 4", "top 1 of 5, none shared", "all 3"],
+    ids=["top 2 of 4", "top 3 of 5, none shared", "all 3"],
 )
 def test_routed_experts_are_a_loop_over_experts(fields):
     apply, params, _ = layer(**fields)

@@ -56,7 +56,7 @@ def params(config: ModelConfig, seed: int = 0):
     def one(path, leaf):
         noise = rng.normal(size=leaf.shape)
         scale = jax.tree_util.keystr(path).endswith("['scale']")
-        return jnp.asarray(1 + 0.1 * noise if scale else 0.25 * noise, leaf.dtype)
+        return np.asarray(1 + 0.1 * noise if scale else 0.25 * noise, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, nn.unbox(abstract_params(config)))
 

@@ -38,7 +38,7 @@ class KVCache:
 
     stages: tuple[StageCache, ...]
     global_kv: GlobalCache | None
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, " B"]
 
 
 def kv_cache(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16) -> KVCache:

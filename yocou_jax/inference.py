@@ -14,12 +14,12 @@ from yocou_jax.typing import Array, Int, PyTree
 def sample(
     params: PyTree,
     config: ModelConfig,
-    prompt: Int[Array, "N"],
+    prompt: Int[Array, " N"],
     key: Array,
     *,
     num_tokens: int,
     temperature: float = 0.8,
-) -> Int[Array, "N+num_tokens"]:
+) -> Int[Array, " N+num_tokens"]:
     """The prompt and `num_tokens` sampled behind it; temperature 0 takes the likeliest token.
 
     Runs the whole forward pass for every token, O(n^2) work and no cache: good for the short

@@ -42,7 +42,7 @@ class Linear(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Array:
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32."""
     normed, _ = _rms(x, eps)
     return (normed * scale).astype(x.dtype)

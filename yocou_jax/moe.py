@@ -29,7 +29,7 @@ class RouterStats:
 
     load_balance: Float[Array, ""]
     router_z: Float[Array, ""]
-    load: Float[Array, "E"]
+    load: Float[Array, " E"]
 
 
 def _experts(

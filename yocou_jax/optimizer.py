@@ -25,10 +25,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
     elif config.schedule == "wsd":
-        decay = max(1, round(steps * config.decay_fraction))
+        decay = min(rest, max(1, round(steps * config.decay_fraction)))
         main = optax.join_schedules(
             [optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)],
-            [max(0, rest - decay)],
+            [rest - decay],
         )
     else:
         main = optax.constant_schedule(peak)
@@ -63,26 +63,28 @@ def make_optimizer(
     """
     schedule = make_schedule(config, steps)
     decay_mask = jax.tree.map(lambda names: "embed" in names, axes, is_leaf=_is_names)
+    update = optax.adamw(
+        schedule,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
     if config.name == "muon":
+        # optax's own split would leave embedding and head without decay and give them NAdam.
         dimensions = jax.tree.map(_muon_dimensions, axes, is_leaf=_is_names)
-        update = optax.contrib.muon(
+        muon = optax.contrib.muon(
             schedule,
             weight_decay=config.weight_decay,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
             eps=config.eps,
             muon_weight_dimension_numbers=dimensions,
             consistent_rms=MUON_CONSISTENT_RMS,
         )
-    else:
-        update = optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
+        labels = jax.tree.map(
+            lambda names: "muon" if _muon_dimensions(names) else "adamw", axes, is_leaf=_is_names
         )
+        update = optax.partition({"muon": muon, "adamw": update}, labels)
     clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     # The host stops the run after several skips in a row; optax must never apply one instead.
     return optax.apply_if_finite(clipped, max_consecutive_errors=2**30)
