@@ -172,6 +172,7 @@ def test_it_learns(whole):
 # --- Interrupted runs end where undisturbed ones do -----------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(home, whole):
     line, workdir = command(home, "disturbed"), home / "disturbed"
     process = start(line)

@@ -18,20 +18,24 @@ def one_device(config):
     return set_up(config, jax.devices()[:1])
 
 
+def fresh_state(setup, params) -> TrainState:
+    """A first state from given parameters, without compiling an initialisation."""
+    params = jax.tree.map(jnp.array, params)  # a step takes its state's memory
+    return TrainState(jnp.int32(0), params, setup.optimizer.init(params))
+
+
 def step_from(config, params, batch):
-    """One step from given parameters, without compiling an initialisation."""
     setup = one_device(config)
-    params = jax.tree.map(jnp.array, params)  # the step takes its state's memory
-    return setup.step(TrainState(jnp.int32(0), params, setup.optimizer.init(params)), batch)
+    return setup.step(fresh_state(setup, params), batch)
 
 
 # --- Golden figures -------------------------------------------------------------------------------
 
-# Seed 0, tiny.batch(seed=0): loss and gradient norm of steps 1 and 2. A change here changes what
-# every earlier run would give; say so in the changelog.
+# Loss and gradient norm of steps 1 and 2 on tiny.batch(), from run.seed 0 and, with experts, from
+# tiny.params. A change here changes what every earlier run would give: say so in the changelog.
 GOLDEN = {
-    "yoco_u": [(0.0, 0.0), (0.0, 0.0)],
-    "experts": [(0.0, 0.0), (0.0, 0.0)],
+    "yoco_u": [(4.112408, 4.193250), (4.004436, 4.044844)],
+    "experts": [(3.966105, 2.817197), (3.887426, 2.501146)],
 }
 
 
@@ -39,7 +43,8 @@ GOLDEN = {
 def test_golden_metrics_of_the_first_steps(name):
     config = tiny.config("yoco_u", **(tiny.MOE if name == "experts" else {}))
     setup = one_device(config)
-    state, found = setup.init(), []
+    state = setup.init() if name == "yoco_u" else fresh_state(setup, tiny.params(config.model))
+    found = []
     for _ in GOLDEN[name]:
         state, out = setup.step(state, tiny.batch())
         found.append((float(out[metrics.LOSS]), float(out[metrics.GRAD_NORM])))
@@ -79,8 +84,7 @@ def test_microbatches_add_up_to_the_batch(packed):
 def test_the_step_takes_the_memory_of_its_state():
     config = tiny.config("window*1 | cross*1")
     setup = one_device(config)
-    params = jax.tree.map(jnp.array, tiny.params(config.model))
-    state = TrainState(jnp.int32(0), params, setup.optimizer.init(params))
+    state = fresh_state(setup, tiny.params(config.model))
     new, _ = setup.step(state, tiny.batch())
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     assert not any(x.is_deleted() for x in jax.tree.leaves(new))
@@ -98,10 +102,9 @@ def test_the_loss_is_that_of_the_evaluation():
 
 def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     config = tiny.config("window*1 | cross*1")
-    params = tiny.params(config.model)
-    setup = one_device(config)
+    setup, params = one_device(config), tiny.params(config.model)
     step = jax.jit(functools.partial(train_step, config=config, optimizer=setup.optimizer))
-    state = TrainState(jnp.int32(0), params, setup.optimizer.init(params))
+    state = fresh_state(setup, params)
     batch = tiny.packed_batch()
     bad = Batch(
         batch.tokens,
@@ -141,7 +144,16 @@ def repeat_with_offset(seed: int) -> Batch:
     return Batch(text[:, :-1], text[:, 1:], weights, None, None)
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "experts"])
+QUICK = ("yoco_u", "transformer")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in (*ARCHITECTURES, "experts")
+    ],
+)
 def test_every_architecture_learns_what_needs_attention(name):
     config = tiny.config(
         "yoco_u" if name == "experts" else name,
@@ -152,12 +164,11 @@ def test_every_architecture_learns_what_needs_attention(name):
         run={"steps": LEARN_STEPS},
     )
     setup = one_device(config)
-    state = setup.init()
+    state = fresh_state(setup, tiny.params(config.model))
     losses = []
     for seed in range(LEARN_STEPS):
         state, out = setup.step(state, repeat_with_offset(seed))
         losses.append(out[metrics.LOSS])
-    unseen = setup.evaluate(state.params, repeat_with_offset(10**6))
-    # Without the token three places back there is nothing better than log 16 = 2.77.
+    # Each batch is new, and without the token three places back nothing is better than log 16.
     assert float(losses[0]) > 2.5
-    assert float(unseen.nll / unseen.weight) < 0.3, [round(float(x), 2) for x in losses[::10]]
+    assert np.mean(losses[-5:]) < 0.3, [round(float(x), 2) for x in losses[::10]]

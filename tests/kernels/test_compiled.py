@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 from pallas_kernels import cross_attention, window_attention
-from tests.kernels.cases import Shape, inputs, operation
+from tests.kernels.cases import Shape, documents, inputs, operation
 
 
 def compile_with_gradients(attend, N: int, H: int):
@@ -65,6 +65,7 @@ def test_remat_policy_keeps_the_output_and_does_not_run_attention_again(small_bl
 
 def test_inside_scan_and_checkpoint(small_blocks):
     q, k, v, *_ = inputs(Shape(21, 21))
+    segments = documents(Shape(21, 21), 7, 7).q
 
     def layers(attend):
         def layer(x, _):
@@ -74,7 +75,9 @@ def test_inside_scan_and_checkpoint(small_blocks):
 
     def attend(implementation):
         return lambda x, k, v: cross_attention(
-            window_attention(x, k, v, window=5, implementation=implementation),
+            window_attention(
+                x, k, v, window=5, segment_ids=segments, implementation=implementation
+            ),
             k,
             v,
             implementation=implementation,
