@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     o.max_skipped_updates = 5  # non-finite updates in a row after which the run stops
 
     d = c.data = ConfigDict()
-    # python | site_packages | a path or glob (.txt .gz .jsonl .parquet ...) | hf:name[/config]
+    # python | site_packages | a path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config]
     # or a mixture: 0.7*python + 0.3*texts/*.txt
     d.source = "python"
     d.text_field = "text"  # of jsonl, parquet and Hugging Face rows

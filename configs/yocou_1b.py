@@ -9,7 +9,8 @@ tokens are the paper's. It does not give the feed-forward width (6656 makes 1.3B
 embeddings), the vocabulary, warm-up, weight decay or clipping: those here are ours. The paper
 reports Wiki perplexity 21.01 for yoco_u, 22.25 for yoco and 22.52 for transformer; not reproduced
 here so far.
-Expected cost: see `experiments.account` (training FLOPs per token x 21B tokens).
+Expected cost: see `experiments.account` (training FLOPs per token x 21B tokens). With 8 devices a
+microbatch is 2 sequences each (8 microbatches); on more devices lower accumulation_steps.
 """
 
 from configs import base
@@ -29,7 +30,7 @@ def get_config(architecture: str = "yoco_u"):
         window=512,
         remat="attention",
     )
-    c.optimizer.update(learning_rate=1e-3, warmup_steps=500)
+    c.optimizer.update(learning_rate=1e-3, warmup_steps=500, accumulation_steps=8)
     c.data.update(
         source="hf:HuggingFaceFW/fineweb-edu/sample-100BT",
         batch_size=128,

@@ -1,7 +1,13 @@
 """Universal YOCO on a laptop: does it learn Python from Python's own standard library?
 
-python -m experiments.train --config=configs/yocou_small.py             (or: make train)
-python -m experiments.train --config=configs/yocou_small.py:transformer (any architecture)
+    python -m experiments.train --config=configs/yocou_small.py             (or: make train)
+    python -m experiments.train --config=configs/yocou_small.py:transformer (any architecture)
+
+2.2M parameters without embeddings, 1.2M tokens, 40 TFLOP. The README quotes what it reaches and how
+long it takes. Chosen by runs of 0.18M tokens (90 steps, validation bits/byte): Muon at 0.003, 0.01
+and 0.02 gave 2.24, 2.16 and 2.18, AdamW at 0.004 gave 2.45; 1,024 tokens a step instead of 2,048
+gave 2.16; d_model 256 at the same FLOPs (64 steps) 2.28; embeddings scaled to unit variance 1.99,
+and qk_norm with them 1.99. One seed each, not tuned per architecture.
 """
 
 from configs import base
@@ -19,7 +25,14 @@ def get_config(architecture: str = "yoco_u"):
         d_ff=768,
         window=64,
     )
-    c.optimizer.update(schedule="wsd", decay_fraction=0.6, final_fraction=0.02, warmup_steps=20)
+    c.optimizer.update(
+        name="muon",
+        learning_rate=0.01,
+        schedule="wsd",
+        decay_fraction=0.6,
+        final_fraction=0.02,
+        warmup_steps=20,
+    )
     c.data.update(batch_size=8, sequence_length=256, validation_sequences=128)
-    c.run.update(steps=560)
+    c.run.update(steps=600, eval_every=200, sample_every=200, checkpoint_every=100)
     return c

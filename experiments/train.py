@@ -8,6 +8,8 @@ start it once on each with --distributed (a TPU pod needs nothing else; elsewher
 flags that name the processes).
 """
 
+import os
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -16,6 +18,7 @@ from rich.console import Console as Terminal
 
 from experiments import cli
 from yocou_jax.config import Config
+from yocou_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and :architecture.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Of this run; runs/<config name> by default.")
@@ -41,7 +44,13 @@ def main(_):
 
     if DISTRIBUTED.value:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # elsewhere without effect
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        try:
+            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                "--distributed could not join the other processes; outside a TPU pod or a cluster "
+                f"give --coordinator, --num_processes and --process_id too ({error})."
+            ) from error
     if jax.default_backend() == "cpu":
         cli.keep_freed_memory()
     config = Config.from_dict(CONFIG.value)
@@ -52,13 +61,17 @@ def main(_):
         summary = Run(config, workdir, console).train()
         if summary is None:
             return EXIT_PREEMPTED
+        # The Python that runs this, as a path to type: nobody may have put it on PATH.
+        python = os.path.relpath(sys.executable)
+        python = sys.executable if python.startswith("..") else python
+        file, _, preset = config_file.partition(":")
+        other = "yoco_u" if preset == "transformer" else "transformer"
         console.notice(
             f"Finished in {duration(summary['wall_s'])}: validation {summary['val_loss']:.4f} "
             f"nats/token, {summary['val_bpb']:.4f} bits/byte after {summary['tokens']:,} tokens.\n"
             f"Metrics and summary: {workdir}/metrics.jsonl, {workdir}/summary.json\n"
-            f"Curves:   tensorboard --logdir={workdir.parent}\n"
-            f"Compare:  python -m experiments.train --config={config_file.partition(':')[0]}"
-            ":transformer"
+            f"See the curves:      {python} -m tensorboard.main --logdir={workdir.parent}\n"
+            f"Train its sibling:   {python} -m experiments.train --config={file}:{other}"
         )
     return 0
 

@@ -31,16 +31,23 @@ def example(batch, length, vocab, width=4, dtype=jnp.float32):
     return hidden, head, targets, weights
 
 
-# 11 entries make one chunk, 2^20 several; the prime length leaves chunks of one position.
+# 11 entries make one chunk and 2^20 several; 7 and 5 positions do not divide into them.
 @pytest.mark.parametrize(
-    ("vocab", "length", "z_loss"),
-    [(11, 1, 0.0), (11, 7, 0.3), (11, 12, 0.0), (2**20, 1, 0.0), (2**20, 7, 0.0), (2**20, 12, 0.3)],
+    ("vocab", "length", "z_loss", "shards"),
+    [
+        (11, 1, 0.0, 1),
+        (11, 7, 0.3, 2),
+        (11, 12, 0.0, 3),  # four sequences are not split three ways
+        (2**20, 1, 0.0, 1),
+        (2**20, 7, 0.0, 1),
+        (2**20, 5, 0.3, 2),
+    ],
 )
-def test_values_and_gradients_are_those_of_log_softmax(vocab, length, z_loss):
-    hidden, head, targets, weights = example(2, length, vocab)
+def test_values_and_gradients_are_those_of_log_softmax(vocab, length, z_loss, shards):
+    hidden, head, targets, weights = example(4, length, vocab)
 
     def chunked(hidden, head):
-        total, sums = cross_entropy(hidden, head, targets, weights, z_loss)
+        total, sums = cross_entropy(hidden, head, targets, weights, z_loss, shards)
         return 1.7 * total, (sums.nll, sums.z, sums.weight)  # a cotangent other than 1
 
     def expected(hidden, head):
@@ -53,7 +60,7 @@ def test_values_and_gradients_are_those_of_log_softmax(vocab, length, z_loss):
     )
     tiny.assert_close(got, wanted, 2e-5)
     # Without a gradient another piece of code runs.
-    total, sums = jax.jit(functools.partial(cross_entropy, z_loss=z_loss))(
+    total, sums = jax.jit(functools.partial(cross_entropy, z_loss=z_loss, shards=shards))(
         hidden, head, targets, weights
     )
     tiny.assert_close((1.7 * total, (sums.nll, sums.z, sums.weight)), wanted[0], 2e-5)

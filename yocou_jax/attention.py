@@ -5,6 +5,7 @@ The maths (masks, softmax, backward) lives in pallas_kernels; here is what has p
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import api
@@ -34,12 +35,6 @@ class Context:
     positions: Int[Array, "B N"]
     segment_ids: Int[Array, "B N"] | None = None
     global_kv: KeyValue | None = None
-
-
-def residual_scale(config: ModelConfig) -> float:
-    """Shrinks what each sublayer adds, so that the residual stream's variance does not grow with
-    the depth that a token passes through: 1 / sqrt(2 depth) (GPT-2)."""
-    return (2 * config.program.depth) ** -0.5
 
 
 class Query(nn.Module):
@@ -86,8 +81,7 @@ class Output(nn.Module):
     def __call__(self, x: Float[Array, "B N Q H"]) -> Float[Array, "B N D"]:
         c = self.config
         axes = ("heads", "head_dim", "embed")
-        scale = residual_scale(c)
-        y = Linear((c.d_model,), axes, self.dtype, scale, name="project")(x)
+        y = Linear((c.d_model,), axes, self.dtype, c.residual_scale, name="project")(x)
         return constrain(y, "batch", "length", "activation")
 
 
@@ -124,7 +118,7 @@ class SelfAttention(nn.Module):
         """Puts each stream's learned keys and values before the sequence's; B is stream-major."""
         c = self.config
         shape = (2, c.program.streams, c.prefix_length, c.num_kv_heads, c.head_dim)
-        axes = ("pair", "streams", "prefix", "kv_heads", "head_dim")
+        axes = (None, "streams", "prefix", "kv_heads", "head_dim")  # keys, then values
         # Unit variance, as W_k x and W_v x have for a normed x.
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), axes)
         prefix = self.param("prefix", init, shape, jnp.float32).astype(self.dtype)
@@ -135,7 +129,10 @@ class SelfAttention(nn.Module):
 
 
 class GlobalKeyValue(nn.Module):
-    """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: written once, for every cross layer (YOCO, eq. 2)."""
+    """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: written once, for every cross layer (YOCO, eq. 2).
+
+    Returned in float32, so that the gradients of all cross layers are summed in float32.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -147,7 +144,7 @@ class GlobalKeyValue(nn.Module):
         kv = KeyValueWriter(c, self.dtype, name="key_value")(x)
         if c.cross_rope:
             kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))
-        return kv
+        return jax.tree.map(lambda x: x.astype(jnp.float32), kv)
 
 
 class CrossAttention(nn.Module):
@@ -162,7 +159,7 @@ class CrossAttention(nn.Module):
         q = Query(c, self.dtype, name="query")(x)
         if c.cross_rope:
             q = rope(q, context.positions, c.rope_theta)
-        kv = context.global_kv
+        kv = jax.tree.map(lambda x: x.astype(self.dtype), context.global_kv)
         y = api.cross_attention(
             q, kv.k, kv.v, segment_ids=context.segment_ids, implementation=c.attention
         )

@@ -30,7 +30,8 @@ from yocou_jax.errors import UserError
 from yocou_jax.manifest import differences, write_atomically
 from yocou_jax.typing import PyTree
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL, "try again": the exit code of a run that a SIGTERM stopped
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL, "try again": the exit code of a run that was asked to stop
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INVENTORY = "inventory.json"
 UNFINISHED = "it was never finished"
 
@@ -284,33 +285,34 @@ def _reason(error: Exception) -> str:
 
 
 class StopRequest:
-    """Turns a SIGTERM into a question asked after each step, so that the run can save and exit.
+    """Turns SIGTERM and Ctrl-C into a question asked after each step: the run can save and exit.
 
         with StopRequest() as stop:
             ...
             if stop.reached(step): save with force=True, close, exit with EXIT_PREEMPTED
 
     With several processes the signal may reach one only; jax's preemption service then lets all
-    of them answer True at the same step. A second SIGTERM ends a single process at once.
+    of them answer True at the same step. A second signal ends a single process at once.
     """
 
     def __enter__(self) -> "StopRequest":
         self._requested = False
         self._service = jax.process_count() > 1
-        # Python allows handlers in the main thread only: elsewhere (a notebook) SIGTERM just kills.
+        # Python allows handlers in the main thread only: elsewhere a signal just ends the run.
         main = threading.current_thread() is threading.main_thread()
         self._installed = main and not self._service
         if self._installed:
-            self._before = signal.signal(signal.SIGTERM, self._on_signal)
+            self._before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
         if self._installed:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number, frame) -> None:
         self._requested = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
     def reached(self, step: int) -> bool:
         """True once it is time to save and stop; every process calls it at every step."""

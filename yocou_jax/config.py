@@ -24,10 +24,14 @@ def _require(ok: bool, sentence: str):
         raise UserError(sentence)
 
 
+def _require_at_least(config, prefix: str, name: str, least: int):
+    value = getattr(config, name)
+    _require(value >= least, f"{prefix}.{name}={value} must be at least {least}.")
+
+
 def _require_positive(config, prefix: str, *names: str):
     for name in names:
-        value = getattr(config, name)
-        _require(value >= 1, f"{prefix}.{name}={value} must be at least 1.")
+        _require_at_least(config, prefix, name, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +89,23 @@ class ModelConfig:
                 f"model.experts_per_token={self.experts_per_token} is more than "
                 f"model.num_experts={self.num_experts}.",
             )
+        for name in ("num_experts", "num_shared_experts", "load_balance_weight", "router_z_weight"):
+            _require_at_least(self, "model", name, 0)
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            _require(value > 0, f"model.{name}={value} must be positive.")
         _require(
             0.0 <= self.gate_floor < 1.0,
             f"model.gate_floor={self.gate_floor} must lie in [0, 1).",
         )
-        _require(self.prefix_length >= 0, f"model.prefix_length={self.prefix_length} is negative.")
+        _require_at_least(self, "model", "prefix_length", 0)
         _ = self.program  # a program that makes no sense is refused here, not at the first step
+
+    @property
+    def residual_scale(self) -> float:
+        """Shrinks what each sublayer adds at the start, so that the residual stream's variance does
+        not grow with the depth that a token passes through: 1 / sqrt(2 depth) (GPT-2)."""
+        return (2 * self.program.depth) ** -0.5
 
     @property
     def program(self) -> Program:
@@ -124,11 +139,14 @@ class OptimizerConfig:
             self.schedule in SCHEDULES,
             f"optimizer.schedule='{self.schedule}' is not one of {SCHEDULES}.",
         )
-        _require(
-            self.learning_rate > 0,
-            f"optimizer.learning_rate={self.learning_rate} must be positive.",
-        )
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} is negative.")
+        for name in ("warmup_steps", "final_fraction", "weight_decay", "z_loss"):
+            _require_at_least(self, "optimizer", name, 0)
+        for name in ("learning_rate", "eps", "clip_norm"):
+            value = getattr(self, name)
+            _require(value > 0, f"optimizer.{name}={value} must be positive.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1).")
         _require(
             0 < self.decay_fraction <= 1,
             f"optimizer.decay_fraction={self.decay_fraction} must lie in (0, 1].",
@@ -188,7 +206,10 @@ class RunConfig:
 
     def __post_init__(self):
         _require_positive(self, "run", "steps", "log_every", "eval_every", "sample_tokens")
-        _require_positive(self, "run", "sample_every", "checkpoint_every", "keep_checkpoints")
+        _require_positive(self, "run", "sample_every", "checkpoint_every")
+        _require_at_least(self, "run", "keep_checkpoints", 2)
+        _require_at_least(self, "run", "profile_steps", 0)
+        _require_at_least(self, "run", "seed", 0)
 
 
 @dataclasses.dataclass(frozen=True)

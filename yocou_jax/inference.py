@@ -30,7 +30,8 @@ def sample(
 
     def step(i, text):
         hidden = LanguageModel(config).apply({"params": params}, text).hidden[0, i - 1]
-        logits = (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+        head_cast = head.astype(hidden.dtype)
+        logits = jnp.matmul(hidden, head_cast, preferred_element_type=jnp.float32)
         if temperature == 0:
             token = jnp.argmax(logits)
         else:

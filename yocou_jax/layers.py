@@ -38,7 +38,10 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
         kernel = kernel.astype(self.dtype).reshape(fan_in, -1)
         leading = x.shape[: x.ndim - num_in]
-        return (x.reshape(-1, fan_in) @ kernel).reshape(*leading, *self.features)
+        # Whoever asks for float32 (a router, a gate) means it: TPUs would use bfloat16 passes.
+        exact = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        y = jnp.matmul(x.reshape(-1, fan_in), kernel, precision=exact)
+        return y.reshape(*leading, *self.features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -98,16 +101,17 @@ def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "B N"], theta: fl
 
 @jax.custom_vjp
 def gated_silu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """silu(gate) * up."""
-    return nn.silu(gate) * up
+    """silu(gate) * up, in float32; gate's type comes back."""
+    return (nn.silu(gate.astype(jnp.float32)) * up).astype(gate.dtype)
 
 
 # By hand for the same reason as rms_norm: backward keeps gate and up, not the sigmoid between.
 def _gated_silu_bwd(residuals, g):
-    gate, up = residuals
+    dtype = g.dtype
+    gate, up, g = (x.astype(jnp.float32) for x in (*residuals, g))
     sigmoid = nn.sigmoid(gate)
     silu = gate * sigmoid
-    return g * up * (sigmoid + silu * (1 - sigmoid)), g * silu
+    return (g * up * (sigmoid + silu * (1 - sigmoid))).astype(dtype), (g * silu).astype(dtype)
 
 
 gated_silu.defvjp(lambda gate, up: (gated_silu(gate, up), (gate, up)), _gated_silu_bwd)

@@ -5,6 +5,7 @@ host; evaluation, samples and checkpoints are the only places where the host wai
 """
 
 import contextlib
+import json
 import math
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
 from yocou_jax.inference import sample
-from yocou_jax.manifest import write_or_check_manifest
+from yocou_jax.manifest import write_atomically, write_or_check_manifest
 from yocou_jax.model import compute_dtype
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.train import Setup, TrainState, set_up
@@ -80,6 +81,7 @@ class Run:
 
     def __init__(self, config: Config, workdir: Path, console: metrics.Console):
         self.config, self.workdir, self.console = config, Path(workdir), console
+        self.attention = attention_choices(config.model)  # before any work: a name may be wrong
         self.setup: Setup = set_up(config)
         self.data: DataBundle = load_data(config.data)
         needed, rows = self.data.tokenizer.vocab_size, config.model.vocab_size
@@ -90,13 +92,16 @@ class Run:
             )
         self.is_main = jax.process_index() == 0
         self.sharding = batch_sharding(self.setup.mesh)
-        self.validation = list(self.data.validation.batches(self.sharding))
+        # No more sequences at once than a microbatch has: what fits there fits here.
+        size = config.data.batch_size // config.optimizer.accumulation_steps
+        self.validation = list(self.data.validation.batches(self.sharding, size))
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.flops_per_token = accounting.train_flops_per_token(
             config.model, config.data.sequence_length
         )
         self.started = time.perf_counter()
         self.stopwatch = Stopwatch()
+        self._profiling = contextlib.ExitStack()  # holds the end of a trace that has begun
         self.writer: metrics.MetricsWriter | None = None
         self.values: dict[str, float] = {}  # of the newest step that was read
 
@@ -113,6 +118,7 @@ class Run:
                 self.workdir / "checkpoints", every=run.checkpoint_every, keep=run.keep_checkpoints
             ) as checkpointer,
             StopRequest() as stop,
+            self._profiling,
         ):
             state, first = self._begin(checkpointer)
             with contextlib.closing(self.data.train(self.sharding, first)) as batches:
@@ -151,6 +157,8 @@ class Run:
             self.writer = metrics.MetricsWriter(
                 self.workdir, resume_step=first if restored else None
             )
+            # Beside the checkpoints: a cache may be gone, and another Python trains another one.
+            write_atomically(self.workdir / "tokenizer.json", data.tokenizer.to_json())
             self.writer.text("config", _as_text(config), first)
             self.writer.hparams(config.to_dict())
         self.console.banner(f"YOCO-U in JAX: {config.model.program}", self._banner())
@@ -209,7 +217,8 @@ class Run:
             raise UserError(
                 f"The gradient was not finite for {in_a_row} updates in a row, the last one at "
                 f"step {step}; all of them were skipped and the run stops. The newest checkpoint "
-                "is intact; try a lower optimizer.learning_rate or more optimizer.warmup_steps."
+                "is intact; try a lower optimizer.learning_rate or more optimizer.warmup_steps in "
+                "another --workdir."
             )
         bits = self.data.bytes_per_token * math.log(2)
         values[metrics.BPB] = values[metrics.LOSS] / bits
@@ -267,13 +276,17 @@ class Run:
         wanted = self.config.run.profile_steps if self.is_main else 0
         if wanted and step == PROFILE_FROM:
             jax.profiler.start_trace(str(self.workdir / "tensorboard"))
-        if wanted and step == PROFILE_FROM + wanted:
-            jax.profiler.stop_trace()
+            self._profiling.callback(jax.profiler.stop_trace)
+        if step == PROFILE_FROM + wanted:
+            self._profiling.close()
 
     def _finish(self, state: TrainState) -> dict:
-        config = self.config
+        """The summary; tokens_per_s and wall_s are those of this process, resumed or not."""
+        config, stopwatch = self.config, self.stopwatch
         tokens = config.run.steps * self.tokens_per_step
-        if metrics.VAL_BPB not in self.values:  # resumed behind the last step: nothing left to do
+        if not stopwatch.total_tokens:  # resumed at the last step: there was nothing left to train
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads((self.workdir / "summary.json").read_text())
             self.values |= self.evaluate(state.params)
         return {
             "program": str(config.model.program),
@@ -282,7 +295,7 @@ class Run:
             "train_flops": tokens * self.flops_per_token,
             "val_loss": self.values[metrics.VAL_LOSS],
             "val_bpb": self.values[metrics.VAL_BPB],
-            "tokens_per_s": self.stopwatch.total_tokens / max(self.stopwatch.total_seconds, 1e-9),
+            "tokens_per_s": stopwatch.total_tokens / max(stopwatch.total_seconds, 1e-9),
             "wall_s": time.perf_counter() - self.started,
             "kv_bytes_per_sequence": accounting.kv_bytes(
                 config.model,
@@ -307,7 +320,7 @@ class Run:
                 "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
                 "mesh": mesh,
                 "compute": f"{dtype.name}, parameters in float32",
-                **attention_choices(model),
+                **self.attention,
             },
             "model": {"program": str(model.program)} | parts,
             "compute": {
@@ -319,6 +332,8 @@ class Run:
                 "source": config.data.source,
                 "corpus": f"{data.num_documents:,} documents, {data.num_tokens:,} tokens, "
                 f"{data.bytes_per_token:.3f} bytes per token, sha256 {data.fingerprint[:12]}",
+                "left out": f"{data.num_duplicates} copies; {data.num_invalid} documents repaired "
+                "(invalid UTF-8)",
                 "validation": f"{data.validation.num_sequences} sequences, "
                 f"{data.validation.num_tokens:,} tokens",
                 "batch": f"{config.data.batch_size} x {length} tokens",
@@ -337,7 +352,10 @@ def attention_choices(config: ModelConfig) -> dict[str, str]:
     choices = {}
     for operation, needed_by in operations.items():
         if mixers & needed_by:
-            choice = api.choose_implementation(operation, implementation=config.attention)
+            try:
+                choice = api.choose_implementation(operation, implementation=config.attention)
+            except ValueError as error:
+                raise UserError(f"model.attention='{config.attention}': {error}") from error
             choices[operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
     return choices
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from yocou_jax.typing import Array, Float, Int
 
-# Logits alive at once, per device. 4M float32 values (16 MB) keep a matrix unit busy; on a CPU
-# smaller chunks are faster because they stay nearer the caches.
-CHUNK_LOGITS = 2**22
+# Logits alive at once on each device. An accelerator wants thousands of rows in a product with the
+# head, whose gradient is read and written once a chunk; a CPU wants them near its caches.
+CHUNK_LOGITS = {"cpu": 2**22}
+CHUNK_LOGITS_ACCELERATOR = 2**26
 
 
 @flax.struct.dataclass
@@ -25,77 +26,90 @@ class LossSums:
     weight: Float[Array, ""]
 
 
-def _chunk_length(batch: int, length: int, vocab: int) -> int:
-    """The longest divisor of `length` whose logits fit CHUNK_LOGITS per device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    limit = max(1, CHUNK_LOGITS * devices // (batch * vocab))
-    return max(n for n in range(1, length + 1) if length % n == 0 and n <= limit)
+def _num_chunks(rows: int, length: int, vocab: int) -> int:
+    """Into how many chunks of positions a device's rows are cut; at most one per position."""
+    limit = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS_ACCELERATOR)
+    return min(length, -(-rows * vocab // limit))
+
+
+def _to_chunks(x, shards: int, chunks: int):
+    """[B, N, ...] -> [chunks, shards, rows, ...], each chunk some positions of every sequence.
+
+    Sequences are split over devices, so a chunk of positions is work for all of them; the axis
+    `shards` keeps their rows apart. Positions are padded with zeros to a multiple of the chunks.
+    """
+    batch, length = x.shape[:2]
+    pad = -length % chunks
+    if pad:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(shards, batch // shards, chunks, -1, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 0).reshape(chunks, shards, -1, *x.shape[4:])
+
+
+def _from_chunks(x, batch: int, length: int):
+    chunks, shards = x.shape[:2]
+    x = x.reshape(chunks, shards, batch // shards, -1, *x.shape[3:])
+    return jnp.moveaxis(x, 0, 2).reshape(batch, -1, *x.shape[4:])[:, :length]
 
 
 def _chunk(hidden, head, targets, weights):
-    """One chunk of M rows: softmax probabilities [M, V], lse [M], and the sums of nll and lse^2."""
-    logits = (hidden @ head).astype(jnp.float32)
+    """One chunk: softmax [shards, rows, V], lse [shards, rows], the sums of nll and of lse^2."""
+    # float32 out of the product: rounding logits to bfloat16 would cost hundredths of a nat.
+    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - top)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    lse = (top + jnp.log(total))[:, 0]
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    lse = (top + jnp.log(total))[..., 0]
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return exponentials / total, lse, jnp.sum((lse - picked) * weights), jnp.sum(lse**2 * weights)
 
 
-def _rows(x, start, length):
-    """Positions start .. start + length of every sequence, [B * length, ...]: sequences are split
-    over devices, so that a chunk of positions is work for all of them."""
-    x = jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
-    return x.reshape(-1, *x.shape[2:])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(hidden, head, targets, weights, z_loss):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden, head, targets, weights, z_loss, shards):
     """sum(nll) + z_loss sum(z) as the differentiable value; (sum nll, sum z) beside it."""
     batch, length, _ = hidden.shape
-    chunk = _chunk_length(batch, length, head.shape[1])
+    chunks = _num_chunks(batch // shards * length, length, head.shape[1])
     head = head.astype(hidden.dtype)
 
-    def body(carry, start):
-        h, t, w = (_rows(x, start, chunk) for x in (hidden, targets, weights))
+    def body(carry, chunk):
+        h, t, w = chunk
         _, _, nll, z = _chunk(h, head, t, w)
         return (carry[0] + nll, carry[1] + z), None
 
-    starts = jnp.arange(0, length, chunk)
-    (nll, z), _ = jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), starts)
+    inputs = [_to_chunks(x, shards, chunks) for x in (hidden, targets, weights)]
+    (nll, z), _ = jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), inputs)
     return nll + z_loss * z, (nll, z)
 
 
-def _cross_entropy_fwd(hidden, head, targets, weights, z_loss):
+def _cross_entropy_fwd(hidden, head, targets, weights, z_loss, shards):
     """Computes the gradients already in the forward pass: the logits are at hand, and scaling by
     the incoming cotangent later costs far less than a second product with the head."""
-    batch, length, width = hidden.shape
-    vocab = head.shape[1]
-    chunk = _chunk_length(batch, length, vocab)
+    batch, length, _ = hidden.shape
+    width, vocab = head.shape
+    chunks = _num_chunks(batch // shards * length, length, vocab)
     cast = head.astype(hidden.dtype)
 
-    def body(carry, start):
+    def body(carry, chunk):
         nll_sum, z_sum, d_head = carry
-        h, t, w = (_rows(x, start, chunk) for x in (hidden, targets, weights))
+        h, t, w = chunk
         p, lse, nll, z = _chunk(h, cast, t, w)
-        scale = (w * (1 + 2 * z_loss * lse))[:, None]
-        one_hot = t[:, None] == jnp.arange(vocab)
-        d_logits = (p * scale - jnp.where(one_hot, w[:, None], 0.0)).astype(hidden.dtype)
+        scale = (w * (1 + 2 * z_loss * lse))[..., None]
+        one_hot = t[..., None] == jnp.arange(vocab)
+        d_logits = (p * scale - jnp.where(one_hot, w[..., None], 0.0)).astype(hidden.dtype)
         # Two products read d_logits: without the barrier XLA computes it once for each.
         d_logits = jax.lax.optimization_barrier(d_logits)
-        d_hidden = d_logits @ cast.T
-        d_head = d_head + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
-        return (nll_sum + nll, z_sum + z, d_head), d_hidden.reshape(batch, chunk, width)
+        # Every shard adds to a head gradient of its own: summed over devices once, after the scan.
+        d_head += jnp.einsum("srd,srv->sdv", h, d_logits, preferred_element_type=jnp.float32)
+        return (nll_sum + nll, z_sum + z, d_head), d_logits @ cast.T
 
-    start = (jnp.float32(0), jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
-    (nll, z, d_head), d_hidden = jax.lax.scan(body, start, jnp.arange(0, length, chunk))
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    return (nll + z_loss * z, (nll, z)), (d_hidden, d_head.astype(head.dtype))
+    inputs = [_to_chunks(x, shards, chunks) for x in (hidden, targets, weights)]
+    start = (jnp.float32(0), jnp.float32(0), jnp.zeros((shards, width, vocab), jnp.float32))
+    (nll, z, d_head), d_hidden = jax.lax.scan(body, start, inputs)
+    residuals = _from_chunks(d_hidden, batch, length), d_head.sum(0).astype(head.dtype)
+    return (nll + z_loss * z, (nll, z)), residuals
 
 
-def _cross_entropy_bwd(z_loss, residuals, cotangents):
+def _cross_entropy_bwd(z_loss, shards, residuals, cotangents):
     d_hidden, d_head = residuals
     g, _ = cotangents
     return (d_hidden * g).astype(d_hidden.dtype), (d_head * g).astype(d_head.dtype), None, None
@@ -110,13 +124,17 @@ def cross_entropy(
     targets: Int[Array, "B N"],
     weights: Float[Array, "B N"] | None = None,
     z_loss: float = 0.0,
+    shards: int = 1,
 ) -> tuple[Float[Array, ""], LossSums]:
     """Sum over targets of weight * (nll + z_loss * z), differentiable in hidden and head.
 
-    weights None counts every target once. z is logsumexp(logits)^2 (PaLM, section 5). Returns the
-    sum to differentiate and its parts. Only first derivatives, in reverse mode.
+    weights None counts every target once. z is logsumexp(logits)^2 (PaLM, section 5). shards: into
+    how many parts devices split the batch (`sharding.batch_ways`). Returns the sum to differentiate
+    and its parts. Only first derivatives, in reverse mode.
     """
     if weights is None:
         weights = jnp.ones(targets.shape, jnp.float32)
-    total, (nll, z) = _cross_entropy(hidden, head, targets, weights, z_loss)
+    if hidden.shape[0] % shards:
+        shards = 1  # such a batch is not split over devices either
+    total, (nll, z) = _cross_entropy(hidden, head, targets, weights, z_loss, shards)
     return total, LossSums(nll=nll, z=z, weight=jnp.sum(weights))

@@ -41,7 +41,6 @@ LOAD_BALANCE = "load_balance"  # of the routers: 1 is uniform, the number of exp
 ROUTER_Z = "router_z"
 EXPERT_LOAD_MAX = "expert_load_max"  # of the busiest expert, 1 is uniform
 EXPERT_LOAD_MIN = "expert_load_min"
-ELAPSED_S = "elapsed_s"  # wall time since this process began to train
 
 # Dense bf16 FLOP/s of one jax device, by a pattern of device_kind; the first match counts.
 # Of a TPU v7x chip (2307e12) jax shows each half as a device. GPU figures are without sparsity.

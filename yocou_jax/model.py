@@ -1,6 +1,6 @@
 """The language model: embedding, the stages of its program, final norm, output head.
 
-    x = E[tokens]
+    x = sqrt(D) E[tokens]
     for each stage:      repeat num_loops times, the same parameters each time:
                              for each layer:   x = x + Attention(RMSNorm(x))
                                                x = x + FeedForward(RMSNorm(x))
@@ -23,7 +23,6 @@ from yocou_jax.attention import (
     CrossAttention,
     GlobalKeyValue,
     SelfAttention,
-    residual_scale,
 )
 from yocou_jax.config import ModelConfig
 from yocou_jax.layers import Linear, RMSNorm, SwiGLU, fan_in_init
@@ -67,7 +66,7 @@ class Block(nn.Module):
         if c.num_experts:
             y, stats = MixtureOfExperts(c, dtype, name="feed_forward")(h)
         else:
-            y = SwiGLU(c.d_ff, dtype, residual_scale(c), name="feed_forward")(h)
+            y = SwiGLU(c.d_ff, dtype, c.residual_scale, name="feed_forward")(h)
             stats = None
         return constrain(x + y, "batch", "length", "activation"), stats
 
@@ -153,7 +152,7 @@ class LanguageModel(nn.Module):
         if c.program.has_cross:
             self.global_kv = GlobalKeyValue(c, dtype)
         if c.program.streams > 1:
-            axes = ("streams", "embed", "pair")
+            axes = ("streams", "embed", None)
             self.stream_gate = Linear((c.program.streams,), axes, jnp.float32)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
@@ -174,7 +173,9 @@ class LanguageModel(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         context = Context(positions, segment_ids)
-        x = jnp.take(self.embedding, tokens, axis=0).astype(compute_dtype(c))
+        # Scaled to unit variance (as in YOCO's code): at D^-0.5 the first sublayers would drown it.
+        x = c.d_model**0.5 * jnp.take(self.embedding, tokens, axis=0)
+        x = x.astype(compute_dtype(c))
         x = constrain(x, "batch", "length", "activation")
         if program.streams > 1:
             x = jnp.tile(x, (program.streams, 1, 1))
@@ -210,4 +211,4 @@ def logits(
     """All logits at once in float32: for tests, analysis and short texts (training chunks them)."""
     hidden = LanguageModel(config).apply({"params": params}, tokens, **kwargs).hidden
     head = head_matrix(params, config).astype(hidden.dtype)
-    return (hidden @ head).astype(jnp.float32)
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)

@@ -8,12 +8,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from yocou_jax.attention import residual_scale
 from yocou_jax.config import ModelConfig
 from yocou_jax.layers import Linear, SwiGLU, fan_in_init, gated_silu
-from yocou_jax.sharding import LOGICAL_AXES
+from yocou_jax.sharding import spec_for
 from yocou_jax.typing import Array, Float, Int
 
 
@@ -41,18 +39,19 @@ def _experts(
     down: Float[Array, "E F D"],
 ) -> Float[Array, "M D"]:
     """Sends each token through its chosen experts and adds the results by weight."""
-    num_experts, per_token = gate.shape[0], chosen.shape[1]
+    num_experts, (tokens, per_token) = gate.shape[0], chosen.shape
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
-    token = order // per_token
-    x_sorted = x[token]
+    # A permutation, and said to be one: its gradient is a scatter without collisions, so that it is
+    # the same on every run on a GPU, too.
+    x_sorted = jnp.repeat(x, per_token, axis=0).at[order].get(unique_indices=True)
     hidden = gated_silu(
         jax.lax.ragged_dot(x_sorted, gate, group_sizes),
         jax.lax.ragged_dot(x_sorted, up, group_sizes),
     )
     y = jax.lax.ragged_dot(hidden, down, group_sizes)
-    y = y * weights.reshape(-1)[order][:, None]
-    return jnp.zeros_like(x).at[token].add(y)
+    y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(tokens, per_token, -1)
+    return jnp.einsum("mkd,mk->md", y, weights, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 class MixtureOfExperts(nn.Module):
@@ -67,7 +66,7 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> tuple[Float[Array, "B N D"], RouterStats]:
-        c, d, scale = self.config, x.shape[-1], residual_scale(self.config)
+        c, d, scale = self.config, x.shape[-1], self.config.residual_scale
         logits = Linear((c.num_experts,), ("embed", "experts"), jnp.float32, name="router")(
             x.astype(jnp.float32)
         )
@@ -112,26 +111,15 @@ def _sharded_experts(x, weights, chosen, *kernels):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return flat(x, weights, chosen, *kernels)
-    batch_ways = 1
-    for axis in LOGICAL_AXES["batch"]:
-        batch_ways *= mesh.shape[axis]
-    batch = PartitionSpec(LOGICAL_AXES["batch"] if x.shape[0] % batch_ways == 0 else None)
-    (tensor,) = LOGICAL_AXES["mlp"]
-    split = tensor if kernels[-1].shape[1] % mesh.shape[tensor] == 0 else None
+    # As LOGICAL_AXES has it, but for "embed": every device needs all rows of its experts' matrices.
+    batch = spec_for(("batch", "length", None), x.shape, mesh)
+    into = spec_for(("experts", None, "mlp"), kernels[0].shape, mesh)
+    out = spec_for(("experts", "mlp", None), kernels[-1].shape, mesh)
 
     def local(*args):
         y = flat(*args)
-        return jax.lax.psum(y, tensor) if split else y
+        return jax.lax.psum(y, out[1]) if out[1] else y
 
-    return jax.shard_map(
-        local,
-        in_specs=(
-            batch,
-            batch,
-            batch,
-            PartitionSpec(None, None, split),
-            PartitionSpec(None, None, split),
-            PartitionSpec(None, split, None),
-        ),
-        out_specs=batch,
-    )(x, weights, chosen, *kernels)
+    return jax.shard_map(local, in_specs=(batch, batch, batch, into, into, out), out_specs=batch)(
+        x, weights, chosen, *kernels
+    )

@@ -11,7 +11,7 @@ from yocou_jax.typing import PyTree
 MUON_CONSISTENT_RMS = 0.2
 
 # Stacked axes that make a parameter many matrices instead of one.
-_BATCH_AXES = ("layers", "pair", "experts", "streams")
+_BATCH_AXES = ("layers", "experts")
 # The hidden side of the matrices that Muon is for; embedding, head, router and prefix take AdamW.
 _MUON_AXES = {"heads", "kv_heads", "mlp"}
 

@@ -5,9 +5,11 @@ Modules name logical axes; LOGICAL_AXES maps them to mesh axes; all shardings ar
 mesh axis and its rows here.
 """
 
+import math
+
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from yocou_jax.config import MeshConfig
 from yocou_jax.errors import UserError
@@ -29,7 +31,6 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "experts": (),
     "head_dim": (),
     "norm": (),
-    "pair": (),  # K and V in one array
     "streams": (),
     "prefix": (),
     "layers": (),  # the stacked axis of a scan
@@ -40,21 +41,23 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh of axes data, fsdp, tensor over all devices; a size of -1 takes what is left."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    named = 1
-    for size in sizes.values():
-        named *= max(size, 1)
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    named = math.prod(max(size, 1) for size in sizes.values())
     for axis, size in sizes.items():
         if size == -1:
             sizes[axis] = len(devices) // named
-    total = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    total = math.prod(sizes.values())
     if total != len(devices):
         raise UserError(
-            f"A mesh of data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} cannot be "
+            f"A mesh of {asked} cannot be "
             f"laid over {len(devices)} devices: the sizes multiply to {total}. "
             "Set one of them to -1 to take what is left."
         )
     return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
     )
 
 
@@ -79,9 +82,7 @@ def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Part
                     f"'{axis}'; an array can be split along it only once."
                 )
             used[axis] = name
-        ways = 1
-        for axis in mesh_axes:
-            ways *= mesh.shape[axis]
+        ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
         entries.append(mesh_axes if mesh_axes and size % ways == 0 else None)
     return PartitionSpec(*entries)
 
@@ -110,12 +111,11 @@ def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sequences are split over data and fsdp; every device of a tensor group has the same ones."""
-    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))
+    axes = (LOGICAL_AXES[name] or None for name in ("batch", "length"))
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts the global batch is split."""
-    ways = 1
-    for axis in LOGICAL_AXES["batch"]:
-        ways *= mesh.shape[axis]
-    return ways
+def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many parts the global batch is split on a mesh, by default that of the context."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])

@@ -52,6 +52,7 @@ def loss_fn(params: PyTree, batch: Batch, config: Config, num_targets: Array):
         batch.targets,
         batch.loss_weights,
         config.optimizer.z_loss,
+        shards=batch_ways(),
     )
     objective = total / num_targets
     if output.router is not None:
@@ -90,6 +91,7 @@ def train_step(
     schedule = make_schedule(config.optimizer, config.run.steps)
     out = {
         metrics.LOSS: sums.nll / sums.weight,
+        metrics.Z_LOSS: sums.z / sums.weight,
         metrics.GRAD_NORM: optax.tree.norm(grads),
         metrics.LR: schedule(state.step - state.opt_state.total_notfinite),
         metrics.SKIPPED_UPDATES: opt_state.total_notfinite,
@@ -109,7 +111,9 @@ def eval_step(params: PyTree, batch: Batch, *, config: ModelConfig) -> LossSums:
         {"params": params}, batch.tokens, batch.positions, batch.segment_ids
     )
     head = head_matrix(params, config)
-    return cross_entropy(output.hidden, head, batch.targets, batch.loss_weights)[1]
+    return cross_entropy(
+        output.hidden, head, batch.targets, batch.loss_weights, shards=batch_ways()
+    )[1]
 
 
 # --- State on a mesh ------------------------------------------------------------------------------

@@ -196,11 +196,14 @@ class Validation:
         weights = np.full(len(row.tokens), i < len(self.rows), np.float32)
         return Batch(row.tokens, row.targets, weights, row.segment_ids, row.positions)
 
-    def batches(self, sharding: jax.sharding.Sharding) -> Iterator[Batch]:
-        """Every sequence once; loss_weights are always set and sum to num_tokens."""
-        length = self.rows[0][0].sequence_length
-        batches = Batches(self._row, self.batch_size, length, sharding)
-        return (batches[k] for k in range(-(-len(self.rows) // self.batch_size)))
+    def batches(
+        self, sharding: jax.sharding.Sharding, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        """Every sequence once, by default in batches of the training's size; loss_weights are
+        always set and sum to num_tokens."""
+        size, length = batch_size or self.batch_size, self.rows[0][0].sequence_length
+        batches = Batches(self._row, size, length, sharding)
+        return (batches[k] for k in range(-(-len(self.rows) // size)))
 
 
 @dataclass(frozen=True)
