@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests import tiny
+from yocou_jax import loss
 from yocou_jax.loss import cross_entropy
 
 
@@ -135,3 +138,29 @@ def test_all_logits_never_exist_at_once():
     assert _largest_array(grad(at_once), hidden, head, targets) >= b * n * v
     assert _largest_array(grad(chunked), hidden, head, targets) <= b * n * v / 16
     assert _largest_array(chunked, hidden, head, targets) <= b * n * v / 16
+
+
+def test_the_head_gradient_crosses_devices_once_and_not_with_every_chunk(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 64})
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+    hidden, head, targets, _ = example(8, 16, 32)
+
+    def total(hidden, head):
+        return cross_entropy(hidden, head, targets, shards=8)[0]
+
+    step = jax.jit(
+        jax.grad(total, argnums=(0, 1)),
+        in_shardings=(rows, everywhere),
+        out_shardings=(rows, everywhere),
+    )
+    text = step.lower(hidden, head).compile().as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    assert bodies, "there is no loop: the chunks are not what this test thinks they are"
+    computations = re.findall(r"^%?([\w.\-]+) \(.*?^}", text, re.S | re.M)
+    assert bodies <= set(computations)
+    for name in bodies:
+        body = re.search(rf"^%?{re.escape(name)} \(.*?^}}", text, re.S | re.M).group()
+        assert "all-reduce" not in body
+    assert "all-reduce" in text
+    tiny.assert_close(step(hidden, head), jax.grad(total, argnums=(0, 1))(hidden, head), 2e-5)
