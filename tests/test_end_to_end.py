@@ -28,6 +28,7 @@ FIELDS = {
     "model.head_dim": 16,
     "model.d_ff": 64,
     "model.window": 8,
+    "optimizer.learning_rate": 0.003,
     "optimizer.warmup_steps": 5,
     "data.tokenizer": "bytes",
     "data.batch_size": 8,
@@ -253,7 +254,7 @@ def test_a_changed_config_is_refused_with_the_fields(home, whole):
     line = command(home, "whole", model__window=9, optimizer__learning_rate=0.5, run__log_every=2)
     output = run(line, code=2)
     assert_one_sentence(
-        output, "model.window: 8 -> 9", "optimizer.learning_rate: 0.001 -> 0.5", str(whole)
+        output, "model.window: 8 -> 9", "optimizer.learning_rate: 0.003 -> 0.5", str(whole)
     )
     assert "log_every" not in output  # changes nothing of the mathematics
 

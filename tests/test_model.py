@@ -97,7 +97,7 @@ def test_one_loop_is_yoco():
     [
         ("window*2@3 | cross*1@2", "window*6 | cross*2", {}),
         ("full*2@2 | full*1", "full*4 | full*1", {}),
-        ("window*2@3", "window*6", tiny.MOE),
+        pytest.param("window*2@3", "window*6", tiny.MOE, marks=pytest.mark.slow),
     ],
     ids=["window and cross", "full", "experts"],
 )
@@ -143,7 +143,9 @@ def test_num_loops_of_a_call_needs_a_looped_stage():
     ("fields", "extra"),
     [
         ({"scan": False}, {}),
-        ({"scan": False}, tiny.MOE | {"architecture": "window*2@2"}),
+        pytest.param(
+            {"scan": False}, tiny.MOE | {"architecture": "window*2@2"}, marks=pytest.mark.slow
+        ),
         ({"remat": "attention"}, {}),
         ({"remat": "full"}, {}),
     ],

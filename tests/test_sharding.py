@@ -19,6 +19,8 @@ from yocou_jax.train import abstract_params, logical_axes, loss_fn, set_up
 
 MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
 
+QUICK = {(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)}
+
 
 def config_on(mesh, architecture="yoco_u", **fields):
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
@@ -68,12 +70,17 @@ def test_there_are_ten_meshes_of_eight_devices():
     assert len(set(MESHES)) == 10
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MESHES],
+    ids=str,
+)
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mesh):
     """With 4 query and 2 key/value heads, tensor=4 and tensor=8 leave heads that do not divide."""
     check(mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [
@@ -198,6 +205,7 @@ def test_a_batch_that_does_not_divide_is_refused(batch_size):
 # --- Checkpoints move between meshes --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
     """Saved after one step on (8, 1, 1), restored on (1, 4, 2): the second step agrees."""
     first, second = set_up(config_on((8, 1, 1))), set_up(config_on((1, 4, 2)))

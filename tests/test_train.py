@@ -132,7 +132,7 @@ def repeat_with_offset(seed: int) -> Batch:
     return Batch(text[:, :-1], text[:, 1:], weights, None, None)
 
 
-QUICK = ("yoco_u", "transformer")
+QUICK = ("yoco_u",)
 
 
 @pytest.mark.parametrize(
