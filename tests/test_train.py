@@ -100,7 +100,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     step = jax.jit(functools.partial(train_step, config=config, optimizer=setup.optimizer))
     state = fresh_state(setup, params)
     batch = tiny.packed_batch()
-    bad = dataclasses.replace(batch, loss_weights=batch.loss_weights * np.float32(np.inf))
+    bad = dataclasses.replace(batch, loss_weights=np.full_like(batch.loss_weights, np.inf))
     skipped, out = step(state, bad)
     tiny.assert_close(skipped.params, params, 0)
     assert int(skipped.step) == 1  # the batch is consumed all the same
