@@ -50,7 +50,8 @@ def keep_freed_memory() -> None:
     """Lets the CPU backend of jax reuse its scratch memory from step to step (glibc only).
 
     By default glibc hands large blocks back to the kernel when they are freed, and every train step
-    of the small config then spends 10-15% of its time on faulting the same pages in again.
+    faults the same pages in again: 327,000 of them, 0.7-0.9 s of system time a step, in a sketch of
+    8 layers of D = 256 on 4,096 tokens; none with this. A gain in wall time was not established.
     """
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
     try:
