@@ -10,17 +10,21 @@ from pallas_kernels.api import (
     decode_window,
     window_attention,
 )
+from pallas_kernels.device import interpret
 from pallas_kernels.mask import MASKED, SegmentIds
+from pallas_kernels.sharding import Partition
 
 __all__ = [
     "IMPLEMENTATIONS",
     "MASKED",
     "OPERATIONS",
     "Choice",
+    "Partition",
     "SegmentIds",
     "choose_implementation",
     "cross_attention",
     "decode_cross",
     "decode_window",
+    "interpret",
     "window_attention",
 ]

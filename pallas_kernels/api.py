@@ -17,8 +17,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import reference, xla
+from pallas_kernels import flash, reference, xla
+from pallas_kernels.device import Device, target_device
+from pallas_kernels.flash import Kernels
 from pallas_kernels.mask import SegmentIds
+from pallas_kernels.sharding import Partition
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +33,19 @@ class Call(NamedTuple):
     there are arrays; a reason that does not depend on them must be given all the same."""
 
     operation: str
+    device: Device
     q_shape: tuple[int, ...] | None = None
     k_shape: tuple[int, ...] | None = None
     dtype: jnp.dtype | None = None
     window: int | None = None
     segments: bool = False
+    lengths: bool = False
 
 
 class Implementation(NamedTuple):
-    """One backend. `attention` and `decode` have the signatures of those in reference.py;
-    `unsupported_reason(call)` is None where it can run, else a full sentence."""
+    """One backend. `attention` and `decode` have the signatures of those in reference.py and take
+    `partition` besides; `unsupported_reason(call)` is None where it can run, else a full
+    sentence."""
 
     unsupported_reason: Callable[[Call], str | None]
     attention: Callable | None = None
@@ -63,13 +69,21 @@ def _always(call: Call) -> None:
     return None
 
 
+def _blocked(unsupported_reason, forward, backward, decode) -> Implementation:
+    return Implementation(
+        unsupported_reason,
+        functools.partial(flash.attention, Kernels(forward, backward)),
+        functools.partial(flash.decode, decode),
+    )
+
+
 # In the order in which "auto" tries them; reference is only ever run by name.
 _REGISTRY = {
     "pallas_tpu": _not_written("pallas_tpu"),
     "pallas_gpu": _not_written("pallas_gpu"),
     "triton": _not_written("triton"),
     "cudnn": _not_written("cudnn"),
-    "xla": Implementation(_always, xla.attention, xla.decode),
+    "xla": _blocked(_always, xla.forward, xla.backward, xla.decode),
     "reference": Implementation(_always, reference.attention, reference.decode),
 }
 IMPLEMENTATIONS = ("auto", *_REGISTRY)
@@ -92,7 +106,7 @@ def choose_implementation(operation: str, *, implementation: str = "auto", **fac
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation={operation!r} is not one of: {', '.join(OPERATIONS)}.")
-    call = Call(operation, **facts)
+    call = Call(operation, **{"device": target_device(), **facts})
     if implementation != "auto":
         if reason := unsupported_reason(implementation, call):
             raise ValueError(f"{operation} cannot run with {implementation=}: {reason}")
@@ -136,9 +150,11 @@ def _check_heads(operation, q, k, v):
     )
     _require(min(q.shape + k.shape) > 0, f"{operation} needs no axis of length 0; got {shapes}.")
     _require(
-        q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating),
-        f"{operation} needs q, k and v of one floating dtype; got {q.dtype}, {k.dtype} and "
-        f"{v.dtype}.",
+        jnp.issubdtype(q.dtype, jnp.floating)
+        and k.dtype == v.dtype
+        and k.dtype in (q.dtype, jnp.float32),
+        f"{operation} needs q, k and v of one floating dtype, or k and v in float32; got "
+        f"{q.dtype}, {k.dtype} and {v.dtype}.",
     )
 
 
@@ -181,6 +197,7 @@ def _attention(
     scale,
     return_lse,
     implementation,
+    partition,
 ):
     _require(q.ndim == 4, f"{operation} needs q as [B, N, Q, H]; got shape {q.shape}.")
     _check_heads(operation, q, k, v)
@@ -189,7 +206,16 @@ def _attention(
     if kv_lengths is not None:
         _check_rows(operation, "kv_lengths", kv_lengths, q.shape[0])
     segments = _segments(operation, segment_ids, q, k)
-    call = Call(operation, q.shape, k.shape, q.dtype, window, segments is not None)
+    call = Call(
+        operation,
+        target_device(q),
+        q.shape,
+        k.shape,
+        q.dtype,
+        window,
+        segments is not None,
+        kv_lengths is not None,
+    )
     out, lse = _select(implementation, call).attention(
         q,
         k,
@@ -199,6 +225,7 @@ def _attention(
         segments=segments,
         kv_lengths=kv_lengths,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        partition=partition,
     )
     return (out, lse) if return_lse else out
 
@@ -214,6 +241,7 @@ def window_attention(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
+    partition: Partition | None = None,
 ):
     """Causal attention over the last W = `window` positions, the query's own included.
 
@@ -221,6 +249,8 @@ def window_attention(
       q_offset: position of q[:, 0] on the axis on which k[:, 0] stands at 0.
       segment_ids: documents that must not see each other; one array if N == S.
       scale: multiplies q . k; H ** -0.5 unless given.
+      partition: the mesh axes that split batch rows and heads; kernels then run on each device's
+        own share. Without it a kernel under a mesh of several devices is not split.
 
     Returns:
       [B, N, Q, H] in the dtype of q; with return_lse also the natural log of the sum of the
@@ -244,6 +274,7 @@ def window_attention(
         scale=scale,
         return_lse=return_lse,
         implementation=implementation,
+        partition=partition,
     )
 
 
@@ -258,11 +289,14 @@ def cross_attention(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
+    partition: Partition | None = None,
 ):
     """Causal attention over all earlier positions, the query's own included: the cross layers on
     the global K, V, and ordinary full attention when k and v are the layer's own.
 
-    kv_lengths: only the first kv_lengths[b] keys of row b exist. The rest as `window_attention`.
+    kv_lengths: only the first kv_lengths[b] keys of row b exist. k and v may be float32 beside a
+    bfloat16 q: they are read in bfloat16 and their gradients come in float32, so that layers that
+    share them sum these in float32. The rest as `window_attention`.
     """
     return _attention(
         "cross_attention",
@@ -276,20 +310,22 @@ def cross_attention(
         scale=scale,
         return_lse=return_lse,
         implementation=implementation,
+        partition=partition,
     )
 
 
-def _decode(operation, q, k, v, lengths, scale, implementation):
+def _decode(operation, q, k, v, lengths, scale, implementation, partition):
     _require(q.ndim == 3, f"{operation} needs q as [B, Q, H], one query per row; got {q.shape}.")
     _check_heads(operation, q, k, v)
     _check_rows(operation, "lengths", lengths, q.shape[0])
-    call = Call(operation, q.shape, k.shape, q.dtype)
+    call = Call(operation, target_device(q), q.shape, k.shape, q.dtype)
     return _select(implementation, call).decode(
         q,
         k,
         v,
         jnp.minimum(lengths, k.shape[1]),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        partition=partition,
     )
 
 
@@ -301,6 +337,7 @@ def decode_window(
     *,
     scale: float | None = None,
     implementation: str = "auto",
+    partition: Partition | None = None,
 ) -> Float[Array, "B Q H"]:
     """One query per row over a ring buffer of the last W keys, the query's own included.
 
@@ -308,7 +345,7 @@ def decode_window(
     valid, in whatever order (softmax does not care, and RoPE is applied before caching). A row of
     length 0 gives 0.
     """
-    return _decode("decode_window", q, k_ring, v_ring, lengths, scale, implementation)
+    return _decode("decode_window", q, k_ring, v_ring, lengths, scale, implementation, partition)
 
 
 def decode_cross(
@@ -319,7 +356,8 @@ def decode_cross(
     *,
     scale: float | None = None,
     implementation: str = "auto",
+    partition: Partition | None = None,
 ) -> Float[Array, "B Q H"]:
     """One query per row over the first lengths[b] keys of the global cache, the query's own
     included. A row of length 0 gives 0."""
-    return _decode("decode_cross", q, k_cache, v_cache, lengths, scale, implementation)
+    return _decode("decode_cross", q, k_cache, v_cache, lengths, scale, implementation, partition)

@@ -34,6 +34,7 @@ def attention(
     segments: masks.SegmentIds | None,
     kv_lengths: Int[Array, " B"] | None,
     scale: float,
+    partition=None,  # left to XLA, which can split plain operations by itself
 ) -> tuple[Float[Array, "B N Q H"], Float[Array, "B N Q"]]:
     B, N, Q, H = q.shape
     S, K = k.shape[1:3]
@@ -57,6 +58,7 @@ def decode(
     valid: Int[Array, " B"],
     *,
     scale: float,
+    partition=None,
 ) -> Float[Array, "B Q H"]:
     """One query a row over the first `valid` slots, in whatever order they lie."""
     B, Q, H = q.shape

@@ -14,17 +14,15 @@ p^T do as written is 2-3 times slower than (do^T) p, hence the transposed gradie
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import mask as masks
 from pallas_kernels.blocks import xla_blocks
+from pallas_kernels.flash import LOG2E, Spec
 
-LOG2E = math.log2(math.e)
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -129,26 +127,8 @@ def _forward(plan: _Plan, q, k, v, seg, lengths):
     return _loop(plan.N // plan.bq, block, carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, q, k, v, seg, lengths):
-    return _forward(plan, q, k, v, seg, lengths)
-
-
-def _attention_fwd(plan, q, k, v, seg, lengths):
-    out, lse = _forward(plan, q, k, v, seg, lengths)
-    # Named, so that a remat policy can keep them and not run attention again.
-    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return (out, lse), (q, k, v, seg, lengths, out, lse)
-
-
-def _attention_bwd(plan, residuals, cotangents):
-    q, k, v, seg, lengths, out, lse = residuals
+def _backward(plan: _Plan, q, k, v, seg, lengths, lse, delta, d_out, kv_grad_dtype):
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    d_out, d_lse = cotangents
-    # ds = p (dp - delta), and d lse / d s = p, so the gradient of lse joins delta.
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_lse
-    # An empty row: its scores are MASKED too; without this p would be 1 there.
-    lse = jnp.where(lse < masks.MASKED / 2, 0.0, lse * LOG2E)
 
     def block(i, carry):
         dq, dk, dv = carry
@@ -179,28 +159,44 @@ def _attention_bwd(plan, residuals, cotangents):
 
     zeros = jnp.zeros_like(k.swapaxes(2, 3), jnp.float32)
     dq, dk, dv = _loop(plan.N // plan.bq, block, (jnp.zeros_like(q), zeros, zeros))
-    dk = (dk * plan.scale).transpose(0, 3, 1, 2).astype(k.dtype)
-    return dq, dk, dv.transpose(0, 3, 1, 2).astype(v.dtype), None, None
+    dk = (dk * plan.scale).transpose(0, 3, 1, 2).astype(kv_grad_dtype)
+    return dq, dk, dv.transpose(0, 3, 1, 2).astype(kv_grad_dtype)
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def attention(q, k, v, *, window, q_offset, segments, kv_lengths, scale):
-    """Same contract as `reference.attention`."""
+def _plan(spec: Spec, q, k, segments):
+    """The plan, how many rows N must be padded by, and the segments, padded."""
     B, N, Q = q.shape[:3]
     S, K = k.shape[1:3]
-    if window is not None and window >= q_offset + N:
-        window = None  # it cuts nothing off
-    bq, bk = xla_blocks(B, Q, N, S, window)
+    bq, bk = xla_blocks(B, Q, N, S, spec.window)
     pad = -N % bq
-    if pad:  # rows of zeros: their gradients come in as zeros and go out as zeros
-        q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        if segments is not None:
-            segments = segments._replace(q=jnp.pad(segments.q, ((0, 0), (0, pad))))
-    plan = _Plan(N + pad, S, K, window, q_offset, scale, bq, bk)
-    out, lse = _attention(plan, q, k, v, segments, kv_lengths)
-    return (out[:, :N], lse[:, :N]) if pad else (out, lse)
+    if segments is not None:
+        segments = segments._replace(q=_pad(segments.q, pad))
+    return _Plan(N + pad, S, K, spec.window, spec.q_offset, spec.scale, bq, bk), pad, segments
+
+
+def _pad(x, pad: int, axis: int = 1):
+    """Rows of zeros: their gradients come in as zeros and go out as zeros."""
+    return jnp.pad(x, [(0, pad * (i == axis)) for i in range(x.ndim)]) if pad else x
+
+
+def forward(spec: Spec, q, k, v, segments, lengths):
+    """See flash.Kernels."""
+    N = q.shape[1]
+    plan, pad, segments = _plan(spec, q, k, segments)
+    out, lse = _forward(plan, _pad(q, pad), k, v, segments, lengths)
+    return out[:, :N], lse[:, :N].swapaxes(1, 2)
+
+
+def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+    """See flash.Kernels."""
+    N = q.shape[1]
+    plan, pad, segments = _plan(spec, q, k, segments)
+    rows = [_pad(x, pad) for x in (q, lse2.swapaxes(1, 2), delta.swapaxes(1, 2), d_out)]
+    q, lse2, delta, d_out = rows
+    dq, dk, dv = _backward(
+        plan, q, k, v, segments, lengths, lse2, delta, d_out, spec.kv_grad_dtype
+    )
+    return dq[:, :N], dk, dv
 
 
 def decode(q, k, v, valid, *, scale):

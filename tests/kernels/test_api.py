@@ -38,8 +38,8 @@ CALLS = {
     ),
     "no axis of length 0": lambda: cross_attention(q, k[:, :0], k[:, :0]),
     r"q as \[B, N, Q, H\]; got shape \(2, 4, 8\)": lambda: cross_attention(q[:, 0], k, k),
-    "one floating dtype; got bfloat16, float32": lambda: cross_attention(
-        q.astype(jnp.bfloat16), k, k
+    "k and v in float32; got float32, bfloat16": lambda: cross_attention(
+        q, k.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
     ),
     r"SegmentIds\(q=\[B, N\], kv=\[B, S\]\) when there are 5 queries and 6 keys": lambda: (
         cross_attention(q[:, :5], k, k, segment_ids=ids)

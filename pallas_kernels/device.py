@@ -1,0 +1,83 @@
+"""Which device a computation is being traced for, and what kind of GPU a name stands for.
+
+The device of the mesh in use, abstract or not, comes before the host's own: a CPU host that
+compiles for a TPU topology then picks the TPU's kernels.
+"""
+
+import contextlib
+import contextvars
+from typing import NamedTuple
+
+import jax
+
+# Device kinds by compute capability, for GPUs that are named and not present. First match wins.
+_GPU_KINDS = {
+    "GH200": 90, "H100": 90, "H200": 90, "H800": 90, "H20": 90,
+    "GB200": 100, "B200": 100, "B100": 100, "GB300": 103, "B300": 103,
+    "A100": 80, "A800": 80, "A30": 80,
+    "L40": 89, "L4": 89, "RTX 40": 89, "RTX 4": 89, "Ada": 89,
+    "A10": 86, "A40": 86, "RTX A": 86, "RTX 30": 86,
+    "RTX 50": 120, "RTX PRO": 120, "V100": 70, "T4": 75,
+}  # fmt: skip
+
+
+class Device(NamedTuple):
+    """platform "cpu", "gpu" or "tpu", and the device's name: "TPU v6 lite", "NVIDIA H200"."""
+
+    platform: str
+    kind: str
+
+    @property
+    def compute_capability(self) -> int | None:
+        """90 for Hopper and so on; None if this is no NVIDIA GPU or one that is not known."""
+        if self.platform != "gpu":
+            return None
+        for device in jax.devices() if jax.default_backend() == "gpu" else ():
+            if device.device_kind == self.kind and hasattr(device, "compute_capability"):
+                return int(str(device.compute_capability).replace(".", ""))
+        return next((cc for name, cc in _GPU_KINDS.items() if name in self.kind), None)
+
+
+def _of_mesh(mesh) -> Device | None:
+    abstract = None if mesh is None or mesh.empty else mesh.abstract_device
+    if abstract is None or abstract.platform is None:
+        return None
+    platform = "gpu" if abstract.platform in ("cuda", "rocm") else abstract.platform
+    return Device(platform, abstract.device_kind)
+
+
+def target_device(x: jax.Array | None = None) -> Device:
+    """The device of the context's mesh, else of the mesh that x lies on, else jax's default."""
+    found = _of_mesh(jax.sharding.get_abstract_mesh())
+    if found is None and x is not None:
+        found = _of_mesh(getattr(jax.typeof(x).sharding, "mesh", None))
+    if found is None:
+        device = jax.config.jax_default_device or jax.devices()[0]
+        device = jax.devices(device)[0] if isinstance(device, str) else device
+        platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+        found = Device(platform, device.device_kind)
+    return found
+
+
+_interpreted = contextvars.ContextVar("pallas_kernels_interpreted", default=None)
+
+
+class Interpretation(NamedTuple):
+    """How kernels are run without their device: slowly, on the host, for tests."""
+
+    detect_races: bool = False
+
+
+@contextlib.contextmanager
+def interpret(*, detect_races: bool = False):
+    """Inside, device kernels that are asked for by name run on the host in Pallas's interpreter.
+    It is read while tracing: a function that was compiled outside keeps what it had."""
+    token = _interpreted.set(Interpretation(detect_races))
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def interpretation() -> Interpretation | None:
+    return _interpreted.get()

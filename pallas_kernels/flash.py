@@ -1,0 +1,143 @@
+"""The one custom gradient that every blocked implementation shares (FlashAttention-2, arXiv
+2307.08691): the forward keeps q, k, v, out and lse; the backward recomputes p block by block.
+
+An implementation brings two functions, `Kernels(forward, backward)`; what they have in common is
+here: the residuals, delta, rows that see nothing, the names for remat, the dtypes of gradients.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import mask as masks
+from pallas_kernels import sharding
+
+LOG2E = math.log2(math.e)
+
+
+class Kernels(NamedTuple):
+    """forward(spec, q, k, v, segments, lengths) -> out [B N Q H] in q's dtype, lse [B Q N] fp32:
+    the natural log of the sum of exponentials, MASKED where a row sees nothing (out is 0 there).
+
+    backward(spec, q, k, v, segments, lengths, lse2, delta, d_out) -> dq, dk, dv: dq in q's dtype,
+    dk and dv in spec.kv_grad_dtype. lse2 [B Q N] is in base 2, and 0 for a row that sees nothing,
+    so that exp2(MASKED - lse2) is 0; delta [B Q N] = sum(out * d_out, H) - d_lse, both fp32.
+
+    k and v [B S K H] come in q's dtype; segments is SegmentIds or None, lengths [B] int32 or None.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is static about a call, besides shapes and dtypes."""
+
+    kernels: Kernels
+    window: int | None
+    q_offset: int
+    scale: float
+    kv_grad_dtype: jnp.dtype
+    where: sharding.Layout | None = None
+
+
+def _run_forward(spec: Spec, q, k, v, segments, lengths):
+    where = spec.where
+    if where is None:
+        return spec.kernels.forward(spec, q, k, v, segments, lengths)
+
+    def body(q, k, v, segments, lengths):
+        k, v = (where.my_kv_heads(x, q.shape[2]) for x in (k, v))
+        return spec.kernels.forward(spec, q, k, v, segments, lengths)
+
+    in_specs = where.specs("b.q.", "b.k.", "b.k.", "b.", "b")
+    run = sharding.on_each_device(body, where, in_specs, where.specs("b.q.", "bq."))
+    return run(q, k, v, segments, lengths)
+
+
+def _run_backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+    where = spec.where
+    if where is None:
+        return spec.kernels.backward(spec, q, k, v, segments, lengths, lse2, delta, d_out)
+    replicated = where.kv_heads != where.heads
+    local_spec = dataclasses.replace(spec, kv_grad_dtype=jnp.dtype("float32"))
+    local_spec = local_spec if replicated else spec
+
+    def body(q, k, v, segments, lengths, lse2, delta, d_out):
+        mine = [where.my_kv_heads(x, q.shape[2]) for x in (k, v)]
+        dq, *dkv = spec.kernels.backward(
+            local_spec, q, *mine, segments, lengths, lse2, delta, d_out
+        )
+        if replicated:
+            whole = jax.ShapeDtypeStruct(k.shape, jnp.float32)
+            put_back = jax.linear_transpose(lambda x: where.my_kv_heads(x, q.shape[2]), whole)
+            dkv = [jax.lax.psum(put_back(x)[0], where.heads) for x in dkv]
+        return dq, *(x.astype(spec.kv_grad_dtype) for x in dkv)
+
+    rows = ("b.q.", "b.k.", "b.k.")
+    in_specs = where.specs(*rows, "b.", "b", "bq.", "bq.", "b.q.")
+    run = sharding.on_each_device(body, where, in_specs, where.specs(*rows))
+    return run(q, k, v, segments, lengths, lse2, delta, d_out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec, q, k, v, segments, lengths):
+    return _forward(spec, q, k, v, segments, lengths)[0]
+
+
+def _forward(spec, q, k, v, segments, lengths):
+    # k and v may be fp32 beside a bf16 q: then they are read in bf16 and their gradients leave
+    # the accumulators unrounded, so that a sum over layers that share them is one in fp32.
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    out, lse = _run_forward(spec, q, k, v, segments, lengths)
+    # Named, so that a remat policy can keep them and not run attention again.
+    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return (out, lse), (q, k, v, segments, lengths, out, lse)
+
+
+def _backward(spec, residuals, cotangents):
+    q, k, v, segments, lengths, out, lse = residuals
+    d_out, d_lse = cotangents
+    # ds = p (dp - delta), and d lse / d s = p, so the gradient of lse joins delta.
+    products = out.astype(jnp.float32) * d_out.astype(jnp.float32)
+    delta = products.sum(-1).swapaxes(1, 2) - d_lse
+    lse2 = jnp.where(lse < masks.MASKED / 2, 0.0, lse * LOG2E)
+    grads = _run_backward(spec, q, k, v, segments, lengths, lse2, delta, d_out)
+    return *grads, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def attention(
+    kernels: Kernels, q, k, v, *, window, q_offset, segments, kv_lengths, scale, partition=None
+):
+    """Same contract as `reference.attention`, by the kernels given, under the mesh in use."""
+    if window is not None and window >= q_offset + q.shape[1]:
+        window = None  # it cuts nothing off
+    where = sharding.layout(partition, q.shape[0], q.shape[2], k.shape[2])
+    spec = Spec(kernels, window, q_offset, scale, jnp.dtype(k.dtype), where)
+    out, lse = _attention(spec, q, k, v, segments, kv_lengths)
+    return out, lse.swapaxes(1, 2)
+
+
+def decode(kernel: Callable, q, k, v, valid, *, scale, partition=None):
+    """Same contract as `reference.decode`, by the kernel given, under the mesh in use."""
+    where = sharding.layout(partition, q.shape[0], q.shape[1], k.shape[2])
+    if where is None:
+        return kernel(q, k, v, valid, scale=scale)
+
+    def body(q, k, v, valid):
+        k, v = (where.my_kv_heads(x, q.shape[1]) for x in (k, v))
+        return kernel(q, k, v, valid, scale=scale)
+
+    in_specs = where.specs("bq.", "b.k.", "b.k.", "b")
+    (out_spec,) = where.specs("bq.")
+    return sharding.on_each_device(body, where, in_specs, out_spec)(q, k, v, valid)

@@ -1,0 +1,80 @@
+"""Kernels under a mesh: each device runs them on its own batch rows and heads (shard_map).
+
+XLA cannot look into a kernel, so without this it would gather the operands of one. Attention never
+mixes rows or groups of heads, hence no collective is needed, save for K/V heads that the mesh axes
+do not divide: those are replicated, and their gradients summed (in fp32) over the axes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+
+class Partition(NamedTuple):
+    """The mesh axes over which batch rows and heads are split. Axes that the mesh in use does not
+    have, or that a surrounding shard_map handles already, are passed over."""
+
+    batch: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+
+class Layout(NamedTuple):
+    """A Partition made concrete for one call: what is split, and over what."""
+
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    kv_heads: tuple[str, ...]  # equal to heads, or () if K/V heads are replicated
+    group: int  # query heads per K/V head
+
+    def specs(self, *axes: str) -> tuple[P, ...]:
+        """One spec per string of letters: b batch, q query heads, k K/V heads, . anything else."""
+        table = {"b": self.batch or None, "q": self.heads or None, "k": self.kv_heads or None}
+        return tuple(P(*(table.get(letter) for letter in letters)) for letters in axes)
+
+    def my_kv_heads(self, x: jax.Array, num_query_heads: int) -> jax.Array:
+        """Inside shard_map: of replicated K/V heads x [B S K H], those that this device's query
+        heads read, in their order."""
+        if self.kv_heads == self.heads:
+            return x
+        first = lax.axis_index(self.heads) * num_query_heads
+        if self.group % num_query_heads == 0:  # all of them read one head
+            return lax.dynamic_slice_in_dim(x, first // self.group, 1, 2)
+        return jnp.take(x, (first + jnp.arange(num_query_heads)) // self.group, axis=2)
+
+
+def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None:
+    """How a call with B rows, Q query and K key/value heads lies on the mesh of the context; None
+    if there is nothing to split. What does not divide is replicated."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if partition is None or mesh.empty:
+        return None
+    free = {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual
+    }
+
+    def split(axes, *sizes):
+        axes = tuple(axis for axis in axes if free.get(axis, 1) > 1)
+        ways = math.prod(free[axis] for axis in axes)
+        return axes if all(size % ways == 0 for size in sizes) else ()
+
+    batch, heads = split(partition.batch, B), split(partition.heads, Q)
+    if not batch and not heads:
+        return None
+    return Layout(batch, heads, split(heads, K), Q // K)
+
+
+def on_each_device(body: Callable, where: Layout, in_specs, out_specs) -> Callable:
+    """body as a shard_map over the axes of `where`. The replication check is off: a pallas_call
+    does not say over which axes its results vary."""
+    axes = set(where.batch) | set(where.heads)
+    return jax.shard_map(
+        body, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+    )
