@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import flash, reference, xla
+from pallas_kernels import flash, pallas_tpu, reference, xla
 from pallas_kernels.device import Device, target_device
 from pallas_kernels.flash import Kernels
 from pallas_kernels.mask import SegmentIds
@@ -79,7 +79,9 @@ def _blocked(unsupported_reason, forward, backward, decode) -> Implementation:
 
 # In the order in which "auto" tries them; reference is only ever run by name.
 _REGISTRY = {
-    "pallas_tpu": _not_written("pallas_tpu"),
+    "pallas_tpu": _blocked(
+        pallas_tpu.unsupported_reason, pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.decode
+    ),
     "pallas_gpu": _not_written("pallas_gpu"),
     "triton": _not_written("triton"),
     "cudnn": _not_written("cudnn"),

@@ -32,3 +32,27 @@ def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Bl
         if batch * heads * q * band <= SCORES_IN_CACHE:
             break
     return Blocks(q, band)
+
+
+TPU_LANES = 128  # blocks of positions are multiples of it
+
+
+class TpuBlocks(NamedTuple):
+    """q, kv: positions per grid step (of the inner axis only where there is no window: a window's
+    band is one step). compute: positions of the inner axis per tile of scores."""
+
+    q: int
+    kv: int
+    compute: int
+
+
+def tpu_blocks(kind: str, outer: str, H: int, G: int, window: int | None) -> TpuBlocks:
+    if outer == "queries":
+        rows = 1024 // G if window is None else 512 // G
+        q = min(512, max(128, rows // 128 * 128))
+        return TpuBlocks(q, 1024, 512)
+    return TpuBlocks(1024, 512, 512)
+
+
+def tpu_decode_block(kind: str, H: int) -> int:
+    return 2048

@@ -1,0 +1,601 @@
+"""Attention on TPUs: one template for the window and for full causal attention, and a decode kernel.
+
+Why it exists: XLA has no fused attention on TPUs, and jax's splash attention reads every K/V head
+once per query head, steps through a window block by block with a running softmax, and takes its
+masks from host-side tables. Here the window's whole band of bq + W - 1 keys is one grid step, the
+G query heads of a group share the keys as rows of one product, and only tiles on an edge of the
+band are masked.
+
+Rounds: products of bf16 inputs accumulate in fp32; scores, softmax and all sums are fp32, in
+base 2; p and ds are rounded to the input dtype before their products. Deterministic.
+
+Runs on v5e, v5p, v6e and tpu7x by compilation; never yet on a device (see README.md).
+
+Shapes inside: q [B K G N H], k and v [B K S H], lse and delta [B K G N]: positions next to the
+innermost axis, so that a head's block is one matrix. The transposes are layouts to XLA, which
+fuses them into what produces and consumes these arrays.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import mask as masks
+from pallas_kernels.blocks import TPU_LANES, tpu_blocks, tpu_decode_block
+from pallas_kernels.device import interpretation, target_device
+from pallas_kernels.flash import LOG2E, Spec
+
+_HEAD_WIDTHS = (64, 128, 256)
+_DTYPES = ("bfloat16", "float32")
+_NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
+_NN = (((1,), (0,)), ((), ()))
+
+
+def _dot(a, b, dims=_NN):
+    # fp32 inputs are a test's or a small model's: exact there, whatever the default precision is.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def unsupported_reason(call) -> str | None:
+    if interpretation() is None and call.device.platform != "tpu":
+        return f"The TPU kernels need a TPU; this computation is for {call.device.kind}."
+    if call.q_shape is not None and call.q_shape[-1] not in _HEAD_WIDTHS:
+        widths = ", ".join(map(str, _HEAD_WIDTHS))
+        return f"The TPU kernels take heads of width {widths}; got {call.q_shape[-1]}."
+    if call.dtype is not None and str(jnp.dtype(call.dtype)) not in _DTYPES:
+        return f"The TPU kernels take {' or '.join(_DTYPES)}; got {jnp.dtype(call.dtype)}."
+    return None
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _pad(x, axis: int, size: int):
+    if x is None or x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, (size - n) * (a == axis)) for a, n in enumerate(x.shape)])
+
+
+def _clip(x, low, high):
+    return jnp.maximum(jnp.minimum(x, high), low)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bands:
+    """Which positions of the other axis a block of `block` positions reads, in `steps` grid steps
+    of `size` positions each: one step for a window, every block up to (or from) the diagonal for
+    full attention. Starts are multiples of 128, and clipped to the array: a step whose start
+    does not change costs no copy, and positions are compared, never assumed.
+
+    shift: position of the outer axis' element 0 on the inner axis (q_offset for keys read by
+    queries, -q_offset for queries read by keys). back, ahead: how far behind its first and beyond
+    its last position a block reads; None: to the end of the array.
+    """
+
+    block: int
+    size: int
+    steps: int
+    length: int  # of the inner axis
+    shift: int
+    back: int | None
+    ahead: int | None
+
+    @classmethod
+    def plan(cls, block, size, length, shift, back, ahead):
+        if back is None or ahead is None:
+            return cls(block, size, length // size, length, shift, back, ahead)
+        reach = block + back + ahead + (shift - back) % TPU_LANES
+        size = min(length, _round_up(reach, TPU_LANES))
+        return cls(block, size, 1, length, shift, back, ahead)
+
+    def start(self, i, j):
+        """First inner position of step j for outer block i."""
+        first = self.shift + i * self.block
+        last_start = self.length - self.size
+        if self.back is None:  # keys of a causal query block: 0 .. its last position
+            start = jnp.minimum(j * self.size, (first + self.block - 1) // self.size * self.size)
+        elif self.ahead is None:  # queries of a causal key block: its first position .. the end
+            start = jnp.maximum(j * self.size, first // self.size * self.size)
+        else:
+            start = (first - self.back) // TPU_LANES * TPU_LANES
+        return pl.multiple_of(_clip(start, 0, last_start), TPU_LANES)
+
+    def repeated(self, i, j):
+        """Whether step j would read again what another step reads (its start was moved)."""
+        return False if self.steps == 1 else self.start(i, j) != j * self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """What the kernels need to know about a tile of queries x keys: who sees whom."""
+
+    spec: Spec
+    S: int  # keys that exist; the array may be longer
+    padded: bool  # whether a query could see a key beyond S
+    segments: bool
+    lengths: bool
+
+    def limit(self, lengths_ref, b):
+        return lengths_ref[b] if self.lengths else self.S
+
+    def apply(self, q_first, k_first, bq, bk, limit, body):
+        """Runs body(masked: bool) for the tile of queries at positions q_first.. and keys k_first..
+        not at all if nobody sees anybody, without a mask if all see all."""
+        window = self.spec.window
+        youngest, oldest = q_first - (k_first + bk - 1), q_first + bq - 1 - k_first
+        some, every = oldest >= 0, youngest >= 0
+        if window is not None:
+            some, every = some & (youngest < window), every & (oldest < window)
+        if self.padded or self.lengths:
+            some, every = some & (k_first < limit), every & (k_first + bk <= limit)
+        if self.segments:
+            pl.when(some)(functools.partial(body, True))
+        else:
+            pl.when(some & every)(functools.partial(body, False))
+            pl.when(some & ~every)(functools.partial(body, True))
+
+    def seen(self, q_first, k_first, shape, q_axis, limit, q_ids, k_ids):
+        """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it."""
+        k_axis = 1 - q_axis
+        q_index = lax.broadcasted_iota(jnp.int32, shape, q_axis)
+        k_index = lax.broadcasted_iota(jnp.int32, shape, k_axis)
+        # One subtraction of constant arrays and one scalar: cheaper than positions on both sides.
+        seen = masks.visible(q_index - k_index, k_first - q_first, self.spec.window)
+        if self.padded or self.lengths:
+            seen = seen & (k_index < limit - k_first)
+        if self.segments:
+            seen = seen & (q_ids == k_ids)
+        return seen
+
+
+def _column(row, width=TPU_LANES):
+    """[1, n] -> [n, width], each value repeated along the lanes."""
+    return jnp.broadcast_to(row, (width, row.shape[1])).T
+
+
+def _masked(scores, seen):
+    """Scores [rows, keys] whose rows are groups of seen.shape[0] queries."""
+    G = scores.shape[0] // seen.shape[0]
+    grouped = scores.reshape(G, *seen.shape)
+    return jnp.where(seen[None], grouped, masks.MASKED).reshape(scores.shape)
+
+
+def _lanes(x, width: int):
+    """x [rows, 128] with equal lanes, as [rows, width]."""
+    if width <= x.shape[1]:
+        return x[:, :width]
+    return jnp.concatenate([x] * (width // x.shape[1]), axis=1)
+
+
+def _each_tile(bands, i, j, tile, n):
+    """Runs tile(0), ... tile(n-1) unless this grid step repeats another."""
+
+    def run():
+        lax.fori_loop(0, n, tile, 0)
+
+    pl.when(~bands.repeated(i, j))(run) if bands.steps > 1 else run()
+
+
+def _forward_kernel(tiles, bands, bc, *refs):
+    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref = refs[:8]
+    top, total, acc = refs[8:]
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    G, bq, H = q_ref.shape
+    R = G * bq
+    q_first = tiles.spec.q_offset + i * bq
+    start = bands.start(i, j)
+    limit = tiles.limit(lengths_ref, b)
+
+    @pl.when(j == 0)
+    def _():
+        top[...] = jnp.full_like(top, masks.MASKED)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    def tile(c, _):
+        here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
+        k_first = start + c * bc
+
+        def body(masked):
+            s = _dot(q_ref[...].reshape(R, H), k_ref[here], _NT) * (tiles.spec.scale * LOG2E)
+            if masked:
+                ids = [None, None]
+                if tiles.segments:
+                    ids = [_column(q_ids_ref[...], bc), k_ids_ref[:, here]]
+                s = _masked(s, tiles.seen(q_first, k_first, (bq, bc), 0, limit, *ids))
+            old = top[...]
+            new = jnp.maximum(old, s.max(1, keepdims=True))
+            p = jnp.exp2(s - _lanes(new, bc))
+            keep = jnp.exp2(old - new)
+            # Lane sums wait until the end: here whole registers are added.
+            sums = functools.reduce(jnp.add, jnp.split(p, bc // TPU_LANES, axis=1))
+            top[...], total[...] = new, total[...] * keep + sums
+            pv = _dot(p.astype(v_ref.dtype), v_ref[here])
+            acc[...] = acc[...] * _lanes(keep, H) + pv
+
+        tiles.apply(q_first, k_first, bq, bc, limit, body)
+        return 0
+
+    _each_tile(bands, i, j, tile, bands.size // bc)
+
+    @pl.when(j == bands.steps - 1)
+    def _():
+        empty = top[...] < masks.MASKED / 2
+        sums = jnp.broadcast_to(total[...].sum(1, keepdims=True), total.shape)
+        sums = jnp.where(empty, 1.0, sums)
+        lse = jnp.where(empty, masks.MASKED, (top[...] + jnp.log2(sums)) / LOG2E)
+        out = acc[...] * _lanes(jnp.where(empty, 0.0, 1.0 / sums), H)
+        out_ref[...] = out.reshape(G, bq, H).astype(out_ref.dtype)
+        for g in range(G):
+            lse_ref[g : g + 1] = lse[g * bq : (g + 1) * bq].T[:1]
+
+
+def _dq_kernel(tiles, bands, bc, *refs):
+    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref = refs[:6]
+    d_out_ref, lse_ref, delta_ref, dq_ref, lse, delta, acc = refs[6:]
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    G, bq, H = q_ref.shape
+    R = G * bq
+    q_first = tiles.spec.q_offset + i * bq
+    start = bands.start(i, j)
+    limit = tiles.limit(lengths_ref, b)
+
+    @pl.when(j == 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+        for g in range(G):  # rows of lanes -> columns, once per query block
+            lse[g * bq : (g + 1) * bq] = _column(lse_ref[g : g + 1])
+            delta[g * bq : (g + 1) * bq] = _column(delta_ref[g : g + 1])
+
+    def tile(c, _):
+        here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
+        k_first = start + c * bc
+
+        def body(masked):
+            k = k_ref[here]
+            s = _dot(q_ref[...].reshape(R, H), k, _NT) * (tiles.spec.scale * LOG2E)
+            if masked:
+                ids = [None, None]
+                if tiles.segments:
+                    ids = [_column(q_ids_ref[...], bc), k_ids_ref[:, here]]
+                s = _masked(s, tiles.seen(q_first, k_first, (bq, bc), 0, limit, *ids))
+            p = jnp.exp2(s - _lanes(lse[...], bc))
+            dp = _dot(d_out_ref[...].reshape(R, H), v_ref[here], _NT)
+            ds = p * (dp - _lanes(delta[...], bc))
+            acc[...] += _dot(ds.astype(k.dtype), k)
+
+        tiles.apply(q_first, k_first, bq, bc, limit, body)
+        return 0
+
+    _each_tile(bands, i, j, tile, bands.size // bc)
+
+    @pl.when(j == bands.steps - 1)
+    def _():
+        dq = (acc[...] * tiles.spec.scale).reshape(G, bq, H)
+        dq_ref[...] = dq.astype(dq_ref.dtype)
+
+
+def _dkv_kernel(tiles, bands, bc, *refs):
+    """Scores transposed, [keys, queries]: lse and delta are rows of lanes as they lie in memory, and
+    no product has a transposed operand of the size of the scores."""
+    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref = refs[:6]
+    d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk, dv = refs[6:]
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    G, bk = q_ref.shape[0], k_ref.shape[0]
+    k_first = i * bk
+    start = bands.start(i, j)
+    limit = tiles.limit(lengths_ref, b)
+
+    @pl.when(j == 0)
+    def _():
+        dk[...] = jnp.zeros_like(dk)
+        dv[...] = jnp.zeros_like(dv)
+
+    def tile(n, _):
+        c, g = n // G, n % G
+        here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
+        q_first = tiles.spec.q_offset + start + c * bc
+
+        def body(masked):
+            q, d_out = q_ref[g, here], d_out_ref[g, here]
+            s = _dot(k_ref[...], q, _NT) * (tiles.spec.scale * LOG2E)
+            if masked:
+                ids = [None, None]
+                if tiles.segments:
+                    ids = [q_ids_ref[:, here], _column(k_ids_ref[...], bc)]
+                seen = tiles.seen(q_first, k_first, (bk, bc), 1, limit, *ids)
+                s = jnp.where(seen, s, masks.MASKED)
+            p = jnp.exp2(s - lse_ref[pl.ds(g, 1), here])
+            dv[...] += _dot(p.astype(q.dtype), d_out)
+            dp = _dot(v_ref[...], d_out, _NT)
+            ds = p * (dp - delta_ref[pl.ds(g, 1), here])
+            dk[...] += _dot(ds.astype(q.dtype), q)
+
+        tiles.apply(q_first, k_first, bc, bk, limit, body)
+        return 0
+
+    _each_tile(bands, i, j, tile, bands.size // bc * G)
+
+    @pl.when(j == bands.steps - 1)
+    def _():
+        dk_ref[...] = (dk[...] * tiles.spec.scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv[...].astype(dv_ref.dtype)
+
+
+def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, *args):
+    mode = interpretation()
+    interpret = False if mode is None else pltpu.InterpretParams(detect_races=mode.detect_races)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",)
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=name,
+    )(*args)
+
+
+class _Operands:
+    """The arrays of one call in the kernels' layout, padded, and the specs to read them by."""
+
+    def __init__(self, spec: Spec, q, k, segments, lengths, outer: str):
+        self.B, self.N, Q, self.H = q.shape
+        self.S, self.K = k.shape[1:3]
+        self.G = Q // self.K
+        self.window = spec.window
+        kind = target_device(q).kind
+        blocks = tpu_blocks(kind, outer, self.H, self.G, spec.window)
+        bq, bk = (min(x, _round_up(n, TPU_LANES)) for x, n in zip(blocks, (self.N, self.S)))
+        windowed = spec.window is not None
+        ahead = spec.window - 1 if windowed else None
+        if outer == "queries":
+            self.N_pad = _round_up(self.N, bq)
+            self.S_pad = _round_up(self.S, TPU_LANES if windowed else bk)
+            self.blocks = self.N_pad // bq
+            self.bands = _Bands.plan(bq, bk, self.S_pad, spec.q_offset, ahead, 0)
+        else:
+            self.S_pad = _round_up(self.S, bk)
+            self.N_pad = _round_up(self.N, TPU_LANES if windowed else bq)
+            self.blocks = self.S_pad // bk
+            self.bands = _Bands.plan(bk, bq, self.N_pad, -spec.q_offset, 0, ahead)
+        self.bc = next(
+            c for c in range(blocks.compute, 0, -TPU_LANES) if self.bands.size % c == 0
+        )
+        self.grid = (self.B, self.K, self.blocks, self.bands.steps)
+        padded = self.S_pad > self.S and spec.q_offset + self.N > self.S
+        self.tiles = _Tiles(spec, self.S, padded, segments is not None, lengths is not None)
+        self.lengths = jnp.zeros(self.B, jnp.int32) if lengths is None else lengths
+        self.outer = outer
+        self.segments = segments
+
+    def queries(self, x):
+        """[B N Q H] -> [B K G N H]"""
+        x = x.reshape(self.B, self.N, self.K, self.G, self.H).transpose(0, 2, 3, 1, 4)
+        return _pad(x, 3, self.N_pad)
+
+    def keys(self, x):
+        """[B S K H] -> [B K S H]"""
+        return _pad(x.swapaxes(1, 2), 2, self.S_pad)
+
+    def stats(self, x):
+        """[B Q N] -> [B K G N]"""
+        return _pad(x.reshape(self.B, self.K, self.G, self.N), 3, self.N_pad)
+
+    def ids(self):
+        """[B 1 N] and [B 1 S], or two Nones."""
+        if self.segments is None:
+            return None, None
+        q_ids, k_ids = (x[:, None].astype(jnp.int32) for x in self.segments)
+        return _pad(q_ids, 2, self.N_pad), _pad(k_ids, 2, self.S_pad)
+
+    def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
+        """Blocks of the outer axis, or bands of the inner one, between whole other axes."""
+        squeezed = (pl.squeezed,) * (2 if heads else 1)
+        if whose == self.outer:
+            zeros = (0,) * len(before), (0,) * len(after)
+
+            def index(b, h, i, j, *_):
+                return (b, h)[: len(squeezed)] + zeros[0] + (i,) + zeros[1]
+
+            return pl.BlockSpec((*squeezed, *before, self.bands.block, *after), index)
+
+        def start(b, h, i, j, *_):
+            zeros = (0,) * len(before), (0,) * len(after)
+            return (b, h)[: len(squeezed)] + zeros[0] + (self.bands.start(i, j),) + zeros[1]
+
+        inner = (pl.Element(n) for n in (*before, self.bands.size, *after))
+        return pl.BlockSpec((*squeezed, *inner), start)
+
+    def query_spec(self):
+        return self._spec("queries", (self.G,), (self.H,))
+
+    def key_spec(self):
+        return self._spec("keys", (), (self.H,))
+
+    def stat_spec(self):
+        return self._spec("queries", (self.G,), ())
+
+    def ids_specs(self):
+        if self.segments is None:
+            return None, None
+        return tuple(self._spec(x, (1,), (), heads=False) for x in ("queries", "keys"))
+
+    def cost(self, products: int, arrays) -> pl.CostEstimate:
+        """`products` matrix products per visible pair of query and key."""
+        bands = self.bands
+        pairs = self.blocks * bands.block * bands.size * bands.steps
+        pairs //= 1 if self.window is not None else 2  # about half of them lie above the diagonal
+        heads = self.B * self.K * self.G
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+        return pl.CostEstimate(
+            flops=2 * products * heads * pairs * self.H,
+            transcendentals=heads * pairs,
+            bytes_accessed=size,
+        )
+
+
+def _name(spec: Spec, what: str) -> str:
+    return f"yocou_{'window' if spec.window is not None else 'cross'}_attention_{what}"
+
+
+def forward(spec: Spec, q, k, v, segments, lengths):
+    """See flash.Kernels."""
+    o = _Operands(spec, q, k, segments, lengths, "queries")
+    R = o.G * o.bands.block
+    args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
+    out_shape = (
+        jax.ShapeDtypeStruct(args[0].shape, q.dtype),
+        jax.ShapeDtypeStruct(args[0].shape[:-1], jnp.float32),
+    )
+    out, lse = _call(
+        functools.partial(_forward_kernel, o.tiles, o.bands, o.bc),
+        _name(spec, "forward"),
+        o.grid,
+        (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs()),
+        (o.query_spec(), o.stat_spec()),
+        out_shape,
+        [(R, TPU_LANES), (R, TPU_LANES), (R, o.H)],
+        o.cost(2, (args, out_shape)),
+        o.lengths,
+        *args,
+    )
+    out = out[:, :, :, : o.N].transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return out, lse[..., : o.N].reshape(o.B, -1, o.N)
+
+
+def _dq(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+    o = _Operands(spec, q, k, segments, lengths, "queries")
+    R = o.G * o.bands.block
+    args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
+    args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
+    out_shape = jax.ShapeDtypeStruct(args[0].shape, q.dtype)
+    dq = _call(
+        functools.partial(_dq_kernel, o.tiles, o.bands, o.bc),
+        _name(spec, "dq"),
+        o.grid,
+        (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs())
+        + (o.query_spec(), o.stat_spec(), o.stat_spec()),
+        o.query_spec(),
+        out_shape,
+        [(R, TPU_LANES), (R, TPU_LANES), (R, o.H)],
+        o.cost(3, (args, out_shape)),
+        o.lengths,
+        *args,
+    )
+    return dq[:, :, :, : o.N].transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _dkv(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+    o = _Operands(spec, q, k, segments, lengths, "keys")
+    args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
+    args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
+    out_shape = (jax.ShapeDtypeStruct(args[1].shape, spec.kv_grad_dtype),) * 2
+    dkv = _call(
+        functools.partial(_dkv_kernel, o.tiles, o.bands, o.bc),
+        _name(spec, "dkv"),
+        o.grid,
+        (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs())
+        + (o.query_spec(), o.stat_spec(), o.stat_spec()),
+        (o.key_spec(), o.key_spec()),
+        out_shape,
+        [(o.bands.block, o.H)] * 2,
+        o.cost(4, (args, out_shape)),
+        o.lengths,
+        *args,
+    )
+    return tuple(x[:, :, : o.S].swapaxes(1, 2) for x in dkv)
+
+
+def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+    """See flash.Kernels."""
+    args = (spec, q, k, v, segments, lengths, lse2, delta, d_out)
+    return _dq(*args), *_dkv(*args)
+
+
+def _decode_kernel(scale, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
+    b, j = pl.program_id(0), pl.program_id(2)
+    size = k_ref.shape[0]
+    valid = valid_ref[b]
+
+    @pl.when(j == 0)
+    def _():
+        top[...] = jnp.full_like(top, masks.MASKED)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(j * size < valid)
+    def _():
+        s = _dot(q_ref[...], k_ref[...], _NT) * (scale * LOG2E)
+        slot = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        s = jnp.where(slot < valid - j * size, s, masks.MASKED)
+        old = top[...]
+        new = jnp.maximum(old, s.max(1, keepdims=True))
+        p = jnp.exp2(s - new[:, :1])
+        keep = jnp.exp2(old - new)
+        top[...], total[...] = new, total[...] * keep + p.sum(1, keepdims=True)
+        # What lies beyond the valid slots may be anything, NaN too.
+        row = lax.broadcasted_iota(jnp.int32, v_ref.shape, 0)
+        v = jnp.where(row < valid - j * size, v_ref[...], 0)
+        acc[...] = acc[...] * _lanes(keep, acc.shape[1]) + _dot(p.astype(v.dtype), v)
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        sums = total[...]
+        sums = jnp.where(sums == 0, 1.0, sums)
+        out_ref[...] = (acc[...] / _lanes(sums, acc.shape[1])).astype(out_ref.dtype)
+
+
+def decode(q, k, v, valid, *, scale):
+    """Same contract as `reference.decode`. Memory-bound: it reads each valid key and value once,
+    all G query heads of a group together, and nothing past the last valid block."""
+    B, Q, H = q.shape
+    S, K = k.shape[1:3]
+    G = Q // K
+    size = min(tpu_decode_block(target_device(q).kind, H), _round_up(S, TPU_LANES))
+    S_pad = _round_up(S, size)
+    k, v = (_pad(x.swapaxes(1, 2), 2, S_pad) for x in (k.astype(q.dtype), v.astype(q.dtype)))
+
+    def block(b, h, j, valid_ref):
+        # Beyond the last valid block the index stays where it is: no copy.
+        return b, h, jnp.minimum(j, jnp.maximum(valid_ref[b] - 1, 0) // size), 0
+
+    def rows(b, h, j, valid_ref):
+        return b, h, 0, 0
+
+    q_spec = pl.BlockSpec((pl.squeezed, pl.squeezed, G, H), rows)
+    kv_spec = pl.BlockSpec((pl.squeezed, pl.squeezed, size, H), block)
+    out = _call(
+        functools.partial(_decode_kernel, scale),
+        "yocou_decode",
+        (B, K, S_pad // size),
+        (q_spec, kv_spec, kv_spec),
+        q_spec,
+        jax.ShapeDtypeStruct((B, K, G, H), q.dtype),
+        [(G, TPU_LANES), (G, TPU_LANES), (G, H)],
+        pl.CostEstimate(
+            flops=4 * B * Q * S * H,
+            transcendentals=B * Q * S,
+            bytes_accessed=2 * B * K * S * H * q.dtype.itemsize,
+        ),
+        valid,
+        q.reshape(B, K, G, H),
+        k,
+        v,
+    )
+    return out.reshape(q.shape)
