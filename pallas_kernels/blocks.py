@@ -56,3 +56,73 @@ def tpu_blocks(kind: str, outer: str, H: int, G: int, window: int | None) -> Tpu
 
 def tpu_decode_block(kind: str, H: int) -> int:
     return 2048
+
+
+class GpuBlocks(NamedTuple):
+    """What one thread block of pallas_gpu handles: two consumer warpgroups of `rows` rows each
+    (query positions; keys in the kernel of dk and dv; query heads of a group in decode), past which
+    blocks of the other axis stream through shared memory, `*_stages` of them in flight."""
+
+    rows: int
+    kv: int
+    stages: int
+    dq_kv: int
+    dq_stages: int
+    dkv_q: int
+    dkv_stages: int
+    decode_kv: int
+    decode_stages: int
+
+
+# By device kind and head width. Nothing here was measured on a device: these compiled for an H200
+# without a spilled register, fill its 227 KB of shared memory, and follow FlashAttention-3.
+_GPU_BLOCKS = {
+    ("hopper", 64): GpuBlocks(64, 128, 4, 128, 4, 64, 6, 64, 10),
+    ("hopper", 128): GpuBlocks(64, 128, 2, 64, 3, 64, 3, 64, 5),
+}
+
+
+def gpu_blocks(H: int, kind: str = "hopper") -> GpuBlocks:
+    """Block sizes for head width H, up to the next width of the table."""
+    return _GPU_BLOCKS[kind, 64 if H <= 64 else 128]
+
+
+class TritonBlocks(NamedTuple):
+    """q, kv: queries and keys per step; warps of a program, stages of its pipeline of loads."""
+
+    q: int
+    kv: int
+    warps: int
+    stages: int
+
+
+TRITON_DECODE_PROGRAMS = 256  # two or so for each multiprocessor, whatever the batch
+
+# By kernel and head width. Nothing here was measured on a device: the largest steps found that
+# compiled without a spilled register for sm_80, sm_89 and sm_90, with segments and without, for
+# lengths that the steps divide and others, in the 99 KB of shared memory of sm_86 and sm_89.
+_TRITON_BLOCKS = {
+    ("forward", 64): TritonBlocks(128, 64, 8, 3),
+    ("forward", 128): TritonBlocks(128, 64, 8, 3),
+    ("forward", 256): TritonBlocks(64, 32, 8, 2),
+    ("backward_q", 64): TritonBlocks(128, 64, 8, 3),
+    ("backward_q", 128): TritonBlocks(128, 32, 8, 2),
+    ("backward_q", 256): TritonBlocks(32, 32, 4, 2),
+    ("backward_kv", 64): TritonBlocks(32, 128, 8, 2),
+    ("backward_kv", 128): TritonBlocks(64, 64, 8, 2),
+    ("backward_kv", 256): TritonBlocks(32, 32, 8, 2),
+    ("decode", 64): TritonBlocks(1, 128, 4, 3),
+    ("decode", 128): TritonBlocks(1, 64, 4, 3),
+    ("decode", 256): TritonBlocks(1, 32, 4, 2),
+}
+
+
+def triton_blocks(compute_capability: int, kernel: str, H: int, segments: bool) -> TritonBlocks:
+    """kernel: forward, backward_q, backward_kv or decode; H up to the next width of the table."""
+    width = 64 if H <= 64 else 128 if H <= 128 else 256
+    if (kernel, width) == ("forward", 64) and not segments:
+        # 32 rows a warp halve what is read from shared memory; with segments they would spill.
+        return TritonBlocks(128, 64, 4, 3)
+    if (kernel, width) == ("backward_kv", 128) and compute_capability >= 90:
+        return TritonBlocks(32, 64, 8, 2)  # wgmma's operands leave fewer registers
+    return _TRITON_BLOCKS[kernel, width]

@@ -34,6 +34,8 @@ _HEAD_WIDTHS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float32")
 _NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
 _NN = (((1,), (0,)), ((), ()))
+_TN = (((0,), (0,)), ((), ()))  # a [k m], b [k n] -> [m n]
+_CHUNK = 256  # queries that the backward kernels handle at a time inside a tile
 
 
 def _dot(a, b, dims=_NN):
@@ -143,16 +145,34 @@ class _Tiles:
 
     def seen(self, q_first, k_first, shape, q_axis, limit, q_ids, k_ids):
         """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it."""
-        k_axis = 1 - q_axis
-        q_index = lax.broadcasted_iota(jnp.int32, shape, q_axis)
-        k_index = lax.broadcasted_iota(jnp.int32, shape, k_axis)
-        # One subtraction of constant arrays and one scalar: cheaper than positions on both sides.
-        seen = masks.visible(q_index - k_index, k_first - q_first, self.spec.window)
+        q_pos = lax.broadcasted_iota(jnp.int32, shape, q_axis)
+        k_pos = lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
+        # Only the difference of the two counts; added to the positions along the lanes, of which
+        # there are fewer registers.
+        if q_axis == 0:
+            q_low, k_pos = q_first, k_pos + (k_first - q_first)
+        else:
+            q_low, q_pos = k_first, q_pos + (q_first - k_first)
+        seen = masks.visible(q_pos, k_pos, self.spec.window)
         if self.padded or self.lengths:
-            seen = seen & (k_index < limit - k_first)
+            seen = seen & (k_pos < limit - q_low)
         if self.segments:
             seen = seen & (q_ids == k_ids)
         return seen
+
+
+    def columns_and_rows(self, q_ref, q_here, k_ref, k_here):
+        """Ids of the queries as a column, of the keys as a row; two Nones without segments."""
+        if not self.segments:
+            return None, None
+        return _column(q_ref[:, q_here])[:, :1], k_ref[:, k_here]
+
+    def rows_and_columns(self, q_ref, q_here, k_ref, k_here):
+        return self.columns_and_rows(k_ref, k_here, q_ref, q_here)[::-1]
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(low, min(low + _CHUNK, n)) for low in range(0, n, _CHUNK)]
 
 
 def _column(row, width=TPU_LANES):
@@ -184,11 +204,13 @@ def _each_tile(bands, i, j, tile, n):
 
 
 def _forward_kernel(tiles, bands, bc, *refs):
-    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref = refs[:8]
-    top, total, acc = refs[8:]
+    """Scores [rows, keys], rows = G heads x bq queries. The row sums come out of the product p v as
+    the columns of ones beside v, which cost the matrix unit nothing while H is not a multiple of
+    its width: with adds in the vector unit, which this kernel waits for, a tile took 7% longer."""
+    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref, top, acc = refs
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     G, bq, H = q_ref.shape
-    R = G * bq
+    R, width = acc.shape
     q_first = tiles.spec.q_offset + i * bq
     start = bands.start(i, j)
     limit = tiles.limit(lengths_ref, b)
@@ -196,7 +218,6 @@ def _forward_kernel(tiles, bands, bc, *refs):
     @pl.when(j == 0)
     def _():
         top[...] = jnp.full_like(top, masks.MASKED)
-        total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
     def tile(c, _):
@@ -206,19 +227,15 @@ def _forward_kernel(tiles, bands, bc, *refs):
         def body(masked):
             s = _dot(q_ref[...].reshape(R, H), k_ref[here], _NT) * (tiles.spec.scale * LOG2E)
             if masked:
-                ids = [None, None]
-                if tiles.segments:
-                    ids = [_column(q_ids_ref[...], bc), k_ids_ref[:, here]]
+                ids = tiles.columns_and_rows(q_ids_ref, slice(None), k_ids_ref, here)
                 s = _masked(s, tiles.seen(q_first, k_first, (bq, bc), 0, limit, *ids))
             old = top[...]
             new = jnp.maximum(old, s.max(1, keepdims=True))
-            p = jnp.exp2(s - _lanes(new, bc))
-            keep = jnp.exp2(old - new)
-            # Lane sums wait until the end: here whole registers are added.
-            sums = functools.reduce(jnp.add, jnp.split(p, bc // TPU_LANES, axis=1))
-            top[...], total[...] = new, total[...] * keep + sums
-            pv = _dot(p.astype(v_ref.dtype), v_ref[here])
-            acc[...] = acc[...] * _lanes(keep, H) + pv
+            p = jnp.exp2(s - _lanes(new, bc)).astype(v_ref.dtype)
+            keep = _lanes(jnp.exp2(old - new), width)
+            ones = jnp.ones((bc, width - H), v_ref.dtype)
+            acc[...] = acc[...] * keep + _dot(p, jnp.concatenate([v_ref[here], ones], axis=1))
+            top[...] = new
 
         tiles.apply(q_first, k_first, bq, bc, limit, body)
         return 0
@@ -228,21 +245,31 @@ def _forward_kernel(tiles, bands, bc, *refs):
     @pl.when(j == bands.steps - 1)
     def _():
         empty = top[...] < masks.MASKED / 2
-        sums = jnp.broadcast_to(total[...].sum(1, keepdims=True), total.shape)
-        sums = jnp.where(empty, 1.0, sums)
+        sums = jnp.where(empty, 1.0, _lanes(acc[:, H:], TPU_LANES))
         lse = jnp.where(empty, masks.MASKED, (top[...] + jnp.log2(sums)) / LOG2E)
-        out = acc[...] * _lanes(jnp.where(empty, 0.0, 1.0 / sums), H)
+        out = acc[:, :H] * _lanes(jnp.where(empty, 0.0, 1.0 / sums), H)
         out_ref[...] = out.reshape(G, bq, H).astype(out_ref.dtype)
         for g in range(G):
             lse_ref[g : g + 1] = lse[g * bq : (g + 1) * bq].T[:1]
 
 
+def _pipelined(chunks, products, rest):
+    """rest(chunk, *products(chunk)) for every chunk, with the products one chunk ahead, so that the
+    compiler has matrix work beside the exponentials. Whole tiles at once spill far more registers
+    and take 5-15% longer."""
+    ahead = products(chunks[0])
+    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        mine, ahead = ahead, None if following is None else products(following)
+        rest(chunk, *mine)
+
+
 def _dq_kernel(tiles, bands, bc, *refs):
+    """Scores [keys, queries], so that lse and delta are rows of lanes as they lie in memory; dq is
+    summed transposed, [H, queries], which keeps the matrix unit's columns full."""
     lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref = refs[:6]
-    d_out_ref, lse_ref, delta_ref, dq_ref, lse, delta, acc = refs[6:]
+    d_out_ref, lse_ref, delta_ref, dq_ref, acc = refs[6:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     G, bq, H = q_ref.shape
-    R = G * bq
     q_first = tiles.spec.q_offset + i * bq
     start = bands.start(i, j)
     limit = tiles.limit(lengths_ref, b)
@@ -250,41 +277,46 @@ def _dq_kernel(tiles, bands, bc, *refs):
     @pl.when(j == 0)
     def _():
         acc[...] = jnp.zeros_like(acc)
-        for g in range(G):  # rows of lanes -> columns, once per query block
-            lse[g * bq : (g + 1) * bq] = _column(lse_ref[g : g + 1])
-            delta[g * bq : (g + 1) * bq] = _column(delta_ref[g : g + 1])
 
-    def tile(c, _):
+    def tile(n, _):
+        c, g = n // G, n % G
         here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
         k_first = start + c * bc
 
         def body(masked):
-            k = k_ref[here]
-            s = _dot(q_ref[...].reshape(R, H), k, _NT) * (tiles.spec.scale * LOG2E)
-            if masked:
-                ids = [None, None]
-                if tiles.segments:
-                    ids = [_column(q_ids_ref[...], bc), k_ids_ref[:, here]]
-                s = _masked(s, tiles.seen(q_first, k_first, (bq, bc), 0, limit, *ids))
-            p = jnp.exp2(s - _lanes(lse[...], bc))
-            dp = _dot(d_out_ref[...].reshape(R, H), v_ref[here], _NT)
-            ds = p * (dp - _lanes(delta[...], bc))
-            acc[...] += _dot(ds.astype(k.dtype), k)
+            k, v = k_ref[here], v_ref[here]
+
+            def products(queries):
+                return _dot(k, q_ref[g, queries], _NT), _dot(v, d_out_ref[g, queries], _NT)
+
+            def rest(queries, s, dp):
+                s = s * (tiles.spec.scale * LOG2E)
+                if masked:
+                    ids = tiles.rows_and_columns(q_ids_ref, queries, k_ids_ref, here)
+                    first = q_first + queries.start
+                    s = jnp.where(
+                        tiles.seen(first, k_first, s.shape, 1, limit, *ids), s, masks.MASKED
+                    )
+                p = jnp.exp2(s - lse_ref[pl.ds(g, 1), queries])
+                ds = p * (dp - delta_ref[pl.ds(g, 1), queries])
+                acc[g, :, queries] += _dot(k, ds.astype(k.dtype), _TN)
+
+            _pipelined(_chunks(bq), products, rest)
 
         tiles.apply(q_first, k_first, bq, bc, limit, body)
         return 0
 
-    _each_tile(bands, i, j, tile, bands.size // bc)
+    _each_tile(bands, i, j, tile, bands.size // bc * G)
 
     @pl.when(j == bands.steps - 1)
     def _():
-        dq = (acc[...] * tiles.spec.scale).reshape(G, bq, H)
-        dq_ref[...] = dq.astype(dq_ref.dtype)
+        for g in range(G):
+            dq_ref[g] = (acc[g] * tiles.spec.scale).T.astype(dq_ref.dtype)
 
 
 def _dkv_kernel(tiles, bands, bc, *refs):
-    """Scores transposed, [keys, queries]: lse and delta are rows of lanes as they lie in memory, and
-    no product has a transposed operand of the size of the scores."""
+    """Scores [queries, keys]; dk and dv are summed transposed, [H, keys], over the queries of the
+    band and the G heads of the group, in fp32."""
     lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref = refs[:6]
     d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk, dv = refs[6:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
@@ -305,18 +337,27 @@ def _dkv_kernel(tiles, bands, bc, *refs):
 
         def body(masked):
             q, d_out = q_ref[g, here], d_out_ref[g, here]
-            s = _dot(k_ref[...], q, _NT) * (tiles.spec.scale * LOG2E)
-            if masked:
-                ids = [None, None]
-                if tiles.segments:
-                    ids = [q_ids_ref[:, here], _column(k_ids_ref[...], bc)]
-                seen = tiles.seen(q_first, k_first, (bk, bc), 1, limit, *ids)
-                s = jnp.where(seen, s, masks.MASKED)
-            p = jnp.exp2(s - lse_ref[pl.ds(g, 1), here])
-            dv[...] += _dot(p.astype(q.dtype), d_out)
-            dp = _dot(v_ref[...], d_out, _NT)
-            ds = p * (dp - delta_ref[pl.ds(g, 1), here])
-            dk[...] += _dot(ds.astype(q.dtype), q)
+            lse = _column(lse_ref[pl.ds(g, 1), here])
+            delta = _column(delta_ref[pl.ds(g, 1), here])
+
+            def products(rows):
+                return _dot(q[rows], k_ref[...], _NT), _dot(d_out[rows], v_ref[...], _NT)
+
+            def rest(rows, s, dp):
+                s = s * (tiles.spec.scale * LOG2E)
+                if masked:
+                    q_ids = pl.ds(c * bc + rows.start, rows.stop - rows.start)
+                    ids = tiles.columns_and_rows(q_ids_ref, q_ids, k_ids_ref, slice(None))
+                    first = q_first + rows.start
+                    s = jnp.where(
+                        tiles.seen(first, k_first, s.shape, 0, limit, *ids), s, masks.MASKED
+                    )
+                p = jnp.exp2(s - _lanes(lse[rows], bk))
+                ds = p * (dp - _lanes(delta[rows], bk))
+                dv[...] += _dot(d_out[rows], p.astype(q.dtype), _TN)
+                dk[...] += _dot(q[rows], ds.astype(q.dtype), _TN)
+
+            _pipelined(_chunks(bc), products, rest)
 
         tiles.apply(q_first, k_first, bc, bk, limit, body)
         return 0
@@ -325,13 +366,15 @@ def _dkv_kernel(tiles, bands, bc, *refs):
 
     @pl.when(j == bands.steps - 1)
     def _():
-        dk_ref[...] = (dk[...] * tiles.spec.scale).astype(dk_ref.dtype)
-        dv_ref[...] = dv[...].astype(dv_ref.dtype)
+        dk_ref[...] = (dk[...] * tiles.spec.scale).T.astype(dk_ref.dtype)
+        dv_ref[...] = dv[...].T.astype(dv_ref.dtype)
 
 
 def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, *args):
     mode = interpretation()
-    interpret = False if mode is None else pltpu.InterpretParams(detect_races=mode.detect_races)
+    interpret = mode is not None
+    if mode is not None and mode.detect_races:
+        interpret = pltpu.InterpretParams(detect_races=True)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -470,7 +513,7 @@ def forward(spec: Spec, q, k, v, segments, lengths):
         (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs()),
         (o.query_spec(), o.stat_spec()),
         out_shape,
-        [(R, TPU_LANES), (R, TPU_LANES), (R, o.H)],
+        [(R, TPU_LANES), (R, _round_up(o.H + 1, TPU_LANES))],
         o.cost(2, (args, out_shape)),
         o.lengths,
         *args,
@@ -481,7 +524,6 @@ def forward(spec: Spec, q, k, v, segments, lengths):
 
 def _dq(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
     o = _Operands(spec, q, k, segments, lengths, "queries")
-    R = o.G * o.bands.block
     args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
     args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
     out_shape = jax.ShapeDtypeStruct(args[0].shape, q.dtype)
@@ -493,7 +535,7 @@ def _dq(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
         + (o.query_spec(), o.stat_spec(), o.stat_spec()),
         o.query_spec(),
         out_shape,
-        [(R, TPU_LANES), (R, TPU_LANES), (R, o.H)],
+        [(o.G, o.H, o.bands.block)],
         o.cost(3, (args, out_shape)),
         o.lengths,
         *args,
@@ -514,7 +556,7 @@ def _dkv(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
         + (o.query_spec(), o.stat_spec(), o.stat_spec()),
         (o.key_spec(), o.key_spec()),
         out_shape,
-        [(o.bands.block, o.H)] * 2,
+        [(o.H, o.bands.block)] * 2,
         o.cost(4, (args, out_shape)),
         o.lengths,
         *args,
