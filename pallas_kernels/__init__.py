@@ -10,7 +10,7 @@ from pallas_kernels.api import (
     decode_window,
     window_attention,
 )
-from pallas_kernels.device import interpret
+from pallas_kernels.device import interpret, target_device
 from pallas_kernels.mask import MASKED, SegmentIds
 from pallas_kernels.sharding import Partition
 
@@ -26,5 +26,6 @@ __all__ = [
     "decode_cross",
     "decode_window",
     "interpret",
+    "target_device",
     "window_attention",
 ]

@@ -39,23 +39,39 @@ TPU_LANES = 128  # blocks of positions are multiples of it
 
 class TpuBlocks(NamedTuple):
     """q, kv: positions per grid step (of the inner axis only where there is no window: a window's
-    band is one step). compute: positions of the inner axis per tile of scores."""
+    band is one step). compute: at most so many positions of the inner axis per tile of scores."""
 
     q: int
     kv: int
     compute: int
 
 
-def tpu_blocks(kind: str, outer: str, H: int, G: int, window: int | None) -> TpuBlocks:
-    if outer == "queries":
-        rows = 1024 // G if window is None else 512 // G
-        q = min(512, max(128, rows // 128 * 128))
-        return TpuBlocks(q, 1024, 512)
-    return TpuBlocks(1024, 512, 512)
+def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
+    """kernel "forward", "dq" or "dkv"; G query heads per K/V head.
+
+    Chosen by static cycles on v6e (LLO bundles; H = 128, bf16; never timed on a device), per 512
+    queries and a whole window of W = 512, splash's 512 x 512 blocks needing 1468, 1780 and 2334:
+    * forward: G = 5, 256 queries in tiles of 256 keys 1106, of 768 1217, of 384 1353; G = 3, H = 64
+      256 x 384 1015, 256 x 256 1244; G = 1 512 x 512 1434, 256 x 256 1942.
+    * dq: 256 queries and their band of 768 in one tile 1202, 256 x 256 1492, 512 x 512 1516.
+    * dkv: 256 keys and their band in one tile 1762, 512 x 512 1924, 256 x 256 2800.
+    Full attention, forward, per 512 x 512 pairs without a mask: 1280 rows x 512 keys 505, 640 x 512
+    558, 512 x 512 604, 1280 x 256 710.
+    """
+    if kernel == "forward" and window is not None:
+        return TpuBlocks(512 if G == 1 else 256, 0, 512 if G == 1 else 384 if G <= 3 else 256)
+    if kernel == "forward":
+        return TpuBlocks(512 if G <= 2 else 256 if G <= 5 else 128, 1024, 512)
+    if kernel == "dq":
+        return TpuBlocks(512, 1024, 512) if window is None else TpuBlocks(256, 0, 768)
+    return TpuBlocks(512, 512, 512) if window is None else TpuBlocks(0, 256, 768)
 
 
-def tpu_decode_block(kind: str, H: int) -> int:
-    return 2048
+def tpu_decode_block(H: int) -> int:
+    """Slots per grid step: 0.5 MB of keys and as many of values, so that a step's copies take
+    longer than what a step costs (about 0.35 us)."""
+    return 2048 * 128 // max(H, 64)
+
 
 
 class GpuBlocks(NamedTuple):
@@ -78,7 +94,7 @@ class GpuBlocks(NamedTuple):
 # without a spilled register, fill its 227 KB of shared memory, and follow FlashAttention-3.
 _GPU_BLOCKS = {
     ("hopper", 64): GpuBlocks(64, 128, 4, 128, 4, 64, 6, 64, 10),
-    ("hopper", 128): GpuBlocks(64, 128, 2, 64, 3, 64, 3, 64, 5),
+    ("hopper", 128): GpuBlocks(64, 128, 2, 128, 2, 64, 3, 64, 5),
 }
 
 
@@ -107,7 +123,7 @@ _TRITON_BLOCKS = {
     ("forward", 256): TritonBlocks(64, 32, 8, 2),
     ("backward_q", 64): TritonBlocks(128, 64, 8, 3),
     ("backward_q", 128): TritonBlocks(128, 32, 8, 2),
-    ("backward_q", 256): TritonBlocks(32, 32, 4, 2),
+    ("backward_q", 256): TritonBlocks(64, 16, 8, 2),
     ("backward_kv", 64): TritonBlocks(32, 128, 8, 2),
     ("backward_kv", 128): TritonBlocks(64, 64, 8, 2),
     ("backward_kv", 256): TritonBlocks(32, 32, 8, 2),
@@ -120,9 +136,11 @@ _TRITON_BLOCKS = {
 def triton_blocks(compute_capability: int, kernel: str, H: int, segments: bool) -> TritonBlocks:
     """kernel: forward, backward_q, backward_kv or decode; H up to the next width of the table."""
     width = 64 if H <= 64 else 128 if H <= 128 else 256
-    if (kernel, width) == ("forward", 64) and not segments:
-        # 32 rows a warp halve what is read from shared memory; with segments they would spill.
+    if (kernel, width) == ("forward", 64) and compute_capability in (80, 90) and not segments:
+        # 32 rows a warp halve what is read from shared memory; elsewhere they would spill.
         return TritonBlocks(128, 64, 4, 3)
+    if (kernel, width) == ("forward", 128) and compute_capability not in (80, 90):
+        return TritonBlocks(128, 32, 8, 3)
     if (kernel, width) == ("backward_kv", 128) and compute_capability >= 90:
         return TritonBlocks(32, 64, 8, 2)  # wgmma's operands leave fewer registers
     return _TRITON_BLOCKS[kernel, width]

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mask as masks
 from pallas_kernels.blocks import TPU_LANES, tpu_blocks, tpu_decode_block
-from pallas_kernels.device import interpretation, target_device
+from pallas_kernels.device import interpretation
 from pallas_kernels.flash import LOG2E, Spec
 
 _HEAD_WIDTHS = (64, 128, 256)
@@ -35,6 +35,7 @@ _DTYPES = ("bfloat16", "float32")
 _NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
 _NN = (((1,), (0,)), ((), ()))
 _TN = (((0,), (0,)), ((), ()))  # a [k m], b [k n] -> [m n]
+_VMEM_LIMIT = 32 * 2**20  # the default of 16 MB is too little for 8 heads of 256; v7x has 64 MB
 _CHUNK = 256  # queries that the backward kernels handle at a time inside a tile
 
 
@@ -159,7 +160,6 @@ class _Tiles:
         if self.segments:
             seen = seen & (q_ids == k_ids)
         return seen
-
 
     def columns_and_rows(self, q_ref, q_here, k_ref, k_here):
         """Ids of the queries as a column, of the keys as a row; two Nones without segments."""
@@ -386,7 +386,8 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, *ar
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",)
+            dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",),
+            vmem_limit_bytes=_VMEM_LIMIT,
         ),
         cost_estimate=cost,
         interpret=interpret,
@@ -397,17 +398,17 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, *ar
 class _Operands:
     """The arrays of one call in the kernels' layout, padded, and the specs to read them by."""
 
-    def __init__(self, spec: Spec, q, k, segments, lengths, outer: str):
+    def __init__(self, spec: Spec, kernel: str, q, k, segments, lengths):
         self.B, self.N, Q, self.H = q.shape
         self.S, self.K = k.shape[1:3]
         self.G = Q // self.K
         self.window = spec.window
-        kind = target_device(q).kind
-        blocks = tpu_blocks(kind, outer, self.H, self.G, spec.window)
+        blocks = tpu_blocks(kernel, self.G, spec.window)
         bq, bk = (min(x, _round_up(n, TPU_LANES)) for x, n in zip(blocks, (self.N, self.S)))
         windowed = spec.window is not None
         ahead = spec.window - 1 if windowed else None
-        if outer == "queries":
+        self.outer = "keys" if kernel == "dkv" else "queries"
+        if self.outer == "queries":
             self.N_pad = _round_up(self.N, bq)
             self.S_pad = _round_up(self.S, TPU_LANES if windowed else bk)
             self.blocks = self.N_pad // bq
@@ -417,14 +418,11 @@ class _Operands:
             self.N_pad = _round_up(self.N, TPU_LANES if windowed else bq)
             self.blocks = self.S_pad // bk
             self.bands = _Bands.plan(bk, bq, self.N_pad, -spec.q_offset, 0, ahead)
-        self.bc = next(
-            c for c in range(blocks.compute, 0, -TPU_LANES) if self.bands.size % c == 0
-        )
+        self.bc = next(c for c in range(blocks.compute, 0, -TPU_LANES) if self.bands.size % c == 0)
         self.grid = (self.B, self.K, self.blocks, self.bands.steps)
         padded = self.S_pad > self.S and spec.q_offset + self.N > self.S
         self.tiles = _Tiles(spec, self.S, padded, segments is not None, lengths is not None)
         self.lengths = jnp.zeros(self.B, jnp.int32) if lengths is None else lengths
-        self.outer = outer
         self.segments = segments
 
     def queries(self, x):
@@ -499,7 +497,7 @@ def _name(spec: Spec, what: str) -> str:
 
 def forward(spec: Spec, q, k, v, segments, lengths):
     """See flash.Kernels."""
-    o = _Operands(spec, q, k, segments, lengths, "queries")
+    o = _Operands(spec, "forward", q, k, segments, lengths)
     R = o.G * o.bands.block
     args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
     out_shape = (
@@ -523,7 +521,7 @@ def forward(spec: Spec, q, k, v, segments, lengths):
 
 
 def _dq(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
-    o = _Operands(spec, q, k, segments, lengths, "queries")
+    o = _Operands(spec, "dq", q, k, segments, lengths)
     args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
     args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
     out_shape = jax.ShapeDtypeStruct(args[0].shape, q.dtype)
@@ -544,7 +542,7 @@ def _dq(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
 
 
 def _dkv(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
-    o = _Operands(spec, q, k, segments, lengths, "keys")
+    o = _Operands(spec, "dkv", q, k, segments, lengths)
     args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
     args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
     out_shape = (jax.ShapeDtypeStruct(args[1].shape, spec.kv_grad_dtype),) * 2
@@ -609,7 +607,7 @@ def decode(q, k, v, valid, *, scale):
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     G = Q // K
-    size = min(tpu_decode_block(target_device(q).kind, H), _round_up(S, TPU_LANES))
+    size = min(tpu_decode_block(H), _round_up(S, TPU_LANES))
     S_pad = _round_up(S, size)
     k, v = (_pad(x.swapaxes(1, 2), 2, S_pad) for x in (k.astype(q.dtype), v.astype(q.dtype)))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import api
 from yocou_jax.config import ModelConfig
 from yocou_jax.layers import Linear, RMSNorm, rope
-from yocou_jax.sharding import constrain
+from yocou_jax.sharding import attention_partition, constrain
 from yocou_jax.typing import Array, Float, Int
 
 
@@ -85,6 +85,14 @@ class Output(nn.Module):
         return constrain(y, "batch", "length", "activation")
 
 
+def attention_options(config: ModelConfig, context: Context) -> dict:
+    return {
+        "segment_ids": context.segment_ids,
+        "implementation": config.attention,
+        "partition": attention_partition(),
+    }
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention with RoPE: over the last `window` keys, or over all of them.
 
@@ -102,7 +110,7 @@ class SelfAttention(nn.Module):
         q = rope(Query(c, self.dtype, name="query")(x), context.positions, c.rope_theta)
         kv = KeyValueWriter(c, self.dtype, name="key_value")(x)
         k, v = rope(kv.k, context.positions, c.rope_theta), kv.v
-        options = {"segment_ids": context.segment_ids, "implementation": c.attention}
+        options = attention_options(c, context)
         if self.mixer == "window":
             y = api.window_attention(q, k, v, window=c.window, **options)
         else:
@@ -131,7 +139,8 @@ class SelfAttention(nn.Module):
 class GlobalKeyValue(nn.Module):
     """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: written once, for every cross layer (YOCO, eq. 2).
 
-    Returned in float32, so that the gradients of all cross layers are summed in float32.
+    Returned in float32: the kernels read it in their own dtype and return its gradients in
+    float32, so that those of all cross layers are summed in float32.
     """
 
     config: ModelConfig
@@ -159,8 +168,6 @@ class CrossAttention(nn.Module):
         q = Query(c, self.dtype, name="query")(x)
         if c.cross_rope:
             q = rope(q, context.positions, c.rope_theta)
-        kv = jax.tree.map(lambda x: x.astype(self.dtype), context.global_kv)
-        y = api.cross_attention(
-            q, kv.k, kv.v, segment_ids=context.segment_ids, implementation=c.attention
-        )
+        kv = context.global_kv
+        y = api.cross_attention(q, kv.k, kv.v, **attention_options(c, context))
         return Output(c, self.dtype, name="output")(y)

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import target_device
 from yocou_jax.typing import Array, Float, Int
 
 # Logits alive at once on each device. An accelerator wants thousands of rows in a product with the
@@ -28,7 +29,7 @@ class LossSums:
 
 def _num_chunks(rows: int, length: int, vocab: int) -> int:
     """Into how many chunks of positions a device's rows are cut; at most one per position."""
-    limit = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS_ACCELERATOR)
+    limit = CHUNK_LOGITS.get(target_device().platform, CHUNK_LOGITS_ACCELERATOR)
     return min(length, -(-rows * vocab // limit))
 
 

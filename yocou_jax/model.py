@@ -18,6 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import target_device
 from yocou_jax.attention import (
     Context,
     CrossAttention,
@@ -42,7 +43,7 @@ REMAT = {
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The type of activations and matrix products; parameters are float32 always."""
     if config.dtype == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if target_device().platform == "cpu" else "bfloat16")
     return jnp.dtype(config.dtype)
 
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import Partition
 from yocou_jax.config import MeshConfig
 from yocou_jax.errors import UserError
 from yocou_jax.typing import Array, PyTree
@@ -93,6 +94,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, mesh))
+
+
+def attention_partition() -> Partition:
+    """Over which mesh axes the attention kernels split batch rows and heads."""
+    return Partition(batch=LOGICAL_AXES["batch"], heads=LOGICAL_AXES["heads"])
 
 
 def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:

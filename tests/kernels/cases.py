@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import MASKED, SegmentIds, cross_attention, window_attention
+from pallas_kernels import MASKED, SegmentIds, cross_attention, interpret, window_attention
 
 
 class Shape(NamedTuple):
@@ -50,10 +50,14 @@ def outputs_and_gradients(attend: Callable, args):
     return dict(zip(names, jax.jit(run)(q, k, v, d_out, d_lse), strict=True))
 
 
-def assert_matches_reference(shape: Shape, **options):
+def assert_matches_reference(shape: Shape, implementation: str = "xla", **options):
+    """Device kernels run in Pallas's interpreter. Returns out, lse, dq, dk, dv."""
     args = inputs(shape)
     want = outputs_and_gradients(operation(shape, implementation="reference", **options), args)
-    got = outputs_and_gradients(operation(shape, implementation="xla", **options), args)
+    with interpret():
+        got = outputs_and_gradients(
+            operation(shape, implementation=implementation, **options), args
+        )
     for name, x in want.items():
         assert np.isfinite(got[name]).all(), name
         np.testing.assert_allclose(got[name], x, atol=2e-5, rtol=2e-5, err_msg=name)

@@ -1,0 +1,173 @@
+"""The TPU kernels in Pallas's interpreter, against the dense reference; and that a CPU host that
+compiles for a TPU gets them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import (
+    MASKED,
+    cross_attention,
+    decode_cross,
+    decode_window,
+    interpret,
+    window_attention,
+)
+from pallas_kernels.pallas_tpu import _Bands
+from tests.kernels.cases import (
+    Shape,
+    assert_matches_reference,
+    documents,
+    empty_rows,
+    inputs,
+    operation,
+    outputs_and_gradients,
+)
+
+tpu = functools.partial(assert_matches_reference, implementation="pallas_tpu")
+
+SHAPES = {
+    "full, odd, groups of 3": Shape(150, 150, Q=3, K=1, H=64, B=1),
+    "full, several steps, late queries": Shape(140, 1300, q_offset=1160, H=64, B=1),
+    "full, more queries than keys": Shape(300, 130, q_offset=5, H=64, B=1),
+    "window, odd, groups of 2": Shape(150, 150, 70, Q=2, K=1, H=64, B=1),
+    "window, several tiles and blocks": Shape(600, 600, 200, Q=1, K=1, H=128, B=1),
+    "window, late queries": Shape(140, 400, 130, q_offset=260, H=64, B=1),
+    "window, queries that have left all keys behind": Shape(300, 140, 60, q_offset=30, H=64, B=1),
+    "window of 1, groups of 8": Shape(130, 130, 1, Q=8, K=1, H=64, B=1),
+    "heads of 256": Shape(130, 130, 60, Q=1, K=1, H=256, B=1),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients(shape):
+    tpu(shape)
+
+
+@pytest.mark.parametrize("window", [None, 60])
+def test_segments_and_rows_that_see_nothing(window):
+    shape = Shape(150, 150, window, Q=2, K=2, H=64)
+    got = tpu(shape, segment_ids=documents(shape, 70, 90))
+    empty = np.asarray(got["lse"]) == np.float32(MASKED)
+    assert empty.any()
+    assert not empty.all()
+    assert not got["out"][empty].any()
+    assert not got["dq"][empty].any()
+
+
+def test_kv_lengths():
+    """No key, exactly a block of them, all."""
+    shape = Shape(150, 150, Q=2, K=2, H=64, B=3)
+    got = tpu(shape, kv_lengths=jnp.array([0, 128, 150]))
+    assert empty_rows(got["lse"]) == shape.N * shape.Q
+    assert not got["dk"][1, 128:].any()
+
+
+def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit():
+    """At most 1.5 times, root mean square, both against the fp32 reference on fp32 inputs."""
+    shape = Shape(256, 256, 100, Q=2, K=1, H=64)
+    exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
+    args = inputs(shape, jnp.bfloat16)
+    bf16 = outputs_and_gradients(operation(shape, implementation="reference"), args)
+    with interpret():
+        attend = operation(shape, implementation="pallas_tpu")
+        got, again = (outputs_and_gradients(attend, args) for _ in range(2))
+
+    def error(x, key):
+        return float(np.sqrt(np.mean(np.square(np.float32(x[key]) - exact[key]))))
+
+    for key in got:
+        assert error(got, key) <= 1.5 * error(bf16, key), key
+        np.testing.assert_array_equal(got[key], again[key])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_gradients_of_fp32_keys_are_not_rounded(implementation):
+    """A bf16 q beside fp32 k and v, as cross layers read the shared KV: their gradients are sums in
+    fp32. On inputs that bf16 holds, they are those of the bf16 call before rounding."""
+    shape = Shape(130, 130, Q=2, K=1, H=64, B=1)
+    q, k, v, d_out, d_lse = inputs(shape, jnp.bfloat16)
+    with interpret():
+        attend = operation(shape, implementation=implementation)
+        low = outputs_and_gradients(attend, (q, k, v, d_out, d_lse))
+        wide = [x.astype(jnp.float32) for x in (k, v)]
+        high = outputs_and_gradients(attend, (q, *wide, d_out, d_lse))
+    np.testing.assert_array_equal(low["out"], high["out"])
+    for key in ("dk", "dv"):
+        assert high[key].dtype == jnp.float32
+        np.testing.assert_array_equal(high[key].astype(jnp.bfloat16), low[key])
+        assert (high[key] != low[key].astype(jnp.float32)).any()
+
+
+def test_no_race():
+    """The interpreter that watches reads and writes; it has one core, so what it could find are
+    copies that overlap with their use."""
+    shape = Shape(200, 200, 60, Q=2, K=1, H=64, B=1)
+    args = inputs(shape)
+    with interpret(detect_races=True):
+        got = outputs_and_gradients(operation(shape, implementation="pallas_tpu"), args)
+        jax.block_until_ready(got)
+        q, k, v = args[0][:, 0], *args[1:3]
+        decode_cross(q, k, v, jnp.array([77]), implementation="pallas_tpu").block_until_ready()
+    assert interpreter.races is not None
+    assert not interpreter.races.races_found
+
+
+@pytest.mark.parametrize("G", [1, 3])
+def test_decode(G):
+    """Lengths of 0, 1, exactly a block, and full; what lies behind them is never read."""
+    lengths = jnp.array([0, 1, 128, 300])
+    q, k, v, *_ = inputs(Shape(1, 300, Q=2 * G, K=2, H=64, B=4))
+    want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
+    beyond = (jnp.arange(300) >= lengths[:, None])[:, :, None, None]
+    k, v = (jnp.where(beyond, jnp.nan, x) for x in (k, v))
+    with interpret():
+        got = decode_cross(q[:, 0], k, v, lengths, implementation="pallas_tpu")
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert not got[0].any()
+
+
+def test_decode_over_a_ring():
+    q, k, v, *_ = inputs(Shape(1, 60, Q=2, K=1, H=64))
+    lengths = jnp.array([17, 1000])
+    want = decode_window(q[:, 0], k, v, lengths, implementation="reference")
+    with interpret():
+        got = decode_window(q[:, 0], k, v, lengths, implementation="pallas_tpu")
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 100, 512, 700])
+@pytest.mark.parametrize("q_offset", [0, 3, 500])
+def test_a_band_holds_every_visible_key_and_one_step_reads_it(window, q_offset):
+    block, length = 256, 1536
+    bands = _Bands.plan(block, 0, length, q_offset, window - 1, 0)
+    assert bands.steps == 1
+    assert bands.size < window + block + 2 * 128
+    for i in range(4):
+        first = q_offset + i * block
+        start = int(bands.start(i, 0))
+        assert start % 128 == 0
+        assert start <= min(max(first - window + 1, 0), length - bands.size)
+        assert start + bands.size >= min(first + block, length)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+def test_a_cpu_host_that_compiles_for_a_tpu_gets_the_tpu_kernels(kind):
+    """By the device of the abstract mesh; experiments.compile_kernels goes on to machine code."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+
+    def run(q, k, v):
+        return window_attention(q, k, v, window=100) + cross_attention(q, k, v)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(run).trace(x, x, x).lower(lowering_platforms=("tpu",))
+    text = lowered.as_text()
+    assert "yocou_window_attention_forward" in text
+    assert "yocou_cross_attention_forward" in text
