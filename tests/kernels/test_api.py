@@ -2,8 +2,10 @@
 
 import logging
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import (
     IMPLEMENTATIONS,
@@ -16,10 +18,19 @@ from pallas_kernels import (
     decode_window,
     window_attention,
 )
+from pallas_kernels.device import Device, target_device
 
 q, k = jnp.ones((2, 6, 4, 8)), jnp.ones((2, 6, 2, 8))
 ids = jnp.zeros((2, 6), int)
 length = jnp.array([1, 2])
+DEVICES = (
+    Device("cpu", "cpu"),
+    Device("tpu", "TPU v5 lite"),
+    Device("gpu", "NVIDIA H200"),
+    Device("gpu", "NVIDIA A100-SXM4-80GB"),
+    Device("gpu", "NVIDIA L4"),
+    Device("gpu", "AMD Instinct MI300X"),
+)
 
 CALLS = {
     "is not one of: auto, pallas_tpu, pallas_gpu, triton, cudnn, xla, reference": lambda: (
@@ -62,10 +73,35 @@ def test_a_wrong_call_is_answered_with_a_sentence(sentence):
     assert str(error.value).endswith(".")
 
 
-@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu", "triton", "cudnn"])
-def test_a_named_implementation_runs_or_raises(name):
-    with pytest.raises(ValueError, match=f"cannot run with implementation='{name}': .* not part"):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    {
+        "pallas_tpu": "need a TPU; this computation is for cpu",
+        "pallas_gpu": "",  # the sentences of GPU implementations are tested beside them
+        "triton": "",
+        "cudnn": "",
+    }.items(),
+)
+def test_a_named_implementation_runs_or_raises(name, why):
+    with pytest.raises(ValueError, match=f"cannot run with implementation='{name}': .*{why}"):
         window_attention(q, k, k, window=2, implementation=name)
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"q_shape": (1, 8, 2, 80)}, "heads of width 64, 128, 256; got 80"),
+        ({"dtype": jnp.float16}, "take bfloat16 or float32; got float16"),
+    ],
+)
+def test_what_the_tpu_kernels_do_not_take(facts, why):
+    device = Device("tpu", "TPU v6 lite")
+    with pytest.raises(ValueError, match=why):
+        choose_implementation(
+            "cross_attention", implementation="pallas_tpu", device=device, **facts
+        )
+    assert choose_implementation("cross_attention", device=device).implementation == "pallas_tpu"
+    assert choose_implementation("cross_attention", device=device, **facts).implementation == "xla"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -84,8 +120,24 @@ def test_unknown_operation():
 def test_every_implementation_answers_for_every_operation():
     for name in IMPLEMENTATIONS[1:]:
         for operation in OPERATIONS:
-            reason = api.unsupported_reason(name, api.Call(operation))
-            assert reason is None or reason.endswith(".")
+            for device in DEVICES:
+                reason = api.unsupported_reason(name, api.Call(operation, device))
+                assert reason is None or reason.endswith(".")
+
+
+def test_the_device_is_that_of_the_mesh():
+    """Abstract or not; without a mesh, the default device."""
+    assert target_device() == Device("cpu", "cpu")
+    for device in DEVICES:
+        abstract = AbstractDevice(device_kind=device.kind, num_cores=1, platform=device.platform)
+        types = (AxisType.Auto,)
+        mesh = AbstractMesh((2,), ("x",), axis_types=types, abstract_device=abstract)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert target_device() == device
+
+
+def test_compute_capability():
+    assert [device.compute_capability for device in DEVICES] == [None, None, 90, 80, 89, None]
 
 
 def test_an_implementation_that_is_added_is_chosen_by_auto(monkeypatch):
