@@ -607,9 +607,9 @@ def decode(q, k, v, valid, *, scale):
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     G = Q // K
-    size = min(tpu_decode_block(H), _round_up(S, TPU_LANES))
-    S_pad = _round_up(S, size)
-    k, v = (_pad(x.swapaxes(1, 2), 2, S_pad) for x in (k.astype(q.dtype), v.astype(q.dtype)))
+    # The last block may reach beyond the cache: padding would copy the cache at every step.
+    size = min(tpu_decode_block(H), S)
+    k, v = (x.swapaxes(1, 2) for x in (k.astype(q.dtype), v.astype(q.dtype)))
 
     def block(b, h, j, valid_ref):
         # Beyond the last valid block the index stays where it is: no copy.
@@ -623,7 +623,7 @@ def decode(q, k, v, valid, *, scale):
     out = _call(
         functools.partial(_decode_kernel, scale),
         "yocou_decode",
-        (B, K, S_pad // size),
+        (B, K, pl.cdiv(S, size)),
         (q_spec, kv_spec, kv_spec),
         q_spec,
         jax.ShapeDtypeStruct((B, K, G, H), q.dtype),
