@@ -17,8 +17,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import flash, pallas_tpu, reference, xla
-from pallas_kernels.device import Device, target_device
+from pallas_kernels import (
+    cudnn,
+    flash,
+    pallas_gpu,
+    pallas_gpu_decode,
+    pallas_tpu,
+    reference,
+    triton,
+    xla,
+)
+from pallas_kernels.device import Device, on_device, target_device
 from pallas_kernels.flash import Kernels
 from pallas_kernels.mask import SegmentIds
 from pallas_kernels.sharding import Partition
@@ -40,6 +49,8 @@ class Call(NamedTuple):
     window: int | None = None
     segments: bool = False
     lengths: bool = False
+    q_offset: int = 0
+    return_lse: bool = False
 
 
 class Implementation(NamedTuple):
@@ -60,11 +71,6 @@ class Choice(NamedTuple):
     reason: str
 
 
-def _not_written(name: str) -> Implementation:
-    sentence = f"The {name} kernels are not part of this version; xla runs everywhere."
-    return Implementation(lambda call: sentence)
-
-
 def _always(call: Call) -> None:
     return None
 
@@ -82,9 +88,14 @@ _REGISTRY = {
     "pallas_tpu": _blocked(
         pallas_tpu.unsupported_reason, pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.decode
     ),
-    "pallas_gpu": _not_written("pallas_gpu"),
-    "triton": _not_written("triton"),
-    "cudnn": _not_written("cudnn"),
+    "pallas_gpu": _blocked(
+        pallas_gpu.unsupported_reason,
+        pallas_gpu.forward,
+        pallas_gpu.backward,
+        pallas_gpu_decode.decode,
+    ),
+    "triton": _blocked(triton.unsupported_reason, triton.forward, triton.backward, triton.decode),
+    "cudnn": Implementation(cudnn.unsupported_reason, cudnn.attention, cudnn.decode),
     "xla": _blocked(_always, xla.forward, xla.backward, xla.decode),
     "reference": Implementation(_always, reference.attention, reference.decode),
 }
@@ -114,7 +125,9 @@ def choose_implementation(operation: str, *, implementation: str = "auto", **fac
             raise ValueError(f"{operation} cannot run with {implementation=}: {reason}")
         return Choice(operation, implementation, "asked for by name")
     for name in _REGISTRY:
-        if unsupported_reason(name, call) is None:
+        with on_device():
+            reason = unsupported_reason(name, call)
+        if reason is None:
             return Choice(operation, name, "auto: the first in the order that supports this call")
     raise AssertionError("xla supports every call")
 
@@ -217,6 +230,8 @@ def _attention(
         window,
         segments is not None,
         kv_lengths is not None,
+        q_offset,
+        return_lse,
     )
     out, lse = _select(implementation, call).attention(
         q,

@@ -73,7 +73,6 @@ def tpu_decode_block(H: int) -> int:
     return 2048 * 128 // max(H, 64)
 
 
-
 class GpuBlocks(NamedTuple):
     """What one thread block of pallas_gpu handles: two consumer warpgroups of `rows` rows each
     (query positions; keys in the kernel of dk and dv; query heads of a group in decode), past which

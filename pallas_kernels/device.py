@@ -69,14 +69,23 @@ class Interpretation(NamedTuple):
 
 
 @contextlib.contextmanager
-def interpret(*, detect_races: bool = False):
-    """Inside, device kernels that are asked for by name run on the host in Pallas's interpreter.
-    It is read while tracing: a function that was compiled outside keeps what it had."""
-    token = _interpreted.set(Interpretation(detect_races))
+def _set(mode: Interpretation | None):
+    token = _interpreted.set(mode)
     try:
         yield
     finally:
         _interpreted.reset(token)
+
+
+def interpret(*, detect_races: bool = False):
+    """Inside, device kernels that are asked for by name run on the host in their interpreters.
+    It is read while tracing: a function that was compiled outside keeps what it had."""
+    return _set(Interpretation(detect_races))
+
+
+def on_device():
+    """Inside, what an implementation supports is said without regard to a surrounding interpret."""
+    return _set(None)
 
 
 def interpretation() -> Interpretation | None:

@@ -16,6 +16,7 @@ from pallas_kernels import (
     cross_attention,
     decode_cross,
     decode_window,
+    interpret,
     window_attention,
 )
 from pallas_kernels.device import Device, target_device
@@ -110,6 +111,13 @@ def test_auto_resolves_to_xla_and_says_why(operation):
     assert (choice.operation, choice.implementation) == (operation, "xla")
     assert choice.reason
     assert choose_implementation(operation, implementation="reference").reason
+
+
+def test_auto_does_not_take_an_interpreted_kernel():
+    with interpret():
+        assert choose_implementation("cross_attention").implementation == "xla"
+        named = choose_implementation("cross_attention", implementation="pallas_tpu")
+    assert named.implementation == "pallas_tpu"
 
 
 def test_unknown_operation():

@@ -1,0 +1,90 @@
+"""cuDNN's fused attention through `jax.nn.dot_product_attention`: for comparison, and the fallback
+on GPUs for which no kernel of ours runs.
+
+Why it exists: the library's kernels are what others measure against, and they run on every NVIDIA
+GPU since Ampere. It computes less than the contract asks for; `unsupported_reason` says what it
+leaves to others. It differentiates itself: nothing here is named for remat, so a rematerialised
+layer runs attention again, and the gradients of k and v are rounded to the dtype of q before they
+are given out in float32.
+
+Rounds: products of bf16 or fp16 accumulate in fp32, softmax is fp32; inside it is NVIDIA's.
+
+Runs where jax sees an NVIDIA GPU and its cuDNN; never yet on a device. The arguments that it is
+given are tested on the CPU, where jax.nn runs its own implementation on them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.device import interpretation
+
+_LONGEST_HEAD = {True: 256, False: 128}  # from Hopper on, and before
+
+
+def unsupported_reason(call) -> str | None:
+    device = call.device
+    if interpretation() is not None:
+        return "cuDNN is a library for NVIDIA GPUs; it cannot be interpreted."
+    if device.platform != "gpu":
+        return f"cuDNN needs an NVIDIA GPU; this computation is for {device.kind}."
+    if jax.default_backend() != "gpu":
+        return (
+            f"cuDNN is asked for its plan while jax lowers, on the GPU itself: {device.kind} is "
+            "only named here, not present."
+        )
+    capability = device.compute_capability
+    if capability is None or capability < 80:
+        return f"cuDNN's attention needs compute capability 8.0 (A100) or newer; got {device.kind}."
+    if call.dtype is not None and str(jnp.dtype(call.dtype)) not in ("bfloat16", "float16"):
+        return f"cuDNN's attention takes bfloat16 or float16; got {jnp.dtype(call.dtype)}."
+    if call.q_shape is not None:
+        H, longest = call.q_shape[-1], _LONGEST_HEAD[capability >= 90]
+        if longest < H or H % 8:
+            return (
+                f"cuDNN's attention takes heads of a width up to {longest}, a multiple of 8, on "
+                f"{device.kind}; got {H}."
+            )
+    if call.operation.startswith("decode"):
+        return None
+    if call.segments:
+        return "cuDNN's attention is called without segment ids, which it would take only dense."
+    if call.q_offset:
+        return f"cuDNN counts queries and keys from 0; got q_offset={call.q_offset}."
+    if call.q_shape is not None and call.k_shape is not None:
+        N, S = call.q_shape[1], call.k_shape[1]
+        if N != S:
+            return f"cuDNN's causal mask is used for N == S only; got {N} queries and {S} keys."
+    if call.return_lse:
+        return "jax.nn rounds cuDNN's lse to the dtype of q and does not differentiate it."
+    return None
+
+
+def attention(q, k, v, *, window, q_offset, segments, kv_lengths, scale, partition=None):
+    """Same contract as `reference.attention`, except that lse is None. jax partitions cuDNN's
+    calls by itself, so `partition` is not needed."""
+    out = _attend(
+        q,
+        k,
+        v,
+        kv_lengths,
+        scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+    )
+    return out, None
+
+
+def decode(q, k, v, valid, *, scale, partition=None):
+    """Same contract as `reference.decode`."""
+    return _attend(q[:, None], k, v, valid, scale)[:, 0]
+
+
+def _attend(q, k, v, lengths, scale, **options):
+    if lengths is not None:
+        options["key_value_seq_lengths"] = jnp.maximum(lengths, 1).astype(jnp.int32)
+    out = jax.nn.dot_product_attention(
+        q, k.astype(q.dtype), v.astype(q.dtype), scale=scale, implementation="cudnn", **options
+    )
+    if lengths is not None:  # what cuDNN makes of a row without keys is not documented
+        out = jnp.where((lengths > 0)[:, None, None, None], out, 0)
+    return out

@@ -1,0 +1,414 @@
+"""Attention in Triton, launched through jax-triton, for NVIDIA GPUs before Hopper: A100 (sm_80), L4
+and RTX 40 (sm_89).
+
+Why it exists: Mosaic GPU's fast path needs Hopper's wgmma. These GPUs have mma.sync and cp.async,
+which Triton schedules well. It compiles for Hopper too, where "auto" prefers pallas_gpu. One
+template serves the window and global attention (FlashAttention-2, arXiv 2307.08691): only blocks
+inside the band are visited, and only those on its edges are masked. dq and dkv are kernels of their
+own without atomics, so a second run gives the same bits. Decoding is split over the keys.
+
+Rounds: products of bf16 or fp16 accumulate in fp32; scores, softmax and all sums are fp32, in base
+2; p and ds are rounded to the dtype of q before their products, out and dq on leaving the kernel.
+dk and dv are summed over the query heads of a group in the kernel and leave it in
+spec.kv_grad_dtype.
+
+Runs on sm_80, sm_86, sm_89 and sm_90 by compilation (`compile_report`); never yet on a device. The
+kernels are in triton_kernels.py. Under `pallas_kernels.interpret()` they run in numpy on the host,
+in Triton's interpreter, which is how they are tested.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import math
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.blocks import TRITON_DECODE_PROGRAMS, TritonBlocks, triton_blocks
+from pallas_kernels.device import Device, interpretation, target_device
+from pallas_kernels.flash import Spec
+
+_HEAD_WIDTHS = (64, 128, 256)
+_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+_OLDEST = 80  # the first compute capability with bf16 products and cp.async
+_INSTALL = "`pip install -r requirements-gpu.txt` installs versions that fit each other"
+
+
+def unsupported_reason(call) -> str | None:
+    device = call.device
+    dtype = None if call.dtype is None else str(jnp.dtype(call.dtype))
+    if interpretation() is not None:
+        if dtype == "bfloat16":
+            return "Triton's interpreter cuts bfloat16 off instead of rounding it; use float16."
+        return _missing_triton()
+    if device.platform != "gpu":
+        return f"The Triton kernels need an NVIDIA GPU; this computation is for {device.kind}."
+    if device.compute_capability is None:
+        return (
+            f"The Triton kernels need an NVIDIA GPU of known compute capability; {device.kind} "
+            "is not in the table of pallas_kernels/device.py."
+        )
+    if device.compute_capability < _OLDEST:
+        return (
+            f"The Triton kernels need compute capability 8.0 (A100) or newer; {device.kind} has "
+            f"{device.compute_capability / 10}."
+        )
+    if call.q_shape is not None and call.q_shape[-1] not in _HEAD_WIDTHS:
+        widths = ", ".join(map(str, _HEAD_WIDTHS))
+        return f"The Triton kernels take heads of width {widths}; got {call.q_shape[-1]}."
+    if dtype not in (None, "bfloat16", "float16"):
+        return f"The Triton kernels take bfloat16 or float16; got {dtype}."
+    return _missing_triton() or _misfit()
+
+
+def _sentence(what: str, error: Exception) -> str:
+    text = next(iter(str(error).splitlines()), "").rstrip(".")
+    return f"{what} ({type(error).__name__}: {text}); {_INSTALL}."
+
+
+@functools.cache
+def _missing_triton() -> str | None:
+    try:
+        import triton.language  # noqa: F401
+    except Exception as error:
+        return _sentence("Triton cannot be imported", error)
+    return None
+
+
+@functools.cache
+def _misfit() -> str | None:
+    """Why jax-triton does not fit this jax. Tried out, since it reaches into jax's insides: 0.4.1
+    with jax 0.12.0.1 can be imported and traced, and fails when jax lowers."""
+    try:
+        import jax_triton  # noqa: F401
+    except Exception as error:
+        return _sentence("jax-triton cannot be imported", error)
+    x = jax.ShapeDtypeStruct((1,), jnp.float32)
+    probe = _Launch("probe", [], [x], (1,), {}, TritonBlocks(1, 1, 1, 1), flops=0)
+
+    def lower():
+        jax.jit(lambda x: _on_gpu(probe, [x], _OLDEST)).trace(x).lower(lowering_platforms=("cuda",))
+
+    try:
+        with ThreadPoolExecutor(1) as thread:  # where the caller's mesh is not in force
+            thread.submit(lower).result()
+    except Exception as error:
+        version = importlib.metadata.version("jax-triton")
+        return _sentence(f"jax-triton {version} does not work with jax {jax.__version__}", error)
+    return None
+
+
+# --- Launching ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _kernels(interpreted: bool = False):
+    """The module of kernels. Triton decides when it decorates whether it compiles or interprets,
+    so there are two copies."""
+    import triton
+
+    name = "pallas_kernels.triton_kernels"
+    if not interpreted:
+        return importlib.import_module(name)
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec.loader.exec_module(module)
+    return module
+
+
+class _Launch(NamedTuple):
+    """A kernel and all it is given but its input arrays. In every kernel pointers in come first,
+    then scalars, pointers out, constants."""
+
+    kernel: str
+    scalars: list[int]
+    outs: list[jax.ShapeDtypeStruct]
+    grid: tuple[int, ...]
+    constants: dict
+    blocks: TritonBlocks
+    flops: int
+
+
+def _launch(what: _Launch, arrays, device: Device):
+    if interpretation() is not None:
+        return jax.pure_callback(functools.partial(_interpret, what), what.outs, *arrays)
+    return _on_gpu(what, arrays, device.compute_capability)
+
+
+def _on_gpu(what: _Launch, arrays, compute_capability: int):
+    import jax_triton
+
+    # 0.4 has other names than 0.3, and leaves the default of fp fusion to Triton, which warns.
+    if "out_shape" in inspect.signature(jax_triton.triton_call).parameters:
+        options = {"out_shape": what.outs}
+    else:
+        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *what.outs))
+        options = {
+            "out_type": what.outs,
+            "backend_options": {"enable_fp_fusion": True},
+            "cost_estimate": {"flops": what.flops, "bytes_accessed": moved},
+        }
+    return jax_triton.triton_call(
+        *arrays,
+        *what.scalars,
+        kernel=getattr(_kernels(), what.kernel),
+        grid=what.grid,
+        name=f"yocou_{what.kernel}",
+        num_warps=what.blocks.warps,
+        num_stages=what.blocks.stages,
+        compute_capability=compute_capability,
+        **options,
+        **what.constants,
+    )
+
+
+class _HostArray:
+    """What Triton's interpreter asks of a tensor, for a numpy array that is worked on in place."""
+
+    def __init__(self, x: np.ndarray):
+        self._x, self.dtype = x, _TYPES[str(x.dtype)]
+
+    def data_ptr(self):
+        return self._x.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def new_empty(self, *_, **__):
+        return self
+
+    def cpu(self):
+        return self
+
+    def set_(self, *_):
+        pass
+
+    copy_ = set_
+
+    def storage_offset(self):
+        return 0
+
+    size = stride = storage_offset
+
+
+_one_at_a_time = threading.Lock()  # Triton's interpreter works by patching triton.language
+
+
+def _interpret(what: _Launch, *arrays):
+    arrays = [np.ascontiguousarray(x) for x in arrays]
+    results = [np.full(x.shape, np.nan, x.dtype) for x in what.outs]
+    inputs, outputs = ([_HostArray(x) for x in xs] for xs in (arrays, results))
+    with _one_at_a_time:
+        kernel = getattr(_kernels(interpreted=True), what.kernel)
+        kernel[what.grid](*inputs, *what.scalars, *outputs, **what.constants)
+    return results
+
+
+# --- The operations -------------------------------------------------------------------------------
+
+
+def _blocks(kernel: str, H: int, segments: bool, device) -> TritonBlocks:
+    return triton_blocks(device.compute_capability or _OLDEST, kernel, H, segments)
+
+
+def _grid(kernel: str, blocks: TritonBlocks, B, N, S, Q, K) -> tuple[int, int, int]:
+    if kernel == "backward_kv":
+        return (-(-S // blocks.kv), K, B)
+    return (-(-N // blocks.q) * (Q // K), K, B)
+
+
+def _constants(kernel, blocks, N, S, Q, K, H, *, window, scale, segments, lengths) -> dict:
+    ragged = N % blocks.q if kernel == "backward_kv" else S % blocks.kv or lengths
+    return dict(
+        Q=Q, K=K, H=H, WINDOW=window, SCALE=scale, SEGMENTS=segments, LENGTHS=lengths,
+        GUARD=bool(ragged), BQ=blocks.q, BK=blocks.kv,
+    )  # fmt: skip
+
+
+_PRODUCTS = {"forward": 2, "backward_q": 3, "backward_kv": 4}
+
+
+def _pairs(N: int, S: int, spec: Spec) -> int:
+    """Pairs of a query and a key that it may see, per head, segments and lengths aside."""
+    p = spec.q_offset + np.arange(N)
+    first = 0 if spec.window is None else np.maximum(p + 1 - spec.window, 0)
+    return int(np.maximum(np.minimum(p + 1, S) - first, 0).sum())
+
+
+def _attend(kernel: str, spec: Spec, q, k, v, segments, lengths, *rest, outs):
+    (B, N, Q, H), (S, K) = q.shape, k.shape[1:3]
+    device = target_device(q)
+    blocks = _blocks(kernel, H, segments is not None, device)
+    constants = _constants(
+        kernel, blocks, N, S, Q, K, H, window=spec.window, scale=spec.scale,
+        segments=segments is not None, lengths=lengths is not None,
+    )  # fmt: skip
+    # What is absent is never read; any array will do in its place.
+    ids = [q, q] if segments is None else [x.astype(jnp.int32) for x in segments]
+    valid = q if lengths is None else lengths.astype(jnp.int32)
+    grid = _grid(kernel, blocks, B, N, S, Q, K)
+    flops = 2 * _PRODUCTS[kernel] * B * Q * H * _pairs(N, S, spec)
+    what = _Launch(kernel, [N, S, spec.q_offset], outs, grid, constants, blocks, flops)
+    return _launch(what, [q, k, v, *ids, valid, *rest], device)
+
+
+def forward(spec: Spec, q, k, v, segments, lengths):
+    """See flash.Kernels."""
+    B, N, Q, _ = q.shape
+    outs = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((B, Q, N), jnp.float32),
+    ]
+    return tuple(_attend("forward", spec, q, k, v, segments, lengths, outs=outs))
+
+
+def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+    """See flash.Kernels."""
+    arguments = (spec, q, k, v, segments, lengths, lse2, delta, d_out.astype(q.dtype))
+    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    (dq,) = _attend("backward_q", *arguments, outs=outs)
+    outs = [jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype)] * 2
+    dk, dv = _attend("backward_kv", *arguments, outs=outs)
+    return dq, dk, dv
+
+
+def _decode_constants(blocks, Q, K, H, scale, parts) -> dict:
+    rows = max(16, 1 << (Q // K - 1).bit_length())  # tl.dot multiplies 16 rows at least
+    return dict(Q=Q, K=K, H=H, SCALE=scale, PARTS=parts, ROWS=rows, BK=blocks.kv)
+
+
+def decode(q, k, v, valid, *, scale):
+    """Same contract as `reference.decode`. Parts of the cache are averaged by a program each, and
+    the parts then by XLA, weighted by their sums of exponentials."""
+    (B, Q, H), (S, K) = q.shape, k.shape[1:3]
+    device = target_device(q)
+    blocks = _blocks("decode", H, False, device)
+    steps = -(-S // blocks.kv)
+    parts = max(1, min(TRITON_DECODE_PROGRAMS // (B * K), steps))
+    keys_per_part = -(-steps // parts) * blocks.kv
+    what = _Launch(
+        "decode",
+        [S, keys_per_part],
+        [
+            jax.ShapeDtypeStruct((B, parts, Q, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, parts, Q), jnp.float32),
+        ],
+        (parts, K, B),
+        _decode_constants(blocks, Q, K, H, scale, parts),
+        blocks,
+        flops=4 * B * Q * S * H,
+    )
+    arrays = [q, k.astype(q.dtype), v.astype(q.dtype), valid.astype(jnp.int32)]
+    out, lse2 = _launch(what, arrays, device)
+    weight = jnp.exp2(lse2 - lse2.max(1, keepdims=True))  # without any key: 1 for parts that are 0
+    out = (out * weight[..., None]).sum(1) / weight.sum(1)[..., None]
+    return out.astype(q.dtype)
+
+
+# --- What the compiler makes of it ----------------------------------------------------------------
+
+
+def compile_report(compute_capability: int, shapes: Iterable[Mapping]) -> list[dict]:
+    """Compiles the kernels that calls of these shapes (N, S, Q, K, H, window, and segments unless
+    False; N == 1: decoding) launch on bf16, without a device, by the ptxas in Triton's wheel.
+
+    Returns:
+      One dict per kernel: name, seconds, registers per thread, spills (bytes stored and loaded),
+      shared_bytes (dynamic shared memory per program), warps.
+    """
+    found = {}
+    for shape in shapes:
+        N, S, Q, K, H = (shape[x] for x in "NSQKH")
+        heads = f" Q={Q} K={K} H={H}"
+        if N == 1:
+            blocks = triton_blocks(compute_capability, "decode", H, False)
+            constants = _decode_constants(blocks, Q, K, H, H**-0.5, 8)
+            found["decode", heads] = ("decode", constants, blocks)
+            continue
+        segments = shape.get("segments", False)
+        window = shape["window"]
+        for kernel in ("forward", "backward_q", "backward_kv"):
+            blocks = triton_blocks(compute_capability, kernel, H, segments)
+            constants = _constants(
+                kernel, blocks, N, S, Q, K, H, window=window, scale=H**-0.5, segments=segments,
+                lengths=False,
+            )  # fmt: skip
+            words = " segments" * segments + " ragged" * constants["GUARD"] + heads
+            found[kernel, window, words] = (kernel, constants, blocks)
+    kernels = []
+    for (*_, words), what in found.items():
+        kernel = _compile(compute_capability, *what)
+        kernels.append({**kernel, "name": kernel["name"] + words})
+    return kernels
+
+
+def _compile(compute_capability: int, kernel: str, constants: dict, blocks: TritonBlocks) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(_kernels(), kernel)
+    names = [name for name in function.arg_names if name not in constants]
+    fp32 = ("lse_ptr", "delta_ptr", "dk_ptr", "dv_ptr", *(["out_ptr"] * (kernel == "decode")))
+    int32 = ("q_ids_ptr", "kv_ids_ptr", "lengths_ptr")
+    kinds = {name: "*fp32" for name in fp32} | {name: "*i32" for name in int32}
+    signature = {
+        name: kinds.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names
+    }
+    aligned = [i for i, x in enumerate(function.arg_names) if x.endswith("_ptr")]
+    source = ASTSource(
+        function,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},  # as jax-triton does
+    )
+    start = time.perf_counter()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", compute_capability, 32),
+            options={
+                "num_warps": blocks.warps,
+                "num_stages": blocks.stages,
+                "enable_fp_fusion": True,
+            },
+        )
+    return {
+        "name": compiled.metadata.name,
+        "seconds": time.perf_counter() - start,
+        "shared_bytes": compiled.metadata.shared,
+        "warps": blocks.warps,
+        **_resources(compiled.asm["ptx"], compute_capability),
+    }
+
+
+def _resources(ptx: str, compute_capability: int) -> dict:
+    """Registers and spills by the newest ptxas of Triton's wheel (of CUDA 13, as `jax[cuda13]`,
+    which assembles the kernels when they run); Triton itself would ask a device for them."""
+    import triton
+
+    architecture = f"sm_{compute_capability}{'a' if compute_capability >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas_blackwell.path, "-v", f"--gpu-name={architecture}"]
+        command += [str(path), "-o", str(path.with_suffix(".cubin"))]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(x) for x in re.findall(r"(\d+) bytes spill", log)]
+    return {"registers": int(re.search(r"Used (\d+) registers", log)[1]), "spills": sum(spills)}

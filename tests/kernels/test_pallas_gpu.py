@@ -1,0 +1,233 @@
+"""The Hopper kernels in Pallas's interpreter on the host: the kernels' own code, tiny blocks.
+
+Most of the time goes into compiling the interpreted kernels, so each compiled function is asked
+several questions, and segments and lengths that cut nothing off stand for their absence.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import (
+    MASKED,
+    SegmentIds,
+    api,
+    blocks,
+    decode_cross,
+    decode_window,
+    hopper,
+    interpret,
+    pallas_gpu,
+    pallas_gpu_decode,
+)
+from pallas_kernels.device import Device
+from tests.kernels.cases import (
+    Shape,
+    documents,
+    empty_rows,
+    inputs,
+    operation,
+    outputs_and_gradients,
+)
+
+interpreted = pytest.mark.skipif(
+    not hasattr(hopper.plgpu, "InterpretGPUParams"),
+    reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; 0.11 has.",
+)
+SMALL = blocks.GpuBlocks(
+    rows=8, kv=16, stages=2, dq_kv=8, dq_stages=3, dkv_q=8, dkv_stages=2,
+    decode_kv=8, decode_stages=2,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_gpu_blocks(monkeypatch):
+    for module in (pallas_gpu, pallas_gpu_decode):
+        monkeypatch.setattr(module, "gpu_blocks", lambda H: SMALL)
+
+
+def both(shape: Shape, args, races: bool = False, **options):
+    want = outputs_and_gradients(operation(shape, implementation="reference", **options), args)
+    with interpret(detect_races=races):
+        got = outputs_and_gradients(operation(shape, implementation="pallas_gpu", **options), args)
+    return got, want
+
+
+def assert_close(got, want):
+    for name, x in want.items():
+        assert np.isfinite(got[name]).all(), name
+        np.testing.assert_allclose(got[name], x, atol=2e-5, rtol=2e-5, err_msg=name)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(29, 29, Q=3, K=1, H=8, B=1),  # full, neither a multiple of a block
+        Shape(20, 27, 9, q_offset=14, Q=2, K=1, H=8, B=1),  # the last queries see few keys
+        Shape(19, 11, Q=2, K=2, H=8, B=1),  # more queries than keys
+    ],
+    ids=["full, G=3", "window, late queries, G=2", "more queries than keys, G=1"],
+)
+def test_values_and_gradients(shape):
+    assert_close(*both(shape, inputs(shape)))
+
+
+def with_masks(shape: Shape, attend_options):
+    """One compiled function of the arrays, segment ids and lengths."""
+
+    @jax.jit
+    def run(args, segments, lengths):
+        options = dict(attend_options, segment_ids=segments)
+        if lengths is not None:
+            options["kv_lengths"] = lengths
+        return outputs_and_gradients(operation(shape, **options), args)
+
+    return run
+
+
+@interpreted
+def test_window_with_segments_races_and_repetition(capfd):
+    """Race detection raises in jax 0.12 and prints in 0.11."""
+    shape = Shape(29, 29, 11, Q=2, K=1, H=8, B=1)
+    args = inputs(shape)
+    want = with_masks(shape, {"implementation": "reference"})
+    got = with_masks(shape, {"implementation": "pallas_gpu"})
+    one_document = SegmentIds(*[jnp.zeros((1, 29), int)] * 2)
+    with interpret(detect_races=True):
+        results = [got(args, x, None) for x in (one_document, documents(shape, 7, 11))]
+        again = got(args, documents(shape, 7, 11), None)
+    jax.block_until_ready(again)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+    assert_close(results[0], want(args, one_document, None))
+    assert_close(results[1], want(args, documents(shape, 7, 11), None))
+    empty = np.asarray(results[1]["lse"]) == np.float32(MASKED)
+    assert 0 < empty.sum() < empty.size
+    assert not results[1]["out"][empty].any()
+    assert not results[1]["dq"][empty].any()
+    for name, x in results[1].items():
+        np.testing.assert_array_equal(x, again[name], err_msg=name)
+
+
+@interpreted
+def test_full_with_lengths_and_segments():
+    shape = Shape(13, 40, q_offset=21, H=8, B=2)
+    args = inputs(shape)
+    want = with_masks(shape, {"implementation": "reference"})
+    got = with_masks(shape, {"implementation": "pallas_gpu"})
+    one_document = SegmentIds(jnp.zeros((2, 13), int), jnp.zeros((2, 40), int))
+    cases = [(one_document, jnp.array([0, 13])), (documents(shape, 7, 11), jnp.array([16, 40]))]
+    with interpret():
+        results = [got(args, *case) for case in cases]
+    for case, result in zip(cases, results, strict=True):
+        assert_close(result, want(args, *case))
+    assert empty_rows(results[0]["lse"][0]) == shape.N * shape.Q
+    assert not results[0]["dv"][1, 13:].any()
+
+
+@interpreted
+def test_bf16_error_and_fp32_gradients_of_shared_keys():
+    """Against fp32 at most 1.5 times the error of the bf16 reference; k and v that come in float32
+    get their gradients from the accumulators, unrounded."""
+    shape = Shape(24, 24, 14, Q=2, K=1, H=32, B=1)
+    exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
+    q, k, v, d_out, d_lse = inputs(shape, jnp.bfloat16)
+    args = (q, k.astype(jnp.float32), v.astype(jnp.float32), d_out, d_lse)
+    got, _ = both(shape, args)
+    assert got["out"].dtype == got["dq"].dtype == jnp.bfloat16
+    assert got["dk"].dtype == got["dv"].dtype == jnp.float32
+    assert (got["dk"] != got["dk"].astype(jnp.bfloat16).astype(jnp.float32)).any()
+    # The reference's own error with everything in bf16, gradients of k and v included.
+    args = (q, k, v, d_out, d_lse)
+    want = outputs_and_gradients(operation(shape, implementation="reference"), args)
+    for name in want:
+        error, its = (
+            np.sqrt(np.mean(np.square(np.float32(x[name]) - exact[name]))) for x in (got, want)
+        )
+        assert error <= 1.5 * its, (name, error, its)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("decode", "S", "Q", "K", "lengths", "races"),
+    [
+        (decode_cross, 32, 4, 2, [0, 1, 8, 32, 21], False),
+        (decode_window, 21, 3, 1, [20, 500], True),  # not a multiple of the block
+    ],
+)
+def test_decode(decode, S, Q, K, lengths, races, capfd):
+    q, k, v, *_ = inputs(Shape(1, S, Q=Q, K=K, H=8, B=len(lengths)))
+    lengths = jnp.array(lengths)
+    run = functools.partial(decode, q[:, 0], k, v, lengths)
+    with interpret(detect_races=races):
+        got = run(implementation="pallas_gpu").block_until_ready()
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+    np.testing.assert_allclose(got, run(implementation="reference"), atol=1e-5)
+    assert not got[lengths == 0].any()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 23])
+@pytest.mark.parametrize("q_offset", [0, 3, 16])
+def test_plan_visits_exactly_the_blocks_that_hold_visible_pairs(window, q_offset):
+    """Against the dense mask, with a limit: no block outside is visible, the first and the last
+    are not empty, and the inner ones need no mask. Queries and keys in blocks of other sizes."""
+    N, S = 48, 40
+    for limit in (0, 13, 40):
+        plan = pallas_gpu._Plan(N, S, 1, window, q_offset, 1.0, limit < S)
+        age = q_offset + np.arange(N)[:, None] - np.arange(S)[None, :]
+        seen = (age >= 0) & (age < (window or 1000)) & (np.arange(S) < limit)
+        for axis, (outer, inner) in ((0, (16, 8)), (1, (8, 16))):
+            visits = (plan.key_blocks, plan.query_blocks)[axis]
+            within = (plan.inner_key_blocks, plan.inner_query_blocks)[axis]
+            mask = seen if axis == 0 else seen.T
+            for start in range(0, mask.shape[0], outer):
+                rows = mask[start : start + outer]
+                at = jnp.int32(start), outer, inner, jnp.int32(limit)
+                first, last = map(int, visits(*at))
+                low, high = map(int, within(*at, jnp.int32(first), jnp.int32(last)))
+                assert first <= low <= high <= last
+                blocks = [rows[:, j : j + inner] for j in range(0, rows.shape[1], inner)]
+                visible = [j for j, block in enumerate(blocks) if block.any()]
+                assert (not visible and first == last) or visible == list(range(first, last))
+                assert all(block.all() for block in blocks[low:high])
+
+
+def test_decode_splits_fill_the_device():
+    splits = pallas_gpu_decode._splits
+    assert splits(4, 131072, 64) == 33  # 132 thread blocks
+    assert splits(32, 131072, 64) == 4
+    assert splits(4, 512, 64) == 4  # two blocks of keys each: one a consumer
+    assert splits(1320, 131072, 64) == 1
+    assert splits(1, 8, 64) == 1
+
+
+def test_it_says_why_it_cannot_run():
+    hopper_gpu = Device("gpu", "NVIDIA H200")
+
+    def reason(device=hopper_gpu, operation="window_attention", **facts):
+        return pallas_gpu.unsupported_reason(api.Call(operation, device, **facts))
+
+    reasons = [
+        reason(Device("cpu", "cpu")),
+        reason(Device("gpu", "NVIDIA A100-SXM4-80GB")),
+        reason(dtype=jnp.dtype("float32")),
+        reason(q_shape=(1, 8, 4, 80), k_shape=(1, 8, 4, 80)),
+        reason(operation="decode_cross", q_shape=(1, 144, 64), k_shape=(1, 8, 2, 64)),
+    ]
+    assert all(x.startswith("pallas_gpu") and x.endswith(".") for x in reasons)
+    assert len(set(reasons)) == len(reasons) or not hasattr(hopper.plgpu, "InterpretGPUParams")
+    if hasattr(hopper.plgpu, "InterpretGPUParams"):
+        assert reason() is None
+        assert reason(q_shape=(1, 8, 4, 128), k_shape=(1, 8, 4, 128), dtype=jnp.bfloat16) is None
+        with interpret():
+            assert reason(Device("cpu", "cpu"), dtype=jnp.dtype("float32")) is None
+
+
+def test_cost_estimate_counts_visible_pairs():
+    plan = pallas_gpu._Plan(29, 20, 1, 6, 3, 1.0, True)
+    age = 3 + np.arange(29)[:, None] - np.arange(20)[None, :]
+    pairs = 2 * 4 * int(((age >= 0) & (age < 6)).sum())
+    assert pallas_gpu._cost(plan, B=2, Q=4, H=8, products=2) == (4 * pairs * 8, pairs)
