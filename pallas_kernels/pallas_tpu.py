@@ -1,4 +1,4 @@
-"""Attention on TPUs: one template for the window and for full causal attention, and a decode kernel.
+"""Attention on TPUs: one template for the window and full causal attention, and a decode kernel.
 
 Why it exists: XLA has no fused attention on TPUs, and jax's splash attention reads every K/V head
 once per query head, steps through a window block by block with a running softmax, and takes its
@@ -269,7 +269,7 @@ def _dq_kernel(tiles, bands, bc, *refs):
     lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref = refs[:6]
     d_out_ref, lse_ref, delta_ref, dq_ref, acc = refs[6:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    G, bq, H = q_ref.shape
+    G, bq = q_ref.shape[:2]
     q_first = tiles.spec.q_offset + i * bq
     start = bands.start(i, j)
     limit = tiles.limit(lengths_ref, b)
@@ -403,22 +403,25 @@ class _Operands:
         self.S, self.K = k.shape[1:3]
         self.G = Q // self.K
         self.window = spec.window
-        blocks = tpu_blocks(kernel, self.G, spec.window)
-        bq, bk = (min(x, _round_up(n, TPU_LANES)) for x, n in zip(blocks, (self.N, self.S)))
-        windowed = spec.window is not None
-        ahead = spec.window - 1 if windowed else None
         self.outer = "keys" if kernel == "dkv" else "queries"
+        blocks = tpu_blocks(kernel, self.G, spec.window)
+        bq = min(blocks.q, _round_up(self.N, TPU_LANES))
+        bk = min(blocks.kv, _round_up(self.S, TPU_LANES))
+        # The inner axis is cut into blocks only where there is no window.
+        inner, ahead = (bk if self.outer == "queries" else bq), None
+        if spec.window is not None:
+            inner, ahead = TPU_LANES, spec.window - 1
         if self.outer == "queries":
-            self.N_pad = _round_up(self.N, bq)
-            self.S_pad = _round_up(self.S, TPU_LANES if windowed else bk)
+            self.N_pad, self.S_pad = _round_up(self.N, bq), _round_up(self.S, inner)
             self.blocks = self.N_pad // bq
-            self.bands = _Bands.plan(bq, bk, self.S_pad, spec.q_offset, ahead, 0)
+            self.bands = _Bands.plan(bq, inner, self.S_pad, spec.q_offset, ahead, 0)
         else:
-            self.S_pad = _round_up(self.S, bk)
-            self.N_pad = _round_up(self.N, TPU_LANES if windowed else bq)
+            self.N_pad, self.S_pad = _round_up(self.N, inner), _round_up(self.S, bk)
             self.blocks = self.S_pad // bk
-            self.bands = _Bands.plan(bk, bq, self.N_pad, -spec.q_offset, 0, ahead)
-        self.bc = next(c for c in range(blocks.compute, 0, -TPU_LANES) if self.bands.size % c == 0)
+            self.bands = _Bands.plan(bk, inner, self.N_pad, -spec.q_offset, 0, ahead)
+        self.bc = next(
+            size for size in range(blocks.compute, 0, -TPU_LANES) if self.bands.size % size == 0
+        )
         self.grid = (self.B, self.K, self.blocks, self.bands.steps)
         padded = self.S_pad > self.S and spec.q_offset + self.N > self.S
         self.tiles = _Tiles(spec, self.S, padded, segments is not None, lengths is not None)
@@ -429,6 +432,10 @@ class _Operands:
         """[B N Q H] -> [B K G N H]"""
         x = x.reshape(self.B, self.N, self.K, self.G, self.H).transpose(0, 2, 3, 1, 4)
         return _pad(x, 3, self.N_pad)
+
+    def queries_back(self, x):
+        x = x[:, :, :, : self.N].transpose(0, 3, 1, 2, 4)
+        return x.reshape(self.B, self.N, -1, self.H)
 
     def keys(self, x):
         """[B S K H] -> [B K S H]"""
@@ -447,21 +454,16 @@ class _Operands:
 
     def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
         """Blocks of the outer axis, or bands of the inner one, between whole other axes."""
-        squeezed = (pl.squeezed,) * (2 if heads else 1)
-        if whose == self.outer:
-            zeros = (0,) * len(before), (0,) * len(after)
+        lead = 2 if heads else 1
 
-            def index(b, h, i, j, *_):
-                return (b, h)[: len(squeezed)] + zeros[0] + (i,) + zeros[1]
+        def index(b, h, i, j, *_):
+            here = i if whose == self.outer else self.bands.start(i, j)
+            return (b, h)[:lead] + (0,) * len(before) + (here,) + (0,) * len(after)
 
-            return pl.BlockSpec((*squeezed, *before, self.bands.block, *after), index)
-
-        def start(b, h, i, j, *_):
-            zeros = (0,) * len(before), (0,) * len(after)
-            return (b, h)[: len(squeezed)] + zeros[0] + (self.bands.start(i, j),) + zeros[1]
-
-        inner = (pl.Element(n) for n in (*before, self.bands.size, *after))
-        return pl.BlockSpec((*squeezed, *inner), start)
+        shape = (*before, self.bands.block, *after)
+        if whose != self.outer:
+            shape = tuple(pl.Element(n) for n in (*before, self.bands.size, *after))
+        return pl.BlockSpec((pl.squeezed,) * lead + shape, index)
 
     def query_spec(self):
         return self._spec("queries", (self.G,), (self.H,))
@@ -516,56 +518,49 @@ def forward(spec: Spec, q, k, v, segments, lengths):
         o.lengths,
         *args,
     )
-    out = out[:, :, :, : o.N].transpose(0, 3, 1, 2, 4).reshape(q.shape)
-    return out, lse[..., : o.N].reshape(o.B, -1, o.N)
-
-
-def _dq(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
-    o = _Operands(spec, "dq", q, k, segments, lengths)
-    args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
-    args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
-    out_shape = jax.ShapeDtypeStruct(args[0].shape, q.dtype)
-    dq = _call(
-        functools.partial(_dq_kernel, o.tiles, o.bands, o.bc),
-        _name(spec, "dq"),
-        o.grid,
-        (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs())
-        + (o.query_spec(), o.stat_spec(), o.stat_spec()),
-        o.query_spec(),
-        out_shape,
-        [(o.G, o.H, o.bands.block)],
-        o.cost(3, (args, out_shape)),
-        o.lengths,
-        *args,
-    )
-    return dq[:, :, :, : o.N].transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-def _dkv(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
-    o = _Operands(spec, "dkv", q, k, segments, lengths)
-    args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
-    args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
-    out_shape = (jax.ShapeDtypeStruct(args[1].shape, spec.kv_grad_dtype),) * 2
-    dkv = _call(
-        functools.partial(_dkv_kernel, o.tiles, o.bands, o.bc),
-        _name(spec, "dkv"),
-        o.grid,
-        (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs())
-        + (o.query_spec(), o.stat_spec(), o.stat_spec()),
-        (o.key_spec(), o.key_spec()),
-        out_shape,
-        [(o.H, o.bands.block)] * 2,
-        o.cost(4, (args, out_shape)),
-        o.lengths,
-        *args,
-    )
-    return tuple(x[:, :, : o.S].swapaxes(1, 2) for x in dkv)
+    return o.queries_back(out), lse[..., : o.N].reshape(o.B, -1, o.N)
 
 
 def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
     """See flash.Kernels."""
-    args = (spec, q, k, v, segments, lengths, lse2, delta, d_out)
-    return _dq(*args), *_dkv(*args)
+
+    def gradients(kernel, name, products, out_shapes, out_spec, acc_shape):
+        o = _Operands(spec, name, q, k, segments, lengths)
+        args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
+        args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
+        rows = (o.query_spec(), o.stat_spec(), o.stat_spec())
+        out_shape = out_shapes(*args[:2])
+        out = _call(
+            functools.partial(kernel, o.tiles, o.bands, o.bc),
+            _name(spec, name),
+            o.grid,
+            (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs(), *rows),
+            (out_spec(o),) * len(out_shape),
+            out_shape,
+            [acc_shape(o)] * len(out_shape),
+            o.cost(products, (args, out_shape)),
+            o.lengths,
+            *args,
+        )
+        return o, out
+
+    o, (dq,) = gradients(
+        _dq_kernel,
+        "dq",
+        3,
+        lambda q, k: (jax.ShapeDtypeStruct(q.shape, q.dtype),),
+        _Operands.query_spec,
+        lambda o: (o.G, o.H, o.bands.block),
+    )
+    _, dkv = gradients(
+        _dkv_kernel,
+        "dkv",
+        4,
+        lambda q, k: (jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype),) * 2,
+        _Operands.key_spec,
+        lambda o: (o.H, o.bands.block),
+    )
+    return o.queries_back(dq), *(x[:, :, : o.S].swapaxes(1, 2) for x in dkv)
 
 
 def _decode_kernel(scale, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
