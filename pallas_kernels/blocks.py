@@ -54,7 +54,7 @@ def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
     * forward: G = 5, 256 queries in tiles of 256 keys 1106, of 768 1217, of 384 1353; G = 3, H = 64
       256 x 384 1015, 256 x 256 1244; G = 1 512 x 512 1434, 256 x 256 1942.
     * dq: 256 queries and their band of 768 in one tile 1202, 256 x 256 1492, 512 x 512 1516.
-    * dkv: 256 keys and their band in one tile 1762, 512 x 512 1924, 256 x 256 2800.
+    * dkv: 256 keys and their band in one tile 1514, 512 x 512 1924, 256 x 256 2800.
     Full attention, forward, per 512 x 512 pairs without a mask: 1280 rows x 512 keys 505, 640 x 512
     558, 512 x 512 604, 1280 x 256 710.
     """
