@@ -1,17 +1,19 @@
-# make help | setup | train | test | test-fast | lint
+# make help | setup | train | test | test-fast | lint | kernels
 #
 # Everything runs in a virtual environment of its own. Another Python, place or accelerator:
 #   make test PYTHON=python3.13 VENV=.venv-newest
 #   make setup REQUIREMENTS=requirements-gpu.txt
+#   make kernels TARGET=h200 PYTHON=python3.13
 
 PYTHON       ?= python3
 VENV         ?= .venv
 REQUIREMENTS ?= requirements.txt
 CONFIG       ?= configs/yocou_small.py
+TARGET       ?= v6e
 ARGS         ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint
+.PHONY: help setup train test test-fast lint kernels
 
 help:
 	@echo "make setup      make $(VENV) and install $(REQUIREMENTS) into it (once)"
@@ -19,6 +21,7 @@ help:
 	@echo "make test       setup, then the whole test suite"
 	@echo "make test-fast  setup, then the tests that take seconds"
 	@echo "make lint       setup, then ruff's checks and its format check"
+	@echo "make kernels    compile the attention kernels for $(TARGET): v5e, v5p, v6e, tpu7x, h200 or a100"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) REQUIREMENTS=$(REQUIREMENTS) CONFIG=$(CONFIG) ARGS=$(ARGS)"
 
 # The tested versions differ by Python, because jax 0.10.2 is the last release for Python 3.11.
@@ -71,3 +74,9 @@ test-fast: setup
 lint: setup
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+
+# In a place of its own, because `setup` makes a place anew when it is asked for something else.
+kernels: REQUIREMENTS = requirements-aot.txt
+kernels: VENV = .venv-aot
+kernels: setup
+	$(VENV)/bin/python -m experiments.compile_kernels --target=$(TARGET) $(ARGS)

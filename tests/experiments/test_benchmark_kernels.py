@@ -1,0 +1,105 @@
+"""Sizes, bookkeeping and the loop that is timed; measuring itself only in the smallest run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import benchmark_kernels as bk
+from experiments import kernel_parity
+
+TINY = bk.CPU._replace(
+    lengths=(16,), heads=(2, 1), head_widths=(8,), decode=(), decode_ring=(1,), rounds=1
+)._replace(copy_bytes=4096, matmul=16, error_length=16)
+
+
+def test_pairs_are_those_that_a_query_sees():
+    for N, window in ((5, None), (5, 2), (5, 5), (3, 9)):
+        i, j = np.arange(N)[:, None], np.arange(N)[None, :]
+        seen = (j <= i) & (i - j < (window or N))
+        case = bk.Case("window_attention", 1, N, N, 2, 1, 8, window)
+        assert case.pairs == seen.sum()
+        assert case.flops == 4 * 8 * seen.sum() * 2
+        assert case._replace(backward=True).flops == 3.5 * case.flops
+    decode = bk.Case("decode_cross", 3, 1, 100, 4, 2, 8, None)
+    assert decode.bytes(2) == 3 * 100 * 2 * 8 * 2 * 2
+
+
+def test_cases_cover_what_is_asked_for():
+    found = [case for group in bk.cases(bk.ACCELERATOR) for case in group]
+    attention = [case for case in found if not case.decodes]
+    assert {case.N for case in attention} == {2048 * 2**i for i in range(6)}
+    assert {case.H for case in attention} == {64, 128}
+    assert {case.window for case in attention} == {None, 512}
+    assert len(attention) == 6 * 2 * 2 * 2
+    decode = {(case.operation, case.B, case.S) for case in found if case.decodes}
+    assert {("decode_cross", 8, 131_072), ("decode_window", 8, 512)} <= decode
+
+
+def test_the_loop_makes_every_call_and_each_sees_the_one_before():
+    def call(x, y):
+        return {"a": 1e6 * (x + 1.0), "b": y}
+
+    x, y = jnp.zeros((2, 3)), jnp.zeros((4,))
+    got = jax.jit(bk.repeated(call, 3))(x, y)
+    # x00 -> x00 + 1e-6 (1e6 (x00 + 1)), three times from 0: 1, 3, 7.
+    np.testing.assert_allclose(got, np.array([[7.0, 0, 0], [0, 0, 0]]), rtol=1e-5)
+
+
+def test_a_dense_or_slow_call_is_left_out():
+    case = bk.Case("cross_attention", 1, 65_536, 65_536, 16, 4, 128, None)
+    pace = bk.Pace(2e14)
+    dense, blocked = (bk.Subject(lambda: None, dense=dense) for dense in (True, False))
+    assert "256 GiB" in bk._left_out(case, "reference", dense, pace, bk.ACCELERATOR)
+    assert bk._left_out(case, "xla", blocked, pace, bk.ACCELERATOR) is None
+    pace.note("xla", case, 3.0)
+    assert "3.0 s" in bk._left_out(case, "xla", blocked, pace, bk.ACCELERATOR)
+
+
+def test_a_tiny_run_reports_failures_and_what_was_left_out(monkeypatch):
+    usual = bk.subjects
+
+    def subjects(case, dtype):
+        def broken(*args):
+            raise NotImplementedError("Not today.\nMore.")
+
+        def inaccurate(q, k, v, lengths=None):
+            return 1.1 * usual(case, dtype)["xla"].call(*[q, k, v, lengths][: 3 + case.decodes])
+
+        found = {"xla": usual(case, dtype)["xla"], "broken": bk.Subject(broken, True)}
+        return found | {"off": bk.Subject(inaccurate, True)}
+
+    monkeypatch.setattr(bk, "subjects", subjects)
+    monkeypatch.setattr(bk, "WINDOW", 4)
+    monkeypatch.setattr(bk, "ERROR_OPERATIONS", ("decode_cross",))
+    report = json.loads(json.dumps(bk.measure(TINY, budget_s=1000)))
+    assert {row["implementation"] for row in report["times"]} == {"xla", "broken", "off"}
+    times = {
+        (r["operation"], r["pass"]): r for r in report["times"] if r["implementation"] == "xla"
+    }
+    assert len(times) == 5
+    assert times["cross_attention", "forward"]["tflops"] > 0
+    assert times["decode_window", "forward"]["gb_per_s"] > 0
+    assert any("NotImplementedError: Not today." in x for x in report["failures"])
+    assert any("off" in x and "the error of" in x for x in report["failures"])
+    assert not any(x.startswith("xla") for x in report["failures"])
+    page = bk.markdown(report)
+    assert "## window_attention, H = 8, forward + backward: TFLOP/s" in page
+    assert "failed" in page
+    monkeypatch.setattr(bk, "measure_errors", lambda sizes: [])
+    late = bk.measure(TINY, budget_s=-1)
+    assert late["times"] == []
+    assert len(late["left_out"]) == 5
+    assert all(x.startswith("all, ") for x in late["left_out"])
+
+
+def test_parity_judges_by_its_control():
+    base = np.linspace(5.0, 3.0, 20)
+    control = kernel_parity.compare(base + 1e-4, base)
+    assert kernel_parity.tolerance(control) == 5 * control["largest"]
+    assert kernel_parity.within(kernel_parity.compare(base - 4e-4, base), control)
+    assert not kernel_parity.within(kernel_parity.compare(base - 6e-4, base), control)
+    assert not kernel_parity.within(kernel_parity.compare(base * np.nan, base), control)
+    same = kernel_parity.compare(base, base)
+    assert kernel_parity.tolerance(same) == kernel_parity.FLOOR

@@ -1,0 +1,187 @@
+"""What is read out of the compilers' dumps, and a kernel compiled for a TPU that is not here."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from experiments import compile_kernels as ck
+
+UTILIZATION = """== CAPACTIY:
+MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
+    2     2     4     2     1     3     3     2     2     2
+== UTILIZATION:
+0 0 0 0 0 0 0 0 0 1
+0 0 1 0 0 0 0 0 0 0
+2 0 4 0 0 1 0 0 0 0
+0 0 0 0 2 0 0 1 1 0
+1 0 2 0 0 0 0 0 0 0
+0 0 4 0 1 0 0 0 0 0
+1 0 3 0 0 1 1 0 0 0
+0 0 0 0 0 0 0 2 0 2
+"""
+BUNDLES = """= control target key start
+LH: loop header
+PF: predicated region fallthrough
+= control target key end
+
+     0   :  { %s1 = inlined_call_operand.vmem [shape: bf16[1,8], index: 0, kind: input] }
+   0x1 LB: > { %2 = sst [smem:[#allocation14_spill]] %s9  ;;  %s4 = sadd.s32 1, %s9 }
+   0x2   : > { %8327 = vmatpush3.bf16.xpose.msra.mxu0 %v1
+hlo: a name that goes over lines
+ */ }
+   0x3   : > { %3 = vst [vmem:[#allocation2_spill]] %v1 }
+   0x4   : >> { %4 = vmatmul.mubr.bf16.mxu0 %v2 }
+   0x5 PF: > { %5 = vpow2.f32 %v3 } /* Start/End empty region */
+   0x6   : > { %6 = vmatmul.mubr.bf16.mxu1 %v2 }
+   0x7   :  { %7 = vst [vmem:[%s1]] %v4 } /* exit bundle */
+"""
+
+
+def test_schedule_is_counted_within_straight_code():
+    stretches, slots = ck.parse_schedule(UTILIZATION, BUNDLES)
+    assert [(s.cycles, s.bundles) for s in stretches] == [(3, 4), (1, 3)]
+    assert stretches[0].busy["MXU"] == 3 / 6
+    assert stretches[0].busy["VALU"] == 6 / 12
+    assert stretches[1].busy["VLOAD:FILL"] == 1 / 3
+    assert slots["VSTORE:SPILL"] == 1
+    assert slots["VLOAD:FILL"] == 1
+
+
+def test_cycles_are_scaled_to_the_tile_and_unknown_when_the_code_was_regrouped():
+    stretches, _ = ck.parse_schedule(UTILIZATION, BUNDLES)
+    of_tile = ck.TILE**2 // 1024
+
+    def cycles(*pairs):
+        return [tile["tile_cycles"] for tile in ck._tiles(stretches, list(pairs))]
+
+    assert cycles(1024, 512) == [3 * of_tile, 2 * of_tile]
+    assert cycles(512) == [6 * of_tile, 2 * of_tile]
+    assert cycles(512, 512, 9) == [None, None]
+    # The second one has a single instruction for exponentials, of 1024 elements.
+    assert cycles(2048, 2048) == [1.5 * of_tile, None]
+
+
+def test_pairs_come_from_the_exponentials_of_a_kernel():
+    def kernel(q, k, v, out):
+        def attend(keys):
+            s = jnp.dot(q[...], k[:keys].T)
+            p, correction = jnp.exp2(s - 1.0), jnp.exp2(s[:, :1])
+            sums = jnp.dot(p, jnp.ones((keys, 4)))
+            out[...] = out[...] * correction + jnp.dot(p.astype(v.dtype), v[:keys]) / sums
+
+        pl.when(pl.program_id(0) == 0)(lambda: attend(32))
+        attend(16)
+
+    def run(q, k, v):
+        return pl.pallas_call(kernel, out_shape=q, grid=(2,), name="a_forward")(q, k, v)
+
+    q, k = jax.ShapeDtypeStruct((8, 4), jnp.float32), jax.ShapeDtypeStruct((32, 4), jnp.float32)
+    assert ck.attention_kernels(run, [q, k, k]) == {"a_forward": [8 * 32, 8 * 16]}
+
+
+def test_vmem_report():
+    entry = {"blocks": [], "total_size": 2125824}
+    data = {"global_info": {"vmem_capacity": 1}, "hlo_breakdowns": {"kernel.1": entry}}
+    page = f"<script>\n const DATA ={json.dumps(data)};\n const heading = 1; </script>"
+    assert ck.parse_vmem(page) == {"kernel.1": 2125824}
+
+
+@pytest.mark.parametrize("spilled", [0, 24])
+def test_ptxas_log(spilled):
+    log = f"""ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'forward_mosaic_gpu_kernel' for 'sm_90a'
+    0 bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
+"""
+    found = ck.parse_ptxas(log)
+    assert found == {"registers": 168, "spilled_bytes": 2 * spilled, "wgmma_serialized": False}
+    warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+    assert ck.parse_ptxas(log + warning + "serialized due to ...")["wgmma_serialized"]
+    job = {"model": "m", "operation": "o", "error": None, "kernels": [{"kernel": "f", **found}]}
+    assert bool(ck.failures(ck.TARGETS["h200"], [job], [])) == bool(spilled)
+
+
+def test_kernels_of_a_gpu_program_are_matched_by_name(tmp_path):
+    for name, size in (("a_dq_1", 2048), ("a_forward_0", 1024)):
+        launch = f"gpu.launch threads(%x) dynamic_shared_memory_size %c{size}_i32 {{"
+        (tmp_path / f"{name}.before_layout_inference.txt").write_text(launch)
+    for name in ("a_dq_2", "a_forward_0"):
+        (tmp_path / f"{name}.ptxas").write_text("ptxas info    : Used 168 registers")
+    found = [(k["kernel"], k["shared_bytes"], k["registers"]) for k in ck.gpu_kernels(tmp_path)]
+    assert found == [("a_dq", 2048, 168), ("a_forward", 1024, 168)]
+
+
+def test_a_slower_tile_or_a_failed_program_fails_the_command():
+    tile = {"tile_cycles": 800, "stretch_cycles": 900, "mxu": 0.5, "valu": 0.5}
+    splash = [{"kernel": f"splash_{n}", "tiles": [tile]} for n in ("fwd", "dq", "dkv")]
+    slow = tile | {"tile_cycles": 808}
+    ours = [{"kernel": "x_forward", "tiles": [tile]}, {"kernel": "x_dq", "tiles": [tile, slow]}]
+    jobs = [
+        {"model": "tile", "operation": name, "error": None, "kernels": kernels}
+        for name, kernels in (("splash", splash), ("pallas_tpu", ours))
+    ]
+    rows = ck.compare_with_splash(jobs)
+    assert [row["ratio"] for row in rows] == [1.0, 1.01, None]
+    v6e = ck.failures(ck.TARGETS["v6e"], jobs, rows)
+    assert len(v6e) == 2
+    assert "808 cycles" in v6e[0]
+    assert "no cycles" in v6e[1]
+    assert ck.failures(ck.TARGETS["v5e"], jobs, rows) == []
+    failed = [{"model": "m", "operation": "o", "error": "Too much VMEM."}]
+    assert ck.failures(ck.TARGETS["v5e"], failed, []) == ["m, o: Too much VMEM."]
+
+
+def test_cases_are_those_of_the_configs():
+    cases = ck.cases()
+    assert len(cases) == 12
+    first = cases[0]
+    assert (first.model, first.N, first.Q, first.K, first.H) == ("yocou_125m", 2048, 12, 4, 64)
+    assert {case.window for case in cases if case.operation == "decode_window"} == {512}
+    for case in (cases[0], cases[3], cases[5]):
+        function, args = ck.program(case, "xla")
+        jax.eval_shape(function, *args)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for target in ck.TARGETS.values():
+        assert "requirements-" in ck.what_to_install(target)
+
+
+TINY = """
+import sys
+from pathlib import Path
+from experiments import compile_kernels as ck
+folder = Path(sys.argv[1])
+result = ck._compile(ck.TARGETS["v6e"], ck._mesh(ck.TARGETS["v6e"]), folder, *ck.splash_program())
+assert not list(folder.iterdir())
+for kernel in result["kernels"]:
+    (tile,) = kernel["tiles"]
+    print(kernel["kernel"], tile["pairs"], tile["tile_cycles"], kernel["vmem_bytes"])
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_splash_compiles_for_a_tpu(tmp_path):
+    """The whole way from libtpu to cycles, on the baseline of the tile table."""
+    environment = os.environ | ck.environment(ck.TARGETS["v6e"], tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", TINY, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0].split("_")[2] for row in rows] == ["fwd", "dq", "dkv"], done.stderr[-2000:]
+    for _, pairs, cycles, vmem in rows:
+        assert int(pairs) == ck.TILE**2
+        assert 400 < int(cycles) < 2000
+        assert 2**20 < int(vmem) < 2**24
