@@ -67,6 +67,14 @@ def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
     return TpuBlocks(512, 512, 512) if window is None else TpuBlocks(0, 256, 768)
 
 
+def tpu_sums_on_mxu(kind: str) -> bool:
+    """Whether the forward kernel sums p in the matrix unit. Static cycles of a 512 x 512 tile and
+    of its masked variant together, H = 128, with and without: v6e 1559 and 1659, v7x 2182 and 1692,
+    v5e 2927 and 2036, v5p 2973 and 2029 (narrower units, where the columns of ones are not free).
+    """
+    return "v6" in kind
+
+
 def tpu_decode_block(H: int) -> int:
     """Slots per grid step: 0.5 MB of keys and as many of values, so that a step's copies take
     longer than what a step costs (about 0.35 us)."""

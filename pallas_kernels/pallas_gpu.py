@@ -1,8 +1,9 @@
 """Attention for NVIDIA Hopper (sm_90a) in Pallas's Mosaic GPU dialect: forward, dq, dk and dv.
 
-Why it exists: XLA materialises scores in device memory, and cuDNN's window is not banded backward.
-One template serves the window and full causal attention: `_Plan` says which blocks of the other
-axis a row of blocks visits, and which of those need a mask; nothing else is loaded.
+Why it exists: plain XLA moves every block of scores through device memory, and public kernels visit
+all blocks in the backward of a window. Here one template serves the window and full causal
+attention: `_Plan` says which blocks of the other axis a block of rows visits, and which of those
+need a mask; nothing else is loaded.
 
 How: FlashAttention-3 (arXiv 2407.08608). A thread block is a producer warpgroup, which streams
 blocks through shared memory with the copy engine (TMA), and two consumer warpgroups of 64 rows,
@@ -18,7 +19,8 @@ dk and dv leave the fp32 accumulators in spec.kv_grad_dtype.
 What it runs on: jax 0.11 and newer, compute capability 9.0. Compiled for an H200, not yet run on
 one; values and races are tested in Pallas's interpreter on the host. Expected limits on an H200:
 600 TFLOP/s forward and, because dq and dk, dv recompute the scores each (7 products where a fused
-backward has 5), 5/7 of that backward. The interpreter's one difference is in `_dot`.
+backward has 5), 5/7 of that backward; a window's thread blocks live for five blocks of keys only,
+so that starting and ending them shows. What differs in the interpreter is in hopper.py.
 """
 
 import dataclasses
@@ -301,7 +303,7 @@ def _dq_kernel(
                 return hopper.probabilities(s, plan.scale2, seen, hopper.each_row(lse2, s.shape))
 
             plgpu.barrier_wait(k_full.at[slot])
-            own = lax.optimization_barrier(wg)
+            own = hopper.anew(wg)
             _, ds = hopper.p_and_ds(
                 q_smem.at[own],
                 k_smem.at[slot],
@@ -382,8 +384,7 @@ def _dkv_kernel(
             dk, dv = carry
             slot = lax.rem(g * num + i - first, stages)
 
-            # Anew in each step: the compiler would keep 16 operand descriptors in 32 registers.
-            own = lax.optimization_barrier(wg)
+            own = hopper.anew(wg)
 
             def probabilities(s):
                 seen = plan.seen(i * size, mine, limit, s.shape, 1) if edge else None

@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mask as masks
-from pallas_kernels.blocks import TPU_LANES, tpu_blocks, tpu_decode_block
-from pallas_kernels.device import interpretation
+from pallas_kernels.blocks import TPU_LANES, tpu_blocks, tpu_decode_block, tpu_sums_on_mxu
+from pallas_kernels.device import interpretation, target_device
 from pallas_kernels.flash import LOG2E, Spec
 
 _HEAD_WIDTHS = (64, 128, 256)
@@ -206,10 +206,11 @@ def _each_tile(bands, i, j, tile, n):
 
 
 def _forward_kernel(tiles, bands, bc, *refs):
-    """Scores [rows, keys], rows = G heads x bq queries. The row sums come out of the product p v as
-    the columns of ones beside v, which cost the matrix unit nothing while H is not a multiple of
-    its width: with adds in the vector unit, which this kernel waits for, a tile took 7% longer."""
-    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref, top, acc = refs
+    """Scores [rows, keys], rows = G heads x bq queries. Where the matrix unit is 256 wide and H is
+    not, the row sums come out of the product p v for nothing, as columns of ones beside v; the
+    vector unit, which this kernel waits for, is spared the adds (`tpu_sums_on_mxu`)."""
+    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref = refs[:8]
+    top, total, acc = refs[8:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     G, bq, H = q_ref.shape
     R, width = acc.shape
@@ -220,6 +221,7 @@ def _forward_kernel(tiles, bands, bc, *refs):
     @pl.when(j == 0)
     def _():
         top[...] = jnp.full_like(top, masks.MASKED)
+        total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
     def tile(c, _):
@@ -233,10 +235,15 @@ def _forward_kernel(tiles, bands, bc, *refs):
                 s = _masked(s, tiles.seen(q_first, k_first, (bq, bc), 0, limit, *ids))
             old = top[...]
             new = jnp.maximum(old, s.max(1, keepdims=True))
-            p = jnp.exp2(s - _lanes(new, bc)).astype(v_ref.dtype)
-            keep = _lanes(jnp.exp2(old - new), width)
-            ones = jnp.ones((bc, width - H), v_ref.dtype)
-            acc[...] = acc[...] * keep + _dot(p, jnp.concatenate([v_ref[here], ones], axis=1))
+            p = jnp.exp2(s - _lanes(new, bc))
+            keep = _lanes(jnp.exp2(old - new), max(width, TPU_LANES))
+            v = v_ref[here]
+            if width > H:
+                v = jnp.concatenate([v, jnp.ones((bc, width - H), v.dtype)], axis=1)
+            else:  # whole registers are added here, their lanes at the end
+                sums = functools.reduce(jnp.add, jnp.split(p, bc // TPU_LANES, axis=1))
+                total[...] = total[...] * keep[:, :TPU_LANES] + sums
+            acc[...] = acc[...] * keep[:, :width] + _dot(p.astype(v.dtype), v)
             top[...] = new
 
         tiles.apply(q_first, k_first, bq, bc, limit, body)
@@ -247,7 +254,11 @@ def _forward_kernel(tiles, bands, bc, *refs):
     @pl.when(j == bands.steps - 1)
     def _():
         empty = top[...] < masks.MASKED / 2
-        sums = jnp.where(empty, 1.0, _lanes(acc[:, H:], TPU_LANES))
+        if width > H:
+            sums = _lanes(acc[:, H:], TPU_LANES)
+        else:
+            sums = jnp.broadcast_to(total[...].sum(1, keepdims=True), total.shape)
+        sums = jnp.where(empty, 1.0, sums)
         lse = jnp.where(empty, masks.MASKED, (top[...] + jnp.log2(sums)) / LOG2E)
         out = acc[:, :H] * _lanes(jnp.where(empty, 0.0, 1.0 / sums), H)
         out_ref[...] = out.reshape(G, bq, H).astype(out_ref.dtype)
@@ -503,6 +514,7 @@ def forward(spec: Spec, q, k, v, segments, lengths):
     """See flash.Kernels."""
     o = _Operands(spec, "forward", q, k, segments, lengths)
     R = o.G * o.bands.block
+    width = _round_up(o.H + 1, TPU_LANES) if tpu_sums_on_mxu(target_device(q).kind) else o.H
     args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
     out_shape = (
         jax.ShapeDtypeStruct(args[0].shape, q.dtype),
@@ -515,7 +527,7 @@ def forward(spec: Spec, q, k, v, segments, lengths):
         (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs()),
         (o.query_spec(), o.stat_spec()),
         out_shape,
-        [(R, TPU_LANES), (R, _round_up(o.H + 1, TPU_LANES))],
+        [(R, TPU_LANES), (R, TPU_LANES), (R, width)],
         o.cost(2, (args, out_shape)),
         o.lengths,
         *args,

@@ -15,7 +15,6 @@ p^T do as written is 2-3 times slower than (do^T) p, hence the transposed gradie
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -193,9 +192,7 @@ def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
     plan, pad, segments = _plan(spec, q, k, segments)
     rows = [_pad(x, pad) for x in (q, lse2.swapaxes(1, 2), delta.swapaxes(1, 2), d_out)]
     q, lse2, delta, d_out = rows
-    dq, dk, dv = _backward(
-        plan, q, k, v, segments, lengths, lse2, delta, d_out, spec.kv_grad_dtype
-    )
+    dq, dk, dv = _backward(plan, q, k, v, segments, lengths, lse2, delta, d_out, spec.kv_grad_dtype)
     return dq[:, :N], dk, dv
 
 

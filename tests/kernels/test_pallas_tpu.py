@@ -69,9 +69,13 @@ def test_kv_lengths():
     assert not got["dk"][1, 128:].any()
 
 
-def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit():
+@pytest.mark.parametrize(("H", "sums_on_mxu"), [(64, True), (64, False), (128, True)])
+def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(
+    H, sums_on_mxu, monkeypatch
+):
     """At most 1.5 times, root mean square, both against the fp32 reference on fp32 inputs."""
-    shape = Shape(256, 256, 100, Q=2, K=1, H=64)
+    monkeypatch.setattr(pallas_tpu, "tpu_sums_on_mxu", lambda kind: sums_on_mxu)
+    shape = Shape(256, 256, 100, Q=2, K=1, H=H, B=1)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     args = inputs(shape, jnp.bfloat16)
     bf16 = outputs_and_gradients(operation(shape, implementation="reference"), args)

@@ -1,0 +1,236 @@
+"""What the Hopper (sm_90a) kernels are made of: products, arrays in registers, producer and
+consumer warpgroups, and the start of a kernel, in Pallas's Mosaic GPU dialect.
+
+The interpreter on the host runs the same kernels; all that differs for it is in this file (`_dot`
+and its users). Registers are the scarce thing: comments say where the compiler needed help to spill
+none, as its report (MOSAIC_GPU_DUMP_PTXAS) showed.
+"""
+
+import functools
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mask as masks
+from pallas_kernels.device import interpretation
+
+try:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+except ImportError as error:  # a jaxlib without it
+    pl = plgpu = None
+    IMPORT_ERROR = str(error)
+
+CONSUMERS = 2
+PRODUCER = CONSUMERS  # warpgroups 0 and 1 multiply, 2 copies
+# Registers a thread; the three warpgroups have 504 to share.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+
+
+# Products. What a warpgroup multiplies lies in shared memory, or is in its registers.
+
+
+def _dot(a, b):
+    """Stands in for wgmma in the interpreter, which knows it only with both operands in shared
+    memory and an accumulator that starts at 0. commit_smem orders these reads before the copies
+    that will overwrite the operands, which wgmma needs no help for."""
+    plgpu.commit_smem()
+    return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+def scores(a, b, meanwhile=lambda: None):
+    """a @ b.T in fp32, of a [M H] and b [N H] in shared memory; `meanwhile` is issued after it and
+    before its end."""
+    if interpretation() is not None:
+        meanwhile()
+        return _dot(a[...], b[...].T)
+
+    def body(acc):
+        plgpu.wgmma(acc, a, b.transpose((1, 0)))
+        meanwhile()
+        return acc[...]
+
+    return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+
+def p_and_ds(a, b, probabilities, wait, c, d, delta, overlap: bool):
+    """p = probabilities(a @ b.T) and ds = p * (c @ d.T - delta()), after wait() for c and d.
+
+    With `overlap` the second product runs during the exponentials, for which only blocks without a
+    mask have the registers. Otherwise it starts at -delta, which then needs no registers either.
+    """
+    if interpretation() is not None:
+        p = probabilities(scores(a, b))
+        wait()
+        return p, p * (scores(c, d) - delta())
+    if overlap:
+        wait()
+
+        def body(s, dp):
+            plgpu.wgmma(s, a, b.transpose((1, 0)))
+            plgpu.wgmma(dp, c, d.transpose((1, 0)))
+            return probabilities(plgpu.wgmma_accumulator_load(s, wait_n=1)), dp[...]
+
+        acc = plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32)
+        p, dp = pl.run_scoped(body, acc, acc)
+        return p, p * (dp - delta())
+    p = probabilities(scores(a, b))
+    wait()
+    product = pl.run_state(lambda dp: plgpu.wgmma(dp, c, d.transpose((1, 0))))
+    return p, p * product(plgpu.ACC.init(-delta()))
+
+
+def add_product(acc, a, b):
+    """acc + a @ b, of a [M N] in registers and b [N H] in shared memory."""
+    if interpretation() is not None:
+        return acc + _dot(a, b[...])
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+
+
+def add_two_products(first, a, b, second, c, d):
+    """first + a @ b, second + c @ d, both in flight together."""
+    if interpretation() is not None:
+        return add_product(first, a, b), add_product(second, c, d)
+
+    def body(refs):
+        plgpu.wgmma(refs[0], a, b)
+        plgpu.wgmma(refs[1], c, d)
+
+    return pl.run_state(body)((plgpu.ACC.init(first), plgpu.ACC.init(second)))
+
+
+def anew(wg):
+    """wg, for indexing a loop-invariant operand inside the loop. Otherwise the compiler computes
+    the descriptors of its 8 slices once and keeps them in 16 registers throughout."""
+    return lax.optimization_barrier(wg)
+
+
+# Arrays in registers: [M N] as wgmma leaves them, with a value a row [M] or a column [N].
+
+
+def zeros(shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def per_row(value: float, size: int):
+    return plgpu.layout_cast(jnp.full((size,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def load_rows(ref):
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_columns(ref):
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+def each_row(x, shape):
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def each_column(x, shape):
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def exponentials(s, scale2, seen, top):
+    """One step of the running softmax over scores s [M N], before the scale.
+
+    Returns p, the factor by which sums over earlier keys shrink, and the new maximum. Scale first,
+    then mask with a finite number: masked and then scaled in one fused multiply-add, a fully
+    masked row would be infinite. Such a row is shifted by 0, so that its exponentials are 0.
+    """
+    if seen is None:
+        highest = s.max(axis=1) if scale2 >= 0 else s.min(axis=1)
+        new = shift = jnp.maximum(top, highest * scale2)
+        p = jnp.exp2(s * scale2 - each_row(shift, s.shape))
+    else:
+        s = jnp.where(seen, s * scale2, masks.MASKED)
+        new = jnp.maximum(top, s.max(axis=1))
+        shift = jnp.where(new < masks.MASKED / 2, 0.0, new)
+        p = jnp.exp2(s - each_row(shift, s.shape))
+    return p, jnp.exp2(top - shift), new
+
+
+def probabilities(s, scale2, seen, lse2):
+    """p [M N] of scores before the scale, with lse2 already broadcast."""
+    s = s * scale2 - lse2
+    return jnp.exp2(s if seen is None else jnp.where(seen, s, masks.MASKED))
+
+
+def both(a, b):
+    return a if b is None else b if a is None else a & b
+
+
+# Threads: how stages are given back and forth, what a producer does, how a kernel starts.
+
+
+def stream(first, last, copies, free):
+    """The producer's loop: fills the stages in turn with blocks first..last, then waits until the
+    last of them were read (a thread block must not end with arrivals under way). copies(j, slot)
+    are functions that start a copy, `free` has one array of barriers for each, a barrier a stage,
+    on which the consumers give it back."""
+    stages = free[0].shape[0]
+
+    @pl.loop(first, last)
+    def _(j):
+        slot = lax.rem(j - first, stages)
+        for copy, barrier in zip(copies(j, slot), free, strict=True):
+            pl.when(j - first >= stages)(functools.partial(plgpu.barrier_wait, barrier.at[slot]))
+            copy()
+
+    @pl.loop(jnp.maximum(last - stages, first), last)
+    def _(j):
+        for barrier in free:
+            plgpu.barrier_wait(barrier.at[lax.rem(j - first, stages)])
+
+
+def specialise(producer, consumer):
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        consumer(wg)
+
+    @pl.when(wg == PRODUCER)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        producer()
+
+
+def run(body, name: str, *operands, grid, out_type, scratch, cost):
+    """Starts a kernel over grid (batch, tiles, heads), the last axis running fastest. cost is
+    (flops, exponentials); jax 0.11 has no place for it in a Mosaic GPU kernel."""
+    options = {}
+    if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:
+        arrays = jax.tree.leaves((operands, out_type))
+        options["cost_estimate"] = pl.CostEstimate(
+            flops=cost[0],
+            transcendentals=cost[1],
+            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
+        )
+    if (how := interpretation()) is not None:
+        options["interpret"] = plgpu.InterpretGPUParams(detect_races=how.detect_races)
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("batch", "tiles", "heads"),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+        **options,
+    )(*operands)
+
+
+def barriers(count: int, arrivals: int = 1):
+    return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
+
+
+def ceil_div(x, n):
+    return lax.div(x + (n - 1), n)
