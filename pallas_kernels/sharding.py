@@ -31,6 +31,7 @@ class Layout(NamedTuple):
     heads: tuple[str, ...]
     kv_heads: tuple[str, ...]  # equal to heads, or () if K/V heads are replicated
     group: int  # query heads per K/V head
+    axes: tuple[str, ...]  # all axes of the mesh that no surrounding shard_map handles
 
     def specs(self, *axes: str) -> tuple[P, ...]:
         """One spec per string of letters: b batch, q query heads, k K/V heads, . anything else."""
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
 
 def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None:
     """How a call with B rows, Q query and K key/value heads lies on the mesh of the context; None
-    if there is nothing to split. What does not divide is replicated."""
+    if that has one device. What does not divide is replicated."""
     mesh = jax.sharding.get_abstract_mesh()
     if partition is None or mesh.empty:
         return None
@@ -65,16 +66,16 @@ def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None
         ways = math.prod(free[axis] for axis in axes)
         return axes if all(size % ways == 0 for size in sizes) else ()
 
-    batch, heads = split(partition.batch, B), split(partition.heads, Q)
-    if not batch and not heads:
+    if math.prod(free.values()) == 1:
         return None
-    return Layout(batch, heads, split(heads, K), Q // K)
+    batch, heads = split(partition.batch, B), split(partition.heads, Q)
+    return Layout(batch, heads, split(heads, K), Q // K, tuple(free))
 
 
 def on_each_device(body: Callable, where: Layout, in_specs, out_specs) -> Callable:
-    """body as a shard_map over the axes of `where`. The replication check is off: a pallas_call
-    does not say over which axes its results vary."""
-    axes = set(where.batch) | set(where.heads)
+    """body as a shard_map over the mesh: over all of it, since a TPU kernel may be left to XLA's
+    partitioner along no axis. The replication check is off: a pallas_call does not say over which
+    axes its results vary."""
     return jax.shard_map(
-        body, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+        body, in_specs=in_specs, out_specs=out_specs, axis_names=set(where.axes), check_vma=False
     )

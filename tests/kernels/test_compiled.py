@@ -1,10 +1,7 @@
-"""What the compiler makes of it: memory, rematerialisation, loops around it, shards."""
+"""What the compiler makes of it: memory, rematerialisation, loops around it."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -85,43 +82,3 @@ def test_inside_scan_and_checkpoint(small_blocks):
 
     want, got = (jax.jit(jax.grad(layers(attend(x))))(q) for x in ("reference", "xla"))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
-SHARDED = """
-import jax, numpy as np
-from functools import partial
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from pallas_kernels import cross_attention, window_attention
-from tests.kernels.cases import Shape, inputs
-
-mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-spec = P("data", None, "tensor", None)
-args = inputs(Shape(300, 300, Q=4))[:4]
-sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in args]
-for attend in (partial(window_attention, window=40), cross_attention):
-    def run(q, k, v, d_out):
-        out, vjp = jax.vjp(attend, q, k, v)
-        return out, *vjp(d_out)
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 4)
-    want = jax.jit(run)(*args)
-    for f in (run, mapped):
-        text = jax.jit(f).lower(*sharded).compile().as_text()
-        assert not any(x in text for x in ("all-gather", "all-reduce", "all-to-all", "permute"))
-        for a, b in zip(want, jax.jit(f)(*sharded), strict=True):
-            assert b.sharding.spec == spec, b.sharding
-            np.testing.assert_allclose(a, b, atol=1e-5)
-print("sharded: ok")
-"""
-
-
-def test_batch_and_heads_shard_without_communication():
-    """By GSPMD and by shard_map, on 4 devices in a process of their own."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
-    )
-    assert "sharded: ok" in done.stdout, done.stderr[-2000:]

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import (
     MASKED,
+    Partition,
     cross_attention,
     decode_cross,
     decode_window,
@@ -162,18 +163,23 @@ def test_a_band_holds_every_visible_key_and_one_step_reads_it(window, q_offset):
         assert start + bands.size >= min(first + block, length)
 
 
-@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
-def test_a_cpu_host_that_compiles_for_a_tpu_gets_the_tpu_kernels(kind):
-    """By the device of the abstract mesh; experiments.compile_kernels goes on to machine code."""
-    device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 2)])
+def test_a_cpu_host_that_compiles_for_a_tpu_gets_the_tpu_kernels(shape):
+    """By the device of the abstract mesh, and in a shard_map over all of it, as TPU kernels must be;
+    experiments.compile_kernels goes on to machine code."""
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    types = (AxisType.Auto,) * 2
+    mesh = AbstractMesh(shape, ("data", "tensor"), axis_types=types, abstract_device=device)
+    x = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
+    partition = Partition(batch=("data",), heads=("tensor",))
 
     def run(q, k, v):
-        return window_attention(q, k, v, window=100) + cross_attention(q, k, v)
+        out = window_attention(q, k, v, window=100, partition=partition)
+        return (out + cross_attention(q, k, v, partition=partition)).astype(jnp.float32).sum()
 
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(run).trace(x, x, x).lower(lowering_platforms=("tpu",))
+        lowered = jax.jit(jax.grad(run)).trace(x, x, x).lower(lowering_platforms=("tpu",))
     text = lowered.as_text()
-    assert "yocou_window_attention_forward" in text
-    assert "yocou_cross_attention_forward" in text
+    for what in ("window", "cross"):
+        for kernel in ("forward", "dq"):
+            assert f"yocou_{what}_attention_{kernel}" in text

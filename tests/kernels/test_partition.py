@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Partition, cross_attention, decode_cross, interpret
+from pallas_kernels import Partition, decode_cross, interpret
 from tests.kernels.cases import Shape, documents, inputs, operation
 
 PARTITION = Partition(batch=("data",), heads=("tensor",))
@@ -88,20 +88,24 @@ def test_decode(K):
     assert got.sharding.shard_shape(got.shape) == (1, 2, 8)
 
 
-def test_inside_a_shard_map_there_is_nothing_left_to_split():
-    shape = Shape(20, 20, Q=4, K=2, H=8)
-    q, k, v, *_ = inputs(shape)
+@pytest.mark.parametrize("window", [None, 12])
+def test_xla_needs_no_partition_and_inside_a_shard_map_there_is_nothing_left_to_split(window):
+    """Neither XLA's own split of plain operations nor a shard_map around them communicates."""
+    shape = Shape(40, 40, window, Q=4, K=2, H=8)
     mesh = make_mesh(2, 2)
-    spec = P("data", None, "tensor", None)
-
-    def run(q, k, v):
-        return cross_attention(q, k, v, implementation="xla", partition=PARTITION)
-
+    args = put(mesh, inputs(shape))
+    specs = tuple(x.sharding.spec for x in args)
+    plain = gradients(operation(shape, implementation="xla"))
+    inside = gradients(operation(shape, implementation="xla", partition=PARTITION))
+    out_specs = (specs[0], specs[4], *specs[:3])
     with jax.set_mesh(mesh):
-        mapped = jax.jit(jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec))
-        got = mapped(q, k, v)
-    want = cross_attention(q, k, v, implementation="reference")
-    np.testing.assert_allclose(got, want, atol=1e-5)
+        mapped = jax.jit(jax.shard_map(inside, in_specs=specs, out_specs=out_specs))
+        runs = [f.lower(*args).compile() for f in (plain, mapped)]
+        want = gradients(operation(shape, implementation="reference"))(*args)
+        for run in runs:
+            assert not any(x in run.as_text() for x in COLLECTIVES)
+            for got, x in zip(run(*args), want, strict=True):
+                np.testing.assert_allclose(got, x, atol=2e-5, rtol=2e-5)
 
 
 def test_a_rematerialised_layer_under_a_mesh_does_not_run_attention_again():
