@@ -165,7 +165,7 @@ def test_a_band_holds_every_visible_key_and_one_step_reads_it(window, q_offset):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 2)])
 def test_a_cpu_host_that_compiles_for_a_tpu_gets_the_tpu_kernels(shape):
-    """By the device of the abstract mesh, and in a shard_map over all of it, as TPU kernels must be;
+    """By the device of the abstract mesh, and in a shard_map over all of it, as they must be there;
     experiments.compile_kernels goes on to machine code."""
     device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     types = (AxisType.Auto,) * 2
