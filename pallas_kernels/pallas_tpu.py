@@ -18,6 +18,7 @@ fuses them into what produces and consumes these arrays.
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,23 @@ class _Bands:
         return False if self.steps == 1 else self.start(i, j) != j * self.size
 
 
+class _Scalars(NamedTuple):
+    """What is prefetched into scalar memory, and the batch row at hand. lengths [B]; q_ids, k_ids
+    [2 B, blocks of 128]: a row's lowest and its highest segment id in each block."""
+
+    lengths: Any
+    q_ids: Any
+    k_ids: Any
+    b: Any
+
+    def ids(self, ref, first, size: int):
+        """Lowest and highest id of elements first .. first + size, both multiples of 128."""
+        blocks = [first // TPU_LANES + n for n in range(size // TPU_LANES)]
+        low = functools.reduce(jnp.minimum, [ref[2 * self.b, n] for n in blocks])
+        high = functools.reduce(jnp.maximum, [ref[2 * self.b + 1, n] for n in blocks])
+        return low, high
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
     """What the kernels need to know about a tile of queries x keys: who sees whom."""
@@ -127,12 +145,13 @@ class _Tiles:
     segments: bool
     lengths: bool
 
-    def limit(self, lengths_ref, b):
-        return lengths_ref[b] if self.lengths else self.S
+    def limit(self, scalars):
+        return scalars.lengths[scalars.b] if self.lengths else self.S
 
-    def apply(self, q_first, k_first, bq, bk, limit, body):
+    def apply(self, scalars, q_first, k_first, bq, bk, limit, body):
         """Runs body(masked: bool) for the tile of queries at positions q_first.. and keys k_first..
-        not at all if nobody sees anybody, without a mask if all see all."""
+        not at all if nobody sees anybody, without a mask if all see all. Packed documents: a tile
+        is skipped if the ranges of ids are apart, and needs no mask if all ids are one."""
         window = self.spec.window
         youngest, oldest = q_first - (k_first + bk - 1), q_first + bq - 1 - k_first
         some, every = oldest >= 0, youngest >= 0
@@ -141,10 +160,12 @@ class _Tiles:
         if self.padded or self.lengths:
             some, every = some & (k_first < limit), every & (k_first + bk <= limit)
         if self.segments:
-            pl.when(some)(functools.partial(body, True))
-        else:
-            pl.when(some & every)(functools.partial(body, False))
-            pl.when(some & ~every)(functools.partial(body, True))
+            q_low, q_high = scalars.ids(scalars.q_ids, q_first - self.spec.q_offset, bq)
+            k_low, k_high = scalars.ids(scalars.k_ids, k_first, bk)
+            some = some & (q_low <= k_high) & (k_low <= q_high)
+            every = every & (q_low == k_high) & (k_low == q_high)
+        pl.when(some & every)(functools.partial(body, False))
+        pl.when(some & ~every)(functools.partial(body, True))
 
     def seen(self, q_first, k_first, shape, q_axis, limit, q_ids, k_ids):
         """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it."""
@@ -153,12 +174,12 @@ class _Tiles:
         # Only the difference of the two counts; added to the positions along the lanes, of which
         # there are fewer registers.
         if q_axis == 0:
-            q_low, k_pos = q_first, k_pos + (k_first - q_first)
+            zero, k_pos = q_first, k_pos + (k_first - q_first)
         else:
-            q_low, q_pos = k_first, q_pos + (q_first - k_first)
+            zero, q_pos = k_first, q_pos + (q_first - k_first)
         seen = masks.visible(q_pos, k_pos, self.spec.window)
         if self.padded or self.lengths:
-            seen = seen & (k_pos < limit - q_low)
+            seen = seen & (k_pos < limit - zero)
         if self.segments:
             seen = seen & (q_ids == k_ids)
         return seen
@@ -209,14 +230,14 @@ def _forward_kernel(tiles, bands, bc, *refs):
     """Scores [rows, keys], rows = G heads x bq queries. Where the matrix unit is 256 wide and H is
     not, the row sums come out of the product p v for nothing, as columns of ones beside v; the
     vector unit, which this kernel waits for, is spared the adds (`tpu_sums_on_mxu`)."""
-    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref = refs[:8]
-    top, total, acc = refs[8:]
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref, top, total, acc = refs[3:]
+    scalars = _Scalars(*refs[:3], pl.program_id(0))
+    i, j = pl.program_id(2), pl.program_id(3)
     G, bq, H = q_ref.shape
     R, width = acc.shape
     q_first = tiles.spec.q_offset + i * bq
     start = bands.start(i, j)
-    limit = tiles.limit(lengths_ref, b)
+    limit = tiles.limit(scalars)
 
     @pl.when(j == 0)
     def _():
@@ -246,7 +267,7 @@ def _forward_kernel(tiles, bands, bc, *refs):
             acc[...] = acc[...] * keep[:, :width] + _dot(p.astype(v.dtype), v)
             top[...] = new
 
-        tiles.apply(q_first, k_first, bq, bc, limit, body)
+        tiles.apply(scalars, q_first, k_first, bq, bc, limit, body)
         return 0
 
     _each_tile(bands, i, j, tile, bands.size // bc)
@@ -279,13 +300,13 @@ def _pipelined(chunks, products, rest):
 def _dq_kernel(tiles, bands, bc, *refs):
     """Scores [keys, queries], so that lse and delta are rows of lanes as they lie in memory; dq is
     summed transposed, [H, queries], which keeps the matrix unit's columns full."""
-    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref = refs[:6]
-    d_out_ref, lse_ref, delta_ref, dq_ref, acc = refs[6:]
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref, dq_ref, acc = refs[3:]
+    scalars = _Scalars(*refs[:3], pl.program_id(0))
+    i, j = pl.program_id(2), pl.program_id(3)
     G, bq = q_ref.shape[:2]
     q_first = tiles.spec.q_offset + i * bq
     start = bands.start(i, j)
-    limit = tiles.limit(lengths_ref, b)
+    limit = tiles.limit(scalars)
 
     @pl.when(j == 0)
     def _():
@@ -316,7 +337,7 @@ def _dq_kernel(tiles, bands, bc, *refs):
 
             _pipelined(_chunks(bq, _DQ_CHUNK), products, rest)
 
-        tiles.apply(q_first, k_first, bq, bc, limit, body)
+        tiles.apply(scalars, q_first, k_first, bq, bc, limit, body)
         return 0
 
     _each_tile(bands, i, j, tile, bands.size // bc * G)
@@ -330,13 +351,14 @@ def _dq_kernel(tiles, bands, bc, *refs):
 def _dkv_kernel(tiles, bands, bc, *refs):
     """Scores [queries, keys]; dk and dv are summed transposed, [H, keys], over the queries of the
     band and the G heads of the group, in fp32."""
-    lengths_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref = refs[:6]
-    d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk, dv = refs[6:]
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref = refs[3:11]
+    dk_ref, dv_ref, dk, dv = refs[11:]
+    scalars = _Scalars(*refs[:3], pl.program_id(0))
+    i, j = pl.program_id(2), pl.program_id(3)
     G, bk = q_ref.shape[0], k_ref.shape[0]
     k_first = i * bk
     start = bands.start(i, j)
-    limit = tiles.limit(lengths_ref, b)
+    limit = tiles.limit(scalars)
 
     @pl.when(j == 0)
     def _():
@@ -372,7 +394,7 @@ def _dkv_kernel(tiles, bands, bc, *refs):
 
             _pipelined(_chunks(bc, max(_DKV_CHUNK // bk, TPU_LANES)), products, rest)
 
-        tiles.apply(q_first, k_first, bc, bk, limit, body)
+        tiles.apply(scalars, q_first, k_first, bc, bk, limit, body)
         return 0
 
     _each_tile(bands, i, j, tile, bands.size // bc * G)
@@ -383,7 +405,7 @@ def _dkv_kernel(tiles, bands, bc, *refs):
         dv_ref[...] = dv[...].T.astype(dv_ref.dtype)
 
 
-def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, *args):
+def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, scalars, *args):
     mode = interpretation()
     interpret = mode is not None
     if mode is not None and mode.detect_races:
@@ -391,7 +413,7 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, *ar
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=len(scalars),
             grid=grid,
             in_specs=in_specs,
             out_specs=out_specs,
@@ -405,7 +427,7 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, *ar
         cost_estimate=cost,
         interpret=interpret,
         name=name,
-    )(*args)
+    )(*scalars, *args)
 
 
 class _Operands:
@@ -464,6 +486,18 @@ class _Operands:
             return None, None
         q_ids, k_ids = (x[:, None].astype(jnp.int32) for x in self.segments)
         return _pad(q_ids, 2, self.N_pad), _pad(k_ids, 2, self.S_pad)
+
+    def scalars(self):
+        """lengths and the ranges of segment ids, for _Scalars."""
+        if self.segments is None:
+            nothing = jnp.zeros((1, 1), jnp.int32)
+            return self.lengths, nothing, nothing
+
+        def ranges(ids):
+            blocks = ids.reshape(self.B, -1, TPU_LANES)
+            return jnp.stack([blocks.min(2), blocks.max(2)], 1).reshape(2 * self.B, -1)
+
+        return self.lengths, *(ranges(ids) for ids in self.ids())
 
     def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
         """Blocks of the outer axis, or bands of the inner one, between whole other axes."""
@@ -529,7 +563,7 @@ def forward(spec: Spec, q, k, v, segments, lengths):
         out_shape,
         [(R, TPU_LANES), (R, TPU_LANES), (R, width)],
         o.cost(2, (args, out_shape)),
-        o.lengths,
+        o.scalars(),
         *args,
     )
     return o.queries_back(out), lse[..., : o.N].reshape(o.B, -1, o.N)
@@ -553,7 +587,7 @@ def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
             out_shape,
             [acc_shape(o)] * len(out_shape),
             o.cost(products, (args, out_shape)),
-            o.lengths,
+            o.scalars(),
             *args,
         )
         return o, out
@@ -642,7 +676,7 @@ def decode(q, k, v, valid, *, scale):
             transcendentals=B * Q * S,
             bytes_accessed=2 * B * K * S * H * q.dtype.itemsize,
         ),
-        valid,
+        (valid,),
         q.reshape(B, K, G, H),
         k,
         v,

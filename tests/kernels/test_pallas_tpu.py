@@ -20,6 +20,7 @@ from pallas_kernels import (
     pallas_tpu,
     window_attention,
 )
+from pallas_kernels.blocks import TpuBlocks
 from pallas_kernels.pallas_tpu import _Bands
 from tests.kernels.cases import (
     Shape,
@@ -60,6 +61,24 @@ def test_segments_and_rows_that_see_nothing(window):
     assert not empty.all()
     assert not got["out"][empty].any()
     assert not got["dq"][empty].any()
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(window, monkeypatch):
+    """Tiles of 128 x 128, documents of 256, 128 and 144, the third with an id of the first. A value
+    that is not a number spoils what multiplies it, by 0 too: it must not reach the second."""
+    blocks = TpuBlocks(128, 128, 128)
+    monkeypatch.setattr(pallas_tpu, "tpu_blocks", lambda *_: blocks)
+    shape = Shape(528, 528, window, Q=1, K=1, H=64, B=1)
+    ids = jnp.repeat(jnp.array([[7, 3, 7]]), jnp.array([256, 128, 144]), axis=1)
+    tpu(shape, segment_ids=ids)
+    q, k, v, *_ = inputs(shape)
+    v = v.at[:, :256].set(jnp.nan)
+    with interpret():
+        attend = operation(shape, implementation="pallas_tpu", segment_ids=ids)
+        out = jax.jit(attend)(q, k, v)
+    assert np.isnan(out[:, :256]).all()
+    assert np.isfinite(out[:, 256:384]).all()
 
 
 def test_kv_lengths():
