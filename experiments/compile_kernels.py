@@ -5,7 +5,7 @@
 The shapes are those of configs/yocou_125m.py and configs/yocou_1b.py; the attention programs hold
 the forward and the backward kernels, as in training. Exit code 1: a compile failed, a GPU kernel
 spills registers or serialises its wgmma, or on v6e a tile takes more cycles than jax's splash
-attention. It needs requirements-aot.txt (a100: requirements-gpu.txt, for Triton).
+attention. It needs requirements-aot.txt.
 
 TPU. libtpu compiles on any host and, asked by --xla_jf_dump_to and --xla_jf_dump_llo_text, writes
 the final schedule of each kernel: one row per VLIW bundle with the slots that it fills. A bundle is
@@ -471,7 +471,7 @@ def what_to_install(target: Target) -> str | None:
     needed = {
         "tpu": ("libtpu", "TPU", "requirements-aot.txt"),
         "cuda": ("jax_cuda13_plugin", "NVIDIA GPU", "requirements-aot.txt"),
-        "triton": ("triton", "Triton", "requirements-gpu.txt"),
+        "triton": ("triton", "Triton", "requirements-aot.txt"),
     }
     package, what, requirements = needed[target.platform]
     if importlib.util.find_spec(package) is not None:
