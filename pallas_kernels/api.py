@@ -55,12 +55,15 @@ class Call(NamedTuple):
 
 class Implementation(NamedTuple):
     """One backend. `attention` and `decode` have the signatures of those in reference.py and take
-    `partition` besides; `unsupported_reason(call)` is None where it can run, else a full
-    sentence."""
+    `partition` besides; `unsupported_reason(call)` is None where it can run, else a full sentence.
+    head_widths: those that `attention` computes with; it pads others to the next. platform: the
+    only one it is for."""
 
     unsupported_reason: Callable[[Call], str | None]
     attention: Callable | None = None
     decode: Callable | None = None
+    head_widths: tuple[int, ...] = ()
+    platform: str | None = None
 
 
 class Choice(NamedTuple):
@@ -75,28 +78,27 @@ def _always(call: Call) -> None:
     return None
 
 
-def _blocked(unsupported_reason, forward, backward, decode) -> Implementation:
+def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -> Implementation:
+    """An implementation from the module of its kernels (and of its decode, if that is another)."""
+    both = Kernels(kernels.forward, kernels.backward, opaque)
     return Implementation(
-        unsupported_reason,
-        functools.partial(flash.attention, Kernels(forward, backward)),
-        functools.partial(flash.decode, decode),
+        getattr(kernels, "unsupported_reason", _always),
+        functools.partial(flash.attention, both, head_widths=head_widths),
+        functools.partial(flash.decode, (decode or kernels).decode, opaque=opaque),
+        head_widths,
+        platform,
     )
 
 
 # In the order in which "auto" tries them; reference is only ever run by name.
 _REGISTRY = {
-    "pallas_tpu": _blocked(
-        pallas_tpu.unsupported_reason, pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.decode
+    "pallas_tpu": _blocked(pallas_tpu, "tpu", head_widths=(64, 128, 256)),
+    "pallas_gpu": _blocked(pallas_gpu, "gpu", pallas_gpu_decode, head_widths=(64, 128)),
+    "triton": _blocked(triton, "gpu", head_widths=(64, 128, 256)),
+    "cudnn": Implementation(
+        cudnn.unsupported_reason, cudnn.attention, cudnn.decode, platform="gpu"
     ),
-    "pallas_gpu": _blocked(
-        pallas_gpu.unsupported_reason,
-        pallas_gpu.forward,
-        pallas_gpu.backward,
-        pallas_gpu_decode.decode,
-    ),
-    "triton": _blocked(triton.unsupported_reason, triton.forward, triton.backward, triton.decode),
-    "cudnn": Implementation(cudnn.unsupported_reason, cudnn.attention, cudnn.decode),
-    "xla": _blocked(_always, xla.forward, xla.backward, xla.decode),
+    "xla": _blocked(xla, opaque=False),
     "reference": Implementation(_always, reference.attention, reference.decode),
 }
 IMPLEMENTATIONS = ("auto", *_REGISTRY)
@@ -107,7 +109,11 @@ def unsupported_reason(implementation: str, call: Call) -> str | None:
     if implementation not in _REGISTRY:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r} is not one of: {known}.")
-    return _REGISTRY[implementation].unsupported_reason(call)
+    found = _REGISTRY[implementation]
+    if call.q_shape is not None and not call.operation.startswith("decode"):
+        H = flash.padded_width(call.q_shape[-1], found.head_widths)
+        call = call._replace(q_shape=(*call.q_shape[:-1], H))
+    return found.unsupported_reason(call)
 
 
 def choose_implementation(operation: str, *, implementation: str = "auto", **facts) -> Choice:
@@ -124,11 +130,14 @@ def choose_implementation(operation: str, *, implementation: str = "auto", **fac
         if reason := unsupported_reason(implementation, call):
             raise ValueError(f"{operation} cannot run with {implementation=}: {reason}")
         return Choice(operation, implementation, "asked for by name")
-    for name in _REGISTRY:
+    reasons = ["auto"]
+    for name, implementation in _REGISTRY.items():
         with on_device():
             reason = unsupported_reason(name, call)
         if reason is None:
-            return Choice(operation, name, "auto: the first in the order that supports this call")
+            return Choice(operation, name, "; ".join(reasons))
+        if implementation.platform == call.device.platform:
+            reasons.append(f"not {name}: {reason.rstrip('.')}")
     raise AssertionError("xla supports every call")
 
 
@@ -180,6 +189,10 @@ def _check_rows(operation, name, x, B):
     )
 
 
+def _clipped(lengths, S: int):
+    return jnp.clip(lengths, 0, S).astype(jnp.int32)
+
+
 def _segments(operation, segment_ids, q, k) -> SegmentIds | None:
     if segment_ids is None:
         return None
@@ -220,6 +233,9 @@ def _attention(
     _require(q_offset >= 0, f"{operation} needs {q_offset=} to be at least 0.")
     if kv_lengths is not None:
         _check_rows(operation, "kv_lengths", kv_lengths, q.shape[0])
+        kv_lengths = _clipped(kv_lengths, k.shape[1])
+    if window is not None:
+        window = min(window, q_offset + q.shape[1])  # no query is older
     segments = _segments(operation, segment_ids, q, k)
     call = Call(
         operation,
@@ -340,7 +356,7 @@ def _decode(operation, q, k, v, lengths, scale, implementation, partition):
         q,
         k,
         v,
-        jnp.minimum(lengths, k.shape[1]),
+        _clipped(lengths, k.shape[1]),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         partition=partition,
     )

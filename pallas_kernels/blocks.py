@@ -35,6 +35,14 @@ def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Bl
 
 
 TPU_LANES = 128  # blocks of positions are multiples of it
+# What a kernel may take of VMEM, of 128 MB (v7x: 64); XLA's default of 16 is too little for 8 heads
+# of 256. The kinds are those that the kernels were compiled for.
+TPU_VMEM = {
+    "TPU v5 lite": 96 * 2**20,
+    "TPU v5": 80 * 2**20,
+    "TPU v6 lite": 96 * 2**20,
+    "TPU7x": 48 * 2**20,
+}
 
 
 class TpuBlocks(NamedTuple):
@@ -75,10 +83,10 @@ def tpu_sums_on_mxu(kind: str) -> bool:
     return "v6" in kind
 
 
-def tpu_decode_block(H: int) -> int:
-    """Slots per grid step: 0.5 MB of keys and as many of values, so that a step's copies take
-    longer than what a step costs (about 0.35 us)."""
-    return 2048 * 128 // max(H, 64)
+def tpu_decode_rows(H: int) -> int:
+    """Slots x K/V heads per grid step: 1 MB of keys and as much of values in bf16, so that a step's
+    copies take several times what a step costs (about 0.35 us)."""
+    return 4096 * 128 // max(H, 128)
 
 
 class GpuBlocks(NamedTuple):

@@ -27,13 +27,15 @@ def unsupported_reason(call) -> str | None:
         return "cuDNN is a library for NVIDIA GPUs; it cannot be interpreted."
     if device.platform != "gpu":
         return f"cuDNN needs an NVIDIA GPU; this computation is for {device.kind}."
+    capability = device.compute_capability
+    if capability is None:
+        return f"cuDNN needs an NVIDIA GPU of known compute capability; this is {device.kind}."
     if jax.default_backend() != "gpu":
         return (
             f"cuDNN is asked for its plan while jax lowers, on the GPU itself: {device.kind} is "
             "only named here, not present."
         )
-    capability = device.compute_capability
-    if capability is None or capability < 80:
+    if capability < 80:
         return f"cuDNN's attention needs compute capability 8.0 (A100) or newer; got {device.kind}."
     if call.dtype is not None and str(jnp.dtype(call.dtype)) not in ("bfloat16", "float16"):
         return f"cuDNN's attention takes bfloat16 or float16; got {jnp.dtype(call.dtype)}."

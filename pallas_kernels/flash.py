@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import mask as masks
 from pallas_kernels import sharding
+from pallas_kernels.device import interpretation
 
 LOG2E = math.log2(math.e)
 
@@ -34,6 +35,7 @@ class Kernels(NamedTuple):
 
     forward: Callable
     backward: Callable
+    opaque: bool = True  # to XLA, which then can neither split them nor see what they return
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,21 +118,54 @@ def _backward(spec, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
+def padded_width(H: int, head_widths: tuple[int, ...]) -> int:
+    """The least of head_widths that holds H, or H itself; interpreters take any width."""
+    if interpretation() is not None:
+        return H
+    return next((width for width in head_widths if width >= H), H)
+
+
+def _check_context(opaque: bool, q, where) -> None:
+    if (opaque or where is not None) and getattr(jax.typeof(q), "vma", None):
+        raise ValueError(
+            "Attention kernels do not say over which mesh axes their results vary: give the "
+            "jax.shard_map around them check_vma=False."
+        )
+
+
 def attention(
-    kernels: Kernels, q, k, v, *, window, q_offset, segments, kv_lengths, scale, partition=None
+    kernels: Kernels,
+    q,
+    k,
+    v,
+    *,
+    window,
+    q_offset,
+    segments,
+    kv_lengths,
+    scale,
+    partition=None,
+    head_widths=(),
 ):
-    """Same contract as `reference.attention`, by the kernels given, under the mesh in use."""
+    """Same contract as `reference.attention`, by the kernels given, under the mesh in use. Heads
+    are padded with zeros, which change nothing, to the next of head_widths."""
+    H = q.shape[-1]
+    pad = padded_width(H, head_widths) - H
+    if pad:
+        q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, pad),)) for x in (q, k, v))
     if window is not None and window >= q_offset + q.shape[1]:
         window = None  # it cuts nothing off
     where = sharding.layout(partition, q.shape[0], q.shape[2], k.shape[2])
+    _check_context(kernels.opaque, q, where)
     spec = Spec(kernels, window, q_offset, scale, jnp.dtype(k.dtype), where)
     out, lse = _attention(spec, q, k, v, segments, kv_lengths)
-    return out, lse.swapaxes(1, 2)
+    return out[..., :H], lse.swapaxes(1, 2)
 
 
-def decode(kernel: Callable, q, k, v, valid, *, scale, partition=None):
+def decode(kernel: Callable, q, k, v, valid, *, scale, partition=None, opaque=True):
     """Same contract as `reference.decode`, by the kernel given, under the mesh in use."""
     where = sharding.layout(partition, q.shape[0], q.shape[1], k.shape[2])
+    _check_context(opaque, q, where)
     if where is None:
         return kernel(q, k, v, valid, scale=scale)
 

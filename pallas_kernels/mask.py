@@ -27,11 +27,19 @@ class SegmentIds(NamedTuple):
 
 def visible(q_pos, k_pos, window: int | None):
     """True where a query may see a key: 0 <= q_pos - k_pos < window (any broadcastable shapes).
-    window=None is full causal attention. int32 positions."""
+    window=None is full causal attention."""
+    age = q_pos - k_pos
+    seen = age >= 0
+    return seen if window is None else seen & (age < window)
+
+
+def visible_int32(q_pos, k_pos, window: int | None):
+    """The same for int32 positions, with one comparison: as a number without a sign, a negative age
+    is larger than any window. Written as a shift by the lowest int32, which wraps around; for a
+    kernel that waits for its vector unit (two operations less of five, a tenth of a masked tile).
+    """
     if window is None:
         return q_pos >= k_pos
-    # Both ends in one comparison: as a number without a sign, a negative age is larger than any
-    # window. Written as a shift by the lowest int32, which wraps; device kernels count operations.
     lowest = jnp.iinfo(jnp.int32).min
     return q_pos - (k_pos + lowest) < window + lowest
 

@@ -49,9 +49,10 @@ def unsupported_reason(call) -> str | None:
     if not interpreted and device.platform != "gpu":
         return f"pallas_gpu runs on NVIDIA Hopper GPUs; this computation is for a {device.kind}."
     if not interpreted and device.compute_capability != 90:
-        return (
-            "pallas_gpu is written for compute capability 9.0 (Hopper: H100, H200, GH200); "
-            f"{device.kind} has {device.compute_capability}."
+        return "pallas_gpu is written for compute capability 9.0 (Hopper: H100, H200, GH200); " + (
+            f"{device.kind} is not in the table of pallas_kernels/device.py."
+            if device.compute_capability is None
+            else f"{device.kind} has {device.compute_capability / 10}."
         )
     if not hasattr(plgpu, "InterpretGPUParams"):
         what = "has no interpreter for it" if interpreted else "has another interface"

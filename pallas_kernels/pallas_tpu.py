@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mask as masks
-from pallas_kernels.blocks import TPU_LANES, tpu_blocks, tpu_decode_block, tpu_sums_on_mxu
+from pallas_kernels.blocks import TPU_LANES, TPU_VMEM, tpu_blocks, tpu_decode_rows, tpu_sums_on_mxu
 from pallas_kernels.device import interpretation, target_device
 from pallas_kernels.flash import LOG2E, Spec
 
@@ -36,7 +36,6 @@ _DTYPES = ("bfloat16", "float32")
 _NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
 _NN = (((1,), (0,)), ((), ()))
 _TN = (((0,), (0,)), ((), ()))  # a [k m], b [k n] -> [m n]
-_VMEM_LIMIT = 32 * 2**20  # the default of 16 MB is too little for 8 heads of 256; v7x has 64 MB
 # What the backward kernels handle at a time inside a tile (static cycles on v6e, H = 128).
 _DQ_CHUNK = 256  # queries; a tile of 256 x 768 took 601 cycles, in halves 686
 _DKV_CHUNK = 512 * 256  # scores; a tile of 768 x 256 took 757 cycles, in pieces of 256 x 256 881
@@ -49,14 +48,51 @@ def _dot(a, b, dims=_NN):
 
 
 def unsupported_reason(call) -> str | None:
-    if interpretation() is None and call.device.platform != "tpu":
-        return f"The TPU kernels need a TPU; this computation is for {call.device.kind}."
-    if call.q_shape is not None and call.q_shape[-1] not in _HEAD_WIDTHS:
-        widths = ", ".join(map(str, _HEAD_WIDTHS))
-        return f"The TPU kernels take heads of width {widths}; got {call.q_shape[-1]}."
+    """See api.Implementation. Interpreted kernels take any head width."""
+    interpreted = interpretation() is not None
+    if not interpreted:
+        if call.device.platform != "tpu":
+            return f"The TPU kernels need a TPU; this computation is for {call.device.kind}."
+        if call.device.kind not in TPU_VMEM:
+            known = ", ".join(TPU_VMEM)
+            return f"The TPU kernels were compiled for {known} only; this is {call.device.kind}."
     if call.dtype is not None and str(jnp.dtype(call.dtype)) not in _DTYPES:
         return f"The TPU kernels take {' or '.join(_DTYPES)}; got {jnp.dtype(call.dtype)}."
+    if interpreted or call.q_shape is None:
+        return None
+    H = call.q_shape[-1]
+    if H not in _HEAD_WIDTHS:
+        widths = ", ".join(map(str, _HEAD_WIDTHS))
+        return f"The TPU kernels take heads of width {widths}; got {H}."
+    if call.k_shape is not None and call.dtype is not None and len(call.q_shape) == 4:
+        need, have = _vmem(call), TPU_VMEM[call.device.kind]
+        if need > have:
+            return (
+                f"The TPU kernels would need some {need >> 20} MB of VMEM for "
+                + (f"a window of {call.window}" if call.window else "full attention")
+                + f" and {call.q_shape[2] // call.k_shape[2]} heads of {H} a group; "
+                f"{call.device.kind} leaves them {have >> 20} MB."
+            )
     return None
+
+
+def _vmem(call) -> int:
+    """Roughly the bytes of VMEM of the largest kernel: blocks, twice for the copies ahead, sums and
+    a tile's temporaries."""
+    G, H = call.q_shape[2] // call.k_shape[2], call.q_shape[3]
+    item = jnp.dtype(call.dtype).itemsize
+    largest = 0
+    for kernel in ("forward", "dq", "dkv"):
+        blocks = tpu_blocks(kernel, G, call.window)
+        outer, inner = (blocks.kv, blocks.q) if kernel == "dkv" else (blocks.q, blocks.kv)
+        if call.window is not None:
+            inner = outer + call.window + TPU_LANES
+        rows, keys = (G * inner, outer) if kernel == "dkv" else (G * outer, inner)
+        arrays = 2 * (3 * rows + 4 * keys) * H * item
+        sums = 4 * (2 * keys if kernel == "dkv" else rows) * (H + 2 * TPU_LANES)
+        tile = 12 * min(rows if kernel == "forward" else 512, rows) * min(blocks.compute, inner)
+        largest = max(largest, arrays + sums + tile)
+    return largest
 
 
 def _round_up(x: int, multiple: int) -> int:
@@ -177,7 +213,7 @@ class _Tiles:
             zero, k_pos = q_first, k_pos + (k_first - q_first)
         else:
             zero, q_pos = k_first, q_pos + (q_first - k_first)
-        seen = masks.visible(q_pos, k_pos, self.spec.window)
+        seen = masks.visible_int32(q_pos, k_pos, self.spec.window)
         if self.padded or self.lengths:
             seen = seen & (k_pos < limit - zero)
         if self.segments:
@@ -409,7 +445,8 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, sca
     mode = interpretation()
     interpret = mode is not None
     if mode is not None and mode.detect_races:
-        interpret = pltpu.InterpretParams(detect_races=True)
+        # With one core there is nothing to race with.
+        interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -422,7 +459,7 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, sca
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",),
-            vmem_limit_bytes=_VMEM_LIMIT,
+            vmem_limit_bytes=TPU_VMEM.get(target_device().kind),
         ),
         cost_estimate=cost,
         interpret=interpret,
@@ -611,10 +648,14 @@ def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
     return o.queries_back(dq), *(x[:, :, : o.S].swapaxes(1, 2) for x in dkv)
 
 
-def _decode_kernel(scale, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
-    b, j = pl.program_id(0), pl.program_id(2)
-    size = k_ref.shape[0]
-    valid = valid_ref[b]
+def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
+    """All heads at once: rows of k and v are (slot, K/V head), and a score counts where the query
+    head belongs to the row's. The matrix unit, idle anyway, computes K times too many; to part the
+    heads would be a transposition of everything read."""
+    j = pl.program_id(1)
+    Q, H = q_ref.shape
+    rows = k_ref.shape[0]
+    valid = (valid_ref[pl.program_id(0)] - j * (rows // K)) * K  # rows of this block that exist
 
     @pl.when(j == 0)
     def _():
@@ -622,63 +663,60 @@ def _decode_kernel(scale, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, a
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
-    @pl.when(j * size < valid)
+    @pl.when(valid > 0)
     def _():
         s = _dot(q_ref[...], k_ref[...], _NT) * (scale * LOG2E)
-        slot = lax.broadcasted_iota(jnp.int32, s.shape, 1)
-        s = jnp.where(slot < valid - j * size, s, masks.MASKED)
+        row = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        mine = lax.broadcasted_iota(jnp.int32, s.shape, 0) // (Q // K)
+        s = jnp.where((row % K == mine) & (row < valid), s, masks.MASKED)
         old = top[...]
         new = jnp.maximum(old, s.max(1, keepdims=True))
         p = jnp.exp2(s - new[:, :1])
         keep = jnp.exp2(old - new)
         top[...], total[...] = new, total[...] * keep + p.sum(1, keepdims=True)
         # What lies beyond the valid slots may be anything, NaN too.
-        row = lax.broadcasted_iota(jnp.int32, v_ref.shape, 0)
-        v = jnp.where(row < valid - j * size, v_ref[...], 0)
-        acc[...] = acc[...] * _lanes(keep, acc.shape[1]) + _dot(p.astype(v.dtype), v)
+        exists = lax.broadcasted_iota(jnp.int32, v_ref.shape, 0) < valid
+        v = jnp.where(exists, v_ref[...], jnp.zeros((), v_ref.dtype))
+        acc[...] = acc[...] * _lanes(keep, H) + _dot(p.astype(v.dtype), v)
 
-    @pl.when(j == pl.num_programs(2) - 1)
+    @pl.when(j == pl.num_programs(1) - 1)
     def _():
         sums = total[...]
         sums = jnp.where(sums == 0, 1.0, sums)
-        out_ref[...] = (acc[...] / _lanes(sums, acc.shape[1])).astype(out_ref.dtype)
+        out_ref[...] = (acc[...] / _lanes(sums, H)).astype(out_ref.dtype)
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Memory-bound: it reads each valid key and value once,
-    all G query heads of a group together, and nothing past the last valid block."""
+    """Same contract as `reference.decode`. Memory-bound: the cache is read as it lies, each valid
+    slot once for all heads, and nothing past the last valid block. (H = 64: XLA keeps an argument
+    of a jit with its slots innermost and copies it; inside a loop the copy is made once.)"""
     B, Q, H = q.shape
     S, K = k.shape[1:3]
-    G = Q // K
     # The last block may reach beyond the cache: padding would copy the cache at every step.
-    size = min(tpu_decode_block(H), S)
-    k, v = (x.swapaxes(1, 2) for x in (k.astype(q.dtype), v.astype(q.dtype)))
+    size = min(max(tpu_decode_rows(H) // K // 16, 1) * 16, S)
+    k, v = (x.astype(q.dtype).reshape(B, S * K, H) for x in (k, v))
 
-    def block(b, h, j, valid_ref):
+    def block(b, j, valid_ref):
         # Beyond the last valid block the index stays where it is: no copy.
-        return b, h, jnp.minimum(j, jnp.maximum(valid_ref[b] - 1, 0) // size), 0
+        return b, jnp.minimum(j, jnp.maximum(valid_ref[b] - 1, 0) // size), 0
 
-    def rows(b, h, j, valid_ref):
-        return b, h, 0, 0
-
-    q_spec = pl.BlockSpec((pl.squeezed, pl.squeezed, G, H), rows)
-    kv_spec = pl.BlockSpec((pl.squeezed, pl.squeezed, size, H), block)
-    out = _call(
-        functools.partial(_decode_kernel, scale),
+    q_spec = pl.BlockSpec((pl.squeezed, Q, H), lambda b, j, valid_ref: (b, 0, 0))
+    kv_spec = pl.BlockSpec((pl.squeezed, size * K, H), block)
+    return _call(
+        functools.partial(_decode_kernel, scale, K),
         "yocou_decode",
-        (B, K, pl.cdiv(S, size)),
+        (B, pl.cdiv(S, size)),
         (q_spec, kv_spec, kv_spec),
         q_spec,
-        jax.ShapeDtypeStruct((B, K, G, H), q.dtype),
-        [(G, TPU_LANES), (G, TPU_LANES), (G, H)],
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        [(Q, TPU_LANES), (Q, TPU_LANES), (Q, H)],
         pl.CostEstimate(
-            flops=4 * B * Q * S * H,
-            transcendentals=B * Q * S,
+            flops=4 * B * Q * K * S * H,
+            transcendentals=B * Q * K * S,
             bytes_accessed=2 * B * K * S * H * q.dtype.itemsize,
         ),
         (valid,),
-        q.reshape(B, K, G, H),
+        q,
         k,
         v,
     )
-    return out.reshape(q.shape)

@@ -24,6 +24,12 @@ def _softmax_average(scores, seen, v, spec: str):
     return jnp.einsum(spec, p / total, v), lse
 
 
+def _as_read(x, dtype):
+    """x in fp32 with the values that it has in `dtype`; the gradient passes unrounded."""
+    wide = x.astype(jnp.float32)
+    return wide + lax.stop_gradient(x.astype(dtype).astype(jnp.float32) - wide)
+
+
 def attention(
     q: Float[Array, "B N Q H"],
     k: Float[Array, "B S K H"],
@@ -38,16 +44,15 @@ def attention(
 ) -> tuple[Float[Array, "B N Q H"], Float[Array, "B N Q"]]:
     B, N, Q, H = q.shape
     S, K = k.shape[1:3]
+    k, v = (_as_read(x, q.dtype) for x in (k, v))
     seen = masks.visible_dense(N, S, window, q_offset)[None]
     if segments is not None:
         seen = seen & masks.same_segment(segments.q, segments.kv)
     if kv_lengths is not None:
         seen = seen & (jnp.arange(S) < kv_lengths[:, None])[:, None, :]
     grouped = q.astype(jnp.float32).reshape(B, N, K, Q // K, H)
-    scores = jnp.einsum("bnkgh,bskh->bkgns", grouped, k.astype(jnp.float32)) * scale
-    out, lse = _softmax_average(
-        scores, seen[:, None, None], v.astype(jnp.float32), "bkgns,bskh->bnkgh"
-    )
+    scores = jnp.einsum("bnkgh,bskh->bkgns", grouped, k) * scale
+    out, lse = _softmax_average(scores, seen[:, None, None], v, "bkgns,bskh->bnkgh")
     return out.reshape(q.shape).astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(B, N, Q)
 
 
@@ -63,8 +68,9 @@ def decode(
     """One query a row over the first `valid` slots, in whatever order they lie."""
     B, Q, H = q.shape
     S, K = k.shape[1:3]
+    k, v = (_as_read(x, q.dtype) for x in (k, v))
     seen = (jnp.arange(S) < valid[:, None])[:, None, None, :]
     grouped = q.astype(jnp.float32).reshape(B, K, Q // K, H)
-    scores = jnp.einsum("bkgh,bskh->bkgs", grouped, k.astype(jnp.float32)) * scale
-    out, _ = _softmax_average(scores, seen, v.astype(jnp.float32), "bkgs,bskh->bkgh")
+    scores = jnp.einsum("bkgh,bskh->bkgs", grouped, k) * scale
+    out, _ = _softmax_average(scores, seen, v, "bkgs,bskh->bkgh")
     return out.reshape(q.shape).astype(q.dtype)

@@ -51,7 +51,12 @@ class Layout(NamedTuple):
 
 def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None:
     """How a call with B rows, Q query and K key/value heads lies on the mesh of the context; None
-    if that has one device. What does not divide is replicated."""
+    if that has one device. Axes at the end that do not divide are left out: their devices do the
+    same work.
+
+    Raises:
+      ValueError: an axis of the mesh is of type Explicit.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if partition is None or mesh.empty:
         return None
@@ -60,16 +65,28 @@ def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind != AxisType.Manual
     }
+    explicit = [
+        a
+        for a, k in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if a in free and k == AxisType.Explicit
+    ]
+    if explicit:
+        raise ValueError(
+            f"partition= needs a mesh with axes of type Auto; {', '.join(explicit)} of it "
+            "is of type Explicit."
+        )
 
-    def split(axes, *sizes):
+    def split(axes, size):
         axes = tuple(axis for axis in axes if free.get(axis, 1) > 1)
-        ways = math.prod(free[axis] for axis in axes)
-        return axes if all(size % ways == 0 for size in sizes) else ()
+        while size % math.prod(free[axis] for axis in axes):
+            axes = axes[:-1]
+        return axes
 
     if math.prod(free.values()) == 1:
         return None
     batch, heads = split(partition.batch, B), split(partition.heads, Q)
-    return Layout(batch, heads, split(heads, K), Q // K, tuple(free))
+    kv_heads = heads if split(heads, K) == heads else ()
+    return Layout(batch, heads, kv_heads, Q // K, tuple(free))
 
 
 def on_each_device(body: Callable, where: Layout, in_specs, out_specs) -> Callable:

@@ -16,7 +16,7 @@ import numpy as np
 from pallas_kernels import api
 from yocou_jax import accounting, metrics
 from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256
-from yocou_jax.config import Config, ModelConfig
+from yocou_jax.config import Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
 from yocou_jax.inference import sample
@@ -81,7 +81,7 @@ class Run:
 
     def __init__(self, config: Config, workdir: Path, console: metrics.Console):
         self.config, self.workdir, self.console = config, Path(workdir), console
-        self.attention = attention_choices(config.model)  # before any work: a name may be wrong
+        self.attention = attention_choices(config)  # before any work: a name may be wrong
         self.setup: Setup = set_up(config)
         self.data: DataBundle = load_data(config.data)
         needed, rows = self.data.tokenizer.vocab_size, config.model.vocab_size
@@ -345,17 +345,32 @@ class Run:
         }
 
 
-def attention_choices(config: ModelConfig) -> dict[str, str]:
-    """Which implementation runs each kind of attention of a program, and why."""
-    mixers = {stage.mixer for stage in config.program.stages}
-    operations = {"window_attention": {"window"}, "cross_attention": {"full", "cross"}}
+def attention_choices(config: Config) -> dict[str, str]:
+    """Which implementation runs each kind of attention of a training step, and why."""
+    m, length = config.model, config.data.sequence_length
+    rows = config.data.batch_size // config.optimizer.accumulation_steps
+    prefix = m.prefix_length if m.program.streams > 1 else 0
+    mixers = {stage.mixer for stage in m.program.stages}
+    kinds = {
+        "window_attention": ({"window"}, m.window, 0),
+        "cross_attention": ({"full", "cross"}, None, prefix),
+    }
     choices = {}
-    for operation, needed_by in operations.items():
+    for operation, (needed_by, window, q_offset) in kinds.items():
         if mixers & needed_by:
             try:
-                choice = api.choose_implementation(operation, implementation=config.attention)
+                choice = api.choose_implementation(
+                    operation,
+                    implementation=m.attention,
+                    q_shape=(rows, length, m.num_heads, m.head_dim),
+                    k_shape=(rows, length + q_offset, m.num_kv_heads, m.head_dim),
+                    dtype=compute_dtype(m),
+                    window=window,
+                    segments=config.data.packing,
+                    q_offset=q_offset,
+                )
             except ValueError as error:
-                raise UserError(f"model.attention='{config.attention}': {error}") from error
+                raise UserError(f"model.attention='{m.attention}': {error}") from error
             choices[operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
     return choices
 

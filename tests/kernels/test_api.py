@@ -91,7 +91,16 @@ def test_a_named_implementation_runs_or_raises(name, why):
 @pytest.mark.parametrize(
     ("facts", "why"),
     [
-        ({"q_shape": (1, 8, 2, 80)}, "heads of width 64, 128, 256; got 80"),
+        ({"q_shape": (1, 8, 2, 300)}, "heads of width 64, 128, 256; got 300"),
+        (
+            {
+                "q_shape": (1, 2**16, 8, 256),
+                "k_shape": (1, 2**16, 1, 256),
+                "dtype": jnp.bfloat16,
+                "window": 2**15,
+            },
+            "MB of VMEM for a window of 32768 and 8 heads of 256 a group; TPU v6 lite",
+        ),
         ({"dtype": jnp.float16}, "take bfloat16 or float32; got float16"),
     ],
 )

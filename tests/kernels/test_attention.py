@@ -1,11 +1,22 @@
 """xla against the dense reference: values and every gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import MASKED, SegmentIds, cross_attention, window_attention
+from pallas_kernels import (
+    MASKED,
+    SegmentIds,
+    api,
+    cross_attention,
+    flash,
+    window_attention,
+    xla,
+)
+from pallas_kernels import mask as masks
 from tests.kernels.cases import (
     Shape,
     assert_matches_reference,
@@ -65,6 +76,7 @@ def test_segments_and_rows_that_see_nothing(window, small_blocks):
 def test_kv_lengths(small_blocks):
     shape = Shape(29, 29)
     got = assert_matches_reference(shape, kv_lengths=jnp.array([0, 13]))
+    assert_matches_reference(Shape(29, 20, q_offset=3), kv_lengths=jnp.array([21, 200]))
     assert empty_rows(got["lse"]) == shape.N * shape.Q
     assert not got["dv"][0].any()
     assert not got["dk"][1, 13:].any()
@@ -115,6 +127,36 @@ def test_scores_of_any_size_stay_finite(implementation, small_blocks):
     got = outputs_and_gradients(attend, (q, k, v, d_out, d_lse))
     assert all(np.isfinite(x).all() for x in got.values())
     assert np.abs(got["out"]).sum(-1).min() > 0
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 2**31 - 1])
+def test_one_comparison_sees_what_two_see(window):
+    q_pos, k_pos = jnp.arange(-9, 40)[:, None], jnp.arange(-20, 60)[None, :]
+    want = masks.visible(q_pos, k_pos, window)
+    np.testing.assert_array_equal(masks.visible_int32(q_pos, k_pos, window), want)
+    assert want.any()
+    assert not want.all()
+
+
+def test_heads_of_any_width_are_padded(monkeypatch):
+    """Device kernels know some widths only; zeros beside a head change nothing."""
+    shape = Shape(19, 19, 6, H=5)
+    seen = []
+
+    def forward(spec, q, *rest):
+        seen.append(q.shape[-1])
+        return xla.forward(spec, q, *rest)
+
+    kernels = flash.Kernels(forward, xla.backward)
+    attend = functools.partial(flash.attention, kernels, head_widths=(8, 16))
+    implementation = api.Implementation(lambda call: None, attend)
+    monkeypatch.setitem(api._REGISTRY, "xla", implementation)
+    args = inputs(shape)
+    want = outputs_and_gradients(operation(shape, implementation="reference"), args)
+    got = outputs_and_gradients(operation(shape, implementation="xla"), args)
+    assert set(seen) == {8}
+    for name, x in want.items():
+        np.testing.assert_allclose(got[name], x, atol=2e-5, rtol=2e-5, err_msg=name)
 
 
 def test_scale(small_blocks):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Partition, decode_cross, interpret
+from pallas_kernels import Partition, cross_attention, decode_cross, interpret
 from tests.kernels.cases import Shape, documents, inputs, operation
 
 PARTITION = Partition(batch=("data",), heads=("tensor",))
@@ -65,6 +65,32 @@ def test_kv_heads_that_do_not_divide_are_replicated(Q, K):
     attend = operation(shape, implementation="xla", partition=PARTITION)
     found = check(mesh, shape, args, attend, operation(shape, implementation="reference"))
     assert found == ["all-reduce"]
+
+
+def test_axes_that_do_not_divide_are_left_out():
+    """4 rows over 2 x 3 devices: split over the 2, not gathered for want of a split over 6."""
+    shape = Shape(20, 20, Q=2, K=2, H=8, B=4)
+    mesh = make_mesh(2, 3)
+    spec = NamedSharding(mesh, P("data"))
+    args = [jax.device_put(x, spec) for x in inputs(shape)]
+    partition = Partition(batch=("data", "tensor"))
+    attend = operation(shape, implementation="xla", partition=partition)
+    assert check(mesh, shape, args, attend, operation(shape, implementation="reference")) == []
+
+
+def test_what_cannot_be_split_is_a_sentence():
+    q, k, v, *_ = inputs(Shape(20, 20, Q=4, K=2, H=8))
+    explicit = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="data of it is of type Explicit"):
+        cross_attention(q, k, v, implementation="xla", partition=PARTITION)
+    mesh = make_mesh(2, 1)
+
+    def run(q, k, v):
+        with interpret():
+            return cross_attention(q, k, v, implementation="pallas_tpu")
+
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="check_vma=False"):
+        jax.jit(jax.shard_map(run, in_specs=(P("data"),) * 3, out_specs=P("data")))(q, k, v)
 
 
 def test_rows_and_heads_that_do_not_divide_are_not_split():
