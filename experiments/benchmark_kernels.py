@@ -7,8 +7,10 @@ beside that of the same reference on rounded inputs; a kernel of ours whose erro
 that fails the command. Then times: forward, and forward with backward, of windows (W = 512) and of
 global attention from 2K to 64K positions, with heads of 64 and 128, and decoding. TFLOP/s count
 visible (query, key) pairs only: 4 H per pair and head forward, 10 H backward, and so 14 H for both.
-GB/s of decoding count each valid key and value once. The device's own copy bandwidth and a large
-matrix product are measured in the same run. On a CPU: float32, small sizes, xla against dense.
+Backward alone is derived: 10 H over the difference of the two times (a forward that is part of a
+gradient also writes its log-sum-exp). GB/s of decoding count each valid key and value once, and are
+printed with their share of the device's own copy bandwidth, which is measured in the same run, as
+is a large matrix product. On a CPU: float32, small sizes, xla against dense.
 
 How it is timed: one jitted loop makes `calls` calls that depend on one another, so that launching
 from Python, which takes longer than a small kernel, is paid once in `calls`; between two calls a
@@ -17,10 +19,13 @@ left out, hoisted or overlapped, and the inputs stay as random as they were (a G
 on the data). XLA may still bring an input into the layout that a call prefers once, before the
 loop, as it does where a model produces that input. The loop is compiled and run once before, each
 sample is waited for, all implementations of a case take turns, and medians are printed with the
-spread (max - min) / median.
+spread (max - min) / median. What a turn of the loop takes without a call ("loop turn") is measured
+too. No time has it subtracted; it matters where a call takes a few times as long, so decoding has
+its times printed.
 
-The table is written as kernels.json and kernels.md to --out (none on a CPU unless it is named).
-What the time budget left out is listed. Exit code 1: an implementation of ours failed or is not
+The table is written as kernels.json and kernels.md to --out (none on a CPU unless it is named),
+again after each group of cases, so that a run that is cut short leaves what it has measured. What
+the time budget left out is listed. Exit code 1: an implementation of ours failed or is not
 accurate; baselines that fail are reported only.
 """
 
@@ -52,6 +57,7 @@ from yocou_jax.errors import UserError
 
 WINDOW = 512
 ERROR_RATIO = 1.5  # of the reference's own error in the same dtype
+DERIVED = "backward (derived)"  # from two passes that are measured
 ERROR_OPERATIONS = api.OPERATIONS
 
 
@@ -181,6 +187,18 @@ class Subject(NamedTuple):
     dense: bool = False
 
 
+def _late(make: Callable[[Case], Callable], case: Case) -> Callable:
+    """make(case), made when it is first called, where an error (an import, a mask that does not fit
+    into memory) fails this one measurement and not the run."""
+
+    @functools.cache
+    def made():
+        with jax.ensure_compile_time_eval():  # its constants belong to no trace
+            return make(case)
+
+    return lambda *args: made()(*args)
+
+
 def _jax_nn(case: Case, implementation: str) -> Callable:
     attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
     if case.decodes:
@@ -243,9 +261,9 @@ def subjects(case: Case, dtype) -> dict[str, Subject]:
     if device.platform == "gpu" and "cudnn" not in found:
         found["jax.nn cudnn"] = Subject(_jax_nn(case, "cudnn"))
     if not case.decodes and device.platform == "tpu":
-        found["splash"] = Subject(_splash(case))
+        found["splash"] = Subject(_late(_splash, case))
     if not case.decodes and importlib.util.find_spec("tokamax") is not None:
-        found["tokamax"] = Subject(_tokamax(case))
+        found["tokamax"] = Subject(_late(_tokamax, case))
     return found
 
 
@@ -433,25 +451,45 @@ def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dic
     compiled = compile_all(programs)
     for case in group:
         args = inputs(case, sizes.dtype, seed=case.S + case.H)
-        samples: dict[str, list[float]] = {}
-        for name in [name for of, name in planned if of == case]:
-            try:
-                first = _seconds(compiled[case, name], args)
-            except Exception as error:
-                rows.append(planned[case, name] | {"error": _first_line(error)})
-                continue
-            # The first run warms up; it counts where a second one would take too long.
-            samples[name] = [] if first < 4 * sizes.slowest_call_s else [first]
-        for _ in range(sizes.rounds):
-            for name, taken in samples.items():
-                if sum(taken) < 2 * sizes.slowest_call_s:
-                    taken.append(_seconds(compiled[case, name], args))
+        samples: dict[str, list[float]] = {name: [] for of, name in planned if of == case}
+        for turn in range(1 + sizes.rounds):
+            for name, taken in list(samples.items()):
+                if sum(taken) >= 2 * sizes.slowest_call_s:
+                    continue
+                try:
+                    seconds = _seconds(compiled[case, name], args)
+                except Exception as error:
+                    rows.append(planned[case, name] | {"error": _first_line(error)})
+                    del samples[name]
+                    continue
+                # The first run warms up; it counts where a second one would take too long.
+                if turn or seconds >= 4 * sizes.slowest_call_s:
+                    taken.append(seconds)
         for name, taken in samples.items():
             row = planned[case, name]
             summary = _summary([seconds / row["calls"] for seconds in taken])
             pace.note(name, case, summary["seconds"])
             rows.append(row | summary | _speed(case, summary["seconds"], sizes.dtype))
-    return rows, left_out
+    return rows + derived(group, rows), left_out
+
+
+def derived(group: list[Case], rows: list[dict]) -> list[dict]:
+    """Rows of the backward alone, of implementations with a time for the forward and one for both
+    passes: their difference, with the spread that it has if both err in the worst way."""
+    case, found = group[0], []
+    measured = {(row["implementation"], row["pass"]): row for row in rows if not row["error"]}
+    for (name, what), both in measured.items():
+        forward = measured.get((name, "forward"))
+        if what != "forward + backward" or forward is None:
+            continue
+        seconds = both["seconds"] - forward["seconds"]
+        if seconds <= 0:  # noise
+            continue
+        spread = sum(row["spread"] * row["seconds"] for row in (both, forward)) / seconds
+        tflops = 10 * case.H * case.pairs * case.Q * case.B / seconds / 1e12
+        row = both | {"pass": DERIVED, "seconds": seconds, "spread": spread, "tflops": tflops}
+        found.append(row)
+    return found
 
 
 def _row(case: Case, name: str, subject: Subject, calls: int) -> dict:
@@ -468,7 +506,8 @@ def _speed(case: Case, seconds: float, dtype) -> dict[str, float]:
 
 
 def measure_device(sizes: Sizes) -> dict[str, Any]:
-    """What the device does without us: a copy (read and written bytes counted) and a product."""
+    """What the device does without us: a copy (read and written bytes counted), a product, and a
+    turn of the loop that is timed, without a call."""
     x = jnp.ones((sizes.copy_bytes // 4,), jnp.float32)
     size = x.nbytes
     # In place, or a CPU measures the page faults of a fresh array.
@@ -478,19 +517,26 @@ def measure_device(sizes: Sizes) -> dict[str, Any]:
     a = jax.random.normal(jax.random.key(0), (n, n), sizes.dtype)
     # Scaled, so that the product of a product stays of size 1.
     chain = jax.jit(lambda a: jax.lax.fori_loop(0, 8, lambda _, y: (y @ a) * n**-0.5, a))
-    samples: dict[str, list[float]] = {"copy": [], "matmul": []}
+    (Q, K), turns = sizes.heads, 100
+    case = Case("decode_window", 1, 1, WINDOW, Q, K, sizes.head_widths[0], None)
+    args = inputs(case, sizes.dtype, seed=0)
+    empty = jax.jit(repeated(lambda q, *_: q[(0,) * q.ndim], turns))
+    samples: dict[str, list[float]] = {"copy": [], "matmul": [], "turn": []}
     for _ in range(sizes.rounds + 1):
         start = time.perf_counter()
         x = jax.block_until_ready(copy(x))
         samples["copy"].append((time.perf_counter() - start) / 4)
         samples["matmul"].append(_seconds(chain, (a,)) / 8)
-    copied, multiplied = (_summary(s[1:]) for s in samples.values())  # the first one compiles
+        samples["turn"].append(_seconds(empty, args) / turns)
+    copied, multiplied, turn = (_summary(s[1:]) for s in samples.values())  # the first one compiles
     return {
         "copy_gb_per_s": 2 * size / copied["seconds"] / 1e9,
         "copy_spread": copied["spread"],
         "matmul_tflops": 2 * n**3 / multiplied["seconds"] / 1e12,
         "matmul_spread": multiplied["spread"],
         "matmul_size": n,
+        "loop_turn_s": turn["seconds"],
+        "loop_turn_spread": turn["spread"],
     }
 
 
@@ -510,8 +556,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def measure(sizes: Sizes, budget_s: float) -> dict[str, Any]:
-    """Everything, in the order of its importance, as far as the budget goes."""
+def measure(
+    sizes: Sizes, budget_s: float, keep: Callable[[dict], None] = lambda report: None
+) -> dict[str, Any]:
+    """Everything, in the order of its importance, as far as the budget goes. keep: given the
+    report as it is after each group of cases."""
     start = time.perf_counter()
 
     def spent() -> float:
@@ -528,7 +577,15 @@ def measure(sizes: Sizes, budget_s: float) -> dict[str, Any]:
         "errors": measure_errors(sizes),
         "times": [],
         "left_out": [],
+        "complete": False,
     }
+
+    def note(**facts):
+        report.update(facts, failures=failures(report), seconds=spent())
+        keep(report)
+
+    note()
+    copy = report["reference"]["copy_gb_per_s"]
     pace = Pace(report["reference"]["matmul_tflops"] * 1e12 / 4)
     longest = 0.0
     for group in cases(sizes):
@@ -539,11 +596,14 @@ def measure(sizes: Sizes, budget_s: float) -> dict[str, Any]:
         begun = spent()
         rows, left_out = measure_group(group, sizes, pace)
         longest = max(longest, spent() - begun)
+        for row in rows:
+            if "gb_per_s" in row:
+                row["of_copy"] = row["gb_per_s"] / copy
         report["times"] += rows
         report["left_out"] += left_out
+        note()
         print(f"{spent():5.0f} s  {group[0].label}", file=sys.stderr)
-    report["failures"] = failures(report)
-    report["seconds"] = spent()
+    note(complete=True)
     return report
 
 
@@ -578,7 +638,10 @@ def _cell(row: dict | None) -> str:
     if row["error"]:
         return "failed"
     value = row.get("tflops", row.get("gb_per_s"))
-    return f"{value:,.3g} ±{row['spread'] / 2:.0%}" if value < 1000 else f"{value:,.0f}"
+    speed = f"{value:,.3g} ±{row['spread'] / 2:.0%}" if value < 1000 else f"{value:,.0f}"
+    if "of_copy" not in row:
+        return speed
+    return f"{speed} ({row['of_copy']:.0%}), {1e6 * row['seconds']:,.1f} us"
 
 
 def grids(report: dict[str, Any]) -> list[Grid]:
@@ -590,7 +653,7 @@ def grids(report: dict[str, Any]) -> list[Grid]:
         rows = [r for r in times if (r["operation"], r["H"], r["pass"]) == (operation, H, what)]
         decodes = operation.startswith("decode")
         used = [name for name in names if any(r["implementation"] == name for r in rows)]
-        unit = "GB/s" if decodes else "TFLOP/s"
+        unit = "GB/s (of the copy's), time of a call" if decodes else "TFLOP/s"
         table = []
         for B, S in sorted({(r["B"], r["S"]) for r in rows}, key=lambda x: (x[1], x[0])):
             by_name = {r["implementation"]: r for r in rows if (r["B"], r["S"]) == (B, S)}
@@ -617,7 +680,8 @@ def head_line(report: dict[str, Any]) -> str:
     return (
         f"{report['device']}, {report['date']}, {report['dtype']}, {report['seconds']:.0f} s; copy "
         f"{base['copy_gb_per_s']:,.0f} GB/s, {base['matmul_size']} x {base['matmul_size']} product "
-        f"{base['matmul_tflops']:.3g} TFLOP/s; {versions}"
+        f"{base['matmul_tflops']:.3g} TFLOP/s; loop turn: {1e6 * base['loop_turn_s']:.1f} us; "
+        f"{versions}"
     )
 
 
@@ -625,6 +689,8 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
     sizes = "Visible pairs only; S: keys, B: rows; ± half of (max - min) / median."
     lines = [f"# Attention kernels on {report['device']}", "", head_line(report), "", sizes]
+    if not report["complete"]:
+        lines += ["", "**Not all of it:** what was measured before the run was cut short."]
     for grid in grids(report):
         lines += ["", f"## {grid.title}", "", f"| {' | '.join(grid.columns)} |"]
         lines += ["|" + " --- |" * len(grid.columns)]
@@ -658,16 +724,24 @@ def _folder(device: str, on_cpu: bool) -> Path | None:
     return folder
 
 
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    """Both files, each whole at any time."""
+    pages = {"kernels.json": json.dumps(report, indent=1) + "\n", "kernels.md": markdown(report)}
+    for name, text in pages.items():
+        part = folder / f"{name}.part"
+        part.write_text(text)
+        part.replace(folder / name)
+
+
 def main(_):
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
         cli.keep_freed_memory()
     folder = _folder(jax.devices()[0].device_kind, on_cpu)  # before minutes of measuring
     sizes = CPU if on_cpu else ACCELERATOR
-    report = measure(sizes, sizes.budget_s if BUDGET.value is None else BUDGET.value)
-    if folder is not None:
-        (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
-        (folder / "kernels.md").write_text(markdown(report))
+    budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value
+    keep = (lambda report: None) if folder is None else functools.partial(_write, folder)
+    report = measure(sizes, budget_s, keep)
     if JSON.value:
         print(json.dumps(report))
     else:

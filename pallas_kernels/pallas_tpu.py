@@ -687,9 +687,9 @@ def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Memory-bound: the cache is read as it lies, each valid
-    slot once for all heads, and nothing past the last valid block. (H = 64: XLA keeps an argument
-    of a jit with its slots innermost and copies it; inside a loop the copy is made once.)"""
+    """Same contract as `reference.decode`. Memory-bound: with H = 128 the cache is read as it lies,
+    each valid slot once for all heads, and nothing past the last valid block. With other widths XLA
+    first copies the cache to another layout (seen for H = 64 and 256): a known cost."""
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     # The last block may reach beyond the cache: padding would copy the cache at every step.

@@ -73,25 +73,114 @@ def test_a_tiny_run_reports_failures_and_what_was_left_out(monkeypatch):
     monkeypatch.setattr(bk, "subjects", subjects)
     monkeypatch.setattr(bk, "WINDOW", 4)
     monkeypatch.setattr(bk, "ERROR_OPERATIONS", ("decode_cross",))
-    report = json.loads(json.dumps(bk.measure(TINY, budget_s=1000)))
+    kept = []
+    keep = lambda report: kept.append((report["complete"], bk.markdown(report)))  # noqa: E731
+    report = json.loads(json.dumps(bk.measure(TINY, 1000, keep)))
+    # After the errors, after each of three groups, and at the end.
+    assert [complete for complete, _ in kept] == [False] * 4 + [True]
+    assert "## cross_attention" not in kept[1][1]
+    assert "## window_attention" in kept[1][1]
+    assert "cut short" in kept[1][1]
+    assert "cut short" not in kept[-1][1]
     assert {row["implementation"] for row in report["times"]} == {"xla", "broken", "off"}
     times = {
         (r["operation"], r["pass"]): r for r in report["times"] if r["implementation"] == "xla"
     }
-    assert len(times) == 5
+    # A backward alone only where noise does not make the difference negative.
+    assert len([key for key in times if key[1] != bk.DERIVED]) == 5
     assert times["cross_attention", "forward"]["tflops"] > 0
-    assert times["decode_window", "forward"]["gb_per_s"] > 0
+    decode, base = times["decode_window", "forward"], report["reference"]
+    assert decode["of_copy"] == decode["gb_per_s"] / base["copy_gb_per_s"] > 0
+    assert base["loop_turn_s"] > 0
     assert any("NotImplementedError: Not today." in x for x in report["failures"])
     assert any("off" in x and "the error of" in x for x in report["failures"])
     assert not any(x.startswith("xla") for x in report["failures"])
     page = bk.markdown(report)
     assert "## window_attention, H = 8, forward + backward: TFLOP/s" in page
     assert "failed" in page
+    assert "loop turn: " in page
     monkeypatch.setattr(bk, "measure_errors", lambda sizes: [])
     late = bk.measure(TINY, budget_s=-1)
     assert late["times"] == []
     assert len(late["left_out"]) == 5
     assert all(x.startswith("all, ") for x in late["left_out"])
+
+
+def test_a_baseline_that_cannot_be_built_fails_alone(monkeypatch):
+    def missing(case):
+        raise ModuleNotFoundError("No module named 'tokamax'\nand more")
+
+    def subjects(case, dtype):
+        add = bk.Subject(lambda q, k, v: q + 1)
+        return {"add": add, "tokamax": bk.Subject(bk._late(missing, case))}
+
+    monkeypatch.setattr(bk, "subjects", subjects)
+    group = [bk.Case("cross_attention", 1, 16, 16, 2, 1, 8, None)]
+    rows, _ = bk.measure_group(group, TINY, bk.Pace(1e9))
+    errors = {row["implementation"]: row["error"] for row in rows}
+    assert errors == {"add": None, "tokamax": "ModuleNotFoundError: No module named 'tokamax'"}
+    assert bk.failures({"errors": [], "times": rows}) == []
+
+
+def test_a_call_that_fails_later_than_at_first_fails_alone(monkeypatch):
+    turns = []
+
+    def seconds(function, args):
+        turns.append(function)
+        if function == "bad" and turns.count("bad") == 2:
+            raise MemoryError("full")
+        return 0.1
+
+    named = {name: bk.Subject(lambda q, k, v: q) for name in ("good", "bad")}
+    monkeypatch.setattr(bk, "subjects", lambda case, dtype: named)
+    monkeypatch.setattr(bk, "compile_all", lambda programs: {key: key[1] for key in programs})
+    monkeypatch.setattr(bk, "_seconds", seconds)
+    group = [bk.Case("cross_attention", 1, 16, 16, 2, 1, 8, None)]
+    rows, _ = bk.measure_group(group, TINY._replace(rounds=3), bk.Pace(1e9))
+    found = {row["implementation"]: row for row in rows}
+    assert found["bad"]["error"] == "MemoryError: full"
+    assert found["good"]["samples"] == 3
+
+
+def test_what_is_built_while_tracing_is_built_once_and_belongs_to_no_trace():
+    built = []
+
+    def make(case):
+        built.append(jnp.ones(3))
+        return lambda x: x + built[0]
+
+    call = bk._late(make, None)
+    for size in (3, 1):
+        np.testing.assert_allclose(jax.jit(call)(jnp.zeros(size)), np.ones(3))
+    assert len(built) == 1
+    assert not isinstance(built[0], jax.core.Tracer)
+
+
+def test_the_backward_alone_is_the_difference_of_two_times():
+    case = bk.Case("window_attention", 2, 64, 64, 4, 2, 8, 16)
+    group = [case, case._replace(backward=True)]
+    sub = bk.Subject(lambda: None)
+
+    def row(case, name, seconds, **more):
+        times = {"seconds": seconds, "spread": 0.1, "samples": 5}
+        return bk._row(case, name, sub, 1) | times | more
+
+    rows = [row(group[0], "x", 0.001), row(group[1], "x", 0.003), row(group[1], "y", 0.003)]
+    rows += [row(group[0], "z", 0.001, error="no"), row(group[1], "z", 0.003)]
+    rows += [row(group[0], "noisy", 0.004), row(group[1], "noisy", 0.003)]
+    (found,) = bk.derived(group, rows)
+    assert (found["implementation"], found["pass"]) == ("x", bk.DERIVED)
+    assert np.isclose(found["seconds"], 0.002)
+    assert np.isclose(found["tflops"], 10 * 8 * case.pairs * 4 * 2 / 0.002 / 1e12)
+    assert np.isclose(found["spread"], 0.2)
+
+
+def test_both_files_are_whole_at_any_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(bk, "markdown", lambda report: "page")
+    bk._write(tmp_path, {"times": [1]})
+    bk._write(tmp_path, {"times": [1, 2]})
+    assert json.loads((tmp_path / "kernels.json").read_text()) == {"times": [1, 2]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "kernels.md"]
 
 
 def test_parity_judges_by_its_control():

@@ -12,6 +12,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from experiments import compile_kernels as ck
+from pallas_kernels import api, triton
+from pallas_kernels.device import Device
 
 UTILIZATION = """== CAPACTIY:
 MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
@@ -134,19 +136,66 @@ def test_a_slower_tile_or_a_failed_program_fails_the_command():
     assert "808 cycles" in v6e[0]
     assert "no cycles" in v6e[1]
     assert ck.failures(ck.TARGETS["v5e"], jobs, rows) == []
+    # One whose cycles cannot be read may be the slow one.
+    ours[0]["tiles"] = [tile, tile | {"tile_cycles": None}]
+    row = ck.compare_with_splash(jobs)[0]
+    assert (row["ratio"], row["unknown"]) == (1.0, 1)
+    (sentence,) = ck.failures(ck.TARGETS["v6e"], [], [row])
+    assert sentence.startswith("tile, forward: the cycles of 1 of our tiles are unknown")
+    assert ck.failures(ck.TARGETS["v5e"], [], [row]) == []
     failed = [{"model": "m", "operation": "o", "error": "Too much VMEM."}]
     assert ck.failures(ck.TARGETS["v5e"], failed, []) == ["m, o: Too much VMEM."]
 
 
-def test_cases_are_those_of_the_configs():
-    cases = ck.cases()
-    assert len(cases) == 12
+def test_cases_are_those_of_the_configs_and_a_few_others():
+    by_platform = {platform: ck.cases(platform) for platform in ("tpu", "cuda", "triton")}
+    cases = by_platform["tpu"]
+    assert [case.model for case in cases[:12]] == ["yocou_125m"] * 6 + ["yocou_1b"] * 6
     first = cases[0]
     assert (first.model, first.N, first.Q, first.K, first.H) == ("yocou_125m", 2048, 12, 4, 64)
     assert {case.window for case in cases if case.operation == "decode_window"} == {512}
-    for case in (cases[0], cases[3], cases[5]):
+    others = {name: found[12:] for name, found in by_platform.items()}
+    assert {case.model for found in others.values() for case in found} == {ck.OTHERS}
+    assert {(case.dtype, case.H) for case in others["tpu"]} >= {("float32", 128), ("bfloat16", 256)}
+    assert {case.dtype for case in others["cuda"]} == {"bfloat16", "float16"}
+    assert any(c.lengths and c.q_offset for c in others["tpu"])
+    assert any(c.lengths and c.segments for c in others["cuda"])
+    assert not any(c.lengths or c.dtype != "bfloat16" for c in others["triton"])
+    labels = [case.label for case in others["cuda"]]
+    assert len(set(labels)) == len(labels)
+    for case in (cases[0], cases[3], cases[5], *others["tpu"], *others["cuda"]):
         function, args = ck.program(case, "xla")
         jax.eval_shape(function, *args)
+
+
+DEVICES = {"tpu": "TPU v6 lite", "cuda": "NVIDIA H200", "triton": "NVIDIA A100"}
+
+
+@pytest.mark.parametrize("name", ["v6e", "h200", "a100"])
+def test_every_case_is_one_that_its_implementation_takes(name, monkeypatch):
+    monkeypatch.setattr(triton, "_missing_triton", lambda: None)
+    monkeypatch.setattr(triton, "_misfit", lambda: None)
+    target = ck.TARGETS[name]
+    device = Device("tpu" if target.platform == "tpu" else "gpu", DEVICES[target.platform])
+    for case in ck.cases(target.platform):
+        call = api.Call(
+            case.operation,
+            device,
+            (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H),
+            (case.B, case.S, case.K, case.H),
+            jnp.dtype(case.dtype),
+        )
+        reason = api.unsupported_reason(target.implementation, call)
+        assert reason is None or "needs jax 0.11" in reason
+
+
+def test_what_a_decoding_step_reads_is_printed_beside_its_cache():
+    case = next(case for case in ck.cases("tpu") if case.operation == "decode_cross")
+    assert case.cache_bytes == 2 * 8 * 32_768 * 4 * 64 * 2
+    job = {"cache_bytes": case.cache_bytes, "bytes_accessed": 3.0 * case.cache_bytes}
+    assert ck._cache_reads(job) == "3.00"
+    assert ck._cache_reads(job | {"bytes_accessed": None}) == "?"
+    assert ck._cache_reads({"bytes_accessed": 5.0}) == ""
 
 
 def test_missing_packages_are_named(monkeypatch):
