@@ -81,7 +81,7 @@ def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(wind
 
 
 def test_kv_lengths():
-    """No key, exactly a block of them, all; and more than there are, with queries beyond the end."""
+    """None, exactly a block, all; and more than there are, with queries beyond the end."""
     beyond = Shape(150, 130, Q=2, K=2, H=64, q_offset=60)
     tpu(beyond, kv_lengths=jnp.array([131, 1300]))
     shape = Shape(150, 150, Q=2, K=2, H=64, B=3)
