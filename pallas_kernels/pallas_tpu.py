@@ -459,7 +459,7 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, sca
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",),
-            vmem_limit_bytes=TPU_VMEM.get(target_device().kind),
+            vmem_limit_bytes=TPU_VMEM.get(target_device(args[0]).kind),
         ),
         cost_estimate=cost,
         interpret=interpret,
