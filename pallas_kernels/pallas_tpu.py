@@ -12,8 +12,8 @@ base 2; p and ds are rounded to the input dtype before their products. Determini
 Runs on v5e, v5p, v6e and tpu7x by compilation; never yet on a device (see README.md).
 
 Shapes inside: q [B K G N H], k and v [B K S H], lse and delta [B K G N]: positions next to the
-innermost axis, so that a head's block is one matrix. The transposes are layouts to XLA, which
-fuses them into what produces and consumes these arrays.
+innermost axis, so that a head's block is one matrix. The transposes are left to XLA, which can
+choose layouts that make them free; whether it does in a model was not looked into.
 """
 
 import dataclasses

@@ -234,3 +234,48 @@ def test_splash_compiles_for_a_tpu(tmp_path):
         assert int(pairs) == ck.TILE**2
         assert 400 < int(cycles) < 2000
         assert 2**20 < int(vmem) < 2**24
+
+
+AUTO = """
+import re
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels import Partition, cross_attention, window_attention
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"))
+sharding = NamedSharding(mesh, P("data", None, "tensor"))
+x = jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.bfloat16, sharding=sharding)
+partition = Partition(batch=("data",), heads=("tensor",))
+
+def run(q, k, v, d_out):
+    def attend(q, k, v):
+        y = window_attention(q, k, v, window=100, partition=partition)
+        return cross_attention(y, k, v, partition=partition)
+    out, vjp = jax.vjp(attend, q, k, v)
+    return out, vjp(d_out)
+
+with jax.set_mesh(mesh):
+    text = jax.jit(run).lower(x, x, x, x).compile().as_text()
+print(*sorted(set(re.findall("yocou_[a-z_]+attention_(?:forward|dq|dkv)", text))))
+print(*re.findall("all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute", text))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_auto_for_a_tpu_topology_compiles_the_tpu_kernels_without_a_collective(tmp_path):
+    """On this host without a TPU, over four of them, split by rows and heads."""
+    environment = os.environ | ck.environment(ck.TARGETS["v5e"], tmp_path)
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "LIBTPU_INIT_ARGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", AUTO], env=environment, capture_output=True, text=True
+    )
+    kernels, collectives = [*done.stdout.splitlines(), "", "none printed"][:2]
+    assert kernels.split() == [
+        f"yocou_{what}_attention_{kernel}"
+        for what in ("cross", "window")
+        for kernel in ("dkv", "dq", "forward")
+    ], done.stderr[-2000:]
+    assert collectives == ""

@@ -4,6 +4,8 @@ cannot run. Without Triton (an extra of requirements-gpu.txt) only the sentences
 import functools
 import importlib.metadata
 import importlib.util
+import os
+import subprocess
 import sys
 import types
 
@@ -98,11 +100,30 @@ def test_a_jax_triton_that_does_not_fit_this_jax_is_passed_over(fresh, monkeypat
     _refused(r"jax-triton 0.4.1 does not work with jax .* \(TypeError: _dce_rule.* were given\)")
 
 
+ASKED_FOR = """
+import sys
+
+class Recorder:
+    asked = set()
+
+    def find_spec(self, name, path=None, target=None):
+        self.asked.add(name.split(".")[0])
+
+sys.meta_path.insert(0, Recorder())
+from pallas_kernels import choose_implementation
+choose_implementation("cross_attention")
+print("asked for:", *sorted(Recorder.asked & {"jax", "triton", "jax_triton"}))
+"""
+
+
 def test_nothing_imports_triton_before_it_is_needed():
-    """Not even the question whether it runs here, for a device that it is not made for."""
-    assert choose_implementation("cross_attention").implementation != "triton"
-    loaded = {name.split(".")[0] for name in sys.modules} & {"triton", "jax_triton"}
-    assert not loaded or importlib.util.find_spec("triton")
+    """Nor tries to, also where it is not installed; and not for the question whether it runs on a
+    device that it is not made for."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_FOR], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "asked for: jax\n", done.stderr[-2000:]
 
 
 # --- Values and gradients -------------------------------------------------------------------------
