@@ -238,7 +238,6 @@ def test_splash_compiles_for_a_tpu(tmp_path):
 
 AUTO = """
 import re
-from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
