@@ -57,14 +57,15 @@ class _Plan:
         return lax.dynamic_slice_in_dim(x, low, self.bk, 2)
 
 
-def _visits(plan: _Plan, i):
+def _visits(plan: _Plan, i, lengths):
     """Which keys query block i visits: the number of chunks of bk keys, and chunk j -> its first
-    key. A chunk that would reach beyond the array is moved back inside."""
+    key. A chunk that would reach beyond the array is moved back inside; none are visited beyond the
+    longest row."""
     first = plan.q_offset + i * plan.bq
     last_start = plan.S - plan.bk
     if plan.window is not None:
         return 1, lambda j: jnp.clip(first - plan.window + 1, 0, last_start)
-    high = jnp.minimum(first + plan.bq, plan.S)
+    high = jnp.minimum(first + plan.bq, plan.S if lengths is None else lengths.max())
     return (high + plan.bk - 1) // plan.bk, lambda j: jnp.minimum(j * plan.bk, last_start)
 
 
@@ -97,7 +98,7 @@ def _forward(plan: _Plan, q, k, v, seg, lengths):
     def block(i, carry):
         out, lse = carry
         qi = plan.rows(q, i)
-        num, start = _visits(plan, i)
+        num, start = _visits(plan, i, lengths)
 
         def chunk(j, state):
             top, total, acc = state
@@ -133,7 +134,7 @@ def _backward(plan: _Plan, q, k, v, seg, lengths, lse, delta, d_out, kv_grad_dty
         dq, dk, dv = carry
         qi, di = plan.rows(q, i), plan.rows(d_out, i)
         li, deltai = plan.rows(lse, i), plan.rows(delta, i)
-        num, start = _visits(plan, i)
+        num, start = _visits(plan, i, lengths)
 
         def chunk(j, state):
             dqi, dk, dv = state

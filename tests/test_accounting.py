@@ -15,7 +15,7 @@ import pytest
 from configs import yocou_1b
 from tests import tiny
 from yocou_jax import accounting
-from yocou_jax.cache import kv_cache, kv_cache_bytes
+from yocou_jax.cache import kv_cache
 from yocou_jax.config import Config
 from yocou_jax.model import logits
 from yocou_jax.program import ARCHITECTURES
@@ -52,9 +52,9 @@ def test_the_kv_cache_is_the_bytes_of_the_arrays(architecture):
     for config in (paper(architecture), tiny.model(architecture, num_kv_heads=1)):
         for length in (8192, 262144):
             described = jax.eval_shape(lambda n=length, c=config: kv_cache(c, 1, n))
-            assert kv_cache_bytes(described) == accounting.kv_bytes(config, length)
+            assert described.nbytes == accounting.kv_bytes(config, length)
     described = jax.eval_shape(lambda: kv_cache(config, 3, 64, jnp.float32))
-    assert kv_cache_bytes(described) == 3 * accounting.kv_bytes(config, 64, bytes_per_value=4)
+    assert described.nbytes == 3 * accounting.kv_bytes(config, 64, bytes_per_value=4)
 
 
 # --- Parameters -----------------------------------------------------------------------------------

@@ -154,9 +154,12 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> int:
 
 def kv_entries(config: ModelConfig, length: int) -> int:
     """K/V positions kept per sequence: W per (loop, window layer), `length` per (loop, full layer)
-    and stream, and `length` once for the global cache (Table 1, column KV memory)."""
+    and stream (and there the learned prefix), and `length` once for the global cache (Table 1,
+    column KV memory)."""
     program = config.program
-    per_layer = {"window": config.window, "full": length * program.streams, "cross": 0}
+    prefix = config.prefix_length if program.streams > 1 else 0
+    full = (length + prefix) * program.streams
+    per_layer = {"window": config.window, "full": full, "cross": 0}
     local = sum(stage.depth * per_layer[stage.mixer] for stage in program.stages)
     return local + (length if program.has_cross else 0)
 

@@ -8,19 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import api
+from pallas_kernels import SegmentIds, api
+from yocou_jax.cache import AXES, Append, KeyValue, append, ring_and_new, ring_append_one
 from yocou_jax.config import ModelConfig
 from yocou_jax.layers import Linear, RMSNorm, rope
 from yocou_jax.sharding import attention_partition, constrain
 from yocou_jax.typing import Array, Float, Int
-
-
-@flax.struct.dataclass
-class KeyValue:
-    """Keys and values as attention reads them: k, v [B, S, K, H], rotated and normed if at all."""
-
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
 
 
 @flax.struct.dataclass
@@ -30,11 +23,16 @@ class Context:
     positions [B or 1, N] for RoPE, restarting at each document when documents are packed;
     segment_ids [B, N] then keep attention inside a document (None: one document a row);
     global_kv is set from the moment it is written, and read by cross layers only.
+
+    Inference: `at` says where the N positions stand behind the cached ones; global_kv then is the
+    whole global cache, and new_global_kv the part of these N positions.
     """
 
     positions: Int[Array, "B N"]
     segment_ids: Int[Array, "B N"] | None = None
     global_kv: KeyValue | None = None
+    at: Append | None = None
+    new_global_kv: KeyValue | None = None
 
 
 class Query(nn.Module):
@@ -67,8 +65,7 @@ class KeyValueWriter(nn.Module):
         v = Linear(shape, axes, self.dtype, name="value")(x)
         if c.qk_norm:
             k = RMSNorm(c.norm_eps, name="norm")(k)
-        layout = ("batch", "length", "kv_heads", "head_dim")
-        return KeyValue(constrain(k, *layout), constrain(v, *layout))
+        return KeyValue(constrain(k, *AXES), constrain(v, *AXES))
 
 
 class Output(nn.Module):
@@ -85,12 +82,46 @@ class Output(nn.Module):
         return constrain(y, "batch", "length", "activation")
 
 
-def attention_options(config: ModelConfig, context: Context) -> dict:
-    return {
-        "segment_ids": context.segment_ids,
-        "implementation": config.attention,
-        "partition": attention_partition(),
-    }
+def attention_options(config: ModelConfig) -> dict:
+    return {"implementation": config.attention, "partition": attention_partition()}
+
+
+def window_attention_cached(
+    q: Float[Array, "B N Q H"], new: KeyValue, ring: KeyValue, at: Append, **options
+) -> tuple[Float[Array, "B N Q H"], KeyValue]:
+    """Attention of N new positions over the ring and each other, and the ring afterwards."""
+    W = ring.k.shape[1]
+    if q.shape[1] == 1:
+        ring = ring_append_one(ring, new, at)
+        return api.decode_window(q[:, 0], ring.k, ring.v, at.end, **options)[:, None], ring
+    joined, exists, ring = ring_and_new(ring, new, at)
+    segments = SegmentIds(jnp.ones(q.shape[:2], jnp.int32), exists)
+    y = api.window_attention(
+        q, joined.k, joined.v, window=W, q_offset=W, segment_ids=segments, **options
+    )
+    return y, ring
+
+
+def causal_attention_cached(
+    q: Float[Array, "B N Q H"], new: KeyValue | None, cache: KeyValue, at: Append, **options
+) -> Float[Array, "B N Q H"]:
+    """Attention of N new positions over a cache that has them already (`new` are they alone).
+
+    Several positions attend to what was there before, all of which each of them sees, and to each
+    other; the two results are joined by their log-sum-exps. So a chunk needs no static offset, and
+    rows may be of different lengths.
+    """
+    if q.shape[1] == 1:
+        return api.decode_cross(q[:, 0], cache.k, cache.v, at.end, **options)[:, None]
+    B, S = cache.k.shape[:2]
+    before = jnp.broadcast_to(at.start, (B,))
+    old, old_lse = api.cross_attention(
+        q, cache.k, cache.v, q_offset=S, kv_lengths=before, return_lse=True, **options
+    )
+    new = jax.tree.map(lambda x: x.astype(cache.k.dtype), new)
+    own, own_lse = api.cross_attention(q, new.k, new.v, return_lse=True, **options)
+    share = jax.nn.sigmoid(old_lse - own_lse)[..., None]
+    return (share * old + (1 - share) * own).astype(q.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -98,6 +129,9 @@ class SelfAttention(nn.Module):
 
     mixer "window": y_i attends to keys i-W+1 .. i. mixer "full": to keys 0 .. i, and with parallel
     streams also to the stream's own learned K/V prefix (ParScale, arXiv 2505.10475).
+
+    `cached` is the layer's cache in inference (context.at says where x stands in it), which comes
+    back with the new keys and values; a cache has the prefix in its first slots.
     """
 
     config: ModelConfig
@@ -105,35 +139,52 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], context: Context) -> Float[Array, "B N D"]:
+    def __call__(
+        self, x: Float[Array, "B N D"], context: Context, cached: KeyValue | None = None
+    ) -> tuple[Float[Array, "B N D"], KeyValue | None]:
         c = self.config
         q = rope(Query(c, self.dtype, name="query")(x), context.positions, c.rope_theta)
         kv = KeyValueWriter(c, self.dtype, name="key_value")(x)
-        k, v = rope(kv.k, context.positions, c.rope_theta), kv.v
-        options = attention_options(c, context)
-        if self.mixer == "window":
-            y = api.window_attention(q, k, v, window=c.window, **options)
+        kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))
+        options = attention_options(c)
+        prefix = c.prefix_length if self.mixer == "full" and c.program.streams > 1 else 0
+        if cached is not None:
+            at = context.at
+            if self.mixer == "window":
+                y, cached = window_attention_cached(q, kv, cached, at, **options)
+            else:
+                at = at.replace(start=at.start + prefix)
+                cached = append(cached, kv, at)
+                y = causal_attention_cached(q, kv, cached, at, **options)
+        elif self.mixer == "window":
+            y = api.window_attention(
+                q, kv.k, kv.v, window=c.window, segment_ids=context.segment_ids, **options
+            )
         else:
-            prefix = 0
-            if c.program.streams > 1 and c.prefix_length:
-                prefix = c.prefix_length
-                k, v = self._prepend_prefix(k, v)
+            if prefix:
+                kv = self._prepend_prefix(kv)
             # Queries stand behind the prefix, so that all of it is visible to each of them.
-            y = api.cross_attention(q, k, v, q_offset=prefix, **options)
-        return Output(c, self.dtype, name="output")(y)
+            y = api.cross_attention(
+                q, kv.k, kv.v, q_offset=prefix, segment_ids=context.segment_ids, **options
+            )
+        return Output(c, self.dtype, name="output")(y), cached
 
-    def _prepend_prefix(self, k: Array, v: Array) -> tuple[Array, Array]:
+    def _prepend_prefix(self, kv: KeyValue) -> KeyValue:
         """Puts each stream's learned keys and values before the sequence's; B is stream-major."""
         c = self.config
         shape = (2, c.program.streams, c.prefix_length, c.num_kv_heads, c.head_dim)
         axes = (None, "streams", "prefix", "kv_heads", "head_dim")  # keys, then values
         # Unit variance, as W_k x and W_v x have for a normed x.
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), axes)
-        prefix = self.param("prefix", init, shape, jnp.float32).astype(self.dtype)
-        prefix = jnp.repeat(prefix, k.shape[0] // c.program.streams, axis=1)
-        return tuple(
-            jnp.concatenate([one, own], axis=1) for one, own in zip(prefix, (k, v), strict=True)
-        )
+        prefix = self.param("prefix", init, shape, jnp.float32)
+        prefix = stream_prefix(prefix, kv.k.shape[0], self.dtype)
+        return jax.tree.map(lambda p, x: jnp.concatenate([p, x], axis=1), prefix, kv)
+
+
+def stream_prefix(prefix: Float[Array, "2 P S K H"], rows: int, dtype) -> KeyValue:
+    """ParScale's learned keys and values for `rows` = P B rows, stream-major: [P B, S, K, H]."""
+    prefix = jnp.repeat(prefix.astype(dtype), rows // prefix.shape[1], axis=1)
+    return KeyValue(*prefix)
 
 
 class GlobalKeyValue(nn.Module):
@@ -168,6 +219,9 @@ class CrossAttention(nn.Module):
         q = Query(c, self.dtype, name="query")(x)
         if c.cross_rope:
             q = rope(q, context.positions, c.rope_theta)
-        kv = context.global_kv
-        y = api.cross_attention(q, kv.k, kv.v, **attention_options(c, context))
+        kv, options = context.global_kv, attention_options(c)
+        if context.at is not None:
+            y = causal_attention_cached(q, context.new_global_kv, kv, context.at, **options)
+        else:
+            y = api.cross_attention(q, kv.k, kv.v, segment_ids=context.segment_ids, **options)
         return Output(c, self.dtype, name="output")(y)

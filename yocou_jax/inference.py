@@ -1,41 +1,548 @@
-"""Sampling from a model."""
+"""Inference with caches: prefill that stops early, decode steps, and generation in one loop.
+
+    model = prepare(params, config)                       # matrices in bfloat16, a tree per layer
+    cache, logits = prefill(model, tokens, lengths)       # [B, N] prompts -> what comes next [B, V]
+    cache, logits = decode_step(model, cache, tokens)     # one more token for each row
+    out = generate(model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.8))
+
+Prefill runs the stages that write caches over the prompt, in chunks of one size, and the
+cross-decoder for the last position of each row alone (YOCO, section 2.2): its work is linear in
+the prompt and its memory, beyond the cache, does not depend on it. Layers and loops are unrolled,
+so that each has cache arrays of its own (see cache.py). Another loop count than the trained one is
+another config: dataclasses.replace(config, num_loops=5).
+"""
 
 import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from yocou_jax import sampling as sampling_lib
+from yocou_jax.attention import Context, stream_prefix
+from yocou_jax.cache import AXES, Append, KeyValue, KVCache, append, capacity, fork, kv_cache
 from yocou_jax.config import ModelConfig
-from yocou_jax.model import LanguageModel, head_matrix
-from yocou_jax.typing import Array, Int, PyTree
+from yocou_jax.errors import UserError
+from yocou_jax.model import Block, LanguageModel, compute_dtype, head_matrix, to_logits
+from yocou_jax.sampling import Sampling
+from yocou_jax.sharding import constrain
+from yocou_jax.typing import Array, Bool, Float, Int, PyTree
+
+__all__ = [
+    "Generation",
+    "Model",
+    "Sampling",
+    "decode_step",
+    "fork",
+    "generate",
+    "generate_from",
+    "new_cache",
+    "prefill",
+    "prepare",
+]
+
+CHUNK = 2048  # positions of a prompt at once: enough rows to fill a device's matrix unit
+# Parameters that are used in float32 whatever the compute type (see layers.py and moe.py).
+FLOAT32 = ("embedding", "scale", "router", "stream_gate")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_tokens", "temperature"))
-def sample(
-    params: PyTree,
-    config: ModelConfig,
-    prompt: Int[Array, " N"],
-    key: Array,
-    *,
-    num_tokens: int,
-    temperature: float = 0.8,
-) -> Int[Array, " N+num_tokens"]:
-    """The prompt and `num_tokens` sampled behind it; temperature 0 takes the likeliest token.
+# --- The model ------------------------------------------------------------------------------------
 
-    Runs the whole forward pass for every token, O(n^2) work and no cache: good for the short
-    samples of a training run.
+
+@flax.struct.dataclass
+class Model:
+    """Parameters as inference reads them: matrices in the compute type, `stage_*` a tuple of one
+    tree per layer instead of stacked arrays, "head" [D, V] also where it is tied."""
+
+    params: PyTree
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _prepared(params: PyTree, config: ModelConfig) -> PyTree:
+    dtype = compute_dtype(config)
+
+    def cast(path, x):
+        exact = any(getattr(key, "key", None) in FLOAT32 for key in path)
+        return x if exact else x.astype(dtype)
+
+    head = head_matrix(params, config).astype(dtype)
+    params = jax.tree_util.tree_map_with_path(cast, params) | {"head": head}
+    for name, stage in _named_stages(config):
+        stacked = params[name]["layers"]
+        params[name] = tuple(
+            jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in range(stage.layers)
+        )
+    return params
+
+
+def prepare(params: PyTree, config: ModelConfig) -> Model:
+    """The trained parameters (see `LanguageModel`) made ready; the results are those of training's
+    forward pass, to the bit of every cast. Copies: let go of `params` if memory is short."""
+    return Model(_prepared(params, config), config)
+
+
+def _named_stages(config: ModelConfig):
+    return [(f"stage_{i}_{s.mixer}", s) for i, s in enumerate(config.program.stages)]
+
+
+def _apply(model: Model, method: str, *args):
+    """A part of LanguageModel that is no stage."""
+    return LanguageModel(model.config).apply({"params": model.params}, *args, method=method)
+
+
+def new_cache(model: Model, batch: int, capacity: int) -> KVCache:
+    """An empty cache in the compute type, the learned prefixes of parallel streams in place."""
+    return _new_cache(model, batch, capacity)
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "capacity"))
+def _new_cache(model: Model, batch: int, capacity: int) -> KVCache:
+    config = model.config
+    dtype = compute_dtype(config)
+    cache = kv_cache(config, batch, capacity, dtype)
+    if config.program.streams > 1 and config.prefix_length:
+        stages = []
+        for (name, stage), entries in zip(_named_stages(config), cache.stages, strict=True):
+            layers = [model.params[name][i % stage.layers] for i in range(stage.depth)]
+            stages.append(
+                tuple(
+                    append(
+                        kv,
+                        stream_prefix(layer["attention"]["prefix"], kv.k.shape[0], dtype),
+                        Append(jnp.int32(0), jnp.zeros(kv.k.shape[0], jnp.int32), whole=True),
+                    )
+                    for kv, layer in zip(entries, layers, strict=True)
+                )
+            )
+        cache = cache.replace(stages=tuple(stages))
+    return _constrain_cache(cache)
+
+
+def _constrain_cache(cache: KVCache) -> KVCache:
+    return cache.replace(
+        stages=jax.tree.map(lambda x: constrain(x, *AXES), cache.stages),
+        global_kv=jax.tree.map(lambda x: constrain(x, *AXES), cache.global_kv),
+    )
+
+
+# --- The forward pass in two parts ----------------------------------------------------------------
+
+
+def _write(
+    model: Model, cache: KVCache, tokens: Int[Array, "B N"], at: Append
+) -> tuple[Float[Array, "PB N D"], KVCache, Context]:
+    """Runs every stage that has a cache and the global K, V projection: appends the tokens.
+
+    Returns the residual stream, the cache and the context in which cross stages go on.
     """
-    text = jnp.concatenate([prompt, jnp.zeros(num_tokens, prompt.dtype)])[None]
-    head = head_matrix(params, config)
+    config = model.config
+    streams = config.program.streams
+    tile = lambda x: jnp.tile(x, streams) if jnp.ndim(x) else x
+    at_streams = Append(tile(at.start), tile(at.count), at.whole)
+    context = Context(at_streams.positions(tokens.shape[1]), at=at_streams)
+    x = _apply(model, "embed", tokens)
+    stages, old = [], iter(cache.stages)
+    for name, stage in _named_stages(config):
+        if stage.mixer == "cross":
+            break
+        block, layers, written = Block(config, stage.mixer), model.params[name], []
+        for i, cached in enumerate(next(old)):
+            params = {"params": layers[i % stage.layers]}
+            x, out = block.apply(params, x, context, cached)
+            written.append(out.cached)
+        stages.append(tuple(written))
+    global_kv = cache.global_kv
+    if global_kv is not None:
+        new = _apply(model, "write_global_kv", x, context)
+        global_kv = append(global_kv, new, at)
+        context = context.replace(global_kv=global_kv, new_global_kv=new)
+    lengths = cache.lengths + at.count
+    return x, _constrain_cache(KVCache(tuple(stages), global_kv, lengths)), context
 
-    def step(i, text):
-        hidden = LanguageModel(config).apply({"params": params}, text).hidden[0, i - 1]
-        head_cast = head.astype(hidden.dtype)
-        logits = jnp.matmul(hidden, head_cast, preferred_element_type=jnp.float32)
-        if temperature == 0:
-            token = jnp.argmax(logits)
-        else:
-            token = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
-        return text.at[0, i].set(token.astype(text.dtype))
 
-    return jax.lax.fori_loop(prompt.shape[0], text.shape[1], step, text)[0]
+def _read(model: Model, x: Float[Array, "PB N D"], context: Context) -> Float[Array, "B N V"]:
+    """Runs the cross stages, the final norm and the head for the positions of x."""
+    for name, stage in _named_stages(model.config):
+        if stage.mixer == "cross":
+            block, layers = Block(model.config, stage.mixer), model.params[name]
+            for i in range(stage.depth):
+                x, _ = block.apply({"params": layers[i % stage.layers]}, x, context)
+    return to_logits(_apply(model, "read_out", x), model.params["head"])
+
+
+# --- Prefill --------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, donate_argnames=("cache", "last"), static_argnames=("whole", "score"))
+def _prefill_chunk(model, cache, last, tokens, count, start, *, whole, score):
+    """One chunk [B, C] of which row b has the first count[b]; start None: each row's own length.
+
+    last [PB, 1, D] is each row's residual stream at its last position so far, before cross stages.
+    """
+    at = Append(cache.lengths if start is None else start, count, whole)
+    x, cache, context = _write(model, cache, tokens, at)
+    logits = _read(model, x, context) if score else None
+    tiled = jnp.tile(count, x.shape[0] // count.shape[0])[:, None, None]
+    picked = jnp.take_along_axis(x, jnp.maximum(tiled - 1, 0), axis=1)
+    return cache, jnp.where(tiled > 0, picked, last), logits
+
+
+@jax.jit
+def _next_logits(model, cache, last):
+    """The cross-decoder for the last position of each row: logits [B, V] of what comes next."""
+    one = jnp.ones_like(cache.lengths)
+    at = Append(cache.lengths - 1, one)
+    context = Context(at.positions(1), at=at, global_kv=cache.global_kv)
+    return _read(model, last, context)[:, 0]
+
+
+def bucket(n: int, least: int = 16) -> int:
+    """The least of 1, 1.25, 1.5, 1.75 times a power of two that holds n: shapes for which there is
+    one compiled program each, at most a quarter larger than needed."""
+    if n <= least:
+        return least
+    quarter = max(1, 2 ** ((n - 1).bit_length() - 3))
+    return -(-n // quarter) * quarter
+
+
+def prefill(
+    model: Model,
+    tokens: Int[Array, "B N"],
+    lengths: Int[Array, " B"] | None = None,
+    *,
+    cache: KVCache | None = None,
+    capacity: int | None = None,
+    chunk: int | None = None,
+    score: bool = False,
+) -> tuple[KVCache, Float[Array, "B V"]] | tuple[KVCache, Float[Array, "B V"], Array]:
+    """Appends prompts to a cache (given up to this call) or to a new one of `capacity` positions.
+
+    Row b is tokens[b, :lengths[b]] (all of it without lengths). The work is done in chunks of
+    `chunk` positions, by default CHUNK or the bucket of a shorter prompt; prompts of one chunk size
+    and capacity share their compiled programs.
+
+    Returns:
+      The cache and the logits [B, V] (float32) of the token behind each row. With score=True, for
+      which the cross-decoder runs everywhere, also the logits [B, N, V] at all positions.
+
+    Raises:
+      UserError: an empty row, a token outside the vocabulary, more positions than the cache holds.
+    """
+    tokens, lengths = _check_prompts(model.config, tokens, lengths)
+    B, N = tokens.shape
+    fresh = cache is None
+    if fresh:
+        room = bucket(N) if capacity is None else capacity
+        _check_room(lengths, room)
+        cache = new_cache(model, B, room)
+    else:
+        room = _check_continuation(model.config, cache, lengths)
+    if chunk is not None and chunk < 1:
+        raise UserError(f"chunk={chunk} must be at least 1 position.")
+    C = min(CHUNK, bucket(N)) if chunk is None else chunk
+    width = -(-N // C) * C
+    whole = fresh and (room is None or width <= room)
+    padded = np.zeros((B, width), np.int32)
+    padded[:, :N] = tokens
+    streams = model.config.program.streams
+    last = jnp.zeros((streams * B, 1, model.config.d_model), compute_dtype(model.config))
+    scores = []
+    for first in range(0, width, C):
+        cache, last, logits = _prefill_chunk(
+            model,
+            cache,
+            last,
+            padded[:, first : first + C],
+            np.clip(lengths - first, 0, C),
+            np.int32(first) if fresh else None,
+            whole=whole,
+            score=score,
+        )
+        scores.append(logits)
+    logits = _next_logits(model, cache, last)
+    if not score:
+        return cache, logits
+    return cache, logits, jnp.concatenate(scores, axis=1)[:, :N]
+
+
+def _check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(
+            f"Prompts are integers [batch, positions]; got {tokens.dtype} of shape {tokens.shape}."
+        )
+    B, N = tokens.shape
+    lengths = np.full(B, N) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (B,) or lengths.max(initial=0) > N:
+        raise UserError(f"The lengths {lengths.tolist()} do not fit {B} prompts of {N} positions.")
+    if not B or lengths.min() < 1:
+        row = int(np.argmin(lengths)) if B else 0
+        raise UserError(f"Prompt {row} is empty; it needs at least one token.")
+    exists = np.arange(N) < lengths[:, None]
+    wrong = exists & ((tokens < 0) | (tokens >= config.vocab_size))
+    if wrong.any():
+        row, at = np.argwhere(wrong)[0]
+        raise UserError(
+            f"Prompt {row} has the token {tokens[row, at]} at position {at}, outside the "
+            f"vocabulary of {config.vocab_size}."
+        )
+    return np.where(exists, tokens, 0).astype(np.int32), lengths.astype(np.int32)
+
+
+def _check_room(lengths: np.ndarray, room: int | None, new_tokens: int = 0) -> None:
+    row = int(np.argmax(lengths))
+    needed = int(lengths[row]) + new_tokens
+    if room is not None and needed > room:
+        more = f" and {new_tokens} new ones" if new_tokens else ""
+        raise UserError(
+            f"Prompt {row} has {lengths[row]} positions{more}, more than the {room} that the cache "
+            "holds."
+        )
+
+
+def _check_continuation(config: ModelConfig, cache: KVCache, lengths, new_tokens: int = 0):
+    before = np.asarray(cache.lengths)
+    if before.shape != lengths.shape:
+        raise UserError(
+            f"A cache of {before.shape[0]} rows cannot go on with {lengths.shape[0]} prompts."
+        )
+    room = capacity(config, cache)
+    _check_room(before + lengths, room, new_tokens)
+    return room
+
+
+# --- Decode ---------------------------------------------------------------------------------------
+
+
+def _step(model: Model, cache: KVCache, tokens: Int[Array, " B"], active: Bool[Array, " B"]):
+    at = Append(cache.lengths, active.astype(jnp.int32))
+    x, cache, context = _write(model, cache, tokens[:, None], at)
+    return cache, _read(model, x, context)[:, 0]
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def decode_step(
+    model: Model,
+    cache: KVCache,
+    tokens: Int[Array, " B"],
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[KVCache, Float[Array, "B V"]]:
+    """Appends one token to every row (to those that are `active`), and says what comes next: logits
+    [B, V] in float32. The cache is given up; the caller keeps its lengths below its capacity, as
+    what does not fit is dropped."""
+    if active is None:
+        active = jnp.ones(tokens.shape, bool)
+    return _step(model, cache, tokens, active)
+
+
+# --- Generation -----------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class _State:
+    """Where a generation stands: logits [B, V] of the next token, seen [B, V] the tokens of prompt
+    and output (None if no penalty needs them), keys [B], generated [B], done [B]."""
+
+    cache: KVCache
+    logits: Float[Array, "B V"]
+    seen: Bool[Array, "B V"] | None
+    keys: Array
+    generated: Int[Array, " B"]
+    done: Bool[Array, " B"]
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames=("block", "sort", "logprobs"))
+def _generate_block(model, state, sampling, stop, limit, *, block, sort, logprobs):
+    """Up to `block` steps, fewer if all rows are done; row b is after limit[b] tokens in all, or
+    with a token of `stop`. Returns the state, tokens [B, block] (-1: none) and log-probabilities.
+    """
+    B = state.done.shape[0]
+
+    def unfinished(carry):
+        i, state, *_ = carry
+        return (i < block) & ~state.done.all()
+
+    def step(carry):
+        i, state, tokens, logps = carry
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.generated)
+        chosen = sampling_lib.sample(state.logits, keys, sampling, sort=sort, seen=state.seen)
+        active = ~state.done
+        tokens = tokens.at[:, i].set(jnp.where(active, chosen, -1))
+        if logprobs:
+            logp = jax.nn.log_softmax(state.logits)
+            logp = jnp.take_along_axis(logp, chosen[:, None], axis=1)[:, 0]
+            logps = logps.at[:, i].set(jnp.where(active, logp, 0.0))
+        seen = state.seen
+        if seen is not None:
+            seen = seen.at[jnp.arange(B), chosen].max(active)
+        generated = state.generated + active
+        done = state.done | (chosen[:, None] == stop).any(1) | (generated >= limit)
+        cache, logits = _step(model, state.cache, chosen, active)
+        state = _State(cache, logits, seen, state.keys, generated, done)
+        return i + 1, state, tokens, logps
+
+    logps = jnp.zeros((B, block)) if logprobs else None
+    carry = (0, state, jnp.full((B, block), -1, jnp.int32), logps)
+    _, state, tokens, logps = jax.lax.while_loop(unfinished, step, carry)
+    return state, _on_every_process(tokens), _on_every_process(logps)
+
+
+def _on_every_process(x):
+    return None if x is None else constrain(x, None, None)
+
+
+class Generation(NamedTuple):
+    """tokens [B, n], -1 behind the end of a row; lengths [B] without those (a stop token counts);
+    logprobs [B, n]: log-probabilities of the tokens under the model itself, before temperature and
+    filters, if asked for. cache and logits [B, V] are what there is to go on from.
+
+    prefill_s (None if that was done before) and decode_s: seconds, in which programs that ran for
+    the first time were compiled.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logprobs: np.ndarray | None
+    cache: KVCache
+    logits: Float[Array, "B V"]
+    prefill_s: float | None
+    decode_s: float
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    capacity: int | None = None,
+    chunk: int | None = None,
+    **options,
+) -> Generation:
+    """Continues prompts of any lengths; `options` are those of `generate_from`.
+
+    capacity: positions of the cache, by default the bucket of the longest prompt and its output.
+
+    Raises:
+      UserError: see `prefill` and `generate_from`; a prompt and its output longer than the cache.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), max(lengths, default=0)), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    tokens, lengths = _check_prompts(model.config, tokens, lengths)
+    limit, sampling = _check_options(len(prompts), max_new_tokens, options.get("sampling"))
+    if capacity is None:
+        capacity = bucket(int(lengths.max()) + limit)
+    _check_room(lengths, capacity, limit)
+    seen = None
+    if sampling_lib.needs_seen(sampling):
+        seen = np.zeros((len(prompts), model.config.vocab_size), bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
+    start = time.perf_counter()
+    cache, logits = prefill(model, tokens, lengths, capacity=capacity, chunk=chunk)
+    jax.block_until_ready(logits)
+    prefill_s = time.perf_counter() - start
+    out = generate_from(model, cache, logits, max_new_tokens=limit, seen=seen, **options)
+    return out._replace(prefill_s=prefill_s)
+
+
+def generate_from(
+    model: Model,
+    cache: KVCache,
+    logits: Float[Array, "B V"],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    seeds: int | Sequence[int] = 0,
+    stop_tokens: Sequence[int] = (),
+    logprobs: bool = False,
+    seen: Bool[Array, "B V"] | None = None,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
+    block: int = 8,
+) -> Generation:
+    """Samples up to max_new_tokens for every row of a cache, which is given up.
+
+    All steps run in one compiled loop. With `on_tokens` they run in blocks of `block` steps, and it
+    is called with the new tokens [B, n] after each (-1 behind the end of a row).
+
+    Args:
+      logits: of the next token, as `prefill` and `decode_step` return them. To try several
+        continuations of one prompt: fork(cache, rows), logits[rows].
+      sampling: greedy if None; a field may have one value per row.
+      seeds: one per row, or one from which row b takes seeds + b. A row depends on its own seed,
+        and not on the batch around it.
+      stop_tokens: a row ends with the first of these.
+      seen: tokens that a repetition penalty counts besides the new ones.
+
+    Raises:
+      UserError: an option that makes no sense, or more tokens than the cache holds.
+    """
+    B = cache.lengths.shape[0]
+    limit, sampling = _check_options(B, max_new_tokens, sampling)
+    _check_continuation(model.config, cache, np.zeros(B, np.int32), limit)
+    vocab_size = model.config.vocab_size
+    for token in stop_tokens:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"The stop token {token} is outside the vocabulary of {vocab_size}.")
+    if block < 1:
+        raise UserError(f"block={block} must be at least 1 step.")
+    seeds = np.asarray(seeds)
+    seeds = seeds + np.arange(B) if seeds.ndim == 0 else seeds
+    if seeds.shape != (B,) or not np.issubdtype(seeds.dtype, np.integer):
+        raise UserError(f"seeds={seeds.tolist()} must be one integer, or one for each of {B} rows.")
+    if not sampling_lib.needs_seen(sampling):
+        seen = None
+    elif seen is None:
+        seen = np.zeros((B, vocab_size), bool)
+    state = _State(
+        cache,
+        logits,
+        seen,
+        jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
+        jnp.zeros(B, jnp.int32),
+        jnp.zeros(B, bool),
+    )
+    size = bucket(limit, 1) if on_tokens is None else min(block, limit)
+    tokens, logps = [], []
+    start = time.perf_counter()
+    for _ in range(0, limit, size):
+        state, new, logp = _generate_block(
+            model,
+            state,
+            sampling,
+            jnp.asarray(stop_tokens, jnp.int32),
+            np.int32(limit),
+            block=size,
+            sort=sampling_lib.needs_sort(sampling),
+            logprobs=logprobs,
+        )
+        new = np.asarray(new)
+        tokens.append(new)
+        logps.append(logp)
+        if on_tokens is not None:
+            on_tokens(new)
+        if np.asarray(state.done).all():
+            break
+    decode_s = time.perf_counter() - start
+    tokens = np.concatenate(tokens, axis=1)[:, :limit]
+    return Generation(
+        tokens,
+        (tokens >= 0).sum(axis=1),
+        np.concatenate(logps, axis=1)[:, :limit] if logprobs else None,
+        state.cache,
+        state.logits,
+        None,
+        decode_s,
+    )
+
+
+def _check_options(B: int, max_new_tokens: int, sampling: Sampling | None) -> tuple[int, Sampling]:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    return max_new_tokens, sampling_lib.check(sampling or Sampling(temperature=0.0), B)

@@ -25,6 +25,7 @@ from yocou_jax.attention import (
     GlobalKeyValue,
     SelfAttention,
 )
+from yocou_jax.cache import KeyValue
 from yocou_jax.config import ModelConfig
 from yocou_jax.layers import Linear, RMSNorm, SwiGLU, fan_in_init
 from yocou_jax.moe import MixtureOfExperts, RouterStats
@@ -47,6 +48,15 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
+@flax.struct.dataclass
+class BlockOutput:
+    """What a layer returns besides x: its routing (None without experts) and, in inference, its
+    cache with the new positions."""
+
+    router: RouterStats | None
+    cached: KeyValue | None
+
+
 class Block(nn.Module):
     """One pre-norm layer: x + Attention(RMSNorm(x)), then x + FeedForward(RMSNorm(x))."""
 
@@ -55,21 +65,22 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], context: Context
-    ) -> tuple[Float[Array, "B N D"], RouterStats | None]:
+        self, x: Float[Array, "B N D"], context: Context, cached: KeyValue | None = None
+    ) -> tuple[Float[Array, "B N D"], BlockOutput]:
         c, dtype = self.config, compute_dtype(self.config)
+        h = RMSNorm(c.norm_eps, name="attention_norm")(x)
         if self.mixer == "cross":
-            attention = CrossAttention(c, dtype, name="attention")
+            x = x + CrossAttention(c, dtype, name="attention")(h, context)
         else:
-            attention = SelfAttention(c, self.mixer, dtype, name="attention")
-        x = x + attention(RMSNorm(c.norm_eps, name="attention_norm")(x), context)
+            y, cached = SelfAttention(c, self.mixer, dtype, name="attention")(h, context, cached)
+            x = x + y
         h = RMSNorm(c.norm_eps, name="feed_forward_norm")(x)
         if c.num_experts:
             y, stats = MixtureOfExperts(c, dtype, name="feed_forward")(h)
         else:
             y = SwiGLU(c.d_ff, dtype, c.residual_scale, name="feed_forward")(h)
             stats = None
-        return constrain(x + y, "batch", "length", "activation"), stats
+        return constrain(x + y, "batch", "length", "activation"), BlockOutput(stats, cached)
 
 
 class StageStack(nn.Module):
@@ -102,7 +113,8 @@ class StageStack(nn.Module):
         if not self.config.scan and not self.is_initializing():
             return self._unrolled(x, context, num_loops)
         if self.stage.loops is None:
-            return self.layers(x, context)
+            x, out = self.layers(x, context)
+            return x, out.router
         loop = nn.scan(
             lambda stack, x, context: stack.layers(x, context),
             variable_broadcast="params",
@@ -110,8 +122,8 @@ class StageStack(nn.Module):
             in_axes=nn.broadcast,
             length=num_loops,
         )
-        x, stats = loop(self, x, context)
-        return x, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+        x, out = loop(self, x, context)
+        return x, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), out.router)
 
     def _unrolled(self, x, context, num_loops):
         """The same in plain Python, to debug: a print or breakpoint in Block sees each layer."""
@@ -121,8 +133,8 @@ class StageStack(nn.Module):
         for _ in range(num_loops):
             for layer in range(self.stage.layers):
                 params = jax.tree.map(operator.itemgetter(layer), stacked)
-                x, layer_stats = block.apply({"params": params}, x, context)
-                stats.append(layer_stats)
+                x, out = block.apply({"params": params}, x, context)
+                stats.append(out.router)
         return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
 
 
@@ -174,23 +186,33 @@ class LanguageModel(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         context = Context(positions, segment_ids)
-        # Scaled to unit variance (as in YOCO's code): at D^-0.5 the first sublayers would drown it.
-        x = c.d_model**0.5 * jnp.take(self.embedding, tokens, axis=0)
-        x = x.astype(compute_dtype(c))
-        x = constrain(x, "batch", "length", "activation")
-        if program.streams > 1:
-            x = jnp.tile(x, (program.streams, 1, 1))
+        x = self.embed(tokens)
         router = []
         for stage, stack in zip(program.stages, self.stages, strict=True):
             if stage.mixer == "cross" and context.global_kv is None:
-                context = context.replace(global_kv=self.global_kv(x, context))
+                context = context.replace(global_kv=self.write_global_kv(x, context))
             x, stats = stack(x, context, stage.num_loops)
             router.append(stats)
-        x = self.final_norm(x)
-        if program.streams > 1:
-            x = self._mix_streams(x)
         router = None if router[0] is None else jax.tree.map(lambda *s: jnp.concatenate(s), *router)
-        return ModelOutput(x, router)
+        return ModelOutput(self.read_out(x), router)
+
+    # The parts that are not stages, also for inference, which runs the stages layer by layer.
+
+    def embed(self, tokens: Int[Array, "B N"]) -> Float[Array, "PB N D"]:
+        """The residual stream at the start, one copy per parallel stream (stream-major)."""
+        c = self.config
+        # Scaled to unit variance (as in YOCO's code): at D^-0.5 the first sublayers would drown it.
+        x = c.d_model**0.5 * jnp.take(self.embedding, tokens, axis=0)
+        x = constrain(x.astype(compute_dtype(c)), "batch", "length", "activation")
+        return jnp.tile(x, (c.program.streams, 1, 1)) if c.program.streams > 1 else x
+
+    def write_global_kv(self, x: Float[Array, "B N D"], context: Context) -> KeyValue:
+        return self.global_kv(x, context)
+
+    def read_out(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
+        """The final norm, and the mix of parallel streams: what the head maps to logits."""
+        x = self.final_norm(x)
+        return self._mix_streams(x) if self.config.program.streams > 1 else x
 
     def _mix_streams(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
         """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax(linear map of all x_p)."""
@@ -211,5 +233,9 @@ def logits(
 ) -> Float[Array, "B N V"]:
     """All logits at once in float32: for tests, analysis and short texts (training chunks them)."""
     hidden = LanguageModel(config).apply({"params": params}, tokens, **kwargs).hidden
-    head = head_matrix(params, config).astype(hidden.dtype)
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    return to_logits(hidden, head_matrix(params, config))
+
+
+def to_logits(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
+    """Logits in float32 of a product in the type of `hidden`."""
+    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)

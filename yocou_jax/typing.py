@@ -12,8 +12,8 @@ The loop count is `num_loops`, never T.
 from typing import Any
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
-__all__ = ["Array", "Float", "Int", "PyTree"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "PyTree"]
 
 PyTree = Any
