@@ -119,7 +119,7 @@ class Append:
 
 def append(cache: KeyValue, new: KeyValue, at: Append) -> KeyValue:
     """`new` [B, N, K, H] written behind what each row of `cache` [B, S, K, H] has."""
-    B, N = new.k.shape[:2]
+    N = new.k.shape[1]
     if jnp.ndim(at.start) == 0 and at.whole:
         return jax.tree.map(
             lambda x, n: jax.lax.dynamic_update_slice_in_dim(x, n.astype(x.dtype), at.start, 1),
@@ -154,12 +154,14 @@ def ring_and_new(
     and the ring as it is afterwards. New positions behind count exist for the order's sake: no
     earlier query sees them."""
     W, (B, N) = ring.k.shape[1], new.k.shape[:2]
-    roll = lambda x: jnp.roll(x, -at.start, axis=1)
-    if jnp.ndim(at.start):
-        roll = jax.vmap(lambda x, start: jnp.roll(x, -start, axis=0))
-        roll = lambda x, each=roll: each(x, at.start)
+
+    def in_order(x):
+        if jnp.ndim(at.start) == 0:
+            return jnp.roll(x, -at.start, axis=1)
+        return jax.vmap(lambda row, start: jnp.roll(row, -start, axis=0))(x, at.start)
+
     joined = jax.tree.map(
-        lambda old, n: jnp.concatenate([roll(old), n.astype(old.dtype)], axis=1), ring, new
+        lambda old, n: jnp.concatenate([in_order(old), n.astype(old.dtype)], axis=1), ring, new
     )
     start = jnp.broadcast_to(at.start, (B,))[:, None]
     exists = jnp.concatenate([start - W + jnp.arange(W) >= 0, jnp.ones((B, N), bool)], axis=1)

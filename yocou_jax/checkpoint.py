@@ -223,10 +223,11 @@ def _restore(directory: Path, step: int, abstract: PyTree, partial: bool = False
 
 
 def _layout(tree: PyTree) -> dict[str, list]:
-    return {name: [list(x.shape), str(x.dtype)] for name, x in _named_leaves(tree)}
+    return {name: [list(x.shape), str(x.dtype)] for name, x in named_leaves(tree)}
 
 
-def _named_leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
+def named_leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
+    """(dotted path, leaf) in the order of jax.tree.leaves; files and hashes know arrays by it."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves]
 
@@ -327,7 +328,7 @@ def params_sha256(params: PyTree) -> str:
     Every process calls it: arrays that are spread over processes are gathered.
     """
     digest = hashlib.sha256()
-    for name, x in sorted(_named_leaves(params), key=lambda pair: pair[0]):
+    for name, x in sorted(named_leaves(params), key=lambda pair: pair[0]):
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             x = multihost_utils.process_allgather(x, tiled=True)
         array = np.asarray(x)

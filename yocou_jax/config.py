@@ -101,6 +101,11 @@ class ModelConfig:
         _require_at_least(self, "model", "prefix_length", 0)
         _ = self.program  # a program that makes no sense is refused here, not at the first step
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+        """Builds the sizes alone, as `Config.from_dict` does for all settings."""
+        return _build(cls, fields, "model.")
+
     @property
     def residual_scale(self) -> float:
         """Shrinks what each sublayer adds at the start, so that the residual stream's variance does

@@ -24,7 +24,7 @@ import numpy as np
 
 from yocou_jax import sampling as sampling_lib
 from yocou_jax.attention import Context, stream_prefix
-from yocou_jax.cache import AXES, Append, KeyValue, KVCache, append, capacity, fork, kv_cache
+from yocou_jax.cache import AXES, Append, KVCache, append, capacity, fork, kv_cache
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.model import Block, LanguageModel, compute_dtype, head_matrix, to_logits
@@ -130,6 +130,13 @@ def _constrain_cache(cache: KVCache) -> KVCache:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "mixer"))
+def _block(params, x, context, cached, *, config: ModelConfig, mixer: str):
+    """One layer. A jit of its own, so that unrolled layers are traced and lowered only once."""
+    x, out = Block(config, mixer).apply({"params": params}, x, context, cached)
+    return x, out.cached
+
+
 # --- The forward pass in two parts ----------------------------------------------------------------
 
 
@@ -142,19 +149,21 @@ def _write(
     """
     config = model.config
     streams = config.program.streams
-    tile = lambda x: jnp.tile(x, streams) if jnp.ndim(x) else x
-    at_streams = Append(tile(at.start), tile(at.count), at.whole)
+    at_streams = at
+    if streams > 1:
+        start = jnp.tile(at.start, streams) if jnp.ndim(at.start) else at.start
+        at_streams = at.replace(start=start, count=jnp.tile(at.count, streams))
     context = Context(at_streams.positions(tokens.shape[1]), at=at_streams)
     x = _apply(model, "embed", tokens)
     stages, old = [], iter(cache.stages)
     for name, stage in _named_stages(config):
         if stage.mixer == "cross":
             break
-        block, layers, written = Block(config, stage.mixer), model.params[name], []
+        layers, written = model.params[name], []
         for i, cached in enumerate(next(old)):
-            params = {"params": layers[i % stage.layers]}
-            x, out = block.apply(params, x, context, cached)
-            written.append(out.cached)
+            params = layers[i % stage.layers]
+            x, cached = _block(params, x, context, cached, config=config, mixer=stage.mixer)
+            written.append(cached)
         stages.append(tuple(written))
     global_kv = cache.global_kv
     if global_kv is not None:
@@ -167,11 +176,12 @@ def _write(
 
 def _read(model: Model, x: Float[Array, "PB N D"], context: Context) -> Float[Array, "B N V"]:
     """Runs the cross stages, the final norm and the head for the positions of x."""
-    for name, stage in _named_stages(model.config):
+    config = model.config
+    for name, stage in _named_stages(config):
         if stage.mixer == "cross":
-            block, layers = Block(model.config, stage.mixer), model.params[name]
             for i in range(stage.depth):
-                x, _ = block.apply({"params": layers[i % stage.layers]}, x, context)
+                params = model.params[name][i % stage.layers]
+                x, _ = _block(params, x, context, None, config=config, mixer="cross")
     return to_logits(_apply(model, "read_out", x), model.params["head"])
 
 

@@ -1,0 +1,246 @@
+"""A trained model as one thing: parameters, sizes and tokenizer, read from either of two folders.
+
+    training workdir     manifest.json    tokenizer.json    checkpoints/
+    exported folder      config.json      tokenizer.json    model.safetensors
+
+An exported folder has what inference needs and nothing else; safetensors is the file format that
+other frameworks read too, with the dotted path of each parameter as its name.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from yocou_jax.checkpoint import load_params, named_leaves
+from yocou_jax.config import ModelConfig
+from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
+from yocou_jax.errors import UserError
+from yocou_jax.manifest import differences
+from yocou_jax.sharding import tree_shardings
+from yocou_jax.train import abstract_params
+from yocou_jax.typing import PyTree
+
+FORMAT, VERSION = "yocou_jax", 1  # of an exported folder; another meaning is another version
+CONFIG, WEIGHTS, TOKENIZER = FILES = ("config.json", "model.safetensors", "tokenizer.json")
+CONFIG_FIELDS = {"format", "version", "program", "step", "model"}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names in safetensors and jax
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A model to run.
+
+    params: unboxed, as `LanguageModel(config).apply({"params": params}, ...)` takes them; float32
+        from a workdir, of any floating type of DTYPES from an exported folder.
+    step: training steps behind it; None if nobody knows.
+    """
+
+    params: PyTree = dataclasses.field(repr=False)
+    config: ModelConfig
+    tokenizer: Tokenizer
+    step: int | None
+
+    def __post_init__(self):
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"The tokenizer has {self.tokenizer.vocab_size} entries, but "
+                f"model.vocab_size={self.config.vocab_size}: it is not the tokenizer of this model."
+            )
+
+
+def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Pretrained:
+    """Reads the newest whole checkpoint of a training workdir, or an exported folder.
+
+    The parameters lie on `mesh` as in training, each device reading its part; without a mesh, on
+    the first device. Nothing on disk is changed.
+
+    Raises UserError if the folder is neither, is not complete, cannot be read, or holds another
+    model than its config says.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"The path {path} does not exist.")
+    if (path / "manifest.json").exists():
+        return _load_workdir(path, mesh)
+    if (path / CONFIG).exists():
+        return _load_exported(path, mesh)
+    raise UserError(
+        f"{path} is neither a training workdir (it has no manifest.json) nor an exported folder "
+        f"(it has no {CONFIG})."
+    )
+
+
+def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
+    """Writes an exported folder; the same model gives the same bytes. For a single process.
+
+    The folder appears when it is complete: a kill leaves at most a hidden one beside it. Raises
+    UserError if it exists and is not empty, if it cannot be written, or if the parameters are not
+    those of the config.
+    """
+    folder, config = Path(folder).expanduser().resolve(), pretrained.config
+    found = {name: (list(x.shape), x.dtype.name) for name, x in named_leaves(pretrained.params)}
+    _check_arrays("The model to export", found, abstract_params(config))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists and is not an empty folder: an export overwrites nothing, so remove "
+            "it or choose another name."
+        )
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "program": str(config.program),
+        "step": pretrained.step,
+        "model": dataclasses.asdict(config),
+    }
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        scratch.mkdir(parents=True)
+        (scratch / CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        (scratch / TOKENIZER).write_text(pretrained.tokenizer.to_json(), encoding="utf-8")
+        # On a CPU these are views. safetensors writes memory as it lies, and arrays that come from
+        # an accelerator may lie in another order.
+        arrays = {n: np.asarray(x, order="C") for n, x in named_leaves(pretrained.params)}
+        save_file(arrays, scratch / WEIGHTS)
+        # It makes files that their owner alone can read.
+        (scratch / WEIGHTS).chmod((scratch / CONFIG).stat().st_mode)
+        for name in FILES:  # on the disk before the folder has its name, also through a power cut
+            with (scratch / name).open("rb") as file:
+                os.fsync(file.fileno())
+        scratch.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise UserError(f"The export could not be written to {folder}: {reason}.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _load_workdir(path: Path, mesh: Mesh | None) -> Pretrained:
+    file = path / "manifest.json"
+    manifest = _read_json(file)
+    try:
+        fields, program = manifest["config"]["model"], manifest["program"]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is not the manifest of a training run: it lacks config.model or program."
+        ) from error
+    config = _model_config(file, fields, program)
+    tokenizer = load_tokenizer(_file_of(path, TOKENIZER))
+    params, step = load_params(path / "checkpoints", _placed(config, mesh))
+    return Pretrained(params, config, tokenizer, step)
+
+
+def _load_exported(path: Path, mesh: Mesh | None) -> Pretrained:
+    file = path / CONFIG
+    stored = _read_json(file)
+    kind = stored.get("format"), stored.get("version")
+    if kind != (FORMAT, VERSION):
+        raise UserError(
+            f"{file} is of format {kind[0]!r}, version {kind[1]!r}; only format {FORMAT!r}, "
+            f"version {VERSION} can be read."
+        )
+    if stored.keys() != CONFIG_FIELDS:
+        raise UserError(
+            f"{file} has the fields {', '.join(sorted(stored))}, but should have "
+            f"{', '.join(sorted(CONFIG_FIELDS))}."
+        )
+    step = stored["step"]
+    if step is not None and type(step) is not int:
+        raise UserError(f"{file} has step={step!r}, which must be a whole number or null.")
+    config = _model_config(file, stored["model"], stored["program"])
+    tokenizer = load_tokenizer(_file_of(path, TOKENIZER))
+    params = _read_arrays(_file_of(path, WEIGHTS), _placed(config, mesh))
+    return Pretrained(params, config, tokenizer, step)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{file} cannot be read: {str(error).rstrip('.')}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} does not hold a JSON object.")
+    return value
+
+
+def _model_config(file: Path, fields: Any, program: Any) -> ModelConfig:
+    """The sizes, if this code makes the same program of them as the one that was trained."""
+    if not isinstance(fields, Mapping):
+        raise UserError(f"{file} has no fields under 'model', but {fields!r}.")
+    try:
+        config = ModelConfig.from_dict(fields)
+    except UserError as error:
+        raise UserError(f"{file} cannot be used: {error}") from error
+    if program != str(config.program):
+        raise UserError(
+            f"{file} is of the program {program!r}, but here model.architecture="
+            f"'{config.architecture}' means '{config.program}'."
+        )
+    return config
+
+
+def _file_of(path: Path, name: str) -> str:
+    if not (path / name).is_file():
+        raise UserError(f"The folder {path} has no {name}, which belongs to its model.")
+    return str(path / name)
+
+
+def _placed(config: ModelConfig, mesh: Mesh | None) -> PyTree:
+    """Shapes of the parameters with the shardings that they are to have."""
+    boxed = abstract_params(config)
+    params = nn.unbox(boxed)
+    if mesh is not None:
+        shardings = tree_shardings(boxed, mesh)
+    else:
+        first = SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: first, params)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        params,
+        shardings,
+    )
+
+
+def _check_arrays(owner: str, found: dict[str, tuple[list[int], str]], wanted: PyTree) -> None:
+    """Refuses other names, shapes or types than the parameters `wanted` may have."""
+    shapes = {name: list(x.shape) for name, x in named_leaves(nn.unbox(wanted))}
+    if differing := differences({name: shape for name, (shape, _) in found.items()}, shapes):
+        raise UserError(
+            f"{owner} has other arrays than its config says ({len(differing)} differ): "
+            f"{'; '.join(differing[:8])}."
+        )
+    for name, (_, dtype) in found.items():
+        if dtype not in DTYPES.values():
+            raise UserError(
+                f"{owner} has {name} in {dtype}; parameters are {', '.join(DTYPES.values())}."
+            )
+
+
+def _read_arrays(file: str, wanted: PyTree) -> PyTree:
+    """The arrays of a safetensors file in the places of `wanted`; each device's part by itself."""
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+            found = {
+                name: (part.get_shape(), DTYPES.get(part.get_dtype(), part.get_dtype()))
+                for name, part in slices.items()
+            }
+            _check_arrays(file, found, wanted)
+            leaves = [
+                jax.make_array_from_callback(x.shape, x.sharding, slices[name].__getitem__)
+                for name, x in named_leaves(wanted)
+            ]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {str(error).rstrip('.')}.") from error
+    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
