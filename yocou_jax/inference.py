@@ -127,6 +127,7 @@ def _constrain_cache(cache: KVCache) -> KVCache:
     return cache.replace(
         stages=jax.tree.map(lambda x: constrain(x, *AXES), cache.stages),
         global_kv=jax.tree.map(lambda x: constrain(x, *AXES), cache.global_kv),
+        lengths=constrain(cache.lengths, None),  # the host reads them
     )
 
 
@@ -399,11 +400,9 @@ def _generate_block(model, state, sampling, stop, limit, *, block, sort, logprob
     logps = jnp.zeros((B, block)) if logprobs else None
     carry = (0, state, jnp.full((B, block), -1, jnp.int32), logps)
     _, state, tokens, logps = jax.lax.while_loop(unfinished, step, carry)
-    return state, _on_every_process(tokens), _on_every_process(logps)
-
-
-def _on_every_process(x):
-    return None if x is None else constrain(x, None, None)
+    # On every process, whose hosts read them.
+    tokens, logps = (None if x is None else constrain(x, None, None) for x in (tokens, logps))
+    return state.replace(done=constrain(state.done, None)), tokens, logps
 
 
 class Generation(NamedTuple):
@@ -518,7 +517,7 @@ def generate_from(
         jnp.zeros(B, jnp.int32),
         jnp.zeros(B, bool),
     )
-    size = bucket(limit, 1) if on_tokens is None else min(block, limit)
+    size = bucket(limit, 1) if on_tokens is None else block
     tokens, logps = [], []
     start = time.perf_counter()
     for _ in range(0, limit, size):

@@ -19,7 +19,7 @@ from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
-from yocou_jax.inference import sample
+from yocou_jax.inference import Sampling, generate, prepare
 from yocou_jax.manifest import write_atomically, write_or_check_manifest
 from yocou_jax.model import compute_dtype
 from yocou_jax.sharding import batch_sharding
@@ -255,18 +255,16 @@ class Run:
 
     def _show_sample(self, params, step: int) -> None:
         run, tokenizer = self.config.run, self.data.tokenizer
-        prompt = np.asarray([tokenizer.eot_id, *tokenizer.encode(run.sample_prompt)], np.int32)
-        room = self.config.data.sequence_length - len(prompt)
-        if room < 1:
-            return
-        tokens = sample(
-            params,
-            self.config.model,
-            prompt,
-            jax.random.key(step),
-            num_tokens=min(run.sample_tokens, room),
+        prompt = [tokenizer.eot_id, *tokenizer.encode(run.sample_prompt)]
+        out = generate(
+            prepare(params, self.config.model),
+            [prompt],
+            max_new_tokens=run.sample_tokens,
+            sampling=Sampling(temperature=0.8),
+            seeds=step,
+            stop_tokens=[tokenizer.eot_id],
         )
-        text = tokenizer.decode(np.asarray(jax.device_get(tokens))[1:].tolist())
+        text = tokenizer.decode([*prompt, *out.tokens[0, : out.lengths[0]]])
         self.console.sample(text, f"step {step}: a sample")
         if self.writer:
             self.writer.text("sample", text, step)

@@ -1,0 +1,379 @@
+"""Prefill and decode against training's forward pass; generation, forks, and what is refused."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from yocou_jax import accounting, inference
+from yocou_jax.config import MeshConfig
+from yocou_jax.errors import UserError
+from yocou_jax.inference import Sampling, fork, generate, generate_from, prefill, prepare
+from yocou_jax.model import logits as forward
+from yocou_jax.program import ARCHITECTURES
+from yocou_jax.sharding import make_mesh
+
+# Of window 4: a prompt shorter than it, as long, one longer, and several windows long.
+LENGTHS = np.array([3, 4, 5, 17])
+TEXT = 24  # prompts and what is decoded behind the longest of them
+
+full_logits = jax.jit(forward, static_argnames=("config", "num_loops"))
+
+
+@functools.cache
+def model(config):
+    return prepare(tiny.params(config), config)
+
+
+@functools.cache
+def expected(config, batch=len(LENGTHS), length=TEXT):
+    tokens = tiny.tokens(batch, length)
+    return np.asarray(full_logits(tiny.params(config), config, tokens))
+
+
+def assert_equal(got, want, scale, tolerance=1e-5):
+    worst = np.abs(np.asarray(got) - want).max()
+    assert worst <= tolerance * scale, f"differs by {worst}, the largest logit is {scale}"
+
+
+def check_against_the_forward_pass(config, chunk, capacity=TEXT, steps=TEXT - LENGTHS.max()):
+    """Every position of a ragged prefill, the token behind each prompt, and every decode step."""
+    tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
+    scale, rows = np.abs(want).max(), np.arange(len(LENGTHS))
+    prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 7)
+    cache, logits, scores = prefill(
+        model(config), prompts, LENGTHS, capacity=capacity, chunk=chunk, score=True
+    )
+    for row, length in enumerate(LENGTHS):
+        assert_equal(scores[row, :length], want[row, :length], scale)
+    assert_equal(logits, want[rows, LENGTHS - 1], scale)
+    for step in range(steps):
+        cache, logits = inference.decode_step(model(config), cache, tokens[rows, LENGTHS + step])
+        assert_equal(logits, want[rows, LENGTHS + step], scale)
+    np.testing.assert_array_equal(cache.lengths, LENGTHS + steps)
+    assert cache.nbytes == len(LENGTHS) * accounting.kv_bytes(config, capacity, 4)
+
+
+# --- Prefill and decode are the forward pass ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_ragged_prefill_and_decode_are_the_forward_pass(name):
+    check_against_the_forward_pass(tiny.model(name), chunk=5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 8, 17, 40])
+def test_the_chunk_size_does_not_matter(chunk):
+    """Chunks below, at and beyond the window, the prompt and the cache (24 positions)."""
+    check_against_the_forward_pass(tiny.model("yoco_u", num_layers=2), chunk)
+
+
+@pytest.mark.parametrize(
+    "program", ["full*2", "window*1@2 | full*1", pytest.param("full*2, streams=2", id="streams")]
+)
+@pytest.mark.parametrize("chunk", [8, 24])
+def test_neither_does_it_for_full_layers(program, chunk):
+    check_against_the_forward_pass(tiny.model(program), chunk, steps=1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        tiny.MOE,
+        {"qk_norm": True, "cross_rope": True},
+        {"tie_embeddings": True, "num_kv_heads": 4},
+        {"window": 1},
+        {"window": 64},
+    ],
+    ids=["experts", "norms and rope", "tied", "window of one", "window beyond the text"],
+)
+def test_so_they_are_for_every_kind_of_layer(fields):
+    check_against_the_forward_pass(tiny.model("yoco_u", num_layers=2, **fields), chunk=6, steps=4)
+
+
+@pytest.mark.parametrize("num_loops", [1, 2, 4, 5])
+def test_a_model_runs_at_other_loop_counts_than_its_own(num_loops):
+    trained = tiny.model("yoco_u", num_layers=2)
+    config = dataclasses.replace(trained, num_loops=num_loops)
+    tokens = np.asarray(tiny.tokens(2, 15))
+    want = np.asarray(
+        full_logits(tiny.params(trained), trained, jnp.asarray(tokens), num_loops=num_loops)
+    )
+    run = prepare(tiny.params(trained), config)
+    cache, logits, scores = prefill(run, tokens[:, :13], capacity=15, chunk=4, score=True)
+    assert_equal(scores, want[:, :13], np.abs(want).max())
+    assert cache.nbytes == 2 * accounting.kv_bytes(config, 15, 4)
+    for at in (13, 14):
+        cache, logits = inference.decode_step(run, cache, tokens[:, at])
+        assert_equal(logits, want[:, at], np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "transformer", "parscale"])
+def test_a_second_text_goes_on_behind_a_first(name):
+    """Rows of different lengths, and what is appended of different lengths as well."""
+    config = tiny.model(name, num_layers=2)
+    tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
+    more = np.array([6, 1, 7, 4])
+    cache, _ = prefill(model(config), tokens[:, :17], LENGTHS, capacity=TEXT, chunk=8)
+    second = np.stack([np.roll(row, -n)[:7] for row, n in zip(tokens, LENGTHS, strict=True)])
+    cache, logits, scores = prefill(model(config), second, more, cache=cache, chunk=3, score=True)
+    np.testing.assert_array_equal(cache.lengths, LENGTHS + more)
+    for row, (n, m) in enumerate(zip(LENGTHS, more, strict=True)):
+        assert_equal(scores[row, :m], want[row, n : n + m], np.abs(want).max())
+        assert_equal(logits[row], want[row, n + m - 1], np.abs(want).max())
+
+
+def test_rows_that_are_not_active_stay_as_they_are():
+    config = tiny.model("yoco_u", num_layers=2)
+    tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
+    rows = np.arange(len(LENGTHS))
+    cache, _ = prefill(model(config), tokens[:, :17], LENGTHS, capacity=TEXT)
+    active = np.array([True, False, True, False])
+    for _ in range(5):  # the rings of window 4 would be overwritten
+        cache, _ = inference.decode_step(model(config), cache, np.full(4, 9), active & False)
+    cache, _ = inference.decode_step(model(config), cache, tokens[rows, LENGTHS], active)
+    np.testing.assert_array_equal(cache.lengths, LENGTHS + active)
+    cache, logits = inference.decode_step(model(config), cache, tokens[rows, LENGTHS + active])
+    assert_equal(logits, want[rows, LENGTHS + active], np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "parscale"])
+def test_in_bfloat16_it_is_as_exact_as_training(name):
+    """The error against float32 is at most half again that of the training forward pass."""
+    config = tiny.model(name, num_layers=2, **(tiny.MOE if name == "yoco_u" else {}))
+    half = dataclasses.replace(config, dtype="bfloat16")
+    want, tokens = expected(config), tiny.tokens(len(LENGTHS), TEXT)
+    training = np.asarray(full_logits(tiny.params(half), half, tokens))
+    run = prepare(tiny.params(half), half)
+    assert {str(x.dtype) for x in jax.tree.leaves(run.params)} == {"bfloat16", "float32"}
+    cache, _, scores = prefill(run, np.asarray(tokens), chunk=7, score=True)
+    kept = jax.tree.leaves((cache.stages, cache.global_kv))
+    assert {str(x.dtype) for x in kept} == {"bfloat16"}
+    error = np.abs(np.asarray(scores) - want).mean()
+    assert error <= 1.5 * np.abs(training - want).mean()
+
+
+# --- Forks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "upper_loop_unshared", "parscale"])
+def test_a_forked_cache_is_that_of_two_prefills(name):
+    config = tiny.model(name, num_layers=2)
+    tokens = np.asarray(tiny.tokens(2, 12))
+    rows = np.array([1, 0, 1])
+    cache, logits = prefill(model(config), tokens, np.array([12, 7]), capacity=16, chunk=5)
+    forked, logits = fork(cache, rows), logits[rows]
+    apart, want = prefill(model(config), tokens[rows], np.array([7, 12, 7]), capacity=16, chunk=5)
+    assert_equal(logits, np.asarray(want), np.abs(want).max())
+    tiny.assert_close(forked, apart)
+    for step in range(3):  # three ways on
+        forked, logits = inference.decode_step(model(config), forked, rows + 3 * step)
+        apart, want = inference.decode_step(model(config), apart, rows + 3 * step)
+        assert_equal(logits, np.asarray(want), np.abs(want).max())
+
+
+# --- Generation -----------------------------------------------------------------------------------
+
+PROMPTS = [[5, 9, 2], [1], [8, 8, 3, 1, 30, 11, 4, 6, 2, 19]]
+
+
+def recomputed(config, prompt, count):
+    """Greedy tokens by running the whole text again for each."""
+    text = list(prompt)
+    for _ in range(count):
+        padded = jnp.asarray([text + [0] * (TEXT - len(text))])
+        text.append(
+            int(full_logits(tiny.params(config), config, padded)[0, len(text) - 1].argmax())
+        )
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "transformer"])
+def test_greedy_text_does_not_depend_on_the_batch(name):
+    config = tiny.model(name, num_layers=2)
+    together = generate(model(config), PROMPTS, max_new_tokens=9)
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate(model(config), [prompt], max_new_tokens=9)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        np.testing.assert_array_equal(alone.tokens[0], recomputed(config, prompt, 9))
+
+
+def test_a_row_is_drawn_by_its_own_seed():
+    run, sampling = model(tiny.model("yoco_u", num_layers=2)), Sampling(temperature=1.5, top_p=0.9)
+    draw = functools.partial(generate, run, max_new_tokens=8, sampling=sampling)
+    together = draw(PROMPTS, seeds=[4, 7, 4])
+    np.testing.assert_array_equal(draw([PROMPTS[1]], seeds=[7]).tokens[0], together.tokens[1])
+    np.testing.assert_array_equal(draw(PROMPTS[:2], seeds=6).tokens[1], together.tokens[1])
+    three = draw([PROMPTS[0]] * 3, seeds=[4, 5, 4]).tokens
+    np.testing.assert_array_equal(three[0], three[2])
+    assert (three[0] != three[1]).any()
+    np.testing.assert_array_equal(three[0], together.tokens[0])
+
+
+def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own():
+    config = tiny.model("yoco_u", num_layers=2)
+    options = {"sampling": Sampling(temperature=1.3, top_k=20), "seeds": 3, "logprobs": True}
+    whole = generate(model(config), PROMPTS, max_new_tokens=11, **options)
+    blocks = []
+    streamed = generate(
+        model(config), PROMPTS, max_new_tokens=11, on_tokens=blocks.append, block=4, **options
+    )
+    assert [b.shape for b in blocks] == [(3, 4), (3, 4), (3, 4)]
+    np.testing.assert_array_equal(streamed.tokens, whole.tokens)
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1)[:, :11], whole.tokens)
+    assert whole.logprobs.shape == whole.tokens.shape
+    for row, prompt in enumerate(PROMPTS):
+        text = [*prompt, *whole.tokens[row]]
+        padded = jnp.asarray([text + [0] * (TEXT - len(text))])
+        logp = jax.nn.log_softmax(full_logits(tiny.params(config), config, padded)[0])
+        want = logp[jnp.arange(len(prompt) - 1, len(text) - 1), whole.tokens[row]]
+        np.testing.assert_allclose(whole.logprobs[row], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
+    run = model(tiny.model("yoco_u", num_layers=2))
+    free = generate(run, PROMPTS, max_new_tokens=12).tokens
+    stop = int(free[2, 3])
+    out = generate(run, PROMPTS, max_new_tokens=12, stop_tokens=[stop])
+    for row in range(3):
+        hits = np.flatnonzero(free[row] == stop)
+        length = hits[0] + 1 if hits.size else 12
+        assert out.lengths[row] == length
+        np.testing.assert_array_equal(out.tokens[row, :length], free[row, :length])
+        assert (out.tokens[row, length:] == -1).all()
+    np.testing.assert_array_equal(out.cache.lengths, [len(p) for p in PROMPTS] + out.lengths)
+    assert out.lengths[2] <= 4  # so the row did end early, and stood still in the loop since
+    more = generate_from(run, out.cache, out.logits, max_new_tokens=1)
+    again = generate(run, [PROMPTS[2] + free[2, : out.lengths[2]].tolist()], max_new_tokens=1)
+    assert more.tokens[2, 0] == again.tokens[0, 0]
+
+
+def test_a_repetition_penalty_counts_prompt_and_output():
+    run = model(tiny.model("yoco_u", num_layers=2))
+    tokens = generate(
+        run, PROMPTS, max_new_tokens=12, sampling=Sampling(temperature=0.0, repetition_penalty=1e6)
+    ).tokens
+    for prompt, row in zip(PROMPTS, tokens, strict=True):
+        assert len({*prompt, *row.tolist()}) == len({*prompt}) + 12
+    plain = generate(run, PROMPTS, max_new_tokens=12).tokens
+    assert any(len(set(row.tolist())) < 12 for row in plain)  # it would repeat itself
+
+
+def test_samples_follow_the_models_distribution():
+    """2,000 continuations of one prompt, forked: chi-square of the first token. The quantile at
+    p = 0.001 for 31 degrees of freedom is 61.1."""
+    config = tiny.model("yoco_u", num_layers=2)
+    cache, logits = prefill(model(config), np.array([PROMPTS[0]]), capacity=8)
+    rows = np.zeros(2000, int)
+    out = generate_from(
+        model(config),
+        fork(cache, rows),
+        logits[rows],
+        max_new_tokens=1,
+        sampling=Sampling(temperature=2.0),
+    )
+    counts = np.bincount(out.tokens[:, 0], minlength=32)
+    x = np.asarray(logits[0], np.float64) / 2
+
+    def chi_square(p):
+        return ((counts - 2000 * p) ** 2 / (2000 * p)).sum()
+
+    softmax = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+    assert chi_square(softmax) < 61.1
+    cooler = np.exp(1.2 * (x - x.max())) / np.exp(1.2 * (x - x.max())).sum()
+    assert chi_square(cooler) > 61.1
+
+
+def test_prompts_of_one_bucket_share_their_programs():
+    run = model(tiny.model("yoco_u", num_layers=2))
+    programs = (inference._prefill_chunk, inference._next_logits, inference._generate_block)
+    generate(run, [[1] * 35], max_new_tokens=5, capacity=64)
+    before = [f._cache_size() for f in programs]
+    for length in (33, 37, 40):
+        generate(run, [[2] * length], max_new_tokens=5, capacity=64)
+        sampling = Sampling(temperature=0.5, min_p=0.1)
+        generate(run, [[2] * length], max_new_tokens=5, capacity=64, sampling=sampling)
+    assert [f._cache_size() for f in programs] == before
+    generate(run, [[2] * 41], max_new_tokens=5, capacity=64)
+    assert inference._prefill_chunk._cache_size() == before[0] + 1
+
+
+def test_buckets_waste_at_most_a_quarter():
+    sizes = [inference.bucket(n) for n in range(1, 3000)]
+    assert all(n <= size <= max(16, 1.25 * n) for n, size in enumerate(sizes, 1))
+    assert sorted(set(sizes[15:300])) == [16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128] + [
+        160, 192, 224, 256, 320,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "parscale"])
+def test_eight_devices_say_what_one_does(name):
+    config = tiny.model(name, num_layers=2)
+    prompts = [*PROMPTS, [3, 3, 3]]
+    options = {"max_new_tokens": 8, "sampling": Sampling(temperature=0.7), "logprobs": True}
+    one = generate(model(config), prompts, **options)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        many = generate(prepare(tiny.params(config), config), prompts, **options)
+    np.testing.assert_array_equal(many.tokens, one.tokens)
+    np.testing.assert_allclose(many.logprobs, one.logprobs, atol=1e-4)
+    entry = (many.cache.global_kv or many.cache.stages[0][0]).k
+    assert len(entry.sharding.device_set) == 8
+    assert entry.addressable_shards[0].data.size == entry.size / 8  # 4 rows, 2 K/V heads
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "sentence"),
+    [
+        ([], {}, "Prompt 0 is empty; it needs at least one token."),
+        ([[1], []], {}, "Prompt 1 is empty; it needs at least one token."),
+        ([[1, 32]], {}, "Prompt 0 has the token 32 at position 1, outside the vocabulary of 32."),
+        ([[1], [4, -1]], {}, "Prompt 1 has the token -1 at position 1, outside"),
+        ([[1] * 9], {"capacity": 12}, "Prompt 0 has 9 positions and 4 new ones, more than the 12"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1."),
+        ([[1]], {"sampling": Sampling(temperature=-1.0)}, "sampling.temperature=-1.0 must be"),
+        ([[1]], {"stop_tokens": [99]}, "The stop token 99 is outside the vocabulary of 32."),
+        ([[1], [2]], {"seeds": [1]}, "seeds=[1] must be one integer, or one for each of 2 rows."),
+        ([[1]], {"block": 0}, "block=0 must be at least 1 step."),
+        ([[1]], {"chunk": 0}, "chunk=0 must be at least 1 position."),
+    ],
+)
+def test_bad_requests_get_one_clear_sentence(prompts, options, sentence):
+    run = model(tiny.model("yoco_u", num_layers=2))
+    with pytest.raises(UserError) as error:
+        generate(run, prompts, **({"max_new_tokens": 4} | options))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_is_full_is_refused_before_it_is_touched():
+    run = model(tiny.model("yoco_u", num_layers=2))
+    cache, logits = prefill(run, np.array([[1, 2, 3], [4, 5, 6]]), np.array([3, 1]), capacity=5)
+    with pytest.raises(UserError, match="more than the 5 that the cache holds"):
+        prefill(run, np.array([[1, 2, 3], [4, 5, 6]]), cache=cache)
+    with pytest.raises(UserError, match="A cache of 2 rows cannot go on with 1 prompts"):
+        prefill(run, np.array([[1]]), cache=cache)
+    with pytest.raises(UserError, match="more than the 5 that the cache holds"):
+        generate_from(run, cache, logits, max_new_tokens=3)
+    with pytest.raises(UserError, match="Prompts are integers"):
+        prefill(run, np.array([[1.0]]))
+    with pytest.raises(UserError, match="do not fit 1 prompts of 2 positions"):
+        prefill(run, np.array([[1, 2]]), np.array([3]))
+    assert generate_from(run, cache, logits, max_new_tokens=2).lengths.tolist() == [2, 2]
+
+
+def test_windows_alone_never_fill():
+    """A program of rings only has no capacity: any text fits."""
+    config = tiny.model("window*2@2")
+    tokens = np.asarray(tiny.tokens(2, 40))
+    cache, logits = prefill(model(config), tokens, chunk=16)
+    want = expected(config, 2, 40)
+    assert_equal(logits, want[:, -1], np.abs(want).max())
+    assert cache.nbytes == 2 * accounting.kv_bytes(config, 40, 4)
