@@ -1,0 +1,188 @@
+"""What the compiled programs of inference compute and keep, read from XLA's own output."""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from yocou_jax import accounting, inference
+from yocou_jax.cache import kv_cache
+from yocou_jax.inference import prepare
+
+# --- Matrix products in compiled HLO --------------------------------------------------------------
+
+SHAPE = re.compile(r"%([\w.\-]+) = \w+\[([\d,]*)\]")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%([\w.\-]+)")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def _size(dims: str) -> list[int]:
+    return [int(n) for n in dims.split(",")] if dims else []
+
+
+def product_flops(hlo: str) -> int:
+    """FLOPs of all matrix products of a compiled module; a loop counts as often as it runs."""
+    own, calls, shapes, name, entry = collections.Counter(), {}, {}, None, None
+    for line in hlo.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
+            name, calls[header[2]] = header[2], []
+            entry = name if header[1] else entry
+            shapes.update(
+                (f"{name}/{n}", _size(dims))
+                for n, dims in re.findall(r"([\w.\-]+): \w+\[([\d,]*)\]", header[0])
+            )
+        elif name and (result := SHAPE.search(line)):
+            shapes[f"{name}/{result[1]}"] = _size(result[2])
+            if product := re.search(
+                r" dot\(.*?%([\w.\-]+), .*lhs_contracting_dims=\{(\d+)\}", line
+            ):
+                depth = shapes[f"{name}/{product[1]}"][int(product[2])]
+                own[name] += 2 * math.prod(_size(result[2])) * depth
+        if name and not line.startswith("ENTRY"):
+            times = 1
+            if " while(" in line:
+                known = TRIPS.search(line)
+                times = int(known[1]) if known else None
+            calls[name] += [(called, times) for called in CALLED.findall(line)]
+
+    @functools.cache
+    def total(name):
+        flops = own[name]
+        for called, times in calls[name]:
+            inner = total(called)
+            assert times is not None or not inner, f"a loop of unknown length has products: {name}"
+            flops += inner * (times or 0)
+        return flops
+
+    assert entry is not None
+    return total(entry)
+
+
+def test_products_in_loops_are_counted_as_often_as_they_run():
+    def f(x, w):
+        def step(x, _):
+            return jnp.tanh(x @ w), ()
+
+        return jax.lax.scan(step, x, length=7)[0] @ w
+
+    shapes = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 5), jnp.float32)
+    assert product_flops(jax.jit(f).lower(*shapes).compile().as_text()) == 8 * 2 * 3 * 5 * 5
+
+
+# --- Prefill --------------------------------------------------------------------------------------
+
+
+def i32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def described(config, capacity, batch=1):
+    """A model, and a cache and a residual stream that are only described."""
+    model = prepare(tiny.params(config), config)
+    cache = jax.eval_shape(lambda: kv_cache(config, batch, capacity, jnp.float32))
+    return model, cache, jax.ShapeDtypeStruct((batch, 1, config.d_model), jnp.float32)
+
+
+def chunk_flops(config, chunk, capacity, score=False):
+    model, cache, last = described(config, capacity)
+    lowered = inference._prefill_chunk.lower(
+        model, cache, last, i32(1, chunk), i32(1), i32(), whole=True, score=score
+    )
+    return product_flops(lowered.compile().as_text())
+
+
+def next_flops(config, capacity):
+    return product_flops(
+        inference._next_logits.lower(*described(config, capacity)).compile().as_text()
+    )
+
+
+def test_prefill_runs_the_cross_decoder_for_one_position_only():
+    """To the last FLOP, with dense attention, whose products are easy to count: all keys."""
+    N, S = 48, 64
+    c = tiny.model("window*2@3 | cross*2", attention="reference")
+    window, cross = c.program.stages
+    heads = c.num_heads * c.head_dim
+    self_decoder = 2 * N * accounting._layer_matmul_params(c, window) + 4 * N * heads * (
+        c.window + N
+    )
+    global_kv = 2 * N * accounting._kv_writer_params(c)
+    assert chunk_flops(c, N, S) == 6 * self_decoder + global_kv
+    one_position = 2 * accounting._layer_matmul_params(c, cross) + 4 * heads * S
+    assert next_flops(c, S) == 2 * one_position + 2 * c.d_model * c.vocab_size
+    everywhere = chunk_flops(c, N, S, score=True) - chunk_flops(c, N, S)
+    assert everywhere > N * next_flops(c, S)
+
+
+def exponent(lengths, costs):
+    return np.polyfit(np.log(lengths), np.log(costs), 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "low", "high"),
+    [
+        ("yoco_u", "xla", 0.95, 1.05),
+        ("yoco", "xla", 0.95, 1.05),
+        ("transformer", "reference", 1.5, 2.0),  # of which causality would save half
+    ],
+)
+def test_the_cost_of_prefill_in_the_length_of_the_prompt(name, attention, low, high):
+    config = tiny.model(name, num_layers=2, window=16, attention=attention)
+    lengths = [256, 512, 1024, 2048]
+    costs = [chunk_flops(config, n, n) + next_flops(config, n) for n in lengths]
+    assert low <= exponent(lengths, costs) <= high
+    assert np.all(
+        np.asarray(costs) > [n * accounting.prefill_flops_per_token(config, n) for n in lengths]
+    )
+
+
+def test_a_chunk_costs_the_same_however_long_the_prompt():
+    """In a YOCO; a full layer's chunk meets all that was before."""
+    yoco, full = (
+        tiny.model(name, num_layers=2, window=16, attention="reference")
+        for name in ("yoco_u", "transformer")
+    )
+    assert chunk_flops(yoco, 64, 256) == chunk_flops(yoco, 64, 4096)
+    assert chunk_flops(full, 64, 4096) > 5 * chunk_flops(full, 64, 256)
+
+
+def test_the_memory_of_a_chunk_does_not_grow_with_the_prompt():
+    config = tiny.model("yoco_u", num_layers=2, window=16)
+
+    def temporary(capacity):
+        model, cache, last = described(config, capacity)
+        lowered = inference._prefill_chunk.lower(
+            model, cache, last, i32(1, 64), i32(1), i32(), whole=True, score=False
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) <= temporary(256) + 1024
+    one_cache = 8192 * config.num_kv_heads * config.head_dim * 4
+    assert temporary(8192) < one_cache  # not a copy of it either
+
+
+# --- Decode ---------------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_decode_step_grows_by_the_rings_of_a_loop_alone():
+    config = tiny.model("window*2@1 | cross*2", window=64, head_dim=32)
+    ring = 2 * 2 * config.window * config.num_kv_heads * config.head_dim * 4  # K and V, two layers
+
+    def memory(loops):
+        model, cache, _ = described(dataclasses.replace(config, num_loops=loops), 256)
+        compiled = inference.decode_step.lower(model, cache, i32(1), None).compile()
+        found = compiled.memory_analysis()
+        assert found.alias_size_in_bytes >= cache.nbytes  # written in place
+        return found.temp_size_in_bytes, cache.nbytes
+
+    (one, base), (three, kept3), (five, kept5) = (memory(loops) for loops in (1, 3, 5))
+    assert (kept3 - base, kept5 - base) == (2 * ring, 4 * ring)
+    assert three <= one + 1024
+    assert five <= one + 1024
