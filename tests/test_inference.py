@@ -263,6 +263,18 @@ def test_a_repetition_penalty_counts_prompt_and_output():
     assert any(len(set(row.tolist())) < 12 for row in plain)  # it would repeat itself
 
 
+def test_several_samples_of_a_prompt_are_those_of_copies_of_it():
+    run = model(tiny.model("yoco_u", num_layers=2))
+    options = {
+        "max_new_tokens": 6,
+        "seeds": [3, 1, 4, 1, 5, 9],
+        "sampling": Sampling(temperature=[1.0, 2.0, 0.0] * 2, repetition_penalty=1.3),
+    }
+    forked = generate(run, PROMPTS[:2], num_samples=3, **options)
+    copies = generate(run, [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3, **options)
+    np.testing.assert_array_equal(forked.tokens, copies.tokens)
+
+
 def test_samples_follow_the_models_distribution():
     """2,000 continuations of one prompt, forked: chi-square of the first token. The quantile at
     p = 0.001 for 31 degrees of freedom is 61.1."""
@@ -300,6 +312,16 @@ def test_prompts_of_one_bucket_share_their_programs():
     assert [f._cache_size() for f in programs] == before
     generate(run, [[2] * 41], max_new_tokens=5, capacity=64)
     assert inference._prefill_chunk._cache_size() == before[0] + 1
+
+
+def test_every_block_runs_the_same_program():
+    """Also for parameters that were put on a device, as a checkpoint's are."""
+    config = tiny.model("yoco_u", num_layers=2)
+    params = jax.device_put(tiny.params(config), jax.devices()[0])
+    before = inference._generate_block._cache_size()
+    options = {"max_new_tokens": 9, "on_tokens": lambda _: None, "block": 3}
+    generate(prepare(params, config), PROMPTS, **options)
+    assert inference._generate_block._cache_size() == before + 1
 
 
 def test_buckets_waste_at_most_a_quarter():
@@ -342,6 +364,7 @@ def test_eight_devices_say_what_one_does(name):
         ([[1], [2]], {"seeds": [1]}, "seeds=[1] must be one integer, or one for each of 2 rows."),
         ([[1]], {"block": 0}, "block=0 must be at least 1 step."),
         ([[1]], {"chunk": 0}, "chunk=0 must be at least 1 position."),
+        ([[1]], {"num_samples": 0}, "num_samples=0 must be at least 1."),
     ],
 )
 def test_bad_requests_get_one_clear_sentence(prompts, options, sentence):

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from yocou_jax import cache as cache_lib
 from yocou_jax import sampling as sampling_lib
 from yocou_jax.attention import Context, stream_prefix
-from yocou_jax.cache import AXES, Append, KVCache, append, capacity, fork, kv_cache
+from yocou_jax.cache import AXES, Append, KVCache, append, fork, kv_cache
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.model import Block, LanguageModel, compute_dtype, head_matrix, to_logits
@@ -221,6 +222,20 @@ def bucket(n: int, least: int = 16) -> int:
     return -(-n // quarter) * quarter
 
 
+def sizes(
+    longest: int, new_tokens: int = 0, *, capacity: int | None = None, chunk: int | None = None
+) -> tuple[int, int]:
+    """(capacity, chunk) for prompts of up to `longest` positions and what comes behind them, where
+    none is given. Requests of the same sizes share their compiled programs."""
+    if chunk is None:
+        chunk = min(CHUNK, bucket(longest))
+    if chunk < 1:
+        raise UserError(f"chunk={chunk} must be at least 1 position.")
+    if capacity is None:  # room for whole chunks: the last one is then written in one piece
+        capacity = max(bucket(longest + new_tokens), -(-longest // chunk) * chunk)
+    return capacity, chunk
+
+
 def prefill(
     model: Model,
     tokens: Int[Array, "B N"],
@@ -234,8 +249,7 @@ def prefill(
     """Appends prompts to a cache (given up to this call) or to a new one of `capacity` positions.
 
     Row b is tokens[b, :lengths[b]] (all of it without lengths). The work is done in chunks of
-    `chunk` positions, by default CHUNK or the bucket of a shorter prompt; prompts of one chunk size
-    and capacity share their compiled programs.
+    `chunk` positions; see `sizes` for the defaults.
 
     Returns:
       The cache and the logits [B, V] (float32) of the token behind each row. With score=True, for
@@ -247,17 +261,13 @@ def prefill(
     tokens, lengths = _check_prompts(model.config, tokens, lengths)
     B, N = tokens.shape
     fresh = cache is None
+    room, C = sizes(N, capacity=capacity, chunk=chunk)
     if fresh:
-        room = bucket(N) if capacity is None else capacity
         _check_room(lengths, room)
         cache = new_cache(model, B, room)
     else:
-        room = _check_continuation(model.config, cache, lengths)
-    if chunk is not None and chunk < 1:
-        raise UserError(f"chunk={chunk} must be at least 1 position.")
-    C = min(CHUNK, bucket(N)) if chunk is None else chunk
+        _check_continuation(model.config, cache, lengths)
     width = -(-N // C) * C
-    whole = fresh and (room is None or width <= room)
     padded = np.zeros((B, width), np.int32)
     padded[:, :N] = tokens
     streams = model.config.program.streams
@@ -271,7 +281,7 @@ def prefill(
             padded[:, first : first + C],
             np.clip(lengths - first, 0, C),
             np.int32(first) if fresh else None,
-            whole=whole,
+            whole=fresh and width <= room,
             score=score,
         )
         scores.append(logits)
@@ -316,15 +326,15 @@ def _check_room(lengths: np.ndarray, room: int | None, new_tokens: int = 0) -> N
         )
 
 
-def _check_continuation(config: ModelConfig, cache: KVCache, lengths, new_tokens: int = 0):
+def _check_continuation(
+    config: ModelConfig, cache: KVCache, lengths: np.ndarray, new_tokens: int = 0
+) -> None:
     before = np.asarray(cache.lengths)
     if before.shape != lengths.shape:
         raise UserError(
             f"A cache of {before.shape[0]} rows cannot go on with {lengths.shape[0]} prompts."
         )
-    room = capacity(config, cache)
-    _check_room(before + lengths, room, new_tokens)
-    return room
+    _check_room(before + lengths, cache_lib.capacity(config, cache), new_tokens)
 
 
 # --- Decode ---------------------------------------------------------------------------------------
@@ -365,6 +375,13 @@ class _State:
     keys: Array
     generated: Int[Array, " B"]
     done: Bool[Array, " B"]
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _begin(cache, logits, seen, seeds) -> _State:
+    """A jit, so that the whole state lies where the cache does: one program runs every block."""
+    zeros = jnp.zeros(seeds.shape, jnp.int32)
+    return _State(cache, logits, seen, jax.vmap(jax.random.key)(seeds), zeros, zeros > 0)
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames=("block", "sort", "logprobs"))
@@ -428,13 +445,15 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    num_samples: int = 1,
     capacity: int | None = None,
     chunk: int | None = None,
     **options,
 ) -> Generation:
     """Continues prompts of any lengths; `options` are those of `generate_from`.
 
-    capacity: positions of the cache, by default the bucket of the longest prompt and its output.
+    Each prompt is read once and has num_samples rows in the result, one after the other, each with
+    a seed (and where given, a sampling field) of its own. capacity and chunk: see `sizes`.
 
     Raises:
       UserError: see `prefill` and `generate_from`; a prompt and its output longer than the cache.
@@ -444,19 +463,23 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     tokens, lengths = _check_prompts(model.config, tokens, lengths)
-    limit, sampling = _check_options(len(prompts), max_new_tokens, options.get("sampling"))
-    if capacity is None:
-        capacity = bucket(int(lengths.max()) + limit)
+    if num_samples < 1:
+        raise UserError(f"num_samples={num_samples} must be at least 1.")
+    rows = np.repeat(np.arange(len(prompts)), num_samples)
+    limit, sampling = _check_options(len(rows), max_new_tokens, options.get("sampling"))
+    capacity, chunk = sizes(int(lengths.max()), limit, capacity=capacity, chunk=chunk)
     _check_room(lengths, capacity, limit)
     seen = None
     if sampling_lib.needs_seen(sampling):
-        seen = np.zeros((len(prompts), model.config.vocab_size), bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, list(prompt)] = True
+        seen = np.zeros((len(rows), model.config.vocab_size), bool)
+        for row, prompt in enumerate(rows):
+            seen[row, list(prompts[prompt])] = True
     start = time.perf_counter()
     cache, logits = prefill(model, tokens, lengths, capacity=capacity, chunk=chunk)
     jax.block_until_ready(logits)
     prefill_s = time.perf_counter() - start
+    if num_samples > 1:
+        cache, logits = fork(cache, rows), logits[rows]
     out = generate_from(model, cache, logits, max_new_tokens=limit, seen=seen, **options)
     return out._replace(prefill_s=prefill_s)
 
@@ -509,14 +532,7 @@ def generate_from(
         seen = None
     elif seen is None:
         seen = np.zeros((B, vocab_size), bool)
-    state = _State(
-        cache,
-        logits,
-        seen,
-        jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
-        jnp.zeros(B, jnp.int32),
-        jnp.zeros(B, bool),
-    )
+    state = _begin(cache, logits, seen, seeds.astype(np.uint32))
     size = bucket(limit, 1) if on_tokens is None else block
     tokens, logps = [], []
     start = time.perf_counter()
