@@ -125,7 +125,7 @@ def filter_logits(
         x = jnp.where(seen, jnp.where(x > 0, x / penalty, x * penalty), x)
     # The largest logit becomes 0 before the division, so that no quotient overflows. Hardware takes
     # numbers and reciprocals below 1e-38 for 0, and -inf * 0 is no number.
-    greedy = temperature < 1e-37
+    greedy = temperature == 0
     z = (x - x.max(axis=-1, keepdims=True)) / jnp.clip(temperature, 1e-37, 1e37)
     keep = z >= jnp.log(min_p)  # log(p / max p); the same before and after top-k and top-p
     if sort:

@@ -1,0 +1,38 @@
+"""Exports a trained model: one folder with its parameters (safetensors), sizes and tokenizer.
+
+python -m experiments.export --workdir=runs/yocou_small --folder=exported/yocou_small
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from experiments import cli
+from yocou_jax import pretrained
+from yocou_jax.checkpoint import params_sha256
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Of a training run; or an exported folder.")
+FOLDER = flags.DEFINE_string("folder", None, "To write; it must not exist, or be empty.")
+flags.mark_flags_as_required(["workdir", "folder"])
+
+
+def main(_):
+    # Nothing is computed: a model that fills the devices still fits into the host's memory.
+    jax.config.update("jax_platforms", "cpu")
+    model, folder = pretrained.load(WORKDIR.value), Path(FOLDER.value).expanduser()
+    pretrained.export(folder, model)
+    files = [folder / name for name in pretrained.FILES]
+    rows = {str(file): f"{file.stat().st_size:,} bytes" for file in files}
+    rows |= {
+        "program": str(model.config.program),
+        "step": "unknown" if model.step is None else f"{model.step:,}",
+        "parameters": f"{sum(x.size for x in jax.tree.leaves(model.params)):,}",
+        "params_sha256": params_sha256(model.params),
+    }
+    for name, value in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

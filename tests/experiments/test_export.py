@@ -1,0 +1,51 @@
+"""The command as a user types it: what it prints, and what a mistake is answered with."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_pretrained import assert_same, model, workdir
+from yocou_jax.checkpoint import params_sha256
+from yocou_jax.pretrained import load
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(*flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments.export", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_workdir_and_then_its_export(tmp_path):
+    one = model(step=3)
+    source = workdir(tmp_path / "run", one, 3)
+    for name in ("first", "second"):
+        result = run(f"--workdir={source}", f"--folder={tmp_path / name}")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        source = tmp_path / name
+        assert_same(one, load(source))
+        rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+        assert list(rows) == [
+            *(str(source / f) for f in ("config.json", "model.safetensors", "tokenizer.json")),
+            *("program", "step", "parameters", "params_sha256"),
+        ]
+        size = (source / "model.safetensors").stat().st_size
+        assert rows[str(source / "model.safetensors")] == f"{size:,} bytes"
+        assert rows["parameters"] == f"{sum(x.size for x in leaves(one.params)):,}"
+        assert (rows["program"], rows["step"]) == ("window*2@3 | cross*2", "3")
+        assert rows["params_sha256"] == params_sha256(one.params)
+
+
+def leaves(tree):
+    return [x for v in tree.values() for x in (leaves(v) if isinstance(v, dict) else [v])]
+
+
+def test_mistakes_are_sentences(tmp_path):
+    for flags, sentence in (
+        ([], "The flag --workdir is missing."),
+        ([f"--workdir={tmp_path}/no", "--folder=x"], f"The path {tmp_path}/no does not exist."),
+    ):
+        result = run(*flags)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"{sentence}\n"

@@ -1,0 +1,475 @@
+"""One model from two kinds of folder, bit for bit, and a sentence for everything else."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests import tiny
+from yocou_jax import pretrained
+from yocou_jax.checkpoint import Checkpointer, params_sha256
+from yocou_jax.config import MeshConfig
+from yocou_jax.data.tokenizer import Tokenizer, train_bpe
+from yocou_jax.errors import UserError
+from yocou_jax.manifest import write_or_check_manifest
+from yocou_jax.model import logits
+from yocou_jax.pretrained import Pretrained, export, load
+from yocou_jax.sharding import make_mesh
+from yocou_jax.train import TrainState
+
+ROOT = Path(__file__).parent.parent
+BYTES = Tokenizer.from_json("bytes")
+FILES = ["config.json", "model.safetensors", "tokenizer.json"]
+MODELS = {
+    "yoco_u": {},
+    "yoco": {"tie_embeddings": True, "qk_norm": True},
+    "rins": {"num_loops": 2},
+    "transformer": tiny.MOE,
+    "parscale": {"prefix_length": 5},
+    "window*1@2 | full*1 | cross*2": {},
+}
+
+
+def small(architecture="yoco_u", **fields):
+    return tiny.config(architecture, **({"vocab_size": BYTES.vocab_size} | fields))
+
+
+def model(architecture="yoco_u", step=7, seed=0, **fields) -> Pretrained:
+    config = small(architecture, **fields).model
+    return Pretrained(tiny.params(config, seed), config, BYTES, step)
+
+
+def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
+    """What a training run leaves behind, as far as a reader is concerned."""
+    config = dataclasses.replace(small(), model=one.config)
+    program = str(one.config.program)
+    write_or_check_manifest(path, config.to_dict(), resuming=False, program=program)
+    (path / "tokenizer.json").write_text(one.tokenizer.to_json())
+    with Checkpointer(path / "checkpoints", every=1) as checkpointer:
+        for step in steps:
+            params = jax.tree.map(jnp.asarray, one.params)
+            moments = jax.tree.map(lambda x: 2 * x, params)  # not to be mistaken for the parameters
+            assert checkpointer.save(step, TrainState(jnp.int32(step), params, moments))
+    return path
+
+
+def assert_same(a: Pretrained, b: Pretrained):
+    assert params_sha256(a.params) == params_sha256(b.params)
+    assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+    assert (a.config, a.step) == (b.config, b.step)
+    assert a.tokenizer.fingerprint == b.tokenizer.fingerprint
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- What is kept ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_an_export_is_the_model_and_exported_again_the_same_bytes(tmp_path, architecture):
+    one = model(architecture, **MODELS[architecture])
+    export(tmp_path / "a", one)
+    again = load(tmp_path / "a")
+    assert_same(one, again)
+    export(tmp_path / "b", again)
+    assert list(contents(tmp_path / "a")) == FILES
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_workdir_is_the_newest_checkpoint(tmp_path, architecture):
+    one = model(architecture, step=2, **MODELS[architecture])
+    found = load(workdir(tmp_path, one, 1, 2))
+    assert_same(one, found)
+    export(tmp_path / "exported", found)
+    assert_same(one, load(tmp_path / "exported"))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
+    one = model(step=1)
+    path = workdir(tmp_path, one, 1, 2)
+    (path / "checkpoints/2/inventory.json").unlink()
+    assert_same(one, load(path))
+
+
+def test_what_is_loaded_runs(tmp_path):
+    one = model("parscale", tie_embeddings=True)
+    export(tmp_path / "a", one)
+    found, tokens = load(tmp_path / "a"), tiny.tokens(2, 6)
+    np.testing.assert_array_equal(
+        logits(found.params, found.config, tokens), logits(one.params, one.config, tokens)
+    )
+
+
+def test_the_names_in_the_file_are_paths_and_the_config_is_readable(tmp_path):
+    one = model(step=None)
+    export(tmp_path / "a", one)
+    arrays = load_file(tmp_path / "a/model.safetensors")
+    scale = arrays["stage_1_cross.layers.attention_norm.scale"]
+    np.testing.assert_array_equal(
+        scale, one.params["stage_1_cross"]["layers"]["attention_norm"]["scale"]
+    )
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert (config["format"], config["version"], config["step"]) == ("yocou_jax", 1, None)
+    assert config["program"] == "window*2@3 | cross*2"
+    assert config["model"] == dataclasses.asdict(one.config)
+
+
+def test_other_types_stay_and_other_layouts_do_not_matter(tmp_path):
+    one = model()
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), one.params)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].astype(jnp.float16)
+    params["embedding"] = np.asfortranarray(one.params["embedding"])
+    mixed = dataclasses.replace(one, params=params)
+    export(tmp_path / "a", mixed)
+    found = load(tmp_path / "a")
+    assert_same(mixed, found)
+    assert found.params["final_norm"]["scale"].dtype == jnp.float16
+    assert found.params["head"].dtype == jnp.bfloat16
+
+
+def test_a_trained_tokenizer_is_kept(tmp_path):
+    tokenizer = train_bpe(["def naïve():\n    return '日本 🙂'\n"] * 9, 280)
+    one = dataclasses.replace(model(vocab_size=300), tokenizer=tokenizer)
+    one = dataclasses.replace(one, params=tiny.params(one.config))
+    export(tmp_path / "a", one)
+    found = load(tmp_path / "a")
+    assert_same(one, found)
+    assert found.tokenizer.encode("return 日本") == tokenizer.encode("return 日本")
+    export(tmp_path / "b", found)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["workdir", "exported"])
+def test_on_a_mesh_each_device_has_its_part(tmp_path, kind):
+    one = model(step=1, **tiny.MOE)
+    if kind == "workdir":
+        workdir(tmp_path / kind, one, 1)
+    else:
+        export(tmp_path / kind, one)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    found = load(tmp_path / kind, mesh)
+    assert_same(one, found)
+    D = one.config.d_model
+    assert found.params["head"].addressable_shards[0].data.shape == (D // 2, BYTES.vocab_size // 2)
+    export(tmp_path / "again", found)
+    assert_same(one, load(tmp_path / "again"))
+    alone = load(tmp_path / "again")
+    assert {x.sharding for x in jax.tree.leaves(alone.params)} == {
+        jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    }
+
+
+def test_the_file_may_change_once_it_is_loaded(tmp_path):
+    one = model()
+    export(tmp_path / "a", one)
+    found = load(tmp_path / "a")
+    file = tmp_path / "a/model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(b"\xff" * file.stat().st_size)
+    assert_same(one, found)
+
+
+# --- How a folder is written ----------------------------------------------------------------------
+
+
+def test_an_export_overwrites_nothing(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(UserError, match=rf"{name} exists and is not an empty folder: .*\.$"):
+            export(tmp_path / name, model())
+    export(tmp_path / "empty", model())
+    export(tmp_path / "new/er/folder", model())
+    assert (tmp_path / "full/notes").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full", "new"]
+    assert_same(load(tmp_path / "empty"), load(tmp_path / "new/er/folder"))
+
+
+def test_whoever_reads_the_config_may_read_the_parameters(tmp_path):
+    export(tmp_path / "a", model())
+    assert len({(tmp_path / "a" / name).stat().st_mode for name in FILES}) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit()])
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, error):
+    def fail(arrays, file):
+        Path(file).write_text("half")
+        raise error
+
+    monkeypatch.setattr(pretrained, "save_file", fail)
+    with pytest.raises(UserError if isinstance(error, OSError) else SystemExit) as raised:
+        export(tmp_path / "a", model())
+    assert list(tmp_path.iterdir()) == []
+    if raised.type is UserError:
+        assert str(raised.value) == (
+            f"The export could not be written to {tmp_path}/a: No space left on device."
+        )
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"could not be written to .*/file/a: Not a directory\.$"):
+        export(tmp_path / "file/a", model())
+
+
+def run(code: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_killed_export_leaves_no_folder_of_its_name(tmp_path):
+    code = """
+        import os, signal, sys
+        from tests.test_pretrained import export, model
+        from yocou_jax import pretrained
+        save = pretrained.save_file
+        def save_and_die(arrays, file):
+            save(arrays, file)
+            os.kill(os.getpid(), signal.SIGKILL)
+        pretrained.save_file = save_and_die
+        export(sys.argv[1], model())
+    """
+    result = run(code, tmp_path / "a")
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert [p.name[:3] for p in tmp_path.iterdir()] == [".a."]
+    export(tmp_path / "a", model())
+    assert_same(model(), load(tmp_path / "a"))
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    """A limit on the size of files stands for the full disk: the writer in Rust fails there."""
+    code = """
+        import resource, signal, sys
+        from tests.test_pretrained import export, model
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            export(sys.argv[1], model())
+        except ValueError as error:
+            print(error)
+    """
+    result = run(code, tmp_path / "a")
+    assert result.stdout.startswith(f"The export could not be written to {tmp_path}/a: ")
+    assert "File too large" in result.stdout, result.stdout
+    assert result.stdout.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parameters_of_another_config_are_not_exported(tmp_path):
+    one, other = model(), model(d_ff=32)
+    with pytest.raises(UserError, match=r"model to export has other arrays .*\(6 differ\): .*24"):
+        export(tmp_path / "a", dataclasses.replace(one, config=other.config))
+    params = {**one.params, "embedding": np.zeros((BYTES.vocab_size, 16), np.int32)}
+    with pytest.raises(UserError, match=r"has embedding in int32; parameters are float32, bfloat"):
+        export(tmp_path / "a", dataclasses.replace(one, params=params))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Folders that cannot be read ------------------------------------------------------------------
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load(path)
+    sentence = str(error.value)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "a"
+    export(path, model())
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return workdir(tmp_path_factory.mktemp("trained") / "run", model(), 1)
+
+
+@pytest.fixture
+def folder(tmp_path, exported) -> Path:
+    """An exported folder to damage."""
+    return shutil.copytree(exported, tmp_path / "a")
+
+
+@pytest.fixture
+def run_folder(tmp_path, trained) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def edit(file: Path, change) -> None:
+    value = json.loads(file.read_text())
+    file.write_text(json.dumps(change(value) or value))
+
+
+def test_neither_a_workdir_nor_an_export(tmp_path):
+    assert refused(tmp_path / "no") == f"The path {tmp_path / 'no'} does not exist."
+    neither = (
+        " is neither a training workdir (it has no manifest.json) nor an exported folder (it has "
+        "no config.json)."
+    )
+    assert refused(tmp_path) == f"{tmp_path}{neither}"
+    (tmp_path / "file").write_text("")
+    assert refused(tmp_path / "file") == f"{tmp_path / 'file'}{neither}"
+
+
+def test_a_workdir_without_a_finished_checkpoint(run_folder):
+    expected = f"There is no checkpoint to read in {run_folder}/checkpoints."
+    (run_folder / "checkpoints/1/inventory.json").unlink()
+    assert refused(run_folder) == expected
+    shutil.rmtree(run_folder / "checkpoints")
+    assert refused(run_folder) == expected
+
+
+def test_no_tokenizer(folder, run_folder):
+    for path in (folder, run_folder):
+        (path / "tokenizer.json").unlink()
+        assert (
+            refused(path) == f"The folder {path} has no tokenizer.json, which belongs to its model."
+        )
+
+
+def test_a_tokenizer_that_is_none_or_that_of_another_model(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json' is not a tokenizer.json: " in refused(folder)
+    (folder / "tokenizer.json").write_text(train_bpe(["text"] * 9, 261).to_json())
+    assert "entries, but model.vocab_size=258: it is not the tokenizer of" in refused(folder)
+
+
+def test_a_manifest_that_is_none(run_folder):
+    file = run_folder / "manifest.json"
+    for change in (lambda m: m.pop("program") and None, lambda m: m.update(config=[])):
+        before = file.read_text()
+        edit(file, change)
+        assert refused(run_folder).endswith("it lacks config.model or program.")
+        file.write_text(before)
+    edit(file, lambda m: [m])
+    assert refused(run_folder) == f"{file} does not hold a JSON object."
+    file.write_bytes(b"\xff{")
+    assert refused(run_folder).startswith(f"{file} cannot be read: ")
+
+
+def test_a_manifest_of_another_model(run_folder):
+    edit(run_folder / "manifest.json", lambda m: m["config"]["model"].update(d_ff=25))
+    assert "holds other arrays than this model has" in refused(run_folder)
+    edit(run_folder / "manifest.json", lambda m: m["config"]["model"].pop("d_ff") and None)
+    assert refused(run_folder).endswith("cannot be used: The config lacks the fields model.d_ff.")
+
+
+CONFIGS = [
+    (
+        lambda c: c.update(format="torch"),
+        "is of format 'torch', version 1; only format 'yocou_jax'",
+    ),
+    (lambda c: c.update(version=2), "is of format 'yocou_jax', version 2; only"),
+    (lambda c: {"model_type": "llama"}, "is of format None, version None; only format 'yocou_jax'"),
+    (lambda c: c.update(more=1), "has the fields format, model, more, program, step, version, but"),
+    (
+        lambda c: c.pop("step") and None,
+        "has the fields format, model, program, version, but should",
+    ),
+    (lambda c: c.update(step=1.5), "has step=1.5, which must be a whole number or null."),
+    (lambda c: c.update(model=3), "has no fields under 'model', but 3."),
+    (
+        lambda c: c["model"].update(windw=3),
+        "cannot be used: The config has no field 'model.windw'. Did you mean 'model.window'?",
+    ),
+    (
+        lambda c: c["model"].pop("window") and None,
+        "cannot be used: The config lacks the fields model.window.",
+    ),
+    (
+        lambda c: c["model"].update(window="8"),
+        "cannot be used: model.window='8' must be of type int.",
+    ),
+    (
+        lambda c: c.update(program="window*2@4 | cross*2"),
+        "is of the program 'window*2@4 | cross*2', but here model.architecture='yoco_u' means "
+        "'window*2@3 | cross*2'.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), CONFIGS, ids=[s for _, s in CONFIGS])
+def test_a_config_that_cannot_be_used(folder, change, sentence):
+    edit(folder / "config.json", change)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert str(error.value).startswith(f"{folder / 'config.json'} ")
+    assert sentence in str(error.value)
+
+
+def test_a_config_that_is_no_json(folder):
+    (folder / "config.json").write_text("{")
+    assert refused(folder).startswith(f"{folder / 'config.json'} cannot be read: ")
+
+
+def test_no_parameters(folder):
+    (folder / "model.safetensors").unlink()
+    assert refused(folder).endswith("has no model.safetensors, which belongs to its model.")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_parameters(folder, kept):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert refused(folder).startswith(f"{file} cannot be read: ")
+
+
+def test_parameters_that_are_not_safetensors(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(b"PK" * 1000)
+    assert refused(folder).startswith(f"{file} cannot be read: ")
+
+
+ARRAYS = [
+    (lambda a: a.pop("head") is None, "(1 differ): head: absent -> [16, 258]."),
+    (lambda a: a.update(tail=np.zeros(3, np.float32)), "(1 differ): tail: [3] -> absent."),
+    (
+        lambda a: a.update(head=np.zeros((258, 16), np.float32)),
+        "(1 differ): head: [258, 16] -> [16, 258].",
+    ),
+    (lambda a: a.clear(), "differ): embedding: absent -> [258, 16]; final_norm.scale: "),
+    (
+        lambda a: a.update(head=np.zeros((16, 258), np.float64)),
+        "has head in F64; parameters are float32, bfloat16, float16.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), ARRAYS, ids=[s for _, s in ARRAYS])
+def test_other_arrays_than_the_config_says(folder, change, sentence):
+    file = folder / "model.safetensors"
+    arrays = {name: np.array(array) for name, array in load_file(file).items()}
+    change(arrays)
+    save_file(arrays, file)
+    found = refused(folder)
+    assert found.startswith(str(file))
+    assert sentence in found
+
+
+def test_nothing_on_disk_is_changed_by_loading(folder, run_folder):
+    for path in (folder, run_folder):
+        before = {p: os.stat(p).st_mtime_ns for p in path.rglob("*")}
+        load(path)
+        assert {p: os.stat(p).st_mtime_ns for p in path.rglob("*")} == before
