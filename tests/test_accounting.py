@@ -17,9 +17,8 @@ from tests import tiny
 from yocou_jax import accounting
 from yocou_jax.cache import kv_cache
 from yocou_jax.config import Config
-from yocou_jax.model import logits
+from yocou_jax.model import abstract_params, logits
 from yocou_jax.program import ARCHITECTURES
-from yocou_jax.train import abstract_params
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = {k: k * 1024 for k in (8, 16, 32, 64, 128, 256)}

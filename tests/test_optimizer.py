@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from tests import tiny
+from yocou_jax.model import abstract_params
 from yocou_jax.optimizer import make_optimizer, make_schedule
-from yocou_jax.train import abstract_params, logical_axes
+from yocou_jax.train import logical_axes
 
 
 def settings(**fields):

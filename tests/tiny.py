@@ -11,8 +11,7 @@ from configs import base
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.loss import cross_entropy
-from yocou_jax.model import LanguageModel, head_matrix
-from yocou_jax.train import abstract_params
+from yocou_jax.model import LanguageModel, abstract_params, head_matrix
 
 MODEL = {
     "num_layers": 4,

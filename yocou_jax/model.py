@@ -223,6 +223,13 @@ class LanguageModel(nn.Module):
         return jnp.einsum("pbnd,bnp->bnd", x, weights.astype(x.dtype))
 
 
+def abstract_params(config: ModelConfig) -> PyTree:
+    """Shapes of all parameters, boxed with their logical axes; allocates nothing."""
+    tokens = jnp.zeros((config.program.streams, 2), jnp.int32)
+    model = LanguageModel(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
+
+
 def head_matrix(params: PyTree, config: ModelConfig) -> Float[Array, "D V"]:
     """The output head W_out; with tied embeddings it is the embedding table transposed."""
     return params["embedding"].T if config.tie_embeddings else params["head"]

@@ -28,8 +28,8 @@ from yocou_jax.config import ModelConfig
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.manifest import differences
+from yocou_jax.model import abstract_params
 from yocou_jax.sharding import tree_shardings
-from yocou_jax.train import abstract_params
 from yocou_jax.typing import PyTree
 
 FORMAT, VERSION = "yocou_jax", 1  # of an exported folder; another meaning is another version

@@ -19,7 +19,7 @@ from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError
 from yocou_jax.loss import LossSums, cross_entropy
-from yocou_jax.model import LanguageModel, head_matrix
+from yocou_jax.model import LanguageModel, abstract_params, head_matrix
 from yocou_jax.optimizer import make_optimizer, make_schedule
 from yocou_jax.sharding import batch_sharding, batch_ways, make_mesh, tree_shardings
 from yocou_jax.typing import Array, PyTree
@@ -117,13 +117,6 @@ def eval_step(params: PyTree, batch: Batch, *, config: ModelConfig) -> LossSums:
 
 
 # --- State on a mesh ------------------------------------------------------------------------------
-
-
-def abstract_params(config: ModelConfig) -> PyTree:
-    """Shapes of all parameters, boxed with their logical axes; allocates nothing."""
-    tokens = jnp.zeros((config.program.streams, 2), jnp.int32)
-    model = LanguageModel(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
 
 
 def logical_axes(boxed: PyTree) -> PyTree:
