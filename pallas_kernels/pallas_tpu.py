@@ -137,21 +137,19 @@ class _Bands:
         size = min(length, _round_up(reach, TPU_LANES))
         return cls(block, size, 1, length, shift, back, ahead)
 
-    def start(self, i, j):
-        """First inner position of step j for outer block i."""
+    def start(self, i, j, limit=None):
+        """First inner position of step j for outer block i, of a row of which `limit` exist."""
         first = self.shift + i * self.block
         last_start = self.length - self.size
         if self.back is None:  # keys of a causal query block: 0 .. its last position
-            start = jnp.minimum(j * self.size, (first + self.block - 1) // self.size * self.size)
+            last = first + self.block - 1
+            last = last if limit is None else jnp.minimum(last, jnp.maximum(limit, 1) - 1)
+            start = jnp.minimum(j * self.size, last // self.size * self.size)
         elif self.ahead is None:  # queries of a causal key block: its first position .. the end
             start = jnp.maximum(j * self.size, first // self.size * self.size)
         else:
             start = (first - self.back) // TPU_LANES * TPU_LANES
         return pl.multiple_of(_clip(start, 0, last_start), TPU_LANES)
-
-    def repeated(self, i, j):
-        """Whether step j would read again what another step reads (its start was moved)."""
-        return False if self.steps == 1 else self.start(i, j) != j * self.size
 
 
 class _Scalars(NamedTuple):
@@ -253,13 +251,13 @@ def _lanes(x, width: int):
     return jnp.concatenate([x] * (width // x.shape[1]), axis=1)
 
 
-def _each_tile(bands, i, j, tile, n):
-    """Runs tile(0), ... tile(n-1) unless this grid step repeats another."""
+def _each_tile(bands, j, start, tile, n):
+    """Runs tile(0), ... tile(n-1) unless step j repeats another: then its start was moved."""
 
     def run():
         lax.fori_loop(0, n, tile, 0)
 
-    pl.when(~bands.repeated(i, j))(run) if bands.steps > 1 else run()
+    pl.when(start == j * bands.size)(run) if bands.steps > 1 else run()
 
 
 def _forward_kernel(tiles, bands, bc, *refs):
@@ -272,8 +270,8 @@ def _forward_kernel(tiles, bands, bc, *refs):
     G, bq, H = q_ref.shape
     R, width = acc.shape
     q_first = tiles.spec.q_offset + i * bq
-    start = bands.start(i, j)
     limit = tiles.limit(scalars)
+    start = bands.start(i, j, limit if tiles.lengths else None)
 
     @pl.when(j == 0)
     def _():
@@ -306,7 +304,7 @@ def _forward_kernel(tiles, bands, bc, *refs):
         tiles.apply(scalars, q_first, k_first, bq, bc, limit, body)
         return 0
 
-    _each_tile(bands, i, j, tile, bands.size // bc)
+    _each_tile(bands, j, start, tile, bands.size // bc)
 
     @pl.when(j == bands.steps - 1)
     def _():
@@ -341,8 +339,8 @@ def _dq_kernel(tiles, bands, bc, *refs):
     i, j = pl.program_id(2), pl.program_id(3)
     G, bq = q_ref.shape[:2]
     q_first = tiles.spec.q_offset + i * bq
-    start = bands.start(i, j)
     limit = tiles.limit(scalars)
+    start = bands.start(i, j, limit if tiles.lengths else None)
 
     @pl.when(j == 0)
     def _():
@@ -376,7 +374,7 @@ def _dq_kernel(tiles, bands, bc, *refs):
         tiles.apply(scalars, q_first, k_first, bq, bc, limit, body)
         return 0
 
-    _each_tile(bands, i, j, tile, bands.size // bc * G)
+    _each_tile(bands, j, start, tile, bands.size // bc * G)
 
     @pl.when(j == bands.steps - 1)
     def _():
@@ -433,7 +431,7 @@ def _dkv_kernel(tiles, bands, bc, *refs):
         tiles.apply(scalars, q_first, k_first, bc, bk, limit, body)
         return 0
 
-    _each_tile(bands, i, j, tile, bands.size // bc * G)
+    _each_tile(bands, j, start, tile, bands.size // bc * G)
 
     @pl.when(j == bands.steps - 1)
     def _():
@@ -540,8 +538,9 @@ class _Operands:
         """Blocks of the outer axis, or bands of the inner one, between whole other axes."""
         lead = 2 if heads else 1
 
-        def index(b, h, i, j, *_):
-            here = i if whose == self.outer else self.bands.start(i, j)
+        def index(b, h, i, j, lengths, *_):
+            limit = lengths[b] if self.tiles.lengths and self.outer == "queries" else None
+            here = i if whose == self.outer else self.bands.start(i, j, limit)
             return (b, h)[:lead] + (0,) * len(before) + (here,) + (0,) * len(after)
 
         shape = (*before, self.bands.block, *after)

@@ -90,6 +90,17 @@ def test_kv_lengths():
     assert not got["dk"][1, 128:].any()
 
 
+def test_a_chunk_of_queries_behind_a_cache_that_is_not_full():
+    """As prefill has it: every key may be seen, and each row has some of them."""
+    shape = Shape(40, 2300, Q=2, K=1, H=64, B=4, q_offset=2300)
+    tpu(shape, kv_lengths=jnp.array([0, 700, 1024, 2300]))
+    bands = _Bands.plan(128, 512, 2560, 2300, None, 0)
+    for limit, blocks in ((0, 1), (1, 1), (512, 1), (513, 2), (1024, 2), (2304, 5)):
+        starts = [int(bands.start(0, j, limit)) for j in range(bands.steps)]
+        assert len(set(starts)) == blocks  # a start that stays the same is not read again
+        assert starts == sorted(starts)
+
+
 @pytest.mark.parametrize(("H", "sums_on_mxu"), [(64, True), (64, False), (128, True)])
 def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(
     H, sums_on_mxu, monkeypatch
