@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mask as masks
-from pallas_kernels.blocks import xla_blocks
+from pallas_kernels.blocks import XLA_DECODE_KEYS, xla_blocks
 from pallas_kernels.flash import LOG2E, Spec
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -198,14 +198,40 @@ def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`: one query a row, so dense is already linear in S. The
-    cache stays in its own dtype; in bf16 that is 2-3 times faster than the fp32 copy."""
+    """Same contract as `reference.decode`, with a running softmax over chunks of keys, none of them
+    beyond the longest row.
+
+    The cache is read as it lies, [S, K H], by queries that are zero outside their own head: K times
+    the multiplications, which nobody waits for, instead of a transposed copy (2.2-3.2 times faster
+    on 2 CPU cores at S = 16384, 2 or 4 heads). It keeps its own dtype: bf16 is 2-3 times faster
+    than its copy in fp32.
+    """
     B, Q, H = q.shape
     S, K = k.shape[1:3]
-    s = _einsum("bkgh,bskh->bkgs", q.reshape(B, K, Q // K, H), k) * (scale * LOG2E)
-    seen = (jnp.arange(S) < valid[:, None])[:, None, None, :]
-    s = jnp.where(seen, s, masks.MASKED)
-    p = jnp.exp2(s - s.max(-1, keepdims=True)) * seen
-    total = p.sum(-1, keepdims=True)
-    out = _einsum("bkgs,bskh->bkgh", p.astype(v.dtype), v)
-    return (out / jnp.where(total == 0, 1.0, total)).reshape(q.shape).astype(q.dtype)
+    # Two chunks at least: of one, XLA would take the reshaped cache out of the loop, as a copy.
+    bk = min(-(-S // 2), XLA_DECODE_KEYS)
+    own = jnp.eye(K, dtype=q.dtype)
+    spread = _einsum("bkgh,kj->bkgjh", q.reshape(B, K, Q // K, H), own).astype(q.dtype)
+    spread = spread.reshape(B, Q, K * H)
+
+    def chunk(j, state):
+        top, total, acc = state
+        low = jnp.minimum(j * bk, S - bk)
+        # Sliced before it is reshaped: the loop takes the cache itself, and XLA copies nothing.
+        kj, vj = (lax.dynamic_slice_in_dim(x, low, bk, 1).reshape(B, bk, K * H) for x in (k, v))
+        position = low + jnp.arange(bk)
+        seen = (position >= j * bk) & (position < valid[:, None])
+        s = _einsum("bqc,bsc->bqs", spread, kj) * (scale * LOG2E)
+        s = jnp.where(seen[:, None], s, masks.MASKED)
+        new = jnp.maximum(top, s.max(-1))
+        p = jnp.exp2(s - new[..., None]) * seen[:, None]
+        keep = jnp.exp2(top - new)
+        pv = _einsum("bqs,bsc->bqc", p.astype(v.dtype), vj)
+        return new, total * keep + p.sum(-1), acc * keep[..., None] + pv
+
+    top = jnp.full_like(q[..., 0], masks.MASKED, jnp.float32)
+    state = top, jnp.zeros_like(top), jnp.zeros_like(spread, jnp.float32)
+    _, total, acc = lax.fori_loop(0, (valid.max() + bk - 1) // bk, chunk, state)
+    out = acc / jnp.where(total == 0, 1.0, total)[..., None]
+    out = _einsum("bkgjh,kj->bkgh", out.reshape(B, K, Q // K, K, H), own.astype(jnp.float32))
+    return out.reshape(q.shape).astype(q.dtype)

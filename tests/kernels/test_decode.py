@@ -41,6 +41,15 @@ def test_decode_cross_is_the_last_row(implementation):
     np.testing.assert_allclose(got, jnp.stack([want[0, 6], want[1, 23]]), atol=1e-5)
 
 
+def test_decode_over_many_chunks_of_keys():
+    """Of 512; the last one is moved back over its neighbour, and rows end in different ones."""
+    q, k, v, *_ = inputs(Shape(1, 1300, Q=6, K=3, B=5))
+    lengths = jnp.array([1, 512, 513, 1299, 1300])
+    want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
+    got = decode_cross(q[:, 0], k, v, lengths, implementation="xla")
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("decode", [decode_window, decode_cross])
 def test_a_row_of_length_zero_gives_zero(implementation, decode):
