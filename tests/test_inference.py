@@ -314,14 +314,15 @@ def test_prompts_of_one_bucket_share_their_programs():
     assert inference._prefill_chunk._cache_size() == before[0] + 1
 
 
-def test_every_block_runs_the_same_program():
+def test_every_chunk_and_every_block_runs_the_same_program():
     """Also for parameters that were put on a device, as a checkpoint's are."""
     config = tiny.model("yoco_u", num_layers=2)
     params = jax.device_put(tiny.params(config), jax.devices()[0])
-    before = inference._generate_block._cache_size()
-    options = {"max_new_tokens": 9, "on_tokens": lambda _: None, "block": 3}
+    programs = (inference._prefill_chunk, inference._generate_block)
+    before = [f._cache_size() for f in programs]
+    options = {"max_new_tokens": 9, "on_tokens": lambda _: None, "block": 3, "chunk": 4}
     generate(prepare(params, config), PROMPTS, **options)
-    assert inference._generate_block._cache_size() == before + 1
+    assert [f._cache_size() for f in programs] == [n + 1 for n in before]
 
 
 def test_buckets_waste_at_most_a_quarter():

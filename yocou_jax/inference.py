@@ -96,13 +96,11 @@ def _apply(model: Model, method: str, *args):
     return LanguageModel(model.config).apply({"params": model.params}, *args, method=method)
 
 
+# keep_unused: what is made of nothing lies where the parameters do, as all that follows will, and
+# the programs that follow are compiled for that place once.
+@functools.partial(jax.jit, static_argnames=("batch", "capacity"), keep_unused=True)
 def new_cache(model: Model, batch: int, capacity: int) -> KVCache:
     """An empty cache in the compute type, the learned prefixes of parallel streams in place."""
-    return _new_cache(model, batch, capacity)
-
-
-@functools.partial(jax.jit, static_argnames=("batch", "capacity"))
-def _new_cache(model: Model, batch: int, capacity: int) -> KVCache:
     config = model.config
     dtype = compute_dtype(config)
     cache = kv_cache(config, batch, capacity, dtype)
@@ -122,6 +120,13 @@ def _new_cache(model: Model, batch: int, capacity: int) -> KVCache:
             )
         cache = cache.replace(stages=tuple(stages))
     return _constrain_cache(cache)
+
+
+@functools.partial(jax.jit, static_argnames="batch", keep_unused=True)
+def _no_residual(model: Model, batch: int) -> Float[Array, "PB 1 D"]:
+    config = model.config
+    shape = (config.program.streams * batch, 1, config.d_model)
+    return jnp.zeros(shape, compute_dtype(config))
 
 
 def _constrain_cache(cache: KVCache) -> KVCache:
@@ -270,9 +275,7 @@ def prefill(
     width = -(-N // C) * C
     padded = np.zeros((B, width), np.int32)
     padded[:, :N] = tokens
-    streams = model.config.program.streams
-    last = jnp.zeros((streams * B, 1, model.config.d_model), compute_dtype(model.config))
-    scores = []
+    last, scores = _no_residual(model, B), []
     for first in range(0, width, C):
         cache, last, logits = _prefill_chunk(
             model,
