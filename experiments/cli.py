@@ -22,6 +22,7 @@ from yocou_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 # The state of a machine, not a bug: its text says all there is to say.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
@@ -34,6 +35,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         _stop(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _stop("Interrupted.", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # whoever read stdout (head, say) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
         if error.errno in MACHINE_ERRORS:
             where = f" ({error.filename})" if error.filename else ""

@@ -102,7 +102,7 @@ def prompts() -> list[str]:
 class Writer:
     """A loaded model and the options of this command; called with texts, it continues them."""
 
-    def __init__(self):
+    def __init__(self, mesh):
         from yocou_jax import inference, pretrained, sampling
         from yocou_jax.program import Program
 
@@ -111,7 +111,7 @@ class Writer:
             TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, PENALTY.value
         )
         sampling.check(self.sampling, 1)  # before a large model is read
-        loaded = pretrained.load(WORKDIR.value, _mesh())
+        loaded = pretrained.load(WORKDIR.value, mesh)
         self.tokenizer, config = loaded.tokenizer, loaded.config
         if NUM_LOOPS.value is not None:
             Program.with_loops(config.program, NUM_LOOPS.value)
@@ -124,7 +124,9 @@ class Writer:
     def __call__(self, texts: list[str]) -> None:
         inference, tokenizer = self.inference, self.tokenizer
         ids = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
-        capacity, chunk = inference.sizes(max(map(len, ids)), NEW_TOKENS.value, chunk=CHUNK.value)
+        capacity, chunk = inference.sizes(
+            len(ids), max(map(len, ids)), NEW_TOKENS.value, chunk=CHUNK.value
+        )
         options = {
             "num_samples": NUM_SAMPLES.value,
             "sampling": self.sampling,
@@ -182,7 +184,7 @@ def main(_):
     texts = prompts()
     mesh = _mesh()
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        write = Writer()
+        write = Writer(mesh)
         if texts:
             write(texts)
         while INTERACTIVE.value:

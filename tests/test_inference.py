@@ -332,6 +332,14 @@ def test_buckets_waste_at_most_a_quarter():
     assert sorted(set(sizes[:256])) == few
 
 
+def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunks():
+    for batch, chunk in ((1, 2048), (8, 2048), (9, 1792), (32, 512), (128, 128), (5000, 128)):
+        assert inference.sizes(batch, 10_000)[1] == chunk
+    assert inference.sizes(1, 5000, 64) == (6144, 2048)  # its bucket would be 5120
+    assert inference.sizes(4, 90, 20) == (112, 96)
+    assert inference.sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
+
+
 @pytest.mark.parametrize("name", ["yoco_u", "parscale"])
 def test_eight_devices_say_what_one_does(name):
     config = tiny.model(name, num_layers=2)

@@ -86,6 +86,15 @@ def test_a_dialogue_compiles_once(trained):
     assert "compiled in" not in two
 
 
+def test_a_reader_who_has_had_enough(trained):
+    command = [sys.executable, "-m", "experiments.generate", f"--workdir={trained[1]}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--prompt=a"], cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(timeout=120) == 141
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
