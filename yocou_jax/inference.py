@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 # Positions of a prompt at once: enough rows to fill a device's matrix unit, and of all prompts of a
-# batch together not more than their activations have room for (a quarter of a megabyte each at 1.3B
+# batch together not more than their activations have room for (an eighth of a megabyte each at 1.3B
 # in bfloat16, by XLA's account).
 CHUNK, CHUNK_OF_ALL_ROWS = 2048, 16_384
 # Parameters that are used in float32 whatever the compute type (see layers.py and moe.py).
@@ -470,10 +470,14 @@ def generate(
     Raises:
       UserError: see `prefill` and `generate_from`; a prompt and its output longer than the cache.
     """
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens = np.zeros((len(prompts), max(lengths, default=0)), np.int32)
+    prompts = [np.asarray(prompt) for prompt in prompts]
     for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
+        if prompt.size and (prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer)):
+            raise UserError(f"Prompt {row} is no list of token ids: encode text first.")
+    lengths = np.array([prompt.size for prompt in prompts])
+    tokens = np.zeros((len(prompts), max(lengths, default=0)), np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : prompt.size] = prompt
     tokens, lengths = _check_prompts(model.config, tokens, lengths)
     if num_samples < 1:
         raise UserError(f"num_samples={num_samples} must be at least 1.")
@@ -486,7 +490,7 @@ def generate(
     if sampling_lib.needs_seen(sampling):
         seen = np.zeros((len(rows), model.config.vocab_size), bool)
         for row, prompt in enumerate(rows):
-            seen[row, list(prompts[prompt])] = True
+            seen[row, prompts[prompt]] = True
     start = time.perf_counter()
     cache, logits = prefill(model, tokens, lengths, capacity=capacity, chunk=chunk)
     jax.block_until_ready(logits)
