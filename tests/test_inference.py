@@ -1,7 +1,10 @@
 """Prefill and decode against training's forward pass; generation, forks, and what is refused."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +160,28 @@ def test_in_bfloat16_it_is_as_exact_as_training(name):
     assert error <= 1.5 * np.abs(training - want).mean()
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("parscale", {}), ("yoco_u", tiny.MOE), ("yoco", {"tie_embeddings": True, "qk_norm": True})],
+)
+def test_prepared_parameters_are_what_training_computes_with(name, fields):
+    """Rounded where the forward pass rounds them, and nowhere else: put back, nothing changes."""
+    config = tiny.model(name, num_layers=2, dtype="bfloat16", **fields)
+    params = tiny.params(config)
+    prepared = dict(prepare(params, config).params)
+    head = prepared.pop("head")
+    if "head" in params:
+        prepared["head"] = head
+    for stage, _ in config.program.named_stages:
+        prepared[stage] = {"layers": jax.tree.map(lambda *x: jnp.stack(x), *prepared[stage])}
+    back = jax.tree.map(lambda x: np.asarray(x, np.float32), prepared)
+    tokens = tiny.tokens(2, 9)
+    np.testing.assert_array_equal(
+        full_logits(back, config, tokens), full_logits(params, config, tokens)
+    )
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (back, params)), strict=True))
+
+
 # --- Forks ----------------------------------------------------------------------------------------
 
 
@@ -178,17 +203,21 @@ def test_a_forked_cache_is_that_of_two_prefills(name):
 
 # --- Generation -----------------------------------------------------------------------------------
 
-PROMPTS = [[5, 9, 2], [1], [8, 8, 3, 1, 30, 11, 4, 6, 2, 19]]
+# The last one is of another bucket, and so read in other chunks, than the others alone are.
+PROMPTS = [[5, 9, 2], [1], [8, 8, 3, 1, 30, 11, 4, 6, 2, 19, 7, 7, 25, 3, 14, 0, 31, 5]]
+
+
+def text_logits(config, text):
+    """Of every position of one text, by the forward pass."""
+    padded = jnp.asarray([[*text, *[0] * (32 - len(text))]])
+    return np.asarray(full_logits(tiny.params(config), config, padded)[0, : len(text)])
 
 
 def recomputed(config, prompt, count):
     """Greedy tokens by running the whole text again for each."""
     text = list(prompt)
     for _ in range(count):
-        padded = jnp.asarray([text + [0] * (TEXT - len(text))])
-        text.append(
-            int(full_logits(tiny.params(config), config, padded)[0, len(text) - 1].argmax())
-        )
+        text.append(int(text_logits(config, text)[-1].argmax()))
     return text[len(prompt) :]
 
 
@@ -214,42 +243,93 @@ def test_a_row_is_drawn_by_its_own_seed():
     np.testing.assert_array_equal(three[0], together.tokens[0])
 
 
-def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own():
+def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own(monkeypatch):
     config = tiny.model("yoco_u", num_layers=2)
     options = {"sampling": Sampling(temperature=1.3, top_k=20), "seeds": 3, "logprobs": True}
+    calls, block = [], inference._generate_block
+    monkeypatch.setattr(
+        inference, "_generate_block", lambda *a, **k: calls.append(k) or block(*a, **k)
+    )
     whole = generate(model(config), PROMPTS, max_new_tokens=11, **options)
+    assert len(calls) == 1  # no way back to the host between tokens
     blocks = []
     streamed = generate(
         model(config), PROMPTS, max_new_tokens=11, on_tokens=blocks.append, block=4, **options
     )
     assert [b.shape for b in blocks] == [(3, 4), (3, 4), (3, 4)]
+    assert (blocks[2][:, 3] == -1).all()
     np.testing.assert_array_equal(streamed.tokens, whole.tokens)
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1)[:, :11], whole.tokens)
+    np.testing.assert_array_equal(streamed.cache.lengths, [len(p) + 11 for p in PROMPTS])
     assert whole.logprobs.shape == whole.tokens.shape
     for row, prompt in enumerate(PROMPTS):
         text = [*prompt, *whole.tokens[row]]
-        padded = jnp.asarray([text + [0] * (TEXT - len(text))])
-        logp = jax.nn.log_softmax(full_logits(tiny.params(config), config, padded)[0])
-        want = logp[jnp.arange(len(prompt) - 1, len(text) - 1), whole.tokens[row]]
+        logp = np.asarray(jax.nn.log_softmax(text_logits(config, text)))
+        want = logp[np.arange(len(prompt) - 1, len(text) - 1), whole.tokens[row]]
         np.testing.assert_allclose(whole.logprobs[row], want, rtol=1e-4, atol=1e-5)
 
 
+def check_what_comes_next(config, out):
+    """The logits to go on from are those behind every row's own end."""
+    for row, prompt in enumerate(PROMPTS):
+        text = [*prompt, *out.tokens[row, : out.lengths[row]]]
+        want = text_logits(config, text)[-1]
+        assert_equal(out.logits[row], want, np.abs(want).max())
+    np.testing.assert_array_equal(out.cache.lengths, [len(p) for p in PROMPTS] + out.lengths)
+
+
 def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
-    run = model(tiny.model("yoco_u", num_layers=2))
+    config = tiny.model("yoco_u", num_layers=2)
+    run = model(config)
     free = generate(run, PROMPTS, max_new_tokens=12).tokens
     stop = int(free[2, 3])
-    out = generate(run, PROMPTS, max_new_tokens=12, stop_tokens=[stop])
+    options = {"max_new_tokens": 12, "stop_tokens": [stop], "logprobs": True}
+    out = generate(run, PROMPTS, **options)
     for row in range(3):
         hits = np.flatnonzero(free[row] == stop)
         length = hits[0] + 1 if hits.size else 12
         assert out.lengths[row] == length
         np.testing.assert_array_equal(out.tokens[row, :length], free[row, :length])
         assert (out.tokens[row, length:] == -1).all()
-    np.testing.assert_array_equal(out.cache.lengths, [len(p) for p in PROMPTS] + out.lengths)
-    assert out.lengths[2] <= 4  # so the row did end early, and stood still in the loop since
-    more = generate_from(run, out.cache, out.logits, max_new_tokens=1)
-    again = generate(run, [PROMPTS[2] + free[2, : out.lengths[2]].tolist()], max_new_tokens=1)
-    assert more.tokens[2, 0] == again.tokens[0, 0]
+        assert not out.logprobs[row, length:].any()
+    assert out.lengths.min() < out.lengths.max() < 12  # some ended, and stood still in the loop
+    check_what_comes_next(config, out)
+    streamed = generate(run, PROMPTS, on_tokens=lambda _: None, **options)
+    np.testing.assert_array_equal(streamed.tokens, out.tokens)
+
+
+def test_every_row_may_have_a_limit_of_its_own():
+    config = tiny.model("yoco_u", num_layers=2)
+    free = generate(model(config), PROMPTS, max_new_tokens=9).tokens
+    out = generate(model(config), PROMPTS, max_new_tokens=[2, 9, 5])
+    assert out.lengths.tolist() == [2, 9, 5]
+    for row in range(3):
+        np.testing.assert_array_equal(
+            out.tokens[row, : out.lengths[row]], free[row][: out.lengths[row]]
+        )
+    check_what_comes_next(config, out)
+
+
+def test_to_stop_and_go_on_is_to_go_on():
+    """Same seeds, same tokens, as a draw depends on the position; the penalty remembers, too."""
+    run = model(tiny.model("yoco_u", num_layers=2))
+    options = {"sampling": Sampling(temperature=2.0, repetition_penalty=2.0), "seeds": 5}
+    whole = generate(run, PROMPTS, max_new_tokens=9, **options)
+    part = generate(run, PROMPTS, max_new_tokens=4, capacity=32, **options)
+    rest = generate_from(run, part.cache, part.logits, seen=part.seen, max_new_tokens=5, **options)
+    np.testing.assert_array_equal(np.hstack([part.tokens, rest.tokens]), whole.tokens)
+
+
+def test_filters_reach_the_loop_and_steps_draw_anew():
+    run = model(tiny.model("yoco_u", num_layers=2))
+    hot = Sampling(temperature=50.0, top_k=1)
+    np.testing.assert_array_equal(
+        generate(run, PROMPTS, max_new_tokens=6, sampling=hot).tokens,
+        generate(run, PROMPTS, max_new_tokens=6).tokens,
+    )
+    uniform = Sampling(temperature=1e6)
+    tokens = generate(run, [[3]], num_samples=500, max_new_tokens=2, sampling=uniform).tokens
+    assert 0 < (tokens[:, 0] == tokens[:, 1]).mean() < 0.1  # one in 32; all, if noise came back
 
 
 def test_a_repetition_penalty_counts_prompt_and_output():
@@ -296,33 +376,49 @@ def test_samples_follow_the_models_distribution():
 
     softmax = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
     assert chi_square(softmax) < 61.1
-    cooler = np.exp(1.2 * (x - x.max())) / np.exp(1.2 * (x - x.max())).sum()
+    cooler = np.exp(1.4 * (x - x.max())) / np.exp(1.4 * (x - x.max())).sum()
     assert chi_square(cooler) > 61.1
 
 
-def test_prompts_of_one_bucket_share_their_programs():
-    run = model(tiny.model("yoco_u", num_layers=2))
-    programs = (inference._prefill_chunk, inference._next_logits, inference._generate_block)
+@pytest.fixture
+def compiled(caplog):
+    """Names of the programs compiled so far, as jax logs them."""
+    with jax.log_compiles():
+        yield lambda: collections.Counter(re.findall(r"Compiling jit\((\w+)\)", caplog.text))
+
+
+PROGRAMS = {"_prefill_chunk": 1, "_next_logits": 1, "_generate_block": 1}
+
+
+def inference_programs(counter):
+    return {name: count for name, count in counter.items() if name in PROGRAMS}
+
+
+def test_prompts_of_one_bucket_share_their_programs(compiled):
+    run = model(tiny.model("yoco_u", num_layers=2, vocab_size=33))  # of this test alone
     generate(run, [[1] * 35], max_new_tokens=5, capacity=64)
-    before = [f._cache_size() for f in programs]
+    assert inference_programs(compiled()) == PROGRAMS
     for length in (33, 37, 40):
-        generate(run, [[2] * length], max_new_tokens=5, capacity=64)
+        generate(run, [[2] * length], max_new_tokens=7, capacity=64)
         sampling = Sampling(temperature=0.5, min_p=0.1)
         generate(run, [[2] * length], max_new_tokens=5, capacity=64, sampling=sampling)
-    assert [f._cache_size() for f in programs] == before
+    assert inference_programs(compiled()) == PROGRAMS | {"_generate_block": 2}  # up to 5, up to 7
     generate(run, [[2] * 41], max_new_tokens=5, capacity=64)
-    assert inference._prefill_chunk._cache_size() == before[0] + 1
+    assert inference_programs(compiled())["_prefill_chunk"] == 2
 
 
-def test_every_chunk_and_every_block_runs_the_same_program():
-    """Also for parameters that were put on a device, as a checkpoint's are."""
-    config = tiny.model("yoco_u", num_layers=2)
-    params = jax.device_put(tiny.params(config), jax.devices()[0])
-    programs = (inference._prefill_chunk, inference._generate_block)
-    before = [f._cache_size() for f in programs]
+@pytest.mark.parametrize("devices", [1, 8])
+def test_every_chunk_and_every_block_runs_the_same_program(devices, compiled):
+    """Also for parameters that were put on a device, as a checkpoint's are, or on a mesh."""
+    config = tiny.model("yoco_u", num_layers=2, vocab_size=34)
+    mesh = make_mesh(MeshConfig(data=devices, fsdp=1, tensor=1), jax.devices()[:devices])
     options = {"max_new_tokens": 9, "on_tokens": lambda _: None, "block": 3, "chunk": 4}
-    generate(prepare(params, config), PROMPTS, **options)
-    assert [f._cache_size() for f in programs] == [n + 1 for n in before]
+    with jax.set_mesh(mesh) if devices > 1 else contextlib.nullcontext():
+        params = tiny.params(config)
+        if devices == 1:
+            params = jax.device_put(params, jax.devices()[0])
+        generate(prepare(params, config), [PROMPTS[2]] * 8, **options)
+    assert inference_programs(compiled()) == PROGRAMS
 
 
 def test_buckets_waste_at_most_a_quarter():
@@ -335,6 +431,8 @@ def test_buckets_waste_at_most_a_quarter():
 def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunks():
     for batch, chunk in ((1, 2048), (8, 2048), (9, 1792), (32, 512), (128, 128), (5000, 128)):
         assert inference.sizes(batch, 10_000)[1] == chunk
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))):
+        assert inference.sizes(64, 10_000)[1] == 2048  # 8 rows on each device
     assert inference.sizes(1, 5000, 64) == (6144, 2048)  # its bucket would be 5120
     assert inference.sizes(4, 90, 20) == (112, 96)
     assert inference.sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
@@ -345,6 +443,7 @@ def test_eight_devices_say_what_one_does(name):
     config = tiny.model(name, num_layers=2)
     prompts = [*PROMPTS, [3, 3, 3]]
     options = {"max_new_tokens": 8, "sampling": Sampling(temperature=0.7), "logprobs": True}
+    options["num_samples"] = 2
     one = generate(model(config), prompts, **options)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
@@ -353,7 +452,7 @@ def test_eight_devices_say_what_one_does(name):
     np.testing.assert_allclose(many.logprobs, one.logprobs, atol=1e-4)
     entry = (many.cache.global_kv or many.cache.stages[0][0]).k
     assert len(entry.sharding.device_set) == 8
-    assert entry.addressable_shards[0].data.size == entry.size / 8  # 4 rows, 2 K/V heads
+    assert entry.addressable_shards[0].data.size == entry.size / 8  # over rows and K/V heads
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -370,13 +469,16 @@ def test_eight_devices_say_what_one_does(name):
         ([1, 2], {}, "Prompt 0 is no list of token ids: encode text first."),
         (["def f"], {}, "Prompt 0 is no list of token ids: encode text first."),
         ([[1] * 9], {"capacity": 12}, "Prompt 0 has 9 positions and 4 new ones, more than the 12"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1."),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must lie between 1 and"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number from 1 to"),
         ([[1]], {"sampling": Sampling(temperature=-1.0)}, "sampling.temperature=-1.0 must be"),
-        ([[1]], {"stop_tokens": [99]}, "The stop token 99 is outside the vocabulary of 32."),
-        ([[1], [2]], {"seeds": [1]}, "seeds=[1] must be one integer, or one for each of 2 rows."),
-        ([[1]], {"block": 0}, "block=0 must be at least 1 step."),
+        ([[1]], {"stop_tokens": [99]}, "must lie between 0 and 31."),
+        ([[1], [2]], {"seeds": [1]}, "seeds=[1] must be a whole number from 0 to 4294967295, or 2"),
+        ([[1]], {"seeds": 2**32}, "seeds=4294967296 must lie between 0 and 4294967295."),
+        ([[1]], {"seeds": "x"}, "seeds='x' must be a whole number"),
+        ([[1]], {"block": 0}, "block=0 must lie between 1 and"),
         ([[1]], {"chunk": 0}, "chunk=0 must be at least 1 position."),
-        ([[1]], {"num_samples": 0}, "num_samples=0 must be at least 1."),
+        ([[1]], {"num_samples": 0}, "num_samples=0 must lie between 1 and"),
     ],
 )
 def test_bad_requests_get_one_clear_sentence(prompts, options, sentence):
@@ -387,20 +489,61 @@ def test_bad_requests_get_one_clear_sentence(prompts, options, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_a_cache_that_is_full_is_refused_before_it_is_touched():
-    run = model(tiny.model("yoco_u", num_layers=2))
-    cache, logits = prefill(run, np.array([[1, 2, 3], [4, 5, 6]]), np.array([3, 1]), capacity=5)
-    with pytest.raises(UserError, match="more than the 5 that the cache holds"):
-        prefill(run, np.array([[1, 2, 3], [4, 5, 6]]), cache=cache)
-    with pytest.raises(UserError, match="A cache of 2 rows cannot go on with 1 prompts"):
-        prefill(run, np.array([[1]]), cache=cache)
-    with pytest.raises(UserError, match="more than the 5 that the cache holds"):
+def refused(sentence):
+    return pytest.raises(UserError, match=re.escape(sentence))
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "parscale"])
+def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
+    run = model(tiny.model(name, num_layers=2))
+    prompts = np.array([[1, 2, 3], [4, 5, 6]])
+    cache, logits = prefill(run, prompts, np.array([3, 1]), capacity=5)
+    with refused("more than the 5 that the cache holds"):
+        prefill(run, prompts, cache=cache)
+    with refused("Prompt 0 has 3 positions and 3 new ones, more than the 5"):
         generate_from(run, cache, logits, max_new_tokens=3)
-    with pytest.raises(UserError, match="Prompts are integers"):
+    out = generate_from(run, cache, logits, max_new_tokens=[2, 4])
+    assert out.cache.lengths.tolist() == [5, 5]
+    with refused("The cache was given up to an earlier call; fork it to use it twice."):
+        generate_from(run, cache, logits, max_new_tokens=1)
+    _, logits = inference.decode_step(run, fork(out.cache, [0, 1]), np.array([1, 1]))
+    assert np.isnan(logits).all()  # a loop of one's own cannot miss it
+
+
+def test_a_new_cache_has_room_to_go_on():
+    config = tiny.model("yoco_u", num_layers=2)
+    tokens = np.asarray(tiny.tokens(1, 18))
+    want = expected(config, 1, 18)
+    cache, _ = prefill(model(config), tokens[:, :16])  # a bucket exactly
+    for at in (16, 17):
+        cache, logits = inference.decode_step(model(config), cache, tokens[:, at])
+        assert_equal(logits, want[:, at], np.abs(want).max())
+
+
+def test_caches_and_rows_that_do_not_fit_are_refused():
+    config = tiny.model("yoco_u", num_layers=2)
+    run, other = (
+        model(config),
+        prepare(tiny.params(config), dataclasses.replace(config, num_loops=2)),
+    )
+    cache, logits = prefill(run, np.array([[1, 2, 3], [4, 5, 6]]))
+    with refused("A cache of 2 rows cannot go on with 1 prompts"):
+        prefill(run, np.array([[1]]), cache=cache)
+    for stranger in (other, model(tiny.model("transformer"))):
+        with refused("The cache is not one of this model"):
+            generate_from(stranger, cache, logits, max_new_tokens=1)
+    with refused("capacity=9 cannot be given with a cache"):
+        prefill(run, np.array([[1], [2]]), cache=cache, capacity=9)
+    with refused("logits has the shape (1, 32), but must have (2, 32)."):
+        generate_from(run, cache, logits[:1], max_new_tokens=1)
+    for rows in ([2], [-1], [], [True], [[0]], [0.0]):
+        with refused("must be row numbers from 0 to 1."):
+            fork(cache, rows)
+    with refused("Prompts are integers"):
         prefill(run, np.array([[1.0]]))
-    with pytest.raises(UserError, match="do not fit 1 prompts of 2 positions"):
-        prefill(run, np.array([[1, 2]]), np.array([3]))
-    assert generate_from(run, cache, logits, max_new_tokens=2).lengths.tolist() == [2, 2]
+    for lengths in ([3], [1.5], [1, 1]):
+        with refused("do not fit 1 prompts of 2 positions"):
+            prefill(run, np.array([[1, 2]]), np.array(lengths))
 
 
 def test_windows_alone_never_fill():

@@ -15,6 +15,7 @@ from tests import tiny
 from yocou_jax import accounting, inference
 from yocou_jax.cache import kv_cache
 from yocou_jax.inference import prepare
+from yocou_jax.sampling import Sampling, check
 
 # --- Matrix products in compiled HLO --------------------------------------------------------------
 
@@ -168,6 +169,37 @@ def test_the_memory_of_a_chunk_does_not_grow_with_the_prompt():
     assert temporary(8192) <= temporary(256) + 1024
     one_cache = 8192 * config.num_kv_heads * config.head_dim * 4
     assert temporary(8192) < one_cache  # not a copy of it either
+
+
+def test_a_chunk_of_fresh_prompts_is_written_in_one_piece():
+    """A scatter, which ragged rows need, is slow on accelerators."""
+    model, cache, last = described(tiny.model("yoco_u", num_layers=2), 64, batch=2)
+
+    def scatters(start, whole):
+        args = model, cache, last, i32(2, 16), i32(2), start
+        lowered = inference._prefill_chunk.lower(*args, whole=whole, score=False)
+        return lowered.as_text().count("stablehlo.scatter")
+
+    assert scatters(i32(), True) == 0
+    assert scatters(i32(), False) > 0
+    assert scatters(None, False) > 0
+
+
+def test_every_program_writes_into_the_cache_it_is_given():
+    config = tiny.model("yoco_u", num_layers=2, window=64)
+    model, cache, last = described(config, 256, batch=2)
+    seeds = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    logits = jax.ShapeDtypeStruct((2, config.vocab_size), jnp.float32)
+    begin = inference._begin.lower(cache, logits, None, seeds, i32(2))
+    state = jax.eval_shape(inference._begin, cache, logits, None, seeds, i32(2))
+    sampling = jax.eval_shape(lambda: check(Sampling(), 2))
+    block = inference._generate_block.lower(
+        model, state, sampling, i32(0), block=8, sort=False, logprobs=False
+    )
+    args = model, cache, last, i32(2, 16), i32(2), i32()
+    chunk = inference._prefill_chunk.lower(*args, whole=True, score=False)
+    for lowered in (begin, block, chunk):
+        assert lowered.compile().memory_analysis().alias_size_in_bytes >= cache.nbytes
 
 
 # --- Decode ---------------------------------------------------------------------------------------

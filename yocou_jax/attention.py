@@ -147,7 +147,7 @@ class SelfAttention(nn.Module):
         kv = KeyValueWriter(c, self.dtype, name="key_value")(x)
         kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))
         options = attention_options(c)
-        prefix = c.prefix_length if self.mixer == "full" and c.program.streams > 1 else 0
+        prefix = c.kv_prefix if self.mixer == "full" else 0
         if cached is not None:
             at = context.at
             if self.mixer == "window":

@@ -59,8 +59,7 @@ def kv_cache(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16)
         shape = (rows, slots, config.num_kv_heads, config.head_dim)
         return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    prefix = config.prefix_length if program.streams > 1 else 0
-    slots = {"window": config.window, "full": capacity + prefix}
+    slots = {"window": config.window, "full": capacity + config.kv_prefix}
     stages = tuple(
         tuple(empty(batch * program.streams, slots[stage.mixer]) for _ in range(stage.depth))
         for stage in program.stages
@@ -77,23 +76,7 @@ def capacity(config: ModelConfig, cache: KVCache) -> int | None:
     mixers = [stage.mixer for stage in config.program.stages]
     if "full" not in mixers:
         return None
-    prefix = config.prefix_length if config.program.streams > 1 else 0
-    return cache.stages[mixers.index("full")][0].k.shape[1] - prefix
-
-
-def fork(cache: KVCache, rows: Int[Array, " M"]) -> KVCache:
-    """A cache of M rows, copies of rows `rows` [M] of this one, to continue each in another way.
-
-    fork(cache, [0, 0, 0, 1]) gives the first prompt three continuations, and the second one.
-    """
-    rows = jnp.asarray(rows)
-    batch = cache.lengths.shape[0]
-
-    def take(x):
-        streams = x.shape[0] // batch
-        return x[(jnp.arange(streams)[:, None] * batch + rows).reshape(-1)]
-
-    return jax.tree.map(take, cache)
+    return cache.stages[mixers.index("full")][0].k.shape[1] - config.kv_prefix
 
 
 @flax.struct.dataclass

@@ -113,6 +113,11 @@ class ModelConfig:
         return (2 * self.program.depth) ** -0.5
 
     @property
+    def kv_prefix(self) -> int:
+        """Learned keys and values before a full layer's own: ParScale's, with parallel streams."""
+        return self.prefix_length if self.program.streams > 1 else 0
+
+    @property
     def program(self) -> Program:
         program = Program.from_architecture(self.architecture, self.num_layers)
         return program if self.num_loops is None else program.with_loops(self.num_loops)

@@ -1,15 +1,16 @@
 """Inference with caches: prefill that stops early, decode steps, and generation in one loop.
 
     model = prepare(params, config)                       # matrices in bfloat16, a tree per layer
-    cache, logits = prefill(model, tokens, lengths)       # [B, N] prompts -> what comes next [B, V]
+    cache, logits = prefill(model, tokens, lengths, new_tokens=64)    # [B, N] -> next [B, V]
     cache, logits = decode_step(model, cache, tokens)     # one more token for each row
     out = generate(model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.8))
 
 Prefill runs the stages that write caches over the prompt, in chunks of one size, and the
-cross-decoder for the last position of each row alone (YOCO, section 2.2): its work is linear in
-the prompt and its memory, beyond the cache, does not depend on it. Layers and loops are unrolled,
-so that each has cache arrays of its own (see cache.py). Another loop count than the trained one is
-another config: dataclasses.replace(config, num_loops=5).
+cross-decoder for the last position of each row alone (YOCO, section 2.2): the work of a YOCO is
+linear in the prompt and its memory, beyond the cache, does not depend on it. (Full layers look back
+from each chunk; plain XLA also makes a transposed copy of one layer's keys and values for that.)
+Layers and loops are unrolled, so that each has cache arrays of its own (see cache.py). Another loop
+count than the trained one is another config: dataclasses.replace(config, num_loops=5).
 """
 
 import functools
@@ -25,12 +26,12 @@ import numpy as np
 from yocou_jax import cache as cache_lib
 from yocou_jax import sampling as sampling_lib
 from yocou_jax.attention import Context, stream_prefix
-from yocou_jax.cache import AXES, Append, KVCache, append, fork, kv_cache
+from yocou_jax.cache import AXES, Append, KVCache, append, kv_cache
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.model import Block, LanguageModel, compute_dtype, head_matrix, to_logits
 from yocou_jax.sampling import Sampling
-from yocou_jax.sharding import constrain
+from yocou_jax.sharding import batch_ways, constrain
 from yocou_jax.typing import Array, Bool, Float, Int, PyTree
 
 __all__ = [
@@ -46,10 +47,11 @@ __all__ = [
     "prepare",
 ]
 
-# Positions of a prompt at once: enough rows to fill a device's matrix unit, and of all prompts of a
-# batch together not more than their activations have room for (an eighth of a megabyte each at 1.3B
-# in bfloat16, by XLA's account).
+# Positions of a prompt at once: enough rows to fill a device's matrix unit, and for large batches
+# fewer (down to 128), because of their activations: 2 GB for 16,384 positions on one device at 1.3B
+# in bfloat16, by XLA's account.
 CHUNK, CHUNK_OF_ALL_ROWS = 2048, 16_384
+RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual stream
 # Parameters that are used in float32 whatever the compute type (see layers.py and moe.py).
 FLOAT32 = ("embedding", "scale", "router", "stream_gate")
 
@@ -76,7 +78,7 @@ def _prepared(params: PyTree, config: ModelConfig) -> PyTree:
 
     head = head_matrix(params, config).astype(dtype)
     params = jax.tree_util.tree_map_with_path(cast, params) | {"head": head}
-    for name, stage in _named_stages(config):
+    for name, stage in config.program.named_stages:
         stacked = params[name]["layers"]
         params[name] = tuple(
             jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in range(stage.layers)
@@ -88,10 +90,6 @@ def prepare(params: PyTree, config: ModelConfig) -> Model:
     """The trained parameters (see `LanguageModel`) made ready; the results are those of training's
     forward pass, to the bit of every cast. Copies: let go of `params` if memory is short."""
     return Model(_prepared(params, config), config)
-
-
-def _named_stages(config: ModelConfig):
-    return [(f"stage_{i}_{s.mixer}", s) for i, s in enumerate(config.program.stages)]
 
 
 def _apply(model: Model, method: str, *args):
@@ -107,18 +105,18 @@ def new_cache(model: Model, batch: int, capacity: int) -> KVCache:
     config = model.config
     dtype = compute_dtype(config)
     cache = kv_cache(config, batch, capacity, dtype)
-    if config.program.streams > 1 and config.prefix_length:
+    if config.kv_prefix:
         stages = []
-        for (name, stage), entries in zip(_named_stages(config), cache.stages, strict=True):
-            layers = [model.params[name][i % stage.layers] for i in range(stage.depth)]
+        for (name, stage), entries in zip(config.program.named_stages, cache.stages, strict=True):
+            prefixes = [layer["attention"]["prefix"] for layer in model.params[name]]
             stages.append(
                 tuple(
-                    append(
+                    jax.tree.map(
+                        lambda x, first: jax.lax.dynamic_update_slice_in_dim(x, first, 0, 1),
                         kv,
-                        stream_prefix(layer["attention"]["prefix"], kv.k.shape[0], dtype),
-                        Append(jnp.int32(0), jnp.zeros(kv.k.shape[0], jnp.int32), whole=True),
+                        stream_prefix(prefixes[i % stage.layers], kv.k.shape[0], dtype),
                     )
-                    for kv, layer in zip(entries, layers, strict=True)
+                    for i, kv in enumerate(entries)
                 )
             )
         cache = cache.replace(stages=tuple(stages))
@@ -129,10 +127,11 @@ def new_cache(model: Model, batch: int, capacity: int) -> KVCache:
 def _no_residual(model: Model, batch: int) -> Float[Array, "PB 1 D"]:
     config = model.config
     shape = (config.program.streams * batch, 1, config.d_model)
-    return jnp.zeros(shape, compute_dtype(config))
+    return constrain(jnp.zeros(shape, compute_dtype(config)), *RESIDUAL)
 
 
 def _constrain_cache(cache: KVCache) -> KVCache:
+    """What one program returns must lie as the next one takes it, or that is compiled twice."""
     return cache.replace(
         stages=jax.tree.map(lambda x: constrain(x, *AXES), cache.stages),
         global_kv=jax.tree.map(lambda x: constrain(x, *AXES), cache.global_kv),
@@ -166,11 +165,11 @@ def _write(
     context = Context(at_streams.positions(tokens.shape[1]), at=at_streams)
     x = _apply(model, "embed", tokens)
     stages, old = [], iter(cache.stages)
-    for name, stage in _named_stages(config):
+    for name, stage in config.program.named_stages:
         if stage.mixer == "cross":
             break
         layers, written = model.params[name], []
-        for i, cached in enumerate(next(old)):
+        for i, cached in zip(range(stage.depth), next(old), strict=True):
             params = layers[i % stage.layers]
             x, cached = _block(params, x, context, cached, config=config, mixer=stage.mixer)
             written.append(cached)
@@ -187,7 +186,7 @@ def _write(
 def _read(model: Model, x: Float[Array, "PB N D"], context: Context) -> Float[Array, "B N V"]:
     """Runs the cross stages, the final norm and the head for the positions of x."""
     config = model.config
-    for name, stage in _named_stages(config):
+    for name, stage in config.program.named_stages:
         if stage.mixer == "cross":
             for i in range(stage.depth):
                 params = model.params[name][i % stage.layers]
@@ -209,7 +208,7 @@ def _prefill_chunk(model, cache, last, tokens, count, start, *, whole, score):
     logits = _read(model, x, context) if score else None
     tiled = jnp.tile(count, x.shape[0] // count.shape[0])[:, None, None]
     picked = jnp.take_along_axis(x, jnp.maximum(tiled - 1, 0), axis=1)
-    return cache, jnp.where(tiled > 0, picked, last), logits
+    return cache, constrain(jnp.where(tiled > 0, picked, last), *RESIDUAL), logits
 
 
 @jax.jit
@@ -241,7 +240,8 @@ def sizes(
     """(capacity, chunk) for a batch of prompts of up to `longest` positions and what comes behind
     them, where none is given. Requests of the same sizes share their compiled programs."""
     if chunk is None:
-        share = max(CHUNK_OF_ALL_ROWS // max(batch, 1) // 128, 1) * 128
+        share = CHUNK_OF_ALL_ROWS * batch_ways() // max(batch, 1)
+        share = max(share // 128, 1) * 128
         chunk = min(CHUNK, share, bucket(longest))
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1 position.")
@@ -256,31 +256,37 @@ def prefill(
     lengths: Int[Array, " B"] | None = None,
     *,
     cache: KVCache | None = None,
+    new_tokens: int = 256,
     capacity: int | None = None,
     chunk: int | None = None,
     score: bool = False,
 ) -> tuple[KVCache, Float[Array, "B V"]] | tuple[KVCache, Float[Array, "B V"], Array]:
-    """Appends prompts to a cache (given up to this call) or to a new one of `capacity` positions.
+    """Appends prompts to a cache, which is given up to this call, or to a new one.
 
-    Row b is tokens[b, :lengths[b]] (all of it without lengths). The work is done in chunks of
-    `chunk` positions; see `sizes` for the defaults.
+    Row b is tokens[b, :lengths[b]] (all of it without lengths). The new cache has `capacity`
+    positions, by default some more than prompts and `new_tokens` need. The work is done in chunks
+    of `chunk` positions; see `sizes` for the defaults.
 
     Returns:
       The cache and the logits [B, V] (float32) of the token behind each row. With score=True, for
-      which the cross-decoder runs everywhere, also the logits [B, N, V] at all positions.
+      which the cross-decoder runs everywhere, also the logits [B, max(lengths), V] at all
+      positions (those behind the end of a row mean nothing).
 
     Raises:
-      UserError: an empty row, a token outside the vocabulary, more positions than the cache holds.
+      UserError: an empty row, a token outside the vocabulary, more positions than the cache holds,
+        a cache of another model.
     """
     tokens, lengths = _check_prompts(model.config, tokens, lengths)
     B, N = tokens.shape
+    room, C = sizes(B, N, new_tokens, capacity=capacity, chunk=chunk)
     fresh = cache is None
-    room, C = sizes(B, N, capacity=capacity, chunk=chunk)
     if fresh:
         _check_room(lengths, room)
         cache = new_cache(model, B, room)
     else:
-        _check_continuation(model.config, cache, lengths)
+        if capacity is not None:
+            raise UserError(f"capacity={capacity} cannot be given with a cache, which has its own.")
+        _check_cache(model.config, cache, lengths)
     width = -(-N // C) * C
     padded = np.zeros((B, width), np.int32)
     padded[:, :N] = tokens
@@ -303,6 +309,31 @@ def prefill(
     return cache, logits, jnp.concatenate(scores, axis=1)[:, :N]
 
 
+@jax.jit
+def _fork(cache: KVCache, rows: Int[Array, " M"]) -> KVCache:
+    batch = cache.lengths.shape[0]
+
+    def take(x):  # with parallel streams, x has every stream of every row, stream by stream
+        streams = jnp.arange(x.shape[0] // batch)
+        return x[(streams[:, None] * batch + rows).reshape(-1)]
+
+    return _constrain_cache(jax.tree.map(take, cache))
+
+
+def fork(cache: KVCache, rows: Sequence[int]) -> KVCache:
+    """A cache of the rows `rows` of this one, copies, to continue each in another way:
+    fork(cache, [0, 0, 0, 1]) gives the first prompt three continuations, and the second one.
+
+    The logits go along as logits[rows]. Raises UserError for rows that are not there.
+    """
+    batch = cache.lengths.shape[0]
+    rows = np.asarray(rows)
+    good = rows.ndim == 1 and rows.size and np.issubdtype(rows.dtype, np.integer)
+    if not good or rows.min() < 0 or rows.max() >= batch:
+        raise UserError(f"rows={rows.tolist()} must be row numbers from 0 to {batch - 1}.")
+    return _fork(cache, rows)
+
+
 def _check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -311,12 +342,14 @@ def _check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np
         )
     B, N = tokens.shape
     lengths = np.full(B, N) if lengths is None else np.asarray(lengths)
-    if lengths.shape != (B,) or lengths.max(initial=0) > N:
+    fit = lengths.shape == (B,) and (not B or np.issubdtype(lengths.dtype, np.integer))
+    if not fit or lengths.max(initial=0) > N:
         raise UserError(f"The lengths {lengths.tolist()} do not fit {B} prompts of {N} positions.")
     if not B or lengths.min() < 1:
         row = int(np.argmin(lengths)) if B else 0
         raise UserError(f"Prompt {row} is empty; it needs at least one token.")
-    exists = np.arange(N) < lengths[:, None]
+    tokens = tokens[:, : lengths.max()]
+    exists = np.arange(tokens.shape[1]) < lengths[:, None]
     wrong = exists & ((tokens < 0) | (tokens >= config.vocab_size))
     if wrong.any():
         row, at = np.argwhere(wrong)[0]
@@ -327,26 +360,42 @@ def _check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np
     return np.where(exists, tokens, 0).astype(np.int32), lengths.astype(np.int32)
 
 
-def _check_room(lengths: np.ndarray, room: int | None, new_tokens: int = 0) -> None:
-    row = int(np.argmax(lengths))
-    needed = int(lengths[row]) + new_tokens
-    if room is not None and needed > room:
-        more = f" and {new_tokens} new ones" if new_tokens else ""
+def _check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | int = 0) -> None:
+    needed = lengths + new_tokens
+    row = int(np.argmax(needed))
+    if room is not None and needed[row] > room:
+        new = needed[row] - lengths[row]
         raise UserError(
-            f"Prompt {row} has {lengths[row]} positions{more}, more than the {room} that the cache "
-            "holds."
+            f"Prompt {row} has {lengths[row]} positions{f' and {new} new ones' if new else ''}, "
+            f"more than the {room} that the cache holds."
         )
 
 
-def _check_continuation(
-    config: ModelConfig, cache: KVCache, lengths: np.ndarray, new_tokens: int = 0
+def _check_cache(
+    config: ModelConfig, cache: KVCache, lengths: np.ndarray, new_tokens: np.ndarray | int = 0
 ) -> None:
+    """Whether `lengths` positions and new tokens may be appended to the cache."""
+    if cache.lengths.is_deleted():
+        raise UserError("The cache was given up to an earlier call; fork it to use it twice.")
     before = np.asarray(cache.lengths)
     if before.shape != lengths.shape:
         raise UserError(
             f"A cache of {before.shape[0]} rows cannot go on with {lengths.shape[0]} prompts."
         )
-    _check_room(before + lengths, cache_lib.capacity(config, cache), new_tokens)
+    depths = [stage.depth for stage in config.program.stages if stage.mixer != "cross"]
+    same = [len(entries) for entries in cache.stages] == depths
+    same &= (cache.global_kv is not None) == config.program.has_cross
+    room = cache_lib.capacity(config, cache) if same else None
+    if same:
+        like = functools.partial(kv_cache, config, len(before), room or 1, compute_dtype(config))
+        kinds = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(like))]
+        same = kinds == [(x.shape, x.dtype) for x in jax.tree.leaves(cache)]
+    if not same:
+        raise UserError(
+            f"The cache is not one of this model, '{config.program}': it has other layers, loops "
+            "or sizes."
+        )
+    _check_room(before + lengths, room, new_tokens)
 
 
 # --- Decode ---------------------------------------------------------------------------------------
@@ -366,11 +415,16 @@ def decode_step(
     active: Bool[Array, " B"] | None = None,
 ) -> tuple[KVCache, Float[Array, "B V"]]:
     """Appends one token to every row (to those that are `active`), and says what comes next: logits
-    [B, V] in float32. The cache is given up; the caller keeps its lengths below its capacity, as
-    what does not fit is dropped."""
+    [B, V] in float32. The cache is given up.
+
+    Rows that are not active, or whose token found the cache full, get NaN.
+    """
     if active is None:
         active = jnp.ones(tokens.shape, bool)
-    return _step(model, cache, tokens, active)
+    cache, logits = _step(model, cache, tokens, active)
+    room = cache_lib.capacity(model.config, cache)
+    good = active if room is None else active & (cache.lengths <= room)
+    return cache, jnp.where(good[:, None], logits, jnp.nan)
 
 
 # --- Generation -----------------------------------------------------------------------------------
@@ -379,27 +433,40 @@ def decode_step(
 @flax.struct.dataclass
 class _State:
     """Where a generation stands: logits [B, V] of the next token, seen [B, V] the tokens of prompt
-    and output (None if no penalty needs them), keys [B], generated [B], done [B]."""
+    and output (None if no penalty needs them), keys [B], end [B] the length at which a row is at
+    its limit, done [B]."""
 
     cache: KVCache
     logits: Float[Array, "B V"]
     seen: Bool[Array, "B V"] | None
     keys: Array
-    generated: Int[Array, " B"]
+    end: Int[Array, " B"]
     done: Bool[Array, " B"]
 
 
+def _constrain_state(state: _State) -> _State:
+    """As `_constrain_cache`; the host reads `done`."""
+    rows = {name: constrain(getattr(state, name), None) for name in ("keys", "end", "done")}
+    table = {
+        name: None if x is None else constrain(x, "batch", "vocab")
+        for name, x in (("logits", state.logits), ("seen", state.seen))
+    }
+    return state.replace(cache=_constrain_cache(state.cache), **rows, **table)
+
+
 @functools.partial(jax.jit, donate_argnames="cache")
-def _begin(cache, logits, seen, seeds) -> _State:
+def _begin(cache, logits, seen, seeds, limit) -> _State:
     """A jit, so that the whole state lies where the cache does: one program runs every block."""
-    zeros = jnp.zeros(seeds.shape, jnp.int32)
-    return _State(cache, logits, seen, jax.vmap(jax.random.key)(seeds), zeros, zeros > 0)
+    keys = jax.vmap(jax.random.key)(seeds)
+    end = cache.lengths + limit
+    return _constrain_state(_State(cache, logits, seen, keys, end, jnp.zeros(end.shape, bool)))
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames=("block", "sort", "logprobs"))
-def _generate_block(model, state, sampling, stop, limit, *, block, sort, logprobs):
-    """Up to `block` steps, fewer if all rows are done; row b is after limit[b] tokens in all, or
-    with a token of `stop`. Returns the state, tokens [B, block] (-1: none) and log-probabilities.
+def _generate_block(model, state, sampling, stop, *, block, sort, logprobs):
+    """Up to `block` steps, fewer if all rows are done: at their end, or with a token of `stop`.
+
+    Returns the state, tokens [B, block] (-1: none) and log-probabilities.
     """
     B = state.done.shape[0]
 
@@ -409,7 +476,8 @@ def _generate_block(model, state, sampling, stop, limit, *, block, sort, logprob
 
     def step(carry):
         i, state, tokens, logps = carry
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.generated)
+        # By position: to stop and go on draws what one call would have.
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
         chosen = sampling_lib.sample(state.logits, keys, sampling, sort=sort, seen=state.seen)
         active = ~state.done
         tokens = tokens.at[:, i].set(jnp.where(active, chosen, -1))
@@ -420,24 +488,24 @@ def _generate_block(model, state, sampling, stop, limit, *, block, sort, logprob
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(B), chosen].max(active)
-        generated = state.generated + active
-        done = state.done | (chosen[:, None] == stop).any(1) | (generated >= limit)
         cache, logits = _step(model, state.cache, chosen, active)
-        state = _State(cache, logits, seen, state.keys, generated, done)
-        return i + 1, state, tokens, logps
+        logits = jnp.where(active[:, None], logits, state.logits)
+        done = state.done | (chosen[:, None] == stop).any(1) | (cache.lengths >= state.end)
+        return i + 1, _State(cache, logits, seen, state.keys, state.end, done), tokens, logps
 
     logps = jnp.zeros((B, block)) if logprobs else None
     carry = (0, state, jnp.full((B, block), -1, jnp.int32), logps)
     _, state, tokens, logps = jax.lax.while_loop(unfinished, step, carry)
     # On every process, whose hosts read them.
     tokens, logps = (None if x is None else constrain(x, None, None) for x in (tokens, logps))
-    return state.replace(done=constrain(state.done, None)), tokens, logps
+    return _constrain_state(state), tokens, logps
 
 
 class Generation(NamedTuple):
     """tokens [B, n], -1 behind the end of a row; lengths [B] without those (a stop token counts);
     logprobs [B, n]: log-probabilities of the tokens under the model itself, before temperature and
-    filters, if asked for. cache and logits [B, V] are what there is to go on from.
+    filters, if asked for. `generate_from` goes on from cache, logits [B, V] and seen [B, V] (which
+    is None without a repetition penalty).
 
     prefill_s (None if that was done before) and decode_s: seconds, in which programs that ran for
     the first time were compiled.
@@ -448,57 +516,122 @@ class Generation(NamedTuple):
     logprobs: np.ndarray | None
     cache: KVCache
     logits: Float[Array, "B V"]
+    seen: Bool[Array, "B V"] | None
     prefill_s: float | None
     decode_s: float
+
+
+class _Request(NamedTuple):
+    """What was asked for, checked: limit, seeds [B], sampling of arrays [B], stop [any]."""
+
+    limit: np.ndarray
+    sampling: Sampling
+    seeds: np.ndarray
+    stop: np.ndarray
+    logprobs: bool
+    on_tokens: Callable[[np.ndarray], None] | None
+    block: int
+
+
+def _check_request(
+    config: ModelConfig,
+    B: int,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | None,
+    seeds: int | Sequence[int],
+    stop_tokens: Sequence[int],
+    logprobs: bool,
+    on_tokens: Callable[[np.ndarray], None] | None,
+    block: int,
+) -> _Request:
+    limit = _whole_numbers("max_new_tokens", max_new_tokens, B, 1, 2**31 - 1)
+    given = _whole_numbers("seeds", seeds, B, 0, 2**32 - 1)
+    seeds = given + np.arange(B) * (given.ndim == 0)
+    stop = np.atleast_1d(stop_tokens) if np.size(stop_tokens) else np.zeros(0, np.int32)
+    return _Request(
+        np.broadcast_to(limit, (B,)).astype(np.int32),
+        sampling_lib.check(sampling or Sampling(temperature=0.0), B),
+        seeds.astype(np.uint32),
+        _whole_numbers("stop_tokens", stop, stop.size, 0, config.vocab_size - 1).astype(np.int32),
+        logprobs,
+        on_tokens,
+        int(_whole_numbers("block", block, 1, 1, 2**31 - 1)),
+    )
+
+
+def _whole_numbers(name: str, value, count: int, low: int, high: int) -> np.ndarray:
+    """A number or `count` of them, from low to high, as an array (of int64: sums do not wrap)."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" or array.shape not in ((), (count,)):
+        raise UserError(
+            f"{name}={value!r} must be a whole number from {low} to {high}, or {count} of them, "
+            "one for each row."
+        )
+    if (array < low).any() or (array > high).any():
+        raise UserError(f"{name}={value!r} must lie between {low} and {high}.")
+    return array.astype(np.int64)
 
 
 def generate(
     model: Model,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | None = None,
     num_samples: int = 1,
+    seeds: int | Sequence[int] = 0,
+    stop_tokens: Sequence[int] = (),
+    logprobs: bool = False,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
+    block: int = 8,
     capacity: int | None = None,
     chunk: int | None = None,
-    **options,
 ) -> Generation:
-    """Continues prompts of any lengths; `options` are those of `generate_from`.
+    """Continues prompts of any lengths; for the options see `generate_from`, `sizes` for the last
+    two.
 
     Each prompt is read once and has num_samples rows in the result, one after the other, each with
-    a seed (and where given, a sampling field) of its own. capacity and chunk: see `sizes`.
+    a seed (and where given, a limit and sampling fields) of its own.
 
     Raises:
       UserError: see `prefill` and `generate_from`; a prompt and its output longer than the cache.
     """
+    config = model.config
     prompts = [np.asarray(prompt) for prompt in prompts]
     for row, prompt in enumerate(prompts):
         if prompt.size and (prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer)):
             raise UserError(f"Prompt {row} is no list of token ids: encode text first.")
-    lengths = np.array([prompt.size for prompt in prompts])
+    lengths = np.array([prompt.size for prompt in prompts], np.int64)
     tokens = np.zeros((len(prompts), max(lengths, default=0)), np.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, : prompt.size] = prompt
-    tokens, lengths = _check_prompts(model.config, tokens, lengths)
-    if num_samples < 1:
-        raise UserError(f"num_samples={num_samples} must be at least 1.")
+    tokens, lengths = _check_prompts(config, tokens, lengths)
+    num_samples = int(_whole_numbers("num_samples", num_samples, 1, 1, 2**31 - 1))
     rows = np.repeat(np.arange(len(prompts)), num_samples)
-    limit, sampling = _check_options(len(rows), max_new_tokens, options.get("sampling"))
-    longest = int(lengths.max())
-    capacity, chunk = sizes(len(prompts), longest, limit, capacity=capacity, chunk=chunk)
-    _check_room(lengths, capacity, limit)
-    seen = None
-    if sampling_lib.needs_seen(sampling):
-        seen = np.zeros((len(rows), model.config.vocab_size), bool)
-        for row, prompt in enumerate(rows):
-            seen[row, prompts[prompt]] = True
+    request = _check_request(
+        config,
+        len(rows),
+        max_new_tokens,
+        sampling,
+        seeds,
+        stop_tokens,
+        logprobs,
+        on_tokens,
+        block,
+    )
+    longest, new = int(lengths.max()), int(request.limit.max())
+    capacity, chunk = sizes(len(prompts), longest, new, capacity=capacity, chunk=chunk)
+    _check_room(lengths[rows], capacity, request.limit)
+    seen = np.zeros((len(rows), config.vocab_size), bool)
+    for row, prompt in enumerate(rows):
+        seen[row, prompts[prompt]] = True
     start = time.perf_counter()
     cache, logits = prefill(model, tokens, lengths, capacity=capacity, chunk=chunk)
     jax.block_until_ready(logits)
     prefill_s = time.perf_counter() - start
     if num_samples > 1:
         cache, logits = fork(cache, rows), logits[rows]
-    out = generate_from(model, cache, logits, max_new_tokens=limit, seen=seen, **options)
-    return out._replace(prefill_s=prefill_s)
+    return _run(model, cache, logits, seen, request)._replace(prefill_s=prefill_s)
 
 
 def generate_from(
@@ -506,14 +639,14 @@ def generate_from(
     cache: KVCache,
     logits: Float[Array, "B V"],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling | None = None,
     seeds: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
     logprobs: bool = False,
-    seen: Bool[Array, "B V"] | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
     block: int = 8,
+    seen: Bool[Array, "B V"] | None = None,
 ) -> Generation:
     """Samples up to max_new_tokens for every row of a cache, which is given up.
 
@@ -523,68 +656,65 @@ def generate_from(
     Args:
       logits: of the next token, as `prefill` and `decode_step` return them. To try several
         continuations of one prompt: fork(cache, rows), logits[rows].
+      max_new_tokens: for all rows, or one for each.
       sampling: greedy if None; a field may have one value per row.
-      seeds: one per row, or one from which row b takes seeds + b. A row depends on its own seed,
-        and not on the batch around it.
+      seeds: one per row, from 0 to 2^32 - 1, or one from which row b takes seeds + b. What a row
+        draws depends on its own seed, position and logits, and not on the batch around it.
       stop_tokens: a row ends with the first of these.
       seen: tokens that a repetition penalty counts besides the new ones.
 
     Raises:
       UserError: an option that makes no sense, or more tokens than the cache holds.
     """
-    B = cache.lengths.shape[0]
-    limit, sampling = _check_options(B, max_new_tokens, sampling)
-    _check_continuation(model.config, cache, np.zeros(B, np.int32), limit)
-    vocab_size = model.config.vocab_size
-    for token in stop_tokens:
-        if not 0 <= token < vocab_size:
-            raise UserError(f"The stop token {token} is outside the vocabulary of {vocab_size}.")
-    if block < 1:
-        raise UserError(f"block={block} must be at least 1 step.")
-    seeds = np.asarray(seeds)
-    seeds = seeds + np.arange(B) if seeds.ndim == 0 else seeds
-    if seeds.shape != (B,) or not np.issubdtype(seeds.dtype, np.integer):
-        raise UserError(f"seeds={seeds.tolist()} must be one integer, or one for each of {B} rows.")
+    B, V = cache.lengths.shape[0], model.config.vocab_size
+    request = _check_request(
+        model.config, B, max_new_tokens, sampling, seeds, stop_tokens, logprobs, on_tokens, block
+    )
+    _check_cache(model.config, cache, np.zeros(B, np.int64), request.limit)
+    for name, x in (("logits", logits), ("seen", seen)):
+        if x is not None and x.shape != (B, V):
+            raise UserError(f"{name} has the shape {x.shape}, but must have ({B}, {V}).")
+    if seen is None:
+        seen = np.zeros((B, V), bool)
+    return _run(model, cache, logits, seen, request)
+
+
+def _run(model: Model, cache: KVCache, logits, seen, request: _Request) -> Generation:
+    limit, sampling = int(request.limit.max()), request.sampling
     if not sampling_lib.needs_seen(sampling):
         seen = None
-    elif seen is None:
-        seen = np.zeros((B, vocab_size), bool)
-    state = _begin(cache, logits, seen, seeds.astype(np.uint32))
-    size = bucket(limit, 1) if on_tokens is None else block
-    tokens, logps = [], []
     start = time.perf_counter()
+    state = _begin(cache, logits, seen, request.seeds, request.limit)
+    size = bucket(limit, 1) if request.on_tokens is None else request.block
+    tokens, logps = [], []
     for _ in range(0, limit, size):
         state, new, logp = _generate_block(
             model,
             state,
             sampling,
-            jnp.asarray(stop_tokens, jnp.int32),
-            np.int32(limit),
+            request.stop,
             block=size,
             sort=sampling_lib.needs_sort(sampling),
-            logprobs=logprobs,
+            logprobs=request.logprobs,
         )
         new = np.asarray(new)
         tokens.append(new)
         logps.append(logp)
-        if on_tokens is not None:
-            on_tokens(new)
+        if request.on_tokens is not None:
+            request.on_tokens(new)
         if np.asarray(state.done).all():
             break
     decode_s = time.perf_counter() - start
-    tokens = np.concatenate(tokens, axis=1)[:, :limit]
+    tokens = np.concatenate(tokens, axis=1)
+    lengths = (tokens >= 0).sum(axis=1)
+    longest = lengths.max()
     return Generation(
-        tokens,
-        (tokens >= 0).sum(axis=1),
-        np.concatenate(logps, axis=1)[:, :limit] if logprobs else None,
+        tokens[:, :longest],
+        lengths,
+        np.concatenate(logps, axis=1)[:, :longest] if request.logprobs else None,
         state.cache,
         state.logits,
+        state.seen,
         None,
         decode_s,
     )
-
-
-def _check_options(B: int, max_new_tokens: int, sampling: Sampling | None) -> tuple[int, Sampling]:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    return max_new_tokens, sampling_lib.check(sampling or Sampling(temperature=0.0), B)

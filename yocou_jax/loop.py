@@ -347,7 +347,7 @@ def attention_choices(config: Config) -> dict[str, str]:
     """Which implementation runs each kind of attention of a training step, and why."""
     m, length = config.model, config.data.sequence_length
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    prefix = m.prefix_length if m.program.streams > 1 else 0
+    prefix = m.kv_prefix
     mixers = {stage.mixer for stage in m.program.stages}
     kinds = {
         "window_attention": ({"window"}, m.window, 0),

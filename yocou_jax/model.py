@@ -158,10 +158,7 @@ class LanguageModel(nn.Module):
         c, dtype = self.config, compute_dtype(self.config)
         init = nn.with_logical_partitioning(fan_in_init(c.d_model), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
-        stages = c.program.stages
-        self.stages = [
-            StageStack(c, stage, name=f"stage_{i}_{stage.mixer}") for i, stage in enumerate(stages)
-        ]
+        self.stages = [StageStack(c, stage, name=name) for name, stage in c.program.named_stages]
         if c.program.has_cross:
             self.global_kv = GlobalKeyValue(c, dtype)
         if c.program.streams > 1:

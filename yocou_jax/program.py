@@ -164,6 +164,11 @@ class Program:
         return sum(stage.depth for stage in self.stages)
 
     @property
+    def named_stages(self) -> list[tuple[str, Stage]]:
+        """The stages with the names that their parameters have."""
+        return [(f"stage_{i}_{stage.mixer}", stage) for i, stage in enumerate(self.stages)]
+
+    @property
     def has_cross(self) -> bool:
         return self.stages[-1].mixer == "cross"
 

@@ -50,6 +50,16 @@ def test_decode_over_many_chunks_of_keys():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_xla_reads_no_further_than_the_longest_row():
+    q, k, v, *_ = inputs(Shape(140, 1300, Q=2, K=1, B=2, q_offset=1300))
+    lengths = jnp.array([100, 200])
+    beyond = (jnp.arange(1300) >= 512)[:, None, None]
+    k, v = (jnp.where(beyond, jnp.nan, x) for x in (k, v))
+    assert jnp.isfinite(decode_cross(q[:, 0], k, v, lengths, implementation="xla")).all()
+    chunk = {"q_offset": 1300, "kv_lengths": lengths, "implementation": "xla"}
+    assert jnp.isfinite(cross_attention(q, k, v, **chunk)).all()
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("decode", [decode_window, decode_cross])
 def test_a_row_of_length_zero_gives_zero(implementation, decode):
