@@ -327,7 +327,7 @@ def measure_errors(sizes: Sizes) -> list[dict]:
                 try:
                     got = jax.device_get(outcome(*rounded))
                 except Exception as error:
-                    found.append(row | {"error": _first_line(error)})
+                    found.append(row | {"error": first_line(error)})
                     continue
                 for what, value in got.items():
                     rms, theirs = _rms(value, exact[what]), _rms(plain[what], exact[what])
@@ -390,7 +390,7 @@ def repeated(function: Callable, calls: int) -> Callable:
     return run
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
@@ -459,7 +459,7 @@ def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dic
                 try:
                     seconds = _seconds(compiled[case, name], args)
                 except Exception as error:
-                    rows.append(planned[case, name] | {"error": _first_line(error)})
+                    rows.append(planned[case, name] | {"error": first_line(error)})
                     del samples[name]
                     continue
                 # The first run warms up; it counts where a second one would take too long.
@@ -543,7 +543,7 @@ def measure_device(sizes: Sizes) -> dict[str, Any]:
 # --- The report -----------------------------------------------------------------------------------
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     packages = ["jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-triton"]
     packages += ["triton", "tokamax", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"]
     found = {"python": sys.version.split()[0]}
@@ -572,7 +572,7 @@ def measure(
         "device": jax.devices()[0].device_kind,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "dtype": str(jnp.dtype(sizes.dtype)),
-        "versions": _versions(),
+        "versions": versions(),
         "reference": measure_device(sizes),
         "errors": measure_errors(sizes),
         "times": [],
@@ -676,12 +676,12 @@ def grids(report: dict[str, Any]) -> list[Grid]:
 
 def head_line(report: dict[str, Any]) -> str:
     base = report["reference"]
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    packages = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     return (
         f"{report['device']}, {report['date']}, {report['dtype']}, {report['seconds']:.0f} s; copy "
         f"{base['copy_gb_per_s']:,.0f} GB/s, {base['matmul_size']} x {base['matmul_size']} product "
         f"{base['matmul_tflops']:.3g} TFLOP/s; loop turn: {1e6 * base['loop_turn_s']:.1f} us; "
-        f"{versions}"
+        f"{packages}"
     )
 
 

@@ -95,7 +95,7 @@ def _flag_sentence(error: flags.Error) -> str:
     if "Error whilst parsing config file" in text:
         return str(cause)
     if isinstance(error, flags.UnrecognizedFlagError):
-        hint = re.search(r"Did you mean: (\S+)", text)
+        hint = re.search(r"Did you mean: ([\w-]+)", text)
         return f"There is no flag --{error.flagname}." + (
             f" Did you mean --{hint[1]}?" if hint else ""
         )

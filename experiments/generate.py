@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from experiments import cli
@@ -25,17 +26,28 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Of a training run; or an exporte
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given several times.")
 PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file whose text is to be continued.")
 INTERACTIVE = flags.DEFINE_bool("interactive", False, "Ask for prompts, a line each, until Ctrl-D.")
-NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "At most so many for each text.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts for each prompt, which is read once.")
+NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 128, "At most so many for each text.", lower_bound=1
+)
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "Texts for each prompt, which is read once.", lower_bound=1
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0: all.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens with this mass; 1: all.")
 MIN_P = flags.DEFINE_float("min_p", 0.0, "Only tokens this likely, relative to the likeliest.")
 PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 against repetition; 1: none.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the first text; the next one has the next seed.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the first text; the next one has the next.", lower_bound=0, upper_bound=2**31
+)
 NUM_LOOPS = flags.DEFINE_integer("num_loops", None, "Loops of the looped stage; else as trained.")
-CHUNK = flags.DEFINE_integer("chunk", None, "Positions of a prompt that are read at once.")
-TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share each matrix of the model.")
+ATTENTION = flags.DEFINE_string("attention", "auto", "A kernel's name, or the device's best.")
+CHUNK = flags.DEFINE_integer(
+    "chunk", None, "Positions of a prompt that are read at once.", lower_bound=1
+)
+TENSOR = flags.DEFINE_integer(
+    "tensor", 1, "Devices that share each matrix of the model.", lower_bound=1
+)
 flags.mark_flag_as_required("workdir")
 
 
@@ -44,20 +56,18 @@ class Printer:
 
     def __init__(self, tokenizer, texts: list[str], num_samples: int, limit: int):
         self.tokenizer, self.texts, self.limit = tokenizer, texts, limit
-        self.titles = [
-            f"prompt {i}" + (f", sample {j}" if num_samples > 1 else "")
-            for i in range(len(texts))
-            for j in range(num_samples)
-        ]
-        self.ids: list[list[int]] = [[] for _ in self.titles]
-        self.ended = [False] * len(self.titles)
-        self.shown = 0
         self.num_samples = num_samples
-        if len(self.titles) == 1:
-            self._write(texts[0])
+        self.ids: list[list[int]] = [[] for _ in range(len(texts) * num_samples)]
+        self.ended = [False] * len(self.ids)
+        self.context, self.shown = 0, 0  # ids before `shown` are on the screen
+        self.begun = False
 
     def __call__(self, tokens) -> None:
         """Takes a block of new tokens [rows, steps], -1 behind the end of a row."""
+        alone = len(self.ids) == 1
+        if alone and not self.begun:
+            self._write(self.texts[0])
+            self.begun = True
         for row, ids in enumerate(self.ids):
             if self.ended[row]:
                 continue
@@ -68,20 +78,41 @@ class Printer:
                 or len(ids) >= self.limit
                 or ids[-1] == self.tokenizer.eot_id
             )
-            text = self.tokenizer.decode(ids)
-            if len(self.ids) > 1:
-                if self.ended[row]:
-                    prompt = self.texts[row // self.num_samples]
-                    self._write(f"--- {self.titles[row]} ---\n{prompt}{text}\n")
-                continue
-            if not self.ended[row]:
-                text = text.rstrip("\ufffd")  # half a character, so far
-            self._write(text[self.shown :] + "\n" * self.ended[row])
-            self.shown = len(text)
+            if alone:
+                self._write(self._new_text(ids, self.ended[row]))
+            elif self.ended[row]:
+                self._write(f"--- {self._title(row)} ---\n{self._text(row)}\n")
+
+    def _new_text(self, ids: list[int], ended: bool) -> str:
+        """What the newest ids add; nothing while they end in half a character."""
+        before = self.tokenizer.decode(ids[self.context : self.shown])
+        text = self.tokenizer.decode(ids[self.context :])
+        if text.endswith("\ufffd") and not ended:
+            return ""
+        # Some ids stay as context, for decoders that treat the first of a text differently.
+        self.context, self.shown = self.shown, len(ids)
+        return text[len(before) :] + "\n" * ended
+
+    def _text(self, row: int) -> str:
+        return self.texts[row // self.num_samples] + self.tokenizer.decode(self.ids[row])
+
+    def _title(self, row: int) -> str:
+        prompt, sample = divmod(row, self.num_samples)
+        return f"prompt {prompt}" + (f", sample {sample}" if self.num_samples > 1 else "")
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def check_text(i: int, text: str) -> str:
+    if not text:
+        raise UserError(f"Prompt {i} is empty; it needs at least one character.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a terminal that are no UTF-8
+        raise UserError(f"Prompt {i} is not UTF-8 text.") from error
+    return text
 
 
 def prompts() -> list[str]:
@@ -94,9 +125,7 @@ def prompts() -> list[str]:
             raise UserError(f"The prompt file {name} cannot be read: {reason}.") from error
     if bool(texts) == INTERACTIVE.value:
         raise UserError("Give --prompt or --prompt_file (several are fine), or --interactive.")
-    if "" in texts:
-        raise UserError(f"Prompt {texts.index('')} is empty; it needs at least one character.")
-    return texts
+    return [check_text(i, text) for i, text in enumerate(texts)]
 
 
 class Writer:
@@ -104,7 +133,6 @@ class Writer:
 
     def __init__(self, mesh):
         from yocou_jax import inference, pretrained, sampling
-        from yocou_jax.program import Program
 
         self.inference = inference
         self.sampling = sampling.Sampling(
@@ -112,9 +140,10 @@ class Writer:
         )
         sampling.check(self.sampling, 1)  # before a large model is read
         loaded = pretrained.load(WORKDIR.value, mesh)
-        self.tokenizer, config = loaded.tokenizer, loaded.config
+        self.tokenizer = loaded.tokenizer
+        config = dataclasses.replace(loaded.config, attention=ATTENTION.value)
         if NUM_LOOPS.value is not None:
-            Program.with_loops(config.program, NUM_LOOPS.value)
+            config.program.with_loops(NUM_LOOPS.value)  # refuses what makes no sense
             config = dataclasses.replace(config, num_loops=NUM_LOOPS.value)
         self.model = inference.prepare(loaded.params, config)
         self.compiled: set[tuple] = set()
@@ -122,6 +151,21 @@ class Writer:
         _note(f"{WORKDIR.value}: {config.program}{step}")
 
     def __call__(self, texts: list[str]) -> None:
+        try:
+            self._write(texts)
+        except ValueError as error:  # no such kernel, or not for this device
+            if "implementation" not in str(error):
+                raise
+            raise UserError(f"--attention={ATTENTION.value}: {error}") from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+                raise
+            raise UserError(
+                f"{len(texts)} prompts with {NUM_SAMPLES.value} samples of up to "
+                f"{NEW_TOKENS.value:,} new tokens do not fit into the memory of the device."
+            ) from error
+
+    def _write(self, texts: list[str]) -> None:
         inference, tokenizer = self.inference, self.tokenizer
         ids = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
         capacity, chunk = inference.sizes(
@@ -163,8 +207,6 @@ class Writer:
 
 
 def _mesh():
-    import jax
-
     from yocou_jax.config import MeshConfig
     from yocou_jax.sharding import make_mesh
 
@@ -179,8 +221,7 @@ def _note(text: str) -> None:
 
 
 def main(_):
-    import jax
-
+    sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has no such character
     texts = prompts()
     mesh = _mesh()
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
@@ -193,7 +234,7 @@ def main(_):
             except EOFError:
                 break
             if text:
-                write([text])
+                write([check_text(0, text)])
 
 
 if __name__ == "__main__":

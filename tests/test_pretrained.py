@@ -115,6 +115,21 @@ def test_what_is_loaded_runs(tmp_path):
     )
 
 
+def test_the_kernel_of_the_training_device_does_not_come_along(tmp_path):
+    one = model(attention="reference")  # any that is not auto; those of a TPU cannot be traced here
+    path = workdir(tmp_path / "run", one, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["config"]["model"]["attention"] = "pallas_tpu"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for _ in range(2):
+        loaded = load(path)
+        assert loaded.config == dataclasses.replace(one.config, attention="auto")
+        assert params_sha256(loaded.params) == params_sha256(one.params)
+        path = tmp_path / "exported"
+        if not path.exists():
+            export(path, loaded)
+
+
 def test_the_names_in_the_file_are_paths_and_the_config_is_readable(tmp_path):
     one = model(step=None)
     export(tmp_path / "a", one)

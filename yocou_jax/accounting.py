@@ -48,7 +48,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     uses (fewer with experts), `non_embedding` all but the embedding table and the output head."""
     program, d = config.program, config.d_model
     parts = {"embedding": config.vocab_size * d}
-    for index, stage in enumerate(program.stages):
+    for name, stage in program.named_stages:
         attention = _attention_params(config, stage.mixer)
         norms = 2 * d + (config.head_dim if config.qk_norm else 0)
         if config.qk_norm and stage.mixer != "cross":
@@ -57,7 +57,6 @@ def parameters(config: ModelConfig) -> dict[str, int]:
             attention += (
                 2 * program.streams * config.prefix_length * config.num_kv_heads * config.head_dim
             )
-        name = f"stage_{index}_{stage.mixer}"
         parts[f"{name}.attention"] = stage.layers * attention
         parts[f"{name}.feed_forward"] = stage.layers * _feed_forward_params(config, active=False)
         parts[f"{name}.norms"] = stage.layers * norms
@@ -90,15 +89,14 @@ def visible_pairs(config: ModelConfig, mixer: str, length: int) -> int:
     if mixer == "window":
         w = min(config.window, length)
         return w * (w + 1) // 2 + (length - w) * w
-    prefix = config.prefix_length if config.program.streams > 1 else 0
-    return length * (length + 1) // 2 + length * prefix
+    return length * (length + 1) // 2 + length * config.kv_prefix
 
 
 def visible_keys(config: ModelConfig, mixer: str, context: int) -> int:
     """Keys that the newest query sees when `context` positions, its own included, are cached."""
     if mixer == "window":
         return min(config.window, context)
-    return context + (config.prefix_length if config.program.streams > 1 else 0)
+    return context + config.kv_prefix
 
 
 def _stage_flops(config: ModelConfig, stage: Stage, tokens: int, pairs: int) -> int:
@@ -149,6 +147,33 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> int:
     )
 
 
+def decode_bytes_per_step(
+    config: ModelConfig, batch: int, context: int, bytes_per_value: int = 2
+) -> float:
+    """Bytes that one decode step of `batch` rows must read when each sees `context` positions.
+
+    Matrices once per application of their layer (so 3 times in a loop of 3), of the experts those
+    that some row is expected to choose if all are alike; W ring entries per (loop, window layer),
+    all positions per (loop, full layer), and those of the one global cache per cross layer. Norms
+    and the rows' embeddings are left out, and the position that a step writes to each cache.
+    """
+    c, program = config, config.program
+    gate = program.streams**2 * c.d_model if program.streams > 1 else 0
+    matrices = c.vocab_size * c.d_model + gate + _kv_writer_params(c)
+    unchosen = 0.0
+    if c.num_experts:
+        tokens = batch * program.streams
+        share = (1 - c.experts_per_token / c.num_experts) ** tokens
+        unchosen = share * c.num_experts * 3 * c.d_model * c.expert_width
+    positions = 0
+    for stage in program.stages:
+        feed_forward = _feed_forward_params(c, active=False) - unchosen
+        matrices += stage.depth * (_attention_params(c, stage.mixer) + feed_forward)
+        positions += stage.depth * program.streams * visible_keys(c, stage.mixer, context)
+    cached = batch * positions * 2 * c.num_kv_heads * c.head_dim
+    return bytes_per_value * (matrices + cached)
+
+
 # --- KV cache -------------------------------------------------------------------------------------
 
 
@@ -157,8 +182,7 @@ def kv_entries(config: ModelConfig, length: int) -> int:
     and stream (and there the learned prefix), and `length` once for the global cache (Table 1,
     column KV memory)."""
     program = config.program
-    prefix = config.prefix_length if program.streams > 1 else 0
-    full = (length + prefix) * program.streams
+    full = (length + config.kv_prefix) * program.streams
     per_layer = {"window": config.window, "full": full, "cross": 0}
     local = sum(stage.depth * per_layer[stage.mixer] for stage in program.stages)
     return local + (length if program.has_cross else 0)

@@ -44,6 +44,7 @@ class Pretrained:
 
     params: unboxed, as `LanguageModel(config).apply({"params": params}, ...)` takes them; float32
         from a workdir, of any floating type of DTYPES from an exported folder.
+    config: with attention="auto", whatever kernel the model was trained with.
     step: training steps behind it; None if nobody knows.
     """
 
@@ -187,7 +188,8 @@ def _model_config(file: Path, fields: Any, program: Any) -> ModelConfig:
             f"{file} is of the program {program!r}, but here model.architecture="
             f"'{config.architecture}' means '{config.program}'."
         )
-    return config
+    # The kernel belongs to the device that trained, not to the model.
+    return dataclasses.replace(config, attention="auto")
 
 
 def _file_of(path: Path, name: str) -> str:

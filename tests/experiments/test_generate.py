@@ -109,6 +109,8 @@ def test_a_reader_who_has_had_enough(trained):
             ["--workdir=x", "--prompt_file=missing.txt"],
             "The prompt file missing.txt cannot be read: No such file or directory.",
         ),
+        (["--workdir=x", "--prompt=\udcff"], "Prompt 0 is not UTF-8 text."),
+        (["--workdir=x", "--prompt=a", "--tensor=0"], "The value of --tensor=0 is not possible"),
         (["--workdir=x", "--prompt=a", "--temperature=-1"], "sampling.temperature=-1.0 must be"),
     ],
 )
