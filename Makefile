@@ -65,11 +65,14 @@ setup:
 train: setup
 	$(VENV)/bin/python -m experiments.train --config=$(CONFIG) $(ARGS)
 
+# A process per core and whole files each: what a file compiles, its tests share.
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile
+
 test: setup
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: setup
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: setup
 	$(VENV)/bin/python -m ruff check .
