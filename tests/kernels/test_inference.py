@@ -1,0 +1,39 @@
+"""Prefill and decode of a whole model on the accelerators' kernels, in their interpreters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import interpret
+from tests import tiny
+from tests.kernels import test_pallas_gpu, test_triton
+from yocou_jax.inference import decode_step, prefill, prepare
+from yocou_jax.model import logits as forward
+
+KERNELS = [
+    "pallas_tpu",
+    pytest.param("pallas_gpu", marks=test_pallas_gpu.interpreted),
+    pytest.param("triton", marks=test_triton.needs_triton),
+]
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "transformer"])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_ragged_prefill_and_decode_are_the_forward_pass_in_plain_xla(implementation, name):
+    """Rings, a cache that is not full behind a chunk of queries, lengths of each row."""
+    plain = tiny.model(name, num_layers=2, num_loops=2 if name == "yoco_u" else None)
+    kernels = dataclasses.replace(plain, attention=implementation)
+    tokens, lengths, rows = np.asarray(tiny.tokens(2, 16)), np.array([13, 6]), np.arange(2)
+    full = jax.jit(forward, static_argnames="config")
+    want = np.asarray(full(tiny.params(plain), plain, jnp.asarray(tokens)))
+    with interpret():
+        model = prepare(tiny.params(plain), kernels)
+        cache, _, scores = prefill(model, tokens[:, :13], lengths, capacity=20, chunk=6, score=True)
+        for row, length in enumerate(lengths):
+            tiny.assert_close(scores[row, :length], want[row, :length])
+        for step in range(2):
+            cache, logits = decode_step(model, cache, tokens[rows, lengths + step])
+            tiny.assert_close(logits, want[rows, lengths + step])
