@@ -196,12 +196,12 @@ class Writer:
             **options,
         )
         read, written, nbytes = sum(map(len, ids)), int(out.lengths.sum()), out.cache.nbytes
-        dtype = next(x for x in (out.cache.global_kv, out.cache.stages[0][0]) if x is not None)
+        kept = next(x for x in (out.cache.global_kv, out.cache.stages[0][0]) if x is not None)
         _note(
             f"prefill {read:,} tokens in {out.prefill_s:.3f} s ({read / out.prefill_s:,.0f} "
             f"tokens/s); decode {written:,} tokens in {out.decode_s:.3f} s "
             f"({written / out.decode_s:,.0f} tokens/s); KV cache {nbytes:,} bytes in "
-            f"{dtype.k.dtype} ({nbytes // len(out.lengths):,} for each of {len(out.lengths)} rows "
+            f"{kept.k.dtype} ({nbytes // len(out.lengths):,} for each of {len(out.lengths)} rows "
             f"of {capacity:,} positions){compiled}"
         )
 

@@ -433,6 +433,7 @@ def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunk
         assert inference.sizes(batch, 10_000)[1] == chunk
     with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))):
         assert inference.sizes(64, 10_000)[1] == 2048  # 8 rows on each device
+        assert inference.sizes(100, 10_000)[1] == 128  # does not divide: 100 on each
     assert inference.sizes(1, 5000, 64) == (6144, 2048)  # its bucket would be 5120
     assert inference.sizes(4, 90, 20) == (112, 96)
     assert inference.sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
@@ -470,10 +471,31 @@ def test_eight_devices_say_what_one_does(name):
         (["def f"], {}, "Prompt 0 is no list of token ids: encode text first."),
         ([[1] * 9], {"capacity": 12}, "Prompt 0 has 9 positions and 4 new ones, more than the 12"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must lie between 1 and"),
-        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number from 1 to"),
+        (
+            [[1]],
+            {"max_new_tokens": 2.5},
+            "max_new_tokens=2.5 must be a whole number, or one for each of 1 rows, from 1 to",
+        ),
+        ([[1]], {"max_new_tokens": [[1], [2, 3]]}, "must be a whole number, or one for each"),
+        (
+            [[1, 1, 1]],
+            {"max_new_tokens": 2**31 - 1, "capacity": 16},
+            "Prompt 0 has 3 positions and 2147483647 new ones, more than the 16",
+        ),
+        (
+            [[1], [1] * 9],
+            {"num_samples": 4, "capacity": 12},
+            "Prompt 1 has 9 positions and 4 new ones, more than the 12",
+        ),
         ([[1]], {"sampling": Sampling(temperature=-1.0)}, "sampling.temperature=-1.0 must be"),
-        ([[1]], {"stop_tokens": [99]}, "must lie between 0 and 31."),
-        ([[1], [2]], {"seeds": [1]}, "seeds=[1] must be a whole number from 0 to 4294967295, or 2"),
+        ([[1]], {"stop_tokens": [99]}, "stop_tokens=[99] must lie between 0 and 31."),
+        ([[1]], {"stop_tokens": [1.5]}, "stop_tokens=[1.5] must be a list of token ids from 0 to"),
+        ([[1]], {"stop_tokens": 3}, "stop_tokens=3 must be a list of token ids from 0 to 31."),
+        (
+            [[1], [2]],
+            {"seeds": [1]},
+            "seeds=[1] must be a whole number, or one for each of 2 rows, from 0",
+        ),
         ([[1]], {"seeds": 2**32}, "seeds=4294967296 must lie between 0 and 4294967295."),
         ([[1]], {"seeds": "x"}, "seeds='x' must be a whole number"),
         ([[1]], {"block": 0}, "block=0 must lie between 1 and"),
@@ -504,10 +526,16 @@ def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
         generate_from(run, cache, logits, max_new_tokens=3)
     out = generate_from(run, cache, logits, max_new_tokens=[2, 4])
     assert out.cache.lengths.tolist() == [5, 5]
-    with refused("The cache was given up to an earlier call; fork it to use it twice."):
+    given_up = "The cache was given up to an earlier call; to use it twice, fork it first."
+    with refused(given_up):
         generate_from(run, cache, logits, max_new_tokens=1)
+    with refused(given_up):
+        fork(cache, [0])
     _, logits = inference.decode_step(run, fork(out.cache, [0, 1]), np.array([1, 1]))
     assert np.isnan(logits).all()  # a loop of one's own cannot miss it
+    cache, _ = prefill(run, prompts)
+    with refused("Row 0 has no logits"):
+        generate_from(run, cache, logits, max_new_tokens=1)
 
 
 def test_a_new_cache_has_room_to_go_on():
@@ -550,7 +578,7 @@ def test_windows_alone_never_fill():
     """A program of rings only has no capacity: any text fits."""
     config = tiny.model("window*2@2")
     tokens = np.asarray(tiny.tokens(2, 40))
-    cache, logits = prefill(model(config), tokens, chunk=16)
+    cache, logits = prefill(model(config), tokens, chunk=16, capacity=8)
     want = expected(config, 2, 40)
     assert_equal(logits, want[:, -1], np.abs(want).max())
     assert cache.nbytes == 2 * accounting.kv_bytes(config, 40, 4)

@@ -105,7 +105,8 @@ def window_attention_cached(
 def causal_attention_cached(
     q: Float[Array, "B N Q H"], new: KeyValue | None, cache: KeyValue, at: Append, **options
 ) -> Float[Array, "B N Q H"]:
-    """Attention of N new positions over a cache that has them already (`new` are they alone).
+    """Attention of N new positions over a cache that has them already; `new` are they alone (not
+    read for a single one).
 
     Several positions attend to what was there before, all of which each of them sees, and to each
     other; the two results are joined by their log-sum-exps. So a chunk needs no static offset, and

@@ -45,6 +45,7 @@ __all__ = [
     "new_cache",
     "prefill",
     "prepare",
+    "sizes",
 ]
 
 # Positions of a prompt at once: enough rows to fill a device's matrix unit, and for large batches
@@ -222,7 +223,7 @@ def _next_logits(model, cache, last):
 
 def bucket(n: int, least: int = 16) -> int:
     """The least of 1, 1.25, 1.5, 1.75 times a power of two that holds n: shapes for which there is
-    one compiled program each, at most a quarter larger than needed."""
+    one compiled program each, at most a quarter larger than needed (or `least`)."""
     if n <= least:
         return least
     quarter = max(1, 2 ** ((n - 1).bit_length() - 3))
@@ -240,8 +241,9 @@ def sizes(
     """(capacity, chunk) for a batch of prompts of up to `longest` positions and what comes behind
     them, where none is given. Requests of the same sizes share their compiled programs."""
     if chunk is None:
-        share = CHUNK_OF_ALL_ROWS * batch_ways() // max(batch, 1)
-        share = max(share // 128, 1) * 128
+        ways = batch_ways()
+        rows = batch if batch % ways else batch // ways  # on each device
+        share = max(CHUNK_OF_ALL_ROWS // max(rows, 1) // 128, 1) * 128
         chunk = min(CHUNK, share, bucket(longest))
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1 position.")
@@ -281,7 +283,7 @@ def prefill(
     room, C = sizes(B, N, new_tokens, capacity=capacity, chunk=chunk)
     fresh = cache is None
     if fresh:
-        _check_room(lengths, room)
+        _check_room(lengths, room if _has_capacity(model.config) else None)
         cache = new_cache(model, B, room)
     else:
         if capacity is not None:
@@ -326,6 +328,7 @@ def fork(cache: KVCache, rows: Sequence[int]) -> KVCache:
 
     The logits go along as logits[rows]. Raises UserError for rows that are not there.
     """
+    _check_alive(cache)
     batch = cache.lengths.shape[0]
     rows = np.asarray(rows)
     good = rows.ndim == 1 and rows.size and np.issubdtype(rows.dtype, np.integer)
@@ -360,8 +363,13 @@ def _check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np
     return np.where(exists, tokens, 0).astype(np.int32), lengths.astype(np.int32)
 
 
+def _has_capacity(config: ModelConfig) -> bool:
+    """Whether anything but rings is kept; those never fill."""
+    return any(stage.mixer != "window" for stage in config.program.stages)
+
+
 def _check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | int = 0) -> None:
-    needed = lengths + new_tokens
+    needed = lengths.astype(np.int64) + new_tokens
     row = int(np.argmax(needed))
     if room is not None and needed[row] > room:
         new = needed[row] - lengths[row]
@@ -371,12 +379,18 @@ def _check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | 
         )
 
 
+def _check_alive(cache: KVCache) -> None:
+    if cache.lengths.is_deleted():
+        raise UserError(
+            "The cache was given up to an earlier call; to use it twice, fork it first."
+        )
+
+
 def _check_cache(
     config: ModelConfig, cache: KVCache, lengths: np.ndarray, new_tokens: np.ndarray | int = 0
 ) -> None:
     """Whether `lengths` positions and new tokens may be appended to the cache."""
-    if cache.lengths.is_deleted():
-        raise UserError("The cache was given up to an earlier call; fork it to use it twice.")
+    _check_alive(cache)
     before = np.asarray(cache.lengths)
     if before.shape != lengths.shape:
         raise UserError(
@@ -508,7 +522,7 @@ class Generation(NamedTuple):
     is None without a repetition penalty).
 
     prefill_s (None if that was done before) and decode_s: seconds, in which programs that ran for
-    the first time were compiled.
+    the first time were compiled, and on_tokens was called.
     """
 
     tokens: np.ndarray
@@ -544,32 +558,42 @@ def _check_request(
     on_tokens: Callable[[np.ndarray], None] | None,
     block: int,
 ) -> _Request:
-    limit = _whole_numbers("max_new_tokens", max_new_tokens, B, 1, 2**31 - 1)
-    given = _whole_numbers("seeds", seeds, B, 0, 2**32 - 1)
+    each = [(), (B,)], f"a whole number, or one for each of {B} rows,"
+    limit = _whole_numbers("max_new_tokens", max_new_tokens, *each, 1, 2**31 - 1)
+    given = _whole_numbers("seeds", seeds, *each, 0, 2**32 - 1)
     seeds = given + np.arange(B) * (given.ndim == 0)
-    stop = np.atleast_1d(stop_tokens) if np.size(stop_tokens) else np.zeros(0, np.int32)
+    stop, count = np.zeros(0, np.int64), len(stop_tokens) if np.ndim(stop_tokens) else None
+    if count != 0:
+        words = "a list of token ids"
+        stop = _whole_numbers(
+            "stop_tokens", stop_tokens, [(count,)], words, 0, config.vocab_size - 1
+        )
     return _Request(
-        np.broadcast_to(limit, (B,)).astype(np.int32),
+        np.broadcast_to(limit, (B,)),
         sampling_lib.check(sampling or Sampling(temperature=0.0), B),
         seeds.astype(np.uint32),
-        _whole_numbers("stop_tokens", stop, stop.size, 0, config.vocab_size - 1).astype(np.int32),
+        stop.astype(np.int32),
         logprobs,
         on_tokens,
-        int(_whole_numbers("block", block, 1, 1, 2**31 - 1)),
+        _whole_number("block", block),
     )
 
 
-def _whole_numbers(name: str, value, count: int, low: int, high: int) -> np.ndarray:
-    """A number or `count` of them, from low to high, as an array (of int64: sums do not wrap)."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu" or array.shape not in ((), (count,)):
-        raise UserError(
-            f"{name}={value!r} must be a whole number from {low} to {high}, or {count} of them, "
-            "one for each row."
-        )
+def _whole_numbers(name: str, value, shapes, words: str, low: int, high: int) -> np.ndarray:
+    """The numbers as int64 of one of the shapes; `words` say which those are."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # nested lists of different lengths
+        array = np.array(None)
+    if array.dtype.kind not in "iu" or array.shape not in shapes:
+        raise UserError(f"{name}={value!r} must be {words} from {low} to {high}.")
     if (array < low).any() or (array > high).any():
         raise UserError(f"{name}={value!r} must lie between {low} and {high}.")
     return array.astype(np.int64)
+
+
+def _whole_number(name: str, value: int) -> int:
+    return int(_whole_numbers(name, value, [()], "a whole number", 1, 2**31 - 1))
 
 
 def generate(
@@ -606,7 +630,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, : prompt.size] = prompt
     tokens, lengths = _check_prompts(config, tokens, lengths)
-    num_samples = int(_whole_numbers("num_samples", num_samples, 1, 1, 2**31 - 1))
+    num_samples = _whole_number("num_samples", num_samples)
     rows = np.repeat(np.arange(len(prompts)), num_samples)
     request = _check_request(
         config,
@@ -619,11 +643,12 @@ def generate(
         on_tokens,
         block,
     )
-    longest, new = int(lengths.max()), int(request.limit.max())
+    longest, limits = int(lengths.max()), request.limit.reshape(-1, num_samples).max(axis=1)
+    new = int(limits.max())
     capacity, chunk = sizes(len(prompts), longest, new, capacity=capacity, chunk=chunk)
-    _check_room(lengths[rows], capacity, request.limit)
+    _check_room(lengths, capacity if _has_capacity(config) else None, limits)
     seen = np.zeros((len(rows), config.vocab_size), bool)
-    for row, prompt in enumerate(rows):
+    for row, prompt in enumerate(rows if sampling_lib.needs_seen(request.sampling) else ()):
         seen[row, prompts[prompt]] = True
     start = time.perf_counter()
     cache, logits = prefill(model, tokens, lengths, capacity=capacity, chunk=chunk)
@@ -674,6 +699,12 @@ def generate_from(
     for name, x in (("logits", logits), ("seen", seen)):
         if x is not None and x.shape != (B, V):
             raise UserError(f"{name} has the shape {x.shape}, but must have ({B}, {V}).")
+    lost = np.flatnonzero(np.isnan(logits).any(axis=1)) if logits.is_fully_addressable else ()
+    if len(lost):
+        raise UserError(
+            f"Row {lost[0]} has no logits: it was not active in its last step, or its cache was "
+            "full."
+        )
     if seen is None:
         seen = np.zeros((B, V), bool)
     return _run(model, cache, logits, seen, request)
@@ -684,7 +715,7 @@ def _run(model: Model, cache: KVCache, logits, seen, request: _Request) -> Gener
     if not sampling_lib.needs_seen(sampling):
         seen = None
     start = time.perf_counter()
-    state = _begin(cache, logits, seen, request.seeds, request.limit)
+    state = _begin(cache, logits, seen, request.seeds, request.limit.astype(np.int32))
     size = bucket(limit, 1) if request.on_tokens is None else request.block
     tokens, logps = [], []
     for _ in range(0, limit, size):

@@ -58,7 +58,7 @@ def check(sampling: Sampling, batch: int) -> Sampling:
     return Sampling(**{name: _column(name, getattr(sampling, name), batch) for name in RULES})
 
 
-def _column(name: str, value: Any, batch: int) -> Array:
+def _column(name: str, value: Any, batch: int) -> np.ndarray:
     dtype, possible, words = RULES[name]
     try:
         given = np.asarray(value)
@@ -83,7 +83,7 @@ def _column(name: str, value: Any, batch: int) -> Array:
     if wrong.size:
         row = f"[{wrong[0]}]" if given.ndim else ""
         raise UserError(f"sampling.{name}{row}={given.flat[wrong[0]]} must be {words}.")
-    return jnp.asarray(np.broadcast_to(array, (batch,)))
+    return np.broadcast_to(array, (batch,))
 
 
 def needs_sort(sampling: Sampling) -> bool:
