@@ -200,7 +200,7 @@ class Cell(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Whole chunks, or `prefill` writes its cache in a slower way."""
+        """Whole chunks, or `prefill` writes its cache by a scatter."""
         return -(-self.length // self.piece) * self.piece if self.kind == "prefill" else self.length
 
     @property

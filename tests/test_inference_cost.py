@@ -172,7 +172,7 @@ def test_the_memory_of_a_chunk_does_not_grow_with_the_prompt():
 
 
 def test_a_chunk_of_fresh_prompts_is_written_in_one_piece():
-    """A scatter, which ragged rows need, is slow on accelerators."""
+    """Not by a scatter, which only rows of different lengths need."""
     model, cache, last = described(tiny.model("yoco_u", num_layers=2), 64, batch=2)
 
     def scatters(start, whole):
