@@ -535,7 +535,7 @@ def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
     assert np.isnan(logits).all()  # a loop of one's own cannot miss it
     cache, _ = prefill(run, prompts)
     with refused("Row 0 has no logits"):
-        generate_from(run, cache, logits, max_new_tokens=1)
+        generate_from(run, cache, np.asarray(logits), max_new_tokens=1)
 
 
 def test_a_new_cache_has_room_to_go_on():

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from yocou_jax import cache as cache_lib
+from yocou_jax import checks
 from yocou_jax import sampling as sampling_lib
 from yocou_jax.attention import Context, stream_prefix
 from yocou_jax.cache import AXES, Append, KVCache, append, kv_cache
@@ -278,17 +279,17 @@ def prefill(
       UserError: an empty row, a token outside the vocabulary, more positions than the cache holds,
         a cache of another model.
     """
-    tokens, lengths = _check_prompts(model.config, tokens, lengths)
+    tokens, lengths = checks.check_prompts(model.config, tokens, lengths)
     B, N = tokens.shape
     room, C = sizes(B, N, new_tokens, capacity=capacity, chunk=chunk)
     fresh = cache is None
     if fresh:
-        _check_room(lengths, room if _has_capacity(model.config) else None)
+        checks.check_room(lengths, room if checks.has_capacity(model.config) else None)
         cache = new_cache(model, B, room)
     else:
         if capacity is not None:
             raise UserError(f"capacity={capacity} cannot be given with a cache, which has its own.")
-        _check_cache(model.config, cache, lengths)
+        checks.check_cache(model.config, cache, lengths)
     width = -(-N // C) * C
     padded = np.zeros((B, width), np.int32)
     padded[:, :N] = tokens
@@ -328,88 +329,13 @@ def fork(cache: KVCache, rows: Sequence[int]) -> KVCache:
 
     The logits go along as logits[rows]. Raises UserError for rows that are not there.
     """
-    _check_alive(cache)
+    checks.check_alive(cache)
     batch = cache.lengths.shape[0]
     rows = np.asarray(rows)
     good = rows.ndim == 1 and rows.size and np.issubdtype(rows.dtype, np.integer)
     if not good or rows.min() < 0 or rows.max() >= batch:
         raise UserError(f"rows={rows.tolist()} must be row numbers from 0 to {batch - 1}.")
     return _fork(cache, rows)
-
-
-def _check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(
-            f"Prompts are integers [batch, positions]; got {tokens.dtype} of shape {tokens.shape}."
-        )
-    B, N = tokens.shape
-    lengths = np.full(B, N) if lengths is None else np.asarray(lengths)
-    fit = lengths.shape == (B,) and (not B or np.issubdtype(lengths.dtype, np.integer))
-    if not fit or lengths.max(initial=0) > N:
-        raise UserError(f"The lengths {lengths.tolist()} do not fit {B} prompts of {N} positions.")
-    if not B or lengths.min() < 1:
-        row = int(np.argmin(lengths)) if B else 0
-        raise UserError(f"Prompt {row} is empty; it needs at least one token.")
-    tokens = tokens[:, : lengths.max()]
-    exists = np.arange(tokens.shape[1]) < lengths[:, None]
-    wrong = exists & ((tokens < 0) | (tokens >= config.vocab_size))
-    if wrong.any():
-        row, at = np.argwhere(wrong)[0]
-        raise UserError(
-            f"Prompt {row} has the token {tokens[row, at]} at position {at}, outside the "
-            f"vocabulary of {config.vocab_size}."
-        )
-    return np.where(exists, tokens, 0).astype(np.int32), lengths.astype(np.int32)
-
-
-def _has_capacity(config: ModelConfig) -> bool:
-    """Whether anything but rings is kept; those never fill."""
-    return any(stage.mixer != "window" for stage in config.program.stages)
-
-
-def _check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | int = 0) -> None:
-    needed = lengths.astype(np.int64) + new_tokens
-    row = int(np.argmax(needed))
-    if room is not None and needed[row] > room:
-        new = needed[row] - lengths[row]
-        raise UserError(
-            f"Prompt {row} has {lengths[row]} positions{f' and {new} new ones' if new else ''}, "
-            f"more than the {room} that the cache holds."
-        )
-
-
-def _check_alive(cache: KVCache) -> None:
-    if cache.lengths.is_deleted():
-        raise UserError(
-            "The cache was given up to an earlier call; to use it twice, fork it first."
-        )
-
-
-def _check_cache(
-    config: ModelConfig, cache: KVCache, lengths: np.ndarray, new_tokens: np.ndarray | int = 0
-) -> None:
-    """Whether `lengths` positions and new tokens may be appended to the cache."""
-    _check_alive(cache)
-    before = np.asarray(cache.lengths)
-    if before.shape != lengths.shape:
-        raise UserError(
-            f"A cache of {before.shape[0]} rows cannot go on with {lengths.shape[0]} prompts."
-        )
-    depths = [stage.depth for stage in config.program.stages if stage.mixer != "cross"]
-    same = [len(entries) for entries in cache.stages] == depths
-    same &= (cache.global_kv is not None) == config.program.has_cross
-    room = cache_lib.capacity(config, cache) if same else None
-    if same:
-        like = functools.partial(kv_cache, config, len(before), room or 1, compute_dtype(config))
-        kinds = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(like))]
-        same = kinds == [(x.shape, x.dtype) for x in jax.tree.leaves(cache)]
-    if not same:
-        raise UserError(
-            f"The cache is not one of this model, '{config.program}': it has other layers, loops "
-            "or sizes."
-        )
-    _check_room(before + lengths, room, new_tokens)
 
 
 # --- Decode ---------------------------------------------------------------------------------------
@@ -559,13 +485,13 @@ def _check_request(
     block: int,
 ) -> _Request:
     each = [(), (B,)], f"a whole number, or one for each of {B} rows,"
-    limit = _whole_numbers("max_new_tokens", max_new_tokens, *each, 1, 2**31 - 1)
-    given = _whole_numbers("seeds", seeds, *each, 0, 2**32 - 1)
+    limit = checks.whole_numbers("max_new_tokens", max_new_tokens, *each, 1, 2**31 - 1)
+    given = checks.whole_numbers("seeds", seeds, *each, 0, 2**32 - 1)
     seeds = given + np.arange(B) * (given.ndim == 0)
     stop, count = np.zeros(0, np.int64), len(stop_tokens) if np.ndim(stop_tokens) else None
     if count != 0:
         words = "a list of token ids"
-        stop = _whole_numbers(
+        stop = checks.whole_numbers(
             "stop_tokens", stop_tokens, [(count,)], words, 0, config.vocab_size - 1
         )
     return _Request(
@@ -575,25 +501,8 @@ def _check_request(
         stop.astype(np.int32),
         logprobs,
         on_tokens,
-        _whole_number("block", block),
+        checks.whole_number("block", block),
     )
-
-
-def _whole_numbers(name: str, value, shapes, words: str, low: int, high: int) -> np.ndarray:
-    """The numbers as int64 of one of the shapes; `words` say which those are."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # nested lists of different lengths
-        array = np.array(None)
-    if array.dtype.kind not in "iu" or array.shape not in shapes:
-        raise UserError(f"{name}={value!r} must be {words} from {low} to {high}.")
-    if (array < low).any() or (array > high).any():
-        raise UserError(f"{name}={value!r} must lie between {low} and {high}.")
-    return array.astype(np.int64)
-
-
-def _whole_number(name: str, value: int) -> int:
-    return int(_whole_numbers(name, value, [()], "a whole number", 1, 2**31 - 1))
 
 
 def generate(
@@ -629,8 +538,8 @@ def generate(
     tokens = np.zeros((len(prompts), max(lengths, default=0)), np.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, : prompt.size] = prompt
-    tokens, lengths = _check_prompts(config, tokens, lengths)
-    num_samples = _whole_number("num_samples", num_samples)
+    tokens, lengths = checks.check_prompts(config, tokens, lengths)
+    num_samples = checks.whole_number("num_samples", num_samples)
     rows = np.repeat(np.arange(len(prompts)), num_samples)
     request = _check_request(
         config,
@@ -646,7 +555,7 @@ def generate(
     longest, limits = int(lengths.max()), request.limit.reshape(-1, num_samples).max(axis=1)
     new = int(limits.max())
     capacity, chunk = sizes(len(prompts), longest, new, capacity=capacity, chunk=chunk)
-    _check_room(lengths, capacity if _has_capacity(config) else None, limits)
+    checks.check_room(lengths, capacity if checks.has_capacity(config) else None, limits)
     seen = np.zeros((len(rows), config.vocab_size), bool)
     for row, prompt in enumerate(rows if sampling_lib.needs_seen(request.sampling) else ()):
         seen[row, prompts[prompt]] = True
@@ -695,11 +604,12 @@ def generate_from(
     request = _check_request(
         model.config, B, max_new_tokens, sampling, seeds, stop_tokens, logprobs, on_tokens, block
     )
-    _check_cache(model.config, cache, np.zeros(B, np.int64), request.limit)
+    checks.check_cache(model.config, cache, np.zeros(B, np.int64), request.limit)
     for name, x in (("logits", logits), ("seen", seen)):
         if x is not None and x.shape != (B, V):
             raise UserError(f"{name} has the shape {x.shape}, but must have ({B}, {V}).")
-    lost = np.flatnonzero(np.isnan(logits).any(axis=1)) if logits.is_fully_addressable else ()
+    here = getattr(logits, "is_fully_addressable", True)
+    lost = np.flatnonzero(np.isnan(logits).any(axis=1)) if here else ()
     if len(lost):
         raise UserError(
             f"Row {lost[0]} has no logits: it was not active in its last step, or its cache was "
