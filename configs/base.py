@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     o.final_fraction = 0.1  # of the peak, the last learning rate
     o.beta1 = 0.9
     o.beta2 = 0.95
+    o.momentum = 0.95  # of Muon (Nesterov)
     o.eps = 1e-8
     o.weight_decay = 0.1  # of matrices, times the learning rate; the paper does not give it
     o.clip_norm = 1.0  # of the global gradient norm
@@ -61,7 +62,10 @@ def get_config() -> ConfigDict:
     # or a mixture: 0.7*python + 0.3*texts/*.txt
     d.source = "python"
     d.text_field = "text"  # of jsonl, parquet and Hugging Face rows
+    d.bad_rows = "refuse"  # rows without text: refuse | skip (they are counted)
     d.tokenizer = "bpe"  # bytes | bpe (trained on the training split) | path of a tokenizer.json
+    d.end_of_text = ""  # name of a tokenizer.json's end-of-text token; "": one of the usual names
+    d.allow_lossy_tokenizer = False  # True: one that changes the text, such as to lower case
     d.vocab_size = m.get_ref("vocab_size")  # entries of a trained BPE
     d.packing = False  # documents with segment ids: attention stays inside each of them
     d.batch_size = 16  # sequences per update, over all devices

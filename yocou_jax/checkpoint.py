@@ -27,7 +27,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from yocou_jax.errors import UserError
-from yocou_jax.manifest import differences, write_atomically
+from yocou_jax.files import write_atomically
+from yocou_jax.manifest import differences
 from yocou_jax.typing import PyTree
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL, "try again": the exit code of a run that was asked to stop

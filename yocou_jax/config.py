@@ -17,6 +17,7 @@ from yocou_jax.program import Program
 DTYPES = ("auto", "float32", "bfloat16")
 REMAT_POLICIES = ("none", "attention", "full")
 SCHEDULES = ("cosine", "wsd", "constant")
+BAD_ROWS = ("refuse", "skip")
 
 
 def _require(ok: bool, sentence: str):
@@ -133,6 +134,7 @@ class OptimizerConfig:
     final_fraction: float
     beta1: float
     beta2: float
+    momentum: float
     eps: float
     weight_decay: float
     clip_norm: float
@@ -154,7 +156,7 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps", "clip_norm"):
             value = getattr(self, name)
             _require(value > 0, f"optimizer.{name}={value} must be positive.")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1).")
         _require(
@@ -168,7 +170,10 @@ class OptimizerConfig:
 class DataConfig:
     source: str
     text_field: str
+    bad_rows: str
     tokenizer: str
+    end_of_text: str
+    allow_lossy_tokenizer: bool
     vocab_size: int
     packing: bool
     batch_size: int
@@ -180,6 +185,10 @@ class DataConfig:
 
     def __post_init__(self):
         _require_positive(self, "data", "batch_size", "sequence_length", "validation_sequences")
+        _require(
+            self.bad_rows in BAD_ROWS,
+            f"data.bad_rows='{self.bad_rows}' is not one of {BAD_ROWS}.",
+        )
         _require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} must lie in (0, 1).",

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from yocou_jax.errors import UserError
+from yocou_jax.files import write_atomically
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -112,13 +113,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All or nothing, also through a kill or a full disk: a new file takes the old one's place."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

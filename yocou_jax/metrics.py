@@ -21,7 +21,8 @@ from tensorboardX import summary as tb
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from yocou_jax.manifest import flat, write_atomically
+from yocou_jax.files import write_atomically
+from yocou_jax.manifest import flat
 
 STEP = "step"  # updates done
 TOKENS = "tokens"  # targets trained on since step 0
