@@ -19,8 +19,8 @@ from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
-from yocou_jax.inference import Sampling, generate, prepare
 from yocou_jax.files import write_atomically
+from yocou_jax.inference import Sampling, generate, prepare
 from yocou_jax.manifest import write_or_check_manifest
 from yocou_jax.model import compute_dtype
 from yocou_jax.sharding import batch_sharding
