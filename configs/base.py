@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     o.schedule = "cosine"  # or wsd (constant, then linear decay), or constant
     o.warmup_steps = 100
     o.decay_fraction = 0.3  # of run.steps, the length of wsd's decay
-    o.final_fraction = 0.1  # of the peak, the last learning rate
+    o.final_fraction = 0.1  # of the peak: the learning rate of the last update, exactly
     o.beta1 = 0.9
     o.beta2 = 0.95
     o.momentum = 0.95  # of Muon (Nesterov)

@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from yocou_jax.model import abstract_params
-from yocou_jax.optimizer import make_optimizer, make_schedule
+from yocou_jax.optimizer import decay_starts, make_optimizer, make_schedule
 from yocou_jax.train import logical_axes
 
 
@@ -19,36 +19,82 @@ def settings(**fields):
 # --- Schedules ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fields", "steps", "expected"),
-    [
-        # warm-up 4: the first update takes a quarter; then the cosine over 96 steps down to 0.1
-        (
-            {"schedule": "cosine", "warmup_steps": 4},
-            100,
-            {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 52: 0.55, 28: 0.1 + 0.9 * 0.8535534, 100: 0.1},
-        ),
-        # constant to step 70, then linear over 30
-        (
-            {"schedule": "wsd", "warmup_steps": 4, "decay_fraction": 0.3},
-            100,
-            {0: 0.25, 3: 1.0, 40: 1.0, 70: 1.0, 85: 0.55, 99: 0.13, 100: 0.1},
-        ),
-        ({"schedule": "constant", "warmup_steps": 2}, 100, {0: 0.5, 1: 1.0, 99: 1.0}),
-        ({"schedule": "cosine", "warmup_steps": 0}, 100, {0: 1.0, 50: 0.55, 100: 0.1}),
-        ({"schedule": "cosine", "warmup_steps": 1}, 101, {0: 1.0, 1: 1.0, 101: 0.1}),
-        # A decay as long as the run leaves room for the warm-up and still ends at the bottom.
-        (
-            {"schedule": "wsd", "warmup_steps": 20, "decay_fraction": 1.0},
-            100,
-            {19: 1.0, 20: 1.0, 60: 0.55, 100: 0.1},
-        ),
-    ],
-)
-def test_schedules_at_points_computed_by_hand(fields, steps, expected):
-    schedule = make_schedule(settings(learning_rate=2e-3, final_fraction=0.1, **fields), steps)
-    for step, share in expected.items():
-        assert float(schedule(step)) == pytest.approx(2e-3 * share, rel=1e-5), step
+# Learning rates of every update, in shares of the peak, by hand; None: does not depend on `steps`.
+TABLES = [
+    # schedule, warm-up, decay_fraction, final_fraction; the rates; where the decay starts
+    ("cosine", 0, 1.0, 0.2, [0.2], 0),
+    ("cosine", 0, 1.0, 0.0, [0.75, 0.25, 0.0], 0),
+    ("cosine", 1, 1.0, 0.1, [1.0, 0.1], 1),
+    ("cosine", 2, 1.0, 0.1, [0.5, 1.0, 0.775, 0.325, 0.1], 2),
+    ("cosine", 4, 1.0, 0.1, [0.25, 0.5, 0.75, 1.0, 0.1], 4),
+    ("wsd", 0, 0.5, 0.2, [0.2], 0),
+    ("wsd", 0, 1.0, 0.0, [0.8, 0.6, 0.4, 0.2, 0.0], 0),
+    ("wsd", 0, 0.4, 0.0, [1.0, 1.0, 1.0, 0.5, 0.0], 3),
+    ("wsd", 2, 0.2, 0.1, [0.5, 1.0, 1.0, 1.0, 0.1], 4),
+    ("wsd", 2, 0.01, 0.1, [0.5, 1.0, 1.0, 1.0, 0.1], 4),
+    # A decay longer than what the warm-up leaves takes all of it, without a jump.
+    ("wsd", 3, 0.9, 0.5, [1 / 3, 2 / 3, 1.0, 0.75, 0.5], 3),
+    ("wsd", 1, 1.0, 0.2, [1.0, 0.8, 0.6, 0.4, 0.2], 1),
+    ("constant", 0, 1.0, 0.1, [1.0, 1.0, 1.0], None),
+    ("constant", 2, 1.0, 0.1, [0.5, 1.0, 1.0, 1.0], None),
+    ("constant", 4, 1.0, 0.1, [0.25, 0.5], None),
+]
+
+
+def rates(config, steps) -> np.ndarray:
+    return np.broadcast_to(make_schedule(config, steps)(jnp.arange(steps)), steps)
+
+
+def schedule_of(schedule, warmup, decay, final, peak=2e-3):
+    return settings(
+        **{"schedule": schedule, "warmup_steps": warmup, "learning_rate": peak},
+        **{"decay_fraction": decay, "final_fraction": final},
+    )
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "decay", "final", "expected", "start"), TABLES)
+def test_every_learning_rate_of_a_short_run(schedule, warmup, decay, final, expected, start):
+    config = schedule_of(schedule, warmup, decay, final)
+    np.testing.assert_allclose(
+        rates(config, len(expected)), 2e-3 * np.asarray(expected), rtol=1e-6, atol=1e-12
+    )
+    assert decay_starts(config, len(expected)) == start
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("final", [0.0, 0.02, 0.1, 1.0])
+@pytest.mark.parametrize("decay", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0, 7), (1, 2), (6, 7), (20, 600)])
+def test_a_run_ends_at_the_final_fraction_exactly_and_never_jumps(
+    schedule, final, decay, warmup, steps
+):
+    """One update runs at the peak when a decay follows the warm-up; then no rate rises again."""
+    config = schedule_of(schedule, warmup, decay, final)
+    found, peak = rates(config, steps), np.float32(2e-3)
+    assert found[-1] == np.float32(2e-3 * final)
+    start = decay_starts(config, steps)
+    assert warmup <= start < steps
+    np.testing.assert_allclose(found[:warmup], peak * np.arange(1, warmup + 1) / warmup, rtol=1e-6)
+    assert (found[max(0, warmup - 1) : start] == peak).all()
+    falls = -np.diff(found[max(0, start - 1) :])
+    assert (falls >= -1e-9).all()
+    if final < 1:
+        assert found[start] < peak
+        assert (falls > 0).all()
+    # No step down is larger than its share of a straight line (wsd) or than the cosine's steepest.
+    steepest = np.pi / 2 if schedule == "cosine" else 1.0
+    most = steepest * peak * (1 - final) / (steps - start)
+    assert falls.max(initial=0) <= most * (1 + 1e-3) + 1e-9
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_longer_run_has_the_same_learning_rates_until_the_decay_starts(schedule, warmup):
+    config = schedule_of(schedule, warmup, 0.3, 0.1)
+    short, long = rates(config, 10), rates(config, 17)[:10]
+    start = decay_starts(config, 10)
+    np.testing.assert_array_equal(short[:start], long[:start])
+    assert start is None or short[start] != long[start]
 
 
 # --- AdamW ----------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """AdamW or Muon with clipping, a schedule, and non-finite updates skipped."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from yocou_jax.config import OptimizerConfig
@@ -16,27 +19,45 @@ _BATCH_AXES = ("layers", "experts")
 _MUON_AXES = {"heads", "kv_heads", "mlp"}
 
 
+def decay_starts(config: OptimizerConfig, steps: int) -> int | None:
+    """The first update, counted from 0, whose learning rate depends on `steps`; None: none does.
+
+    A longer run has the same learning rates before it. cosine: the end of the warm-up. wsd: the
+    start of the last `decay_fraction` of the run, never before the end of the warm-up.
+    """
+    if config.schedule == "constant":
+        return None
+    decaying = max(1, steps - config.warmup_steps)
+    if config.schedule == "wsd":
+        decaying = min(decaying, max(1, round(steps * config.decay_fraction)))
+    return steps - decaying
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then cosine over the rest, or constant with a linear decay over
-    the last `decay_fraction` of the run (wsd), down to final_fraction * peak."""
+    """The learning rate of the updates 0 to steps - 1.
+
+    Warm-up: update i takes (i + 1) / warmup_steps of the peak; its last one runs at the peak. Then
+    the rate stays there up to `decay_starts`, and falls in the n updates from there on: the k-th of
+    them, k = 1 to n, takes
+
+        final_fraction + (1 - final_fraction) * share
+        share = (1 + cos(pi k / n)) / 2  (cosine)  or  1 - k / n  (wsd)
+
+    of the peak. So the first is below the peak already, the last runs at final_fraction * peak
+    exactly, and without warm-up a cosine begins one update below the peak.
+    """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = config.warmup_steps
-    rest = max(1, steps - warmup)
-    if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
-    elif config.schedule == "wsd":
-        decay = min(rest, max(1, round(steps * config.decay_fraction)))
-        main = optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)],
-            [rest - decay],
-        )
-    else:
-        main = optax.constant_schedule(peak)
-    if not warmup:
-        return main
-    # The first update takes peak / warmup, not 0: a step that changes nothing is a wasted one.
-    ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([ramp, main], [warmup])
+    start = decay_starts(config, steps)
+    start = math.inf if start is None else start
+
+    def schedule(count):
+        """count: of the updates done before, int."""
+        ramp = jnp.minimum((count + 1) / max(1, config.warmup_steps), 1.0)
+        fallen = jnp.clip((count + 1 - start) / max(1, steps - start), 0.0, 1.0)
+        fallen = (1 - jnp.cos(jnp.pi * fallen)) / 2 if config.schedule == "cosine" else fallen
+        return ramp * (peak * (1 - fallen) + end * fallen)
+
+    return schedule
 
 
 def _is_names(x) -> bool:
