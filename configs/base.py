@@ -42,17 +42,17 @@ def get_config() -> ConfigDict:
 
     o = c.optimizer = ConfigDict()
     o.name = "adamw"  # or muon, for the hidden matrices
-    o.learning_rate = 1e-3  # peak (the paper's)
+    o.learning_rate = 1e-3  # peak (the paper's of section 4.1)
     o.schedule = "cosine"  # or wsd (constant, then linear decay), or constant
     o.warmup_steps = 100
     o.decay_fraction = 0.3  # of run.steps, the length of wsd's decay
     o.final_fraction = 0.1  # of the peak: the learning rate of the last update, exactly
-    o.beta1 = 0.9
+    o.beta1 = 0.9  # of AdamW, as is beta2 (the paper's, Table 6)
     o.beta2 = 0.95
-    o.momentum = 0.95  # of Muon (Nesterov)
-    o.eps = 1e-8
-    o.weight_decay = 0.1  # of matrices, times the learning rate; the paper does not give it
-    o.clip_norm = 1.0  # of the global gradient norm
+    o.momentum = 0.95  # of Muon (Nesterov's; yocou_jax/optimizer.py has the formula)
+    o.eps = 1e-8  # added to AdamW's root, and to a matrix's norm by Muon's Newton-Schulz
+    o.weight_decay = 0.1  # of matrices, times the learning rate (the paper's, Tables 6 and 7)
+    o.clip_norm = 1.0  # of the global gradient norm; the paper does not give it
     o.z_loss = 0.0  # weight of logsumexp(logits)^2
     o.accumulation_steps = 1  # microbatches per update
     o.max_skipped_updates = 5  # non-finite updates in a row after which the run stops
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     d.tokenizer = "bpe"  # bytes | bpe (trained on the training split) | path of a tokenizer.json
     d.end_of_text = ""  # name of a tokenizer.json's end-of-text token; "": one of the usual names
     d.allow_lossy_tokenizer = False  # True: one that changes the text, such as to lower case
-    d.vocab_size = m.get_ref("vocab_size")  # entries of a trained BPE
+    d.vocab_size = m.get_oneway_ref("vocab_size")  # entries of a trained BPE; follows the model's
     d.packing = False  # documents with segment ids: attention stays inside each of them
     d.batch_size = 16  # sequences per update, over all devices
     d.sequence_length = 512  # tokens

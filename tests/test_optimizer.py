@@ -216,6 +216,40 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     assert counts["adam"] >= 8
 
 
+def _newton_schulz(x, eps) -> np.ndarray:
+    """One matrix: five steps of x <- a x + (b A + c A^2) x, A = x x^T, in float64."""
+    x = x / (np.sqrt(np.sum(x**2)) + eps)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6, 0.95])
+def test_muon_by_hand_for_three_steps(momentum):
+    """Nesterov with a bias correction for each part; eps is large here, so that it shows."""
+    lr, decay, eps, b = 0.01, 0.5, 0.3, momentum
+    config = settings(
+        **{"name": "muon", "learning_rate": lr, "weight_decay": decay, "eps": eps, "momentum": b},
+        **{"clip_norm": 1e9, "schedule": "constant", "warmup_steps": 0},
+    )
+    optimizer = make_optimizer(config, 1000, AXES)
+    params = _random(0)
+    state = optimizer.init(params)
+    expected = np.asarray(params["matrix"], np.float64)
+    m = np.zeros_like(expected)
+    for t in (1, 2, 3):
+        grads = _random(t)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        g = np.asarray(grads["matrix"], np.float64)
+        m = b * m + (1 - b) * g
+        ahead = b * m / (1 - b ** (t + 1)) + (1 - b) * g / (1 - b**t)
+        step = 0.2 * np.sqrt(5) * _newton_schulz(ahead, eps) + decay * expected
+        expected = expected - lr * step
+        np.testing.assert_allclose(params["matrix"], expected, rtol=0, atol=1e-5)
+
+
 # --- Updates that are not finite ------------------------------------------------------------------
 
 

@@ -81,6 +81,19 @@ def make_optimizer(
 
     Weight decay applies to matrices, not to norm scales. An update with a non-finite gradient is
     skipped and counted (`notfinite_count` in a row, `total_notfinite`).
+
+    Muon is `optax.contrib.muon`, for the matrices of attention and feed-forward; all else takes
+    AdamW. With b = momentum, and g the clipped gradient of one matrix, its update t = 1, 2, ... is
+
+        m = b m + (1 - b) g
+        d = b m / (1 - b^(t + 1)) + (1 - b) g / (1 - b^t)
+        -rate * (0.2 sqrt(max(rows, columns)) NewtonSchulz(d / (|d| + eps)) + weight_decay * matrix)
+
+    d is Nesterov's look ahead, with a bias correction for each of its parts: Jordan's own Muon has
+    none, and differs in the first updates. |d| is the Frobenius norm; Newton-Schulz takes 5 steps
+    with Jordan's coefficients. So `eps` is that of Newton-Schulz as well as AdamW's, and beta1 and
+    beta2 are AdamW's alone. optax 0.2.6 to 0.2.8, and its main branch of August 2026, agree in
+    this; what else it offers (adaptive, preconditioning, coefficients) stays as it is there.
     """
     schedule = make_schedule(config, steps)
     decay_mask = jax.tree.map(lambda names: "embed" in names, axes, is_leaf=_is_names)
@@ -97,8 +110,9 @@ def make_optimizer(
         dimensions = jax.tree.map(_muon_dimensions, axes, is_leaf=_is_names)
         muon = optax.contrib.muon(
             schedule,
-            weight_decay=config.weight_decay,
+            beta=config.momentum,
             eps=config.eps,
+            weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=dimensions,
             consistent_rms=MUON_CONSISTENT_RMS,
         )
