@@ -1,23 +1,32 @@
 """Frozen, validated settings, built once from the ConfigDict of a file in configs/.
 
 `configs/base.py` lists every field with its unit or reason and its default; the classes here only
-say what is possible. Each rule that a config can break is answered by one sentence (UserError).
+say what is possible: each field's type and, beside it, its range or set. Each rule that a config
+can break is answered by one sentence (UserError).
 """
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from yocou_jax.errors import UserError
+from ml_collections.config_dict import ConfigDict, RequiredValueError
+
+from yocou_jax.errors import UserError, shown
 from yocou_jax.program import Program
 
-DTYPES = ("auto", "float32", "bfloat16")
-REMAT_POLICIES = ("none", "attention", "full")
-SCHEDULES = ("cosine", "wsd", "constant")
-BAD_ROWS = ("refuse", "skip")
+# The names of pallas_kernels.api (a test compares them), which cannot be imported without jax.
+ATTENTION = ("auto", "pallas_tpu", "pallas_gpu", "triton", "cudnn", "xla", "reference")
+
+PROFILE_FROM = 10  # the first steps compile and warm up
+
+MAX_INT32 = 2**31 - 1  # counters and positions on a device
+MAX_SIZE = 2**20  # of a width: the product of two can still be counted in 64 bits
+MAX_TEXT = 4096  # characters, as in a path; Python reads no longer integers
+MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
 
 
 def _require(ok: bool, sentence: str):
@@ -25,51 +34,97 @@ def _require(ok: bool, sentence: str):
         raise UserError(sentence)
 
 
-def _require_at_least(config, prefix: str, name: str, least: int):
-    value = getattr(config, name)
-    _require(value >= least, f"{prefix}.{name}={value} must be at least {least}.")
+# --- What one field may be ------------------------------------------------------------------------
+# Each returns a field without a default whose metadata has a rule: from a value to what is wrong
+# with it, as the end of a sentence, or to None.
 
 
-def _require_positive(config, prefix: str, *names: str):
-    for name in names:
-        _require_at_least(config, prefix, name, 1)
+def number(low: float, high: float, *, above: bool = False, below: bool = False) -> Any:
+    """A field from `low` to `high`; `above` leaves out low itself, and `below` high."""
+
+    def rule(value: float) -> str | None:
+        if math.isnan(value):
+            return "must be a number"
+        if value < low or (above and value == low):
+            return f"must be {'more than' if above else 'at least'} {low}"
+        if value > high or (below and value == high):
+            return f"must be {'less than' if below else 'at most'} {high}"
+        return None
+
+    return dataclasses.field(metadata={"rule": rule})
+
+
+def one_of(*choices: str) -> Any:
+    """A field with one of a few names."""
+
+    def rule(value: str) -> str | None:
+        return None if value in choices else f"is not one of {', '.join(choices)}"
+
+    return dataclasses.field(metadata={"rule": rule})
+
+
+def text(*, empty: bool = False) -> Any:
+    """A field with a text that files and terminals can hold, by default not an empty one."""
+
+    def rule(value: str) -> str | None:
+        if not empty and not value.strip():
+            return "must not be empty"
+        if len(value) > MAX_TEXT:
+            return f"has {len(value)} characters; it must have at most {MAX_TEXT}"
+        if "\0" in value:
+            return "must not contain NUL characters"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "must be valid Unicode"
+        return None
+
+    return dataclasses.field(metadata={"rule": rule})
+
+
+def _check_fields(config) -> None:
+    """Applies each field's own rule. Raises UserError for the first that is broken."""
+    group = type(config).__name__.removesuffix("Config").lower()
+    for field in dataclasses.fields(config):
+        value, rule = getattr(config, field.name), field.metadata.get("rule")
+        if rule is not None and value is not None and (wrong := rule(value)):
+            raise UserError(f"{group}.{field.name}={shown(value)} {wrong}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes of one model; see configs/base.py for what each field means."""
 
-    architecture: str
-    num_layers: int
-    num_loops: int | None
-    vocab_size: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    window: int
-    rope_theta: float
+    architecture: str = text()
+    num_layers: int = number(1, MAX_LAYERS)
+    num_loops: int | None = number(1, MAX_LOOPS)
+    vocab_size: int = number(1, 10_000_000)
+    d_model: int = number(1, MAX_SIZE)
+    num_heads: int = number(1, 65_536)
+    num_kv_heads: int = number(1, 65_536)
+    head_dim: int = number(2, 65_536)
+    d_ff: int = number(1, MAX_SIZE)
+    window: int = number(1, 2**30)
+    rope_theta: float = number(1, 1e12)
     cross_rope: bool
     qk_norm: bool
-    norm_eps: float
+    norm_eps: float = number(1e-30, 1)
     tie_embeddings: bool
-    num_experts: int
-    experts_per_token: int
-    num_shared_experts: int
-    expert_width: int
-    load_balance_weight: float
-    router_z_weight: float
-    prefix_length: int
-    gate_floor: float
-    dtype: str
-    attention: str
-    remat: str
+    num_experts: int = number(0, 65_536)
+    experts_per_token: int = number(1, 65_536)
+    num_shared_experts: int = number(0, 1024)
+    expert_width: int = number(1, MAX_SIZE)
+    load_balance_weight: float = number(0, 1000)
+    router_z_weight: float = number(0, 1000)
+    prefix_length: int = number(0, 65_536)
+    gate_floor: float = number(0, 1, below=True)
+    dtype: str = one_of("auto", "float32", "bfloat16")
+    attention: str = one_of(*ATTENTION)
+    remat: str = one_of("none", "attention", "full")
     scan: bool
 
     def __post_init__(self):
-        _require_positive(self, "model", "num_layers", "vocab_size", "d_model", "num_heads")
-        _require_positive(self, "model", "num_kv_heads", "head_dim", "d_ff", "window")
+        _check_fields(self)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} must be a multiple of "
@@ -80,27 +135,24 @@ class ModelConfig:
             self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs.",
         )
-        for name, choices in (("dtype", DTYPES), ("remat", REMAT_POLICIES)):
-            value = getattr(self, name)
-            _require(value in choices, f"model.{name}='{value}' is not one of {choices}.")
-        if self.num_experts:
-            _require_positive(self, "model", "experts_per_token", "expert_width")
-            _require(
-                self.experts_per_token <= self.num_experts,
-                f"model.experts_per_token={self.experts_per_token} is more than "
-                f"model.num_experts={self.num_experts}.",
-            )
-        for name in ("num_experts", "num_shared_experts", "load_balance_weight", "router_z_weight"):
-            _require_at_least(self, "model", name, 0)
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            _require(value > 0, f"model.{name}={value} must be positive.")
         _require(
-            0.0 <= self.gate_floor < 1.0,
-            f"model.gate_floor={self.gate_floor} must lie in [0, 1).",
+            not self.num_experts or self.experts_per_token <= self.num_experts,
+            f"model.experts_per_token={self.experts_per_token} is more than "
+            f"model.num_experts={self.num_experts}.",
         )
-        _require_at_least(self, "model", "prefix_length", 0)
-        _ = self.program  # a program that makes no sense is refused here, not at the first step
+        # A program that makes no sense is refused here, not at the first step.
+        program = self.program
+        loops = max(stage.num_loops for stage in program.stages)
+        for count, most, what in (
+            (program.layers, MAX_LAYERS, "layers"),
+            (loops, MAX_LOOPS, "loops"),
+            (program.streams, MAX_STREAMS, "streams"),
+        ):
+            _require(
+                count <= most,
+                f"model.architecture={shown(self.architecture)} has {shown(count)} {what}; there "
+                f"can be at most {most}.",
+            )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
@@ -126,109 +178,90 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    decay_fraction: float
-    final_fraction: float
-    beta1: float
-    beta2: float
-    momentum: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    z_loss: float
-    accumulation_steps: int
-    max_skipped_updates: int
+    name: str = one_of("adamw", "muon")
+    # Positive numbers have a least one: float32 on the device rounds smaller ones to 0.
+    learning_rate: float = number(1e-30, 1000)
+    schedule: str = one_of("cosine", "wsd", "constant")
+    warmup_steps: int = number(0, MAX_INT32)
+    decay_fraction: float = number(0, 1, above=True)
+    final_fraction: float = number(0, 1)
+    # Not 1 - 1e-8 either, which float32 rounds to 1: the bias correction would divide by 0.
+    beta1: float = number(0, 0.999_999)
+    beta2: float = number(0, 0.999_999)
+    momentum: float = number(0, 0.999_999)
+    eps: float = number(1e-30, 1)
+    weight_decay: float = number(0, 1000)
+    clip_norm: float = number(1e-30, 1e30)
+    z_loss: float = number(0, 1000)
+    accumulation_steps: int = number(1, MAX_SIZE)
+    max_skipped_updates: int = number(1, 2**30)
 
     def __post_init__(self):
-        _require(
-            self.name in ("adamw", "muon"),
-            f"optimizer.name='{self.name}' is neither 'adamw' nor 'muon'.",
-        )
-        _require(
-            self.schedule in SCHEDULES,
-            f"optimizer.schedule='{self.schedule}' is not one of {SCHEDULES}.",
-        )
-        for name in ("warmup_steps", "final_fraction", "weight_decay", "z_loss"):
-            _require_at_least(self, "optimizer", name, 0)
-        for name in ("learning_rate", "eps", "clip_norm"):
-            value = getattr(self, name)
-            _require(value > 0, f"optimizer.{name}={value} must be positive.")
-        for name in ("beta1", "beta2", "momentum"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1).")
-        _require(
-            0 < self.decay_fraction <= 1,
-            f"optimizer.decay_fraction={self.decay_fraction} must lie in (0, 1].",
-        )
-        _require_positive(self, "optimizer", "accumulation_steps", "max_skipped_updates")
+        _check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str
-    text_field: str
-    bad_rows: str
-    tokenizer: str
-    end_of_text: str
+    source: str = text()
+    text_field: str = text()
+    bad_rows: str = one_of("refuse", "skip")
+    tokenizer: str = text()
+    end_of_text: str = text(empty=True)
     allow_lossy_tokenizer: bool
-    vocab_size: int
+    vocab_size: int = number(1, 10_000_000)
     packing: bool
-    batch_size: int
-    sequence_length: int
-    validation_fraction: float
-    validation_sequences: int
-    seed: int
-    cache_dir: str
+    batch_size: int = number(1, MAX_SIZE)
+    sequence_length: int = number(1, 2**24)
+    validation_fraction: float = number(0, 1, above=True, below=True)
+    validation_sequences: int = number(1, MAX_INT32)
+    seed: int = number(0, MAX_INT32)  # components of a mixture take the next ones, below 2^32
+    cache_dir: str = text()
 
     def __post_init__(self):
-        _require_positive(self, "data", "batch_size", "sequence_length", "validation_sequences")
+        _check_fields(self)
+        tokens = self.batch_size * self.sequence_length
         _require(
-            self.bad_rows in BAD_ROWS,
-            f"data.bad_rows='{self.bad_rows}' is not one of {BAD_ROWS}.",
-        )
-        _require(
-            0 < self.validation_fraction < 1,
-            f"data.validation_fraction={self.validation_fraction} must lie in (0, 1).",
+            tokens <= MAX_INT32,
+            f"data.batch_size={self.batch_size} times data.sequence_length={self.sequence_length} "
+            f"is {tokens} tokens; a batch can have at most {MAX_INT32}.",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int
-    fsdp: int
-    tensor: int
+    data: int = number(-1, MAX_SIZE)
+    fsdp: int = number(-1, MAX_SIZE)
+    tensor: int = number(-1, MAX_SIZE)
 
     def __post_init__(self):
+        _check_fields(self)
         sizes = dataclasses.asdict(self)
         _require(
-            all(size == -1 or size >= 1 for size in sizes.values())
-            and list(sizes.values()).count(-1) <= 1,
+            0 not in sizes.values() and list(sizes.values()).count(-1) <= 1,
             f"mesh {sizes} needs sizes of at least 1, and at most one -1 (what is left).",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    steps: int
-    seed: int
-    log_every: int
-    eval_every: int
-    sample_every: int
-    sample_prompt: str
-    sample_tokens: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    profile_steps: int
+    steps: int = number(1, MAX_INT32)
+    seed: int = number(0, 2**32 - 1)  # jax.random.key takes 32 bits and drops the others
+    log_every: int = number(1, MAX_INT32)
+    eval_every: int = number(1, MAX_INT32)
+    sample_every: int = number(1, MAX_INT32)
+    sample_prompt: str = text(empty=True)
+    sample_tokens: int = number(1, MAX_SIZE)
+    checkpoint_every: int = number(1, MAX_INT32)
+    keep_checkpoints: int = number(2, MAX_INT32)
+    profile_steps: int = number(0, MAX_INT32)
 
     def __post_init__(self):
-        _require_positive(self, "run", "steps", "log_every", "eval_every", "sample_tokens")
-        _require_positive(self, "run", "sample_every", "checkpoint_every")
-        _require_at_least(self, "run", "keep_checkpoints", 2)
-        _require_at_least(self, "run", "profile_steps", 0)
-        _require_at_least(self, "run", "seed", 0)
+        _check_fields(self)
+        _require(
+            not self.profile_steps or PROFILE_FROM + self.profile_steps <= self.steps,
+            f"run.profile_steps={self.profile_steps} steps cannot be traced: the trace begins "
+            f"after step {PROFILE_FROM}, and the run has run.steps={self.steps}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,26 +301,75 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def _build(cls, fields: Mapping[str, Any], prefix: str):
+# --- From a ConfigDict ----------------------------------------------------------------------------
+
+
+def _kinds(cls=Config, prefix: str = "") -> dict[str, tuple[type, ...]]:
+    fields = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            fields |= _kinds(kind, f"{prefix}{name}.")
+        else:
+            union = isinstance(kind, types.UnionType)
+            fields[prefix + name] = typing.get_args(kind) if union else (kind,)
+    return fields
+
+
+FIELDS = _kinds()  # dotted names and the types that their values may have
+
+
+def unknown_field(name: str) -> UserError:
+    """The sentence for a dotted name that is no field, with the nearest that is one."""
+    sentence = f"The config has no field {shown(name)}."
+    if inside := [field for field in FIELDS if field.startswith(f"{name}.")]:
+        return UserError(
+            f"{sentence} It is a group: name one of its fields, such as '{inside[0]}'."
+        )
+    # A name of another group before one that is spelt alike.
+    last = name.rpartition(".")[2]
+    close = [field for field in FIELDS if field.rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(name[:100], FIELDS, n=1)
+    hint = f"Did you mean '{close[0]}'?" if close else "configs/base.py lists every field."
+    return UserError(f"{sentence} {hint}")
+
+
+def check_names(fields: Mapping[str, Any], cls=Config, prefix: str = "") -> None:
+    """Every field is there and no other; values are left for later. Raises UserError."""
+    if not isinstance(fields, Mapping | ConfigDict):  # a ConfigDict does not say that it is one
+        what = f"{prefix.rstrip('.')}=" if prefix else "The config "
+        raise UserError(f"{what}{shown(fields)} must be a group of fields.")
     known = typing.get_type_hints(cls)
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""
-            raise UserError(f"The config has no field '{prefix}{name}'.{hint}")
+            raise unknown_field(f"{prefix}{name}")
     missing = [prefix + name for name in known if name not in fields]
     _require(not missing, f"The config lacks the fields {', '.join(missing)}.")
-    values = {}
     for name, kind in known.items():
-        value = fields[name]
         if dataclasses.is_dataclass(kind):
-            values[name] = _build(kind, value, f"{prefix}{name}.")
-            continue
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        if float in kinds and type(value) is int:
-            value = float(value)
-        if type(value) not in kinds:
-            wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
-            raise UserError(f"{prefix}{name}={value!r} must be of type {wanted}.")
-        values[name] = value
+            check_names(fields[name], kind, f"{prefix}{name}.")
+
+
+def _build(cls, fields: Mapping[str, Any], prefix: str):
+    check_names(fields, cls, prefix)
+    values = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, fields[name], f"{prefix}{name}.")
+        else:
+            values[name] = _value(fields, name, prefix)
     return cls(**values)
+
+
+def _value(fields: Mapping[str, Any], name: str, prefix: str):
+    kinds = FIELDS[prefix + name]
+    try:
+        value = fields[name]
+    except RequiredValueError:
+        raise UserError(f"{prefix}{name} has no value, and the config file asks for one.") from None
+    if float in kinds and type(value) is int:
+        return float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
+    if type(value) not in kinds:
+        wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
+        found = type(value).__name__
+        raise UserError(f"{prefix}{name}={shown(value)} must be of type {wanted}, not {found}.")
+    return value

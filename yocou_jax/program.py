@@ -15,7 +15,7 @@ stage (YOCO, arXiv 2405.05254; YOCO-U, arXiv 2604.01220). A new architecture is 
 import dataclasses
 import re
 
-from yocou_jax.errors import UserError
+from yocou_jax.errors import UserError, shown
 
 MIXERS = ("window", "full", "cross")
 
@@ -48,11 +48,13 @@ class Stage:
     def __post_init__(self):
         if self.mixer not in MIXERS:
             raise UserError(
-                f"The stage '{self}' has the mixer '{self.mixer}'; the mixers are "
+                f"The stage {shown(str(self))} has the mixer {shown(self.mixer)}; the mixers are "
                 f"{', '.join(MIXERS)}."
             )
         if self.layers < 1 or (self.loops is not None and self.loops < 1):
-            raise UserError(f"The stage '{self}' needs at least one layer and at least one loop.")
+            raise UserError(
+                f"The stage {shown(str(self))} needs at least one layer and at least one loop."
+            )
 
     @property
     def num_loops(self) -> int:
@@ -80,20 +82,21 @@ class Program:
             raise UserError("A program needs at least one stage, such as 'full*12'.")
         if mixers[0] == "cross":
             raise UserError(
-                f"The program '{self}' begins with a cross stage, but no layer before it could "
-                "write the global K, V: put a window or full stage first."
+                f"The program {shown(str(self))} begins with a cross stage, but no layer before it "
+                "could write the global K, V: put a window or full stage first."
             )
         if "cross" in mixers and set(mixers[mixers.index("cross") :]) != {"cross"}:
             raise UserError(
-                f"The program '{self}' has a window or full stage behind a cross stage; once the "
-                "global K, V are written only cross stages may follow, because prefill stops there."
+                f"The program {shown(str(self))} has a window or full stage behind a cross stage; "
+                "once the global K, V are written only cross stages may follow, because prefill "
+                "stops there."
             )
         if self.streams < 1:
-            raise UserError(f"streams={self.streams} must be at least 1.")
+            raise UserError(f"streams={shown(self.streams)} must be at least 1.")
         if self.streams > 1 and set(mixers) != {"full"}:
             raise UserError(
-                f"The program '{self}' has streams={self.streams}; parallel streams (ParScale) are "
-                "defined for programs of full stages alone."
+                f"The program {shown(str(self))} has streams={shown(self.streams)}; parallel "
+                "streams (ParScale) are defined for programs of full stages alone."
             )
 
     @classmethod
@@ -103,15 +106,16 @@ class Program:
         streams = re.fullmatch(r"\s*streams\s*=\s*(\d+)\s*", option) if option else None
         if option and not streams:
             raise UserError(
-                f"The program '{text}' ends in '{option.strip()}'; the only option is 'streams=P'."
+                f"The program {shown(text)} ends in {shown(option.strip())}; the only option is "
+                "'streams=P'."
             )
         stages = []
         for part in body.split("|"):
             match = re.fullmatch(r"\s*([a-z]+)\s*\*\s*(\d+)\s*(?:@\s*(\d+)\s*)?", part)
             if not match:
                 raise UserError(
-                    f"'{part.strip()}' in the program '{text}' is not a stage; a stage is written "
-                    "mixer*layers or mixer*layers@loops, such as window*10@3."
+                    f"{shown(part.strip())} in the program {shown(text)} is not a stage; a stage "
+                    "is written mixer*layers or mixer*layers@loops, such as window*10@3."
                 )
             mixer, layers, loops = match.groups()
             stages.append(Stage(mixer, int(layers), int(loops) if loops else None))
@@ -127,7 +131,7 @@ class Program:
             return cls.parse(architecture)
         if architecture not in ARCHITECTURES:
             raise UserError(
-                f"model.architecture='{architecture}' is neither a program such as "
+                f"model.architecture={shown(architecture)} is neither a program such as "
                 f"'window*4@3 | cross*4' nor one of {', '.join(ARCHITECTURES)}."
             )
         template = ARCHITECTURES[architecture]
@@ -144,8 +148,8 @@ class Program:
             raise UserError(f"num_loops={num_loops} must be at least 1.")
         if all(stage.loops is None for stage in self.stages):
             raise UserError(
-                f"num_loops={num_loops} was asked for, but the program '{self}' has no looped "
-                "stage; mark one as mixer*layers@loops."
+                f"num_loops={num_loops} was asked for, but the program {shown(str(self))} has no "
+                "looped stage; mark one as mixer*layers@loops."
             )
         stages = tuple(
             stage if stage.loops is None else dataclasses.replace(stage, loops=num_loops)
