@@ -28,6 +28,8 @@ def make_config(tmp_path, corpus):
             "source": corpus.source,
             "text_field": "text",
             "tokenizer": "bytes",
+            "end_of_text": "",
+            "allow_lossy_tokenizer": False,
             "vocab_size": 300,
             "packing": False,
             "batch_size": 8,

@@ -255,9 +255,12 @@ def load_data(config: Any) -> DataBundle:
     if config.tokenizer == "bpe":
         texts = _bpe_sample(corpora, fraction)
         key = f"{content} {fraction!r} {BPE_SAMPLE_BYTES}"
-        tokenizer = cached_bpe(texts, config.vocab_size, cache_dir, key)
+        trained = cached_bpe(texts, config.vocab_size, cache_dir, key)
+        tokenizer = Tokenizer.from_json(trained.to_json(), "bpe", config.end_of_text)
     else:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(
+            config.tokenizer, config.end_of_text, config.allow_lossy_tokenizer
+        )
     fingerprint = sha256(f"{content} {tokenizer.fingerprint}".encode()).hexdigest()
     _require_same_everywhere(fingerprint)
 
@@ -320,7 +323,7 @@ def _validation(
     for windows, i in rows:
         targets = windows[i].targets
         num_tokens += len(targets)
-        num_bytes += int(tokenizer.token_bytes[targets].sum())
+        num_bytes += tokenizer.num_bytes(targets)
     return Validation(tuple(rows), config.batch_size, num_tokens, num_bytes)
 
 
@@ -401,7 +404,7 @@ def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, fraction: float, out: Pa
     with open(out / "train.bin", "wb") as train, open(out / "held_out.bin", "wb") as held_out:
         files = dict(zip(SPLITS, (train, held_out), strict=True))
         for documents in _chunks(corpus.documents()):
-            for (name, text), ids in zip(
+            for (name, _), ids in zip(
                 documents, tokenizer.encode_batch([d.text for d in documents]), strict=True
             ):
                 split = SPLITS[is_held_out(name, fraction)]
@@ -409,7 +412,7 @@ def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, fraction: float, out: Pa
                 files[split].write(np.insert(ids, 0, tokenizer.eot_id).astype(dtype).tobytes())
                 counts[split]["documents"] += 1
                 counts[split]["tokens"] += 1 + len(ids)
-                counts[split]["bytes"] += len(text.encode())
+                counts[split]["bytes"] += tokenizer.num_bytes(ids)
     for split in SPLITS:
         np.save(out / f"{split}.starts.npy", np.array(starts[split], np.int64))
     text = json.dumps(meta | counts, indent=2)
