@@ -1,4 +1,4 @@
-"""A first real run on one accelerator: 125M parameters on web text.
+"""A first real run on one accelerator: 124M parameters on web text, 74M without embeddings.
 
     python -m experiments.train --config=configs/yocou_125m.py
 

@@ -212,7 +212,11 @@ class LanguageModel(nn.Module):
         return self._mix_streams(x) if self.config.program.streams > 1 else x
 
     def _mix_streams(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
-        """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax(linear map of all x_p)."""
+        """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax(linear map of all x_p).
+
+        ParScale (arXiv 2505.10475) calls the map an MLP; in its public code it is Linear(P D to D),
+        SiLU, Linear(D to P), both with biases. Here it is one matrix [P, D, P], without bias.
+        """
         streams, floor = self.config.program.streams, self.config.gate_floor
         x = x.reshape(streams, -1, *x.shape[1:])
         gate = self.stream_gate(jnp.moveaxis(x, 0, 2).astype(jnp.float32))

@@ -26,6 +26,7 @@ ARCHITECTURES: dict[str, str] = {
     "yoco": "window*{half} | cross*{half}",
     "transformer": "full*{all}",
     "universal_transformer": "full*{all}@2",
+    # The paper's section 4.2 loops the early half; its appendix E the later: full*10 | full*10@3.
     "rins": "full*{half}@3 | full*{half}",
     "upper_loop": "window*{half} | cross*{half}@3",
     "upper_loop_unshared": "window*{half} | full*{half}@3",
