@@ -20,8 +20,9 @@ What should come out, by Table 1 and `accounting`, for the 1.3B model. Prefill: 
 cost per token is constant, a full layer's grows with N, and yoco_u passes 30 layers where the
 transformer passes 20; FLOPs per token of the transformer over those of yoco_u:
 
-    N            8K    16K    64K   256K      (equal at 14.6K; the paper measured
-    prefill    0.84   1.04   2.25   7.07       0.88, 1.14, 2.79 and 10.2)
+    N            8K    16K    32K    64K   128K    256K      (equal at 14.6K)
+    prefill    0.84   1.04   1.45   2.25   3.86    7.07
+    measured   0.88   1.14   1.67   2.79   5.04   10.21      (the paper, Table 8)
 
 so yoco_u loses below about 16K, and 10.2 needs full attention to run at 0.67 of the FLOP/s of all
 else: the better the attention kernel, the smaller this ratio. Decode: yoco_u reads half of what
@@ -32,7 +33,9 @@ bytes the ratio is below 2 at any length and equal batch; the bytes of a step ov
     transformer      1.15      1.41      1.80      1.69      1.82       1.94
     yoco             0.72      0.81      0.93      0.90      0.94       0.98
 
-The paper's 2.2 at 256K is therefore more than bytes explain. KV: 10240 / 542 MiB = 18.9, exactly.
+The paper's 2.2 at 256K (Table 9: 303 / 137) is therefore more than bytes explain: its engine fits
+fewer rows at once the larger their caches are, so that it is no ratio at equal batches. KV:
+10240 / 542 MiB = 18.9, exactly.
 """
 
 import concurrent.futures
@@ -57,7 +60,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
@@ -67,6 +69,7 @@ from yocou_jax import accounting, inference
 from yocou_jax.cache import KVCache
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.errors import UserError
+from yocou_jax.files import resolve, write_atomically
 from yocou_jax.model import abstract_params, compute_dtype
 from yocou_jax.program import ARCHITECTURES
 
@@ -77,20 +80,20 @@ COST = {"prefill": "flops_per_token", "decode": "gb_per_step"}
 # --- The paper ------------------------------------------------------------------------------------
 
 # arXiv 2604.01220, the 1.3B model in bf16: tokens/s of prefill (Table 8) and of decode, all 32 rows
-# together (Table 9), on one H100; KV cache in MiB per sequence (Table 10). None: not in the paper.
+# together (Table 9), on one H100; KV cache in MiB per sequence (Table 10).
 PAPER_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 PAPER = {
     "prefill": {
-        "transformer": (85_707, 66_342, None, 27_276, None, 7475),
-        "yoco": (220_662, 219_734, None, 219_106, None, 220_407),
-        "rins": (42_905, 33_276, None, 13_630, None, 3739),
-        "yoco_u": (75_637, 75_694, None, 76_148, None, 76_301),
+        "transformer": (85_707, 66_342, 45_566, 27_276, 14_987, 7475),
+        "yoco": (220_662, 219_734, 218_247, 219_106, 220_416, 220_407),
+        "rins": (42_905, 33_276, 22_767, 13_630, 7397, 3739),
+        "yoco_u": (75_637, 75_694, 76_202, 76_148, 75_534, 76_301),
     },
     "decode": {
-        "transformer": (None, 1795, None, 450, None, 137),
-        "yoco": (3356, 2539, None, 975, None, 318),
-        "rins": (None, 580, None, 118, None, 56),
-        "yoco_u": (2410, 1966, None, 865, None, 303),
+        "transformer": (2712, 1795, 638, 450, 220, 137),
+        "yoco": (3356, 2539, 1722, 975, 556, 318),
+        "rins": (1582, 580, 234, 118, 96, 56),
+        "yoco_u": (2410, 1966, 1419, 865, 514, 303),
     },
     "kv": {
         "transformer": (320, 640, 1280, 2560, 5120, 10_240),
@@ -770,7 +773,7 @@ def check_lengths(lengths: list[str], steps: int) -> tuple[int, ...]:
 
 
 def _file(flag: str, value: str | None, kinds: Iterable[str]) -> Path | None:
-    path = None if value is None else Path(value).expanduser()
+    path = None if value is None else resolve(value)
     if path is not None and (not path.parent.is_dir() or path.suffix[1:] not in kinds):
         raise UserError(
             f"--{flag}={value} must be a file in a folder that exists, of one of the kinds "
@@ -796,7 +799,7 @@ def main(_):
 
     def keep(report):
         if out_path is not None:
-            out_path.write_text(json.dumps(report | {"notes": notes}, indent=1) + "\n")
+            write_atomically(out_path, json.dumps(report | {"notes": notes}, indent=1) + "\n")
 
     budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value
     report = measure(configs, sizes, budget_s, keep) | {"notes": notes}
@@ -812,7 +815,7 @@ def main(_):
 
 if __name__ == "__main__":
     # Not above: absl knows a flag once, and the tests import several commands.
-    CONFIG = config_flags.DEFINE_config_file("config", "configs/yocou_1b.py", "Sizes to profile.")
+    CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to profile.")
     LENGTHS = flags.DEFINE_list(
         "lengths", None, "Prompt lengths; 8192,16384,65536,262144, on a CPU 1024 to 16384."
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import time
 
 import jax
@@ -40,16 +41,77 @@ def test_the_papers_kv_is_that_of_the_accounting_and_of_the_arrays():
         assert not pi.is_the_papers(dataclasses.replace(BIG, **change))
 
 
-def test_the_papers_speeds():
-    assert pi.paper("prefill", "yoco_u", BIG, 262_144) == 76_301
-    for name, length in (
-        ("transformer", 8192),
-        ("yoco_u", 32_768),
-        ("yoco", 9),
-        ("parscale", 8192),
-    ):
-        assert pi.paper("decode", name, BIG, length) is None
+# Tables 8 and 9 of arXiv 2604.01220, by column: transformer, yoco, rins, yoco_u.
+TABLE_8 = """
+  8192   85707  220662  42905  75637
+ 16384   66342  219734  33276  75694
+ 32768   45566  218247  22767  76202
+ 65536   27276  219106  13630  76148
+131072   14987  220416   7397  75534
+262144    7475  220407   3739  76301
+"""
+TABLE_9 = """
+  8192    2712    3356   1582   2410
+ 16384    1795    2539    580   1966
+ 32768     638    1722    234   1419
+ 65536     450     975    118    865
+131072     220     556     96    514
+262144     137     318     56    303
+"""
+
+
+@pytest.mark.parametrize(("kind", "table"), [("prefill", TABLE_8), ("decode", TABLE_9)])
+def test_the_papers_speeds(kind, table):
+    lines = [[int(word) for word in line.split()] for line in table.strip().splitlines()]
+    assert tuple(line[0] for line in lines) == pi.PAPER_LENGTHS
+    for length, *speeds in lines:
+        found = [pi.paper(kind, name, BIG, length) for name in siblings(BIG)]
+        assert found == speeds, length
+
+
+def test_the_paper_has_no_figure_for_other_lengths_architectures_and_models():
+    assert pi.paper("decode", "yoco", BIG, 9) is None
+    assert pi.paper("decode", "parscale", BIG, 8192) is None
     assert pi.paper("prefill", "yoco_u", tiny.model(), 262_144) is None
+
+
+def _line(start: str) -> list[float]:
+    """The figures of that line of the module's docstring."""
+    (line,) = [x for x in pi.__doc__.splitlines() if x.strip().startswith(start)]
+    return [float(word) for word in re.findall(r"\d+\.\d+", line)]
+
+
+def test_what_the_docstring_expects_is_what_the_accounting_and_the_paper_say():
+    flops, own, other = accounting.prefill_flops_per_token, BIG, siblings(BIG)["transformer"]
+    expected = [flops(other, n) / flops(own, n) for n in pi.PAPER_LENGTHS]
+    np.testing.assert_allclose(_line("prefill  "), expected, rtol=0, atol=0.00501)
+    speeds = pi.PAPER["prefill"]
+    measured = np.divide(speeds["yoco_u"], speeds["transformer"])
+    np.testing.assert_allclose(_line("measured  "), measured, rtol=0, atol=0.00501)
+    shapes = [(8192, 32), (16_384, 32), (65_536, 32), (262_144, 4), (262_144, 8), (262_144, 32)]
+    for name in ("transformer", "yoco"):
+        read = accounting.decode_bytes_per_step
+        ratio = [read(siblings(BIG)[name], b, n) / read(own, b, n) for n, b in shapes]
+        np.testing.assert_allclose(_line(f"{name}  "), ratio, rtol=0, atol=0.00501)
+
+
+def test_ratios_stand_beside_the_papers_at_each_of_its_lengths():
+    row = {"status": "measured", "batch": 1, "flops_per_token": 1.0, "gb_per_step": 1.0}
+    rows = [
+        row
+        | {"kind": kind, "architecture": name, "length": n, "tokens_per_s": 1.0}
+        | {"paper": pi.paper(kind, name, BIG, n)}
+        for kind in ("prefill", "decode")
+        for name in siblings(BIG)
+        for n in pi.PAPER_LENGTHS
+    ]
+    found = pi.ratios(rows, list(siblings(BIG)))
+    assert len(found) == 2 * 4 * 6  # kinds, pairs, lengths
+    beside = {(r["kind"], r["of"], r["to"], r["length"]): r["paper"] for r in found}
+    assert beside["prefill", "yoco_u", "transformer", 131_072] == pytest.approx(75_534 / 14_987)
+    assert beside["decode", "yoco_u", "transformer", 8192] == pytest.approx(2410 / 2712)
+    assert beside["decode", "rins", "transformer", 32_768] == pytest.approx(234 / 638)
+    assert all(beside.values())
 
 
 @pytest.mark.parametrize("gib", [1, 4, 40, 104])
