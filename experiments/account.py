@@ -6,17 +6,17 @@ python -m experiments.account --config=configs/yocou_1b.py [--json] [--lengths=8
 import json
 
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
 from yocou_jax import accounting
+from yocou_jax.config import MAX_INT32 as MAX_LENGTH
 from yocou_jax.config import Config
-from yocou_jax.errors import UserError
+from yocou_jax.errors import UserError, shown
 from yocou_jax.program import ARCHITECTURES
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/yocou_1b.py", "Sizes to account for.")
+CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to account for.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 LENGTHS = flags.DEFINE_list(
     "lengths", ["8192", "16384", "32768", "65536", "131072", "262144"], "Sequence lengths, tokens."
@@ -27,9 +27,12 @@ def _lengths() -> tuple[int, ...]:
     try:
         lengths = tuple(int(n) for n in LENGTHS.value)
     except ValueError:
-        lengths = (0,)
-    if min(lengths) < 1:
-        raise UserError(f"--lengths={','.join(LENGTHS.value)} must be positive whole numbers.")
+        lengths = ()
+    if not lengths or min(lengths) < 1 or max(lengths) > MAX_LENGTH:
+        raise UserError(
+            f"--lengths={shown(','.join(LENGTHS.value))} must be whole numbers from 1 to "
+            f"{MAX_LENGTH}."
+        )
     return lengths
 
 

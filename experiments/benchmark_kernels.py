@@ -54,6 +54,7 @@ from experiments import cli
 from pallas_kernels import api, reference
 from pallas_kernels.device import target_device
 from yocou_jax.errors import UserError
+from yocou_jax.files import resolve, write_atomically
 
 WINDOW = 512
 ERROR_RATIO = 1.5  # of the reference's own error in the same dtype
@@ -716,7 +717,7 @@ def _folder(device: str, on_cpu: bool) -> Path | None:
     if OUT.value is None and on_cpu:
         return None
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    folder = Path(OUT.value or f"results/kernels-{name}")
+    folder = resolve(OUT.value or f"results/kernels-{name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -728,9 +729,7 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
     """Both files, each whole at any time."""
     pages = {"kernels.json": json.dumps(report, indent=1) + "\n", "kernels.md": markdown(report)}
     for name, text in pages.items():
-        part = folder / f"{name}.part"
-        part.write_text(text)
-        part.replace(folder / name)
+        write_atomically(folder / name, text)
 
 
 def main(_):

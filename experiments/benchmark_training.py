@@ -16,7 +16,6 @@ import time
 import jax
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +27,7 @@ from yocou_jax.data.pipeline import Batch, load_data
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.train import set_up
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/yocou_small.py", "What to train.")
+CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that every measurement is repeated.")
 STEPS = flags.DEFINE_integer("steps", 4, "Training steps in one measurement.")

@@ -369,7 +369,9 @@ def _read(folder: Path, pattern: str) -> dict[str, str]:
     """The files that match, by what the * stands for."""
     head, tail = pattern.split("*")
     return {
-        path.name[len(head) : len(path.name) - len(tail)]: path.read_text(errors="replace")
+        path.name[len(head) : len(path.name) - len(tail)]: path.read_text(
+            encoding="utf-8", errors="replace"
+        )
         for path in sorted(folder.glob(pattern))
     }
 
@@ -496,7 +498,7 @@ def compile_jobs(name: str, folder: str, first: int) -> None:
     this process sees which one killed it."""
     target, dump = TARGETS[name], Path(folder) / "dump"
     mesh = _mesh(target)
-    with open(Path(folder) / "results.jsonl", "a") as results:
+    with open(Path(folder) / "results.jsonl", "a", encoding="utf-8") as results:
         for number, (job, make) in enumerate(_jobs(target)[first:], first):
             print(json.dumps({"started": number}), file=results, flush=True)
             try:
@@ -552,7 +554,7 @@ def _run_jobs(name: str) -> list[dict]:
             )
             results = Path(folder) / "results.jsonl"
             lines = (
-                [json.loads(x) for x in results.read_text().splitlines()]
+                [json.loads(x) for x in results.read_text(encoding="utf-8").splitlines()]
                 if results.exists()
                 else []
             )

@@ -24,7 +24,7 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import yocou_small
@@ -185,5 +185,7 @@ if __name__ == "__main__":
     )
     STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.", lower_bound=1)
     JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-    CONFIG = config_flags.DEFINE_config_dict("config", default_config())
+    CONFIG = cli.config_file(
+        default_config(), "What to train; a small config of its own if not given."
+    )
     cli.run(main)

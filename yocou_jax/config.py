@@ -321,7 +321,7 @@ FIELDS = _kinds()  # dotted names and the types that their values may have
 def unknown_field(name: str) -> UserError:
     """The sentence for a dotted name that is no field, with the nearest that is one."""
     sentence = f"The config has no field {shown(name)}."
-    if inside := [field for field in FIELDS if field.startswith(f"{name}.")]:
+    if inside := [field for field in FIELDS if field.startswith(name.rstrip(".") + ".")]:
         return UserError(
             f"{sentence} It is a group: name one of its fields, such as '{inside[0]}'."
         )
@@ -370,6 +370,6 @@ def _value(fields: Mapping[str, Any], name: str, prefix: str):
         return float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
     if type(value) not in kinds:
         wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
-        found = type(value).__name__
+        found = "none" if value is None else type(value).__name__
         raise UserError(f"{prefix}{name}={shown(value)} must be of type {wanted}, not {found}.")
     return value
