@@ -3,9 +3,10 @@
     python -m experiments.train --config=configs/yocou_small.py
     python -m experiments.train --config=configs/yocou_small.py:rins --config.model.num_loops=5
 
-Typed again, the same command goes on from the newest checkpoint in --workdir. On several hosts
-start it once on each with --distributed (a TPU pod needs nothing else; elsewhere give the three
-flags that name the processes).
+Typed again, the same command goes on from the newest checkpoint in --workdir; with a larger
+run.steps it makes the run longer, and --init_from=runs/a begins a new run with the parameters of
+another. On several hosts start it once on each with --distributed (a TPU pod needs nothing else;
+elsewhere give the three flags that name the processes).
 """
 
 import os
@@ -13,15 +14,18 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console as Terminal
 
 from experiments import cli
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
+from yocou_jax.files import resolve
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and :architecture.")
+CONFIG = cli.config_file(None, "A file of configs/, and :architecture.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Of this run; runs/<config name> by default.")
+INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "A workdir or exported folder whose parameters a new run starts with."
+)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
@@ -55,10 +59,10 @@ def main(_):
         cli.keep_freed_memory()
     config = Config.from_dict(CONFIG.value)
     config_file = flags.FLAGS["config"].config_filename
-    workdir = Path(WORKDIR.value or default_workdir(config_file))
+    workdir = resolve(WORKDIR.value or default_workdir(config_file))
     # Only process 0 speaks: the others would say the same.
     with Console(Terminal(quiet=jax.process_index() > 0)) as console:
-        summary = Run(config, workdir, console).train()
+        summary = Run(config, workdir, console, INIT_FROM.value).train()
         if summary is None:
             return EXIT_PREEMPTED
         # The Python that runs this, as a path to type: nobody may have put it on PATH.

@@ -27,7 +27,7 @@ from yocou_jax.checkpoint import (
     params_sha256,
 )
 from yocou_jax.errors import UserError
-from yocou_jax.manifest import write_or_check_manifest
+from yocou_jax.manifest import check_resume, describe, read, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -345,44 +345,81 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used: Not a directory"):
-        Checkpointer(tmp_path / "file" / "checkpoints", every=10)
+        Checkpointer(tmp_path / "file" / "checkpoints", every=10).save(10, make_state())
 
 
-def test_sigterm_is_answered_after_the_step():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_answered_after_the_step(number):
     assert EXIT_PREEMPTED not in (0, 1, 2)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop.reached(2)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one is not held back
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_signals_are_answered_while_a_step_runs(tmp_path, name):
+    """The main thread sits in C code, as it does in a step: a thread says what will happen, and a
+    second signal does not wait either."""
+    code = """
+        import hashlib, time, threading
+        with StopRequest() as stop:
+            def send():
+                os.kill(os.getpid(), getattr(signal, moment))
+                time.sleep(0.5)
+                os.kill(os.getpid(), getattr(signal, moment))
+            threading.Thread(target=send, daemon=True).start()
+            # As XLA does: without the GIL, and no handler of Python's runs meanwhile.
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    """
+    result = child(tmp_path, name, code)
+    assert result.returncode == 128 + getattr(signal, name), result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith(f"{name}: the run stops and saves")
+
+
+def test_a_refused_resume_changes_nothing_on_disk(tmp_path, saved):
+    """Not even what another run left unfinished: all that refuses comes before all that writes."""
+    directory = shutil.copytree(saved, tmp_path / "c")
+    (directory / "30").mkdir()
+    (directory / "40.orbax-checkpoint-tmp-1").mkdir()
+    other = make_state()
+    other = other.replace(params={**other.params, "embed": jnp.zeros((128, 65))})
+    before = folders(directory)
+    with pytest.raises(UserError), Checkpointer(directory, every=10) as checkpointer:
+        checkpointer.restore_latest(abstract(other))
+    assert folders(directory) == before
+    with Checkpointer(tmp_path / "new", every=10) as checkpointer:
+        assert checkpointer.restore_latest(abstract(other)) is None
+    assert not (tmp_path / "new").exists()
 
 
 CONFIG = {"model": {"window": 64, "loops": 3}, "data": {"mix": (1, 2)}, "run": {"log_every": 10}}
+FREE = ("run.log_every",)
 
 
-def manifest(workdir, config=CONFIG, resuming=True, corpus="abc", **options):
-    return write_or_check_manifest(
-        workdir, config, resuming=resuming, corpus=corpus, free=("run.log_every",), **options
-    )
+def resume(workdir, config=CONFIG, **options):
+    check_resume(workdir, read(workdir), describe(config, **{"corpus": "abc"} | options), FREE)
 
 
 def test_manifest_is_written_and_passes_again(tmp_path, caplog):
-    manifest(tmp_path, resuming=False, note="x")
+    write(tmp_path, describe(CONFIG, corpus="abc", tokenizer="t", note="x"))
     written = json.loads((tmp_path / "manifest.json").read_text())
     assert written["config"]["model"]["window"] == 64
     assert written["packages"]["jax"] == jax.__version__
     assert written["device"]["count"] == 8
-    assert (written["corpus"], written["note"]) == ("abc", "x")
+    assert (written["corpus"], written["tokenizer"], written["note"]) == ("abc", "t", "x")
     assert len((written["git"] or "0" * 40).removesuffix("+dirty")) == 40
-    again = manifest(tmp_path)
-    assert again["created"] == written["created"]
+    resume(tmp_path, tokenizer="t")
     assert not caplog.records
 
 
 def test_manifest_refuses_another_config_by_name(tmp_path):
-    manifest(tmp_path, resuming=False)
+    write(tmp_path, describe(CONFIG, corpus="abc"))
     other = {
         "model": {"window": 32, "loops": 3},
         "data": {"mix": (1, 2)},
@@ -390,25 +427,35 @@ def test_manifest_refuses_another_config_by_name(tmp_path):
         "new": 1,
     }
     with pytest.raises(UserError) as error:
-        manifest(tmp_path, other)
+        resume(tmp_path, other)
     assert "cannot be resumed: model.window: 64 -> 32; new: absent -> 1. Give" in str(error.value)
-    manifest(tmp_path, other, resuming=False)  # without a checkpoint there is nothing to protect
-    assert manifest(tmp_path, other | {"run": {"log_every": 1}})["config"]["run"]["log_every"] == 1
+    # It names a workdir that a sibling can have, in a form that a shell takes as it is.
+    assert str(error.value).endswith(f"--workdir={tmp_path}-window=32.")
+    odd = CONFIG | {"model": {"window": "a b;", "loops": 3}}
+    with pytest.raises(UserError, match=rf"--workdir={tmp_path}-2\.$"):
+        resume(tmp_path, odd)
+    resume(tmp_path, CONFIG | {"run": {"log_every": 1}})
 
 
 def test_manifest_refuses_another_corpus_and_warns_of_another_version(tmp_path, caplog):
-    manifest(tmp_path, resuming=False)
+    write(tmp_path, describe(CONFIG, corpus="abc", tokenizer="t"))
     with pytest.raises(UserError, match=r"training text has changed .*abc -> abd"):
-        manifest(tmp_path, corpus="abd")
+        resume(tmp_path, corpus="abd", tokenizer="t")
+    with pytest.raises(UserError, match=r"tokenizer has changed .*t -> u"):
+        resume(tmp_path, tokenizer="u")
     path = tmp_path / "manifest.json"
     written = json.loads(path.read_text())
     written["packages"]["jax"] = "0.0.1"
     path.write_text(json.dumps(written))
     with caplog.at_level(logging.WARNING):
-        manifest(tmp_path)
+        resume(tmp_path, tokenizer="t")
     assert f"packages.jax: '0.0.1' -> '{jax.__version__}'" in caplog.text
-    path.write_text("{")
-    manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 3}', '{"config": {}}', "\xff"])
+def test_a_manifest_that_cannot_be_read_is_a_warning(tmp_path, caplog, text):
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    assert read(tmp_path) is None
     assert "cannot be read" in caplog.text
 
 

@@ -23,7 +23,7 @@ from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.config import MeshConfig
 from yocou_jax.data.tokenizer import Tokenizer, train_bpe
 from yocou_jax.errors import UserError
-from yocou_jax.manifest import write_or_check_manifest
+from yocou_jax.manifest import describe, write
 from yocou_jax.model import logits
 from yocou_jax.pretrained import Pretrained, export, load
 from yocou_jax.sharding import make_mesh
@@ -55,7 +55,8 @@ def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
     """What a training run leaves behind, as far as a reader is concerned."""
     config = dataclasses.replace(small(), model=one.config)
     program = str(one.config.program)
-    write_or_check_manifest(path, config.to_dict(), resuming=False, program=program)
+    tokenizer = one.tokenizer.fingerprint
+    write(path, describe(config.to_dict(), tokenizer=tokenizer, program=program))
     (path / "tokenizer.json").write_text(one.tokenizer.to_json())
     with Checkpointer(path / "checkpoints", every=1) as checkpointer:
         for step in steps:

@@ -32,7 +32,7 @@ from yocou_jax.manifest import differences
 from yocou_jax.typing import PyTree
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL, "try again": the exit code of a run that was asked to stop
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 INVENTORY = "inventory.json"
 UNFINISHED = "it was never finished"
 
@@ -56,26 +56,36 @@ class Checkpointer:
                 "one can be passed over for the one before it."
             )
         self.directory, self.every = Path(directory).absolute(), every
+        self._manager: ocp.CheckpointManager | None = None
+        self._keep, self._closed = keep, False
         self._seal: threading.Thread | None = None
         self._saving, self._error = -1, None
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._put_aside(
-                {s: UNFINISHED for s in _steps(self.directory) if not self._finished(s)}
-            )
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                    enable_async_checkpointing=True,
-                    cleanup_tmp_directories=True,  # of a run that was killed while saving
-                    create=False,
-                ),
-            )
-        except OSError as error:
-            raise UserError(
-                f"The checkpoint directory {self.directory} cannot be used: {_reason(error)}."
-            ) from error
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Orbax's manager. Nothing on disk is changed before the first call, which comes when a
+        resume is sure of its checkpoint, or with the first save."""
+        if self._closed:
+            raise ValueError("This Checkpointer is closed.")
+        if self._manager is None:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._put_aside(
+                    {s: UNFINISHED for s in _steps(self.directory) if not self._finished(s)}
+                )
+                self._manager = ocp.CheckpointManager(
+                    self.directory,
+                    options=ocp.CheckpointManagerOptions(
+                        preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
+                        enable_async_checkpointing=True,
+                        cleanup_tmp_directories=True,  # of a run that was killed while saving
+                        create=False,
+                    ),
+                )
+            except OSError as error:
+                raise UserError(
+                    f"The checkpoint directory {self.directory} cannot be used: {_reason(error)}."
+                ) from error
+        return self._manager
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -90,13 +100,13 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest finished checkpoint, or None; its files are not read."""
-        return max(filter(self._finished, self._manager.all_steps()), default=None)
+        return max(filter(self._finished, _steps(self.directory)), default=None)
 
     def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
         """Begins to save if `step` is due or forced; True if so. `state` may be donated after."""
         self._raise_error_of_last_save(wait=False)
         due = force or (step > 0 and step % self.every == 0)
-        if not due or step in self._manager.all_steps():
+        if not due or step in self._open().all_steps():
             return False
         self._raise_error_of_last_save(wait=True)
         self._saving = step
@@ -104,7 +114,7 @@ class Checkpointer:
             state=ocp.args.StandardSave(state), layout=ocp.args.JsonSave(_layout(state))
         )
         try:
-            self._manager.save(step, args=args, force=True)
+            self._open().save(step, args=args, force=True)
         except Exception as error:
             raise UserError(self._failure(error)) from error
         self._seal = threading.Thread(target=self._wait_and_seal, args=(step,), name="seal")
@@ -114,11 +124,12 @@ class Checkpointer:
     def restore_latest(self, abstract_state: PyTree) -> tuple[PyTree, int] | None:
         """The newest whole checkpoint as (state, step), or None if there is none.
 
-        Damaged ones after it are passed over with a warning and renamed, so that their steps can
-        be saved again (unfinished ones were when this object was made). Raises UserError, and
-        touches nothing, if all are damaged or the arrays are not those of `abstract_state`.
+        Damaged and unfinished ones after it are passed over with a warning and renamed, so that
+        their steps can be saved again. Raises UserError, and touches nothing, if all are damaged or
+        the arrays are not those of `abstract_state`.
         """
-        step, damaged = _newest_whole(self.directory, self._manager.all_steps())
+        finished = [step for step in _steps(self.directory) if self._finished(step)]
+        step, damaged = _newest_whole(self.directory, finished)
         if step is None and damaged:
             raise UserError(
                 f"No checkpoint in {self.directory} can be read: "
@@ -129,11 +140,12 @@ class Checkpointer:
             return None
         state = _restore(self.directory, step, abstract_state)
         self._put_aside({s: f"{why}; step {step} is used instead" for s, why in damaged.items()})
-        self._manager.reload()
+        self._open().reload()  # which waits for its cleaning up
         return state, step
 
     def close(self) -> None:
         """Waits for the last save and raises its error. A second call does nothing."""
+        self._closed = True
         if self._manager is not None:
             try:
                 self._raise_error_of_last_save(wait=True)
@@ -172,7 +184,7 @@ class Checkpointer:
                 raise UserError(self._failure(error)) from error
 
     def _failure(self, error: Exception) -> str:
-        steps = (s for s in self._manager.all_steps() if s != self._saving and self._finished(s))
+        steps = (s for s in _steps(self.directory) if s != self._saving and self._finished(s))
         latest = max(steps, default=0)
         return (
             f"The checkpoint of step {self._saving} could not be written to {self.directory}: "
@@ -254,7 +266,10 @@ def _newest_whole(directory: Path, steps: list[int]) -> tuple[int | None, dict[i
 def _damage(folder: Path) -> str:
     """What is wrong with a checkpoint, as the end of a sentence; empty if nothing is."""
     try:
-        expected, found = json.loads((folder / INVENTORY).read_text()), _inventory(folder)
+        expected, found = (
+            json.loads((folder / INVENTORY).read_text(encoding="utf-8")),
+            _inventory(folder),
+        )
         for name, entry in expected.items():
             if found.get(name) != entry:
                 return f"its file {name} {'has changed' if name in found else 'is missing'}"
@@ -287,14 +302,17 @@ def _reason(error: Exception) -> str:
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a question asked after each step: the run can save and exit.
+    """Turns SIGTERM, SIGHUP and Ctrl-C into a question asked after each step: the run can save and
+    exit.
 
         with StopRequest() as stop:
             ...
             if stop.reached(step): save with force=True, close, exit with EXIT_PREEMPTED
 
-    With several processes the signal may reach one only; jax's preemption service then lets all
-    of them answer True at the same step. A second signal ends a single process at once.
+    The first signal is answered at once on stderr, and a second one ends the process at once:
+    Python itself runs a handler only between two of its own instructions, and a step or a
+    compilation may take minutes. With several processes the signal may reach one only; jax's
+    preemption service then lets all of them answer True at the same step.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -304,23 +322,52 @@ class StopRequest:
         main = threading.current_thread() is threading.main_thread()
         self._installed = main and not self._service
         if self._installed:
+            # C code writes the number of each signal into this pipe when it comes.
+            self._read_end, self._write_end = os.pipe()
+            os.set_blocking(self._write_end, False)
+            self._wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
             self._before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+            threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         if self._installed:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._write_end)  # which ends the thread
 
     def _on_signal(self, number, frame) -> None:
         self._requested = True
-        signal.signal(number, signal.SIG_DFL)
+
+    def _watch(self) -> None:
+        """Answers signals while the main thread is busy."""
+        count = 0
+        while received := os.read(self._read_end, 1):
+            if received[0] not in STOP_SIGNALS:
+                continue
+            count += 1
+            if count > 1:
+                os._exit(128 + received[0])
+            self._requested = True
+            _say(
+                f"{signal.Signals(received[0]).name}: the run stops and saves once this step is "
+                "done; a second signal ends it at once, without saving."
+            )
+        os.close(self._read_end)
 
     def reached(self, step: int) -> bool:
         """True once it is time to save and stop; every process calls it at every step."""
         if self._service:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._requested
+
+
+def _say(text: str) -> None:
+    """A line on stderr past all buffers and locks; a live line on the screen is drawn below it."""
+    with contextlib.suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
+        clear = "\r\x1b[2K" if os.isatty(2) else ""
+        os.write(2, f"{clear}{text}\n".encode())
 
 
 def params_sha256(params: PyTree) -> str:

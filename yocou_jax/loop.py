@@ -5,7 +5,9 @@ host; evaluation, samples and checkpoints are the only places where the host wai
 """
 
 import contextlib
+import dataclasses
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -14,24 +16,35 @@ import jax
 import numpy as np
 
 from pallas_kernels import api
-from yocou_jax import accounting, metrics
-from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256
-from yocou_jax.config import Config
+from yocou_jax import accounting, metrics, pretrained
+from yocou_jax.checkpoint import Checkpointer, StopRequest, named_leaves, params_sha256
+from yocou_jax.config import PROFILE_FROM, Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
-from yocou_jax.files import write_atomically
+from yocou_jax.files import resolve, write_atomically
 from yocou_jax.inference import Sampling, generate, prepare
-from yocou_jax.manifest import write_or_check_manifest
+from yocou_jax.lock import WorkdirLock
+from yocou_jax.manifest import check_resume, describe, differences, flat
+from yocou_jax.manifest import read as read_manifest
+from yocou_jax.manifest import write as write_manifest
 from yocou_jax.model import compute_dtype
+from yocou_jax.optimizer import decay_starts, make_schedule
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.train import Setup, TrainState, set_up
 
-# What may differ when a run is resumed: it changes what is shown, saved or laid out, not the maths.
+log = logging.getLogger(__name__)
+
+# What may differ when a run is resumed: it changes how it is computed, what is shown, saved or laid
+# out, not the mathematics.
 FREE_FIELDS = (
     "data.cache_dir",
+    "data.validation_sequences",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "model.attention",
+    "model.remat",
+    "model.scan",
     "optimizer.max_skipped_updates",
     "run.log_every",
     "run.eval_every",
@@ -43,7 +56,14 @@ FREE_FIELDS = (
     "run.profile_steps",
 )
 
-PROFILE_FROM = 10  # the first steps compile and warm up
+# What says when and how a run ends. It may change while no past update depends on it, and, with the
+# learning rate jumping, for the schedules that are constant before their end.
+END_FIELDS = (
+    "run.steps",
+    "optimizer.schedule",
+    "optimizer.decay_fraction",
+    "optimizer.final_fraction",
+)
 
 
 class Stopwatch:
@@ -78,24 +98,25 @@ class Stopwatch:
 
 
 class Run:
-    """One training run in its workdir; `train()` does all of it. Every process makes one."""
+    """One training run in its workdir; `train()` does all of it. Every process makes one.
 
-    def __init__(self, config: Config, workdir: Path, console: metrics.Console):
-        self.config, self.workdir, self.console = config, Path(workdir), console
+    init_from: a workdir or an exported folder whose parameters a new run starts with, its optimiser
+    and step count fresh (fine-tuning). A run that has a checkpoint goes on from that.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        console: metrics.Console,
+        init_from: str | Path | None = None,
+    ):
+        self.config, self.workdir, self.console = config, resolve(workdir), console
+        self.init_from = None if init_from is None else resolve(init_from).absolute()
         self.attention = attention_choices(config)  # before any work: a name may be wrong
         self.setup: Setup = set_up(config)
-        self.data: DataBundle = load_data(config.data)
-        needed, rows = self.data.tokenizer.vocab_size, config.model.vocab_size
-        if needed > rows:
-            raise UserError(
-                f"The tokenizer has {needed} entries, but model.vocab_size={rows}; "
-                f"set --config.model.vocab_size={needed} or more."
-            )
         self.is_main = jax.process_index() == 0
         self.sharding = batch_sharding(self.setup.mesh)
-        # No more sequences at once than a microbatch has: what fits there fits here.
-        size = config.data.batch_size // config.optimizer.accumulation_steps
-        self.validation = list(self.data.validation.batches(self.sharding, size))
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.flops_per_token = accounting.train_flops_per_token(
             config.model, config.data.sequence_length
@@ -114,46 +135,74 @@ class Run:
         """
         run = self.config.run
         with (
+            WorkdirLock(self.workdir),
             jax.set_mesh(self.setup.mesh),
             Checkpointer(
                 self.workdir / "checkpoints", every=run.checkpoint_every, keep=run.keep_checkpoints
             ) as checkpointer,
-            StopRequest() as stop,
             self._profiling,
         ):
+            self._load_data()
             state, first = self._begin(checkpointer)
-            with contextlib.closing(self.data.train(self.sharding, first)) as batches:
+            with (
+                StopRequest() as stop,
+                contextlib.closing(self.data.train(self.sharding, first)) as batches,
+            ):
                 state, done = self._loop(state, first, batches, checkpointer, stop)
-            checkpointer.save(done, state, force=True)
-            if done < run.steps:
-                checkpointer.close()
-                self.console.notice(
-                    f"Stopped on request; step {done} is saved, the same command resumes."
-                )
-                return None
-            summary = self._finish(state)
-        if self.writer:
-            self.writer.summary(summary)
-            self.writer.close()
+                checkpointer.save(done, state, force=True)
+                if done < run.steps:
+                    checkpointer.close()
+                    self.console.notice(
+                        f"Stopped on request; step {done} is saved, the same command resumes."
+                    )
+                    return None
+                summary = self._finish(state)
+                if self.writer:
+                    self.writer.summary(summary)
+                    self.writer.close()
         return summary
 
+    def _load_data(self) -> None:
+        config = self.config
+        self.data: DataBundle = load_data(config.data)
+        needed, rows = self.data.tokenizer.vocab_size, config.model.vocab_size
+        if needed > rows:
+            raise UserError(
+                f"The tokenizer has {needed} entries, but model.vocab_size={rows}; "
+                f"set --config.model.vocab_size={needed} or more."
+            )
+        # No more sequences at once than a microbatch has: what fits there fits here.
+        size = config.data.batch_size // config.optimizer.accumulation_steps
+        self.validation = list(self.data.validation.batches(self.sharding, size))
+
     def _begin(self, checkpointer: Checkpointer) -> tuple[TrainState, int]:
-        """A restored or a fresh state, the manifest checked, the banner shown."""
+        """A restored or a fresh state. All that can refuse comes before all that writes."""
         config, data = self.config, self.data
-        resuming = checkpointer.latest_step() is not None
-        write_or_check_manifest(
-            self.workdir,
+        manifest = describe(
             config.to_dict(),
             corpus=data.fingerprint,
-            resuming=resuming,
-            free=FREE_FIELDS,
+            tokenizer=data.tokenizer.fingerprint,
             program=str(config.model.program),
+            init_from=None,
         )
-        restored = checkpointer.restore_latest(self.setup.abstract_state) if resuming else None
+        notices: list[str] = []
+        newest = checkpointer.latest_step()
+        before = None if newest is None else read_manifest(self.workdir)
+        if before:
+            check_resume(self.workdir, before, manifest, FREE_FIELDS + END_FIELDS)
+        restored = checkpointer.restore_latest(self.setup.abstract_state)
         if restored:
             state, first = restored
+            notices.append(f"Resumed from the checkpoint of step {first} in {self.workdir}.")
+            if before:
+                changes = self._going_on(before, first)
+                resume = {"time": manifest["created"], "step": first, "changes": changes}
+                manifest |= {key: before.get(key) for key in ("created", "init_from")}
+                manifest["resumes"] = [*before.get("resumes", []), resume]
+                notices += changes
         else:
-            state, first = self.setup.init(), 0
+            state, first = self._fresh(manifest, notices), 0
+        write_manifest(self.workdir, manifest)
         if self.is_main:
             self.writer = metrics.MetricsWriter(
                 self.workdir, resume_step=first if restored else None
@@ -163,10 +212,56 @@ class Run:
             self.writer.text("config", _as_text(config), first)
             self.writer.hparams(config.to_dict())
         self.console.banner(f"YOCO-U in JAX: {config.model.program}", self._banner())
-        if restored:
-            self.console.notice(f"Resumed from the checkpoint of step {first} in {self.workdir}.")
+        for notice in notices:
+            self.console.notice(notice)
         self.console.start(config.run.steps)
         return state, first
+
+    def _fresh(self, manifest: dict, notices: list[str]) -> TrainState:
+        """The state at step 0, with the parameters of `init_from` if there is one."""
+        if self.init_from is None:
+            return self.setup.init()
+        source = pretrained.load(self.init_from, self.setup.mesh)
+        if source.tokenizer.fingerprint != self.data.tokenizer.fingerprint:
+            raise UserError(
+                f"The model of {self.init_from} has another tokenizer than this run, so its "
+                "embeddings would mean nothing: give "
+                f"--config.data.tokenizer={self.init_from}/tokenizer.json."
+            )
+        abstract = self.setup.abstract_state.params
+        shapes = [
+            {name: list(x.shape) for name, x in named_leaves(tree)}
+            for tree in (source.params, abstract)
+        ]
+        if differing := differences(*shapes):
+            raise UserError(
+                f"The model of {self.init_from} has other arrays than this config's model "
+                f"({len(differing)} differ): {'; '.join(differing[:8])}."
+            )
+        manifest["init_from"] = {"path": str(self.init_from), "step": source.step}
+        step = "" if source.step is None else f", step {source.step}"
+        notices.append(f"Started from the parameters of {self.init_from}{step}.")
+        cast = jax.jit(
+            lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract),
+            out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+        )
+        return dataclasses.replace(self.setup.init(), params=cast(source.params))
+
+    def _going_on(self, before: dict, first: int) -> list[str]:
+        """What differs from the run that was begun, in sentences. Raises UserError if a changed end
+        of the schedule makes no sense."""
+        started = before.get("init_from") or {}
+        if self.init_from is not None and started.get("path") != str(self.init_from):
+            raise UserError(
+                f"The run in {self.workdir} was started from {started.get('path') or 'scratch'} "
+                f"and is at step {first}: --init_from={self.init_from} needs a workdir of its own."
+            )
+        old, now = flat(before["config"]), flat(self.config.to_dict())
+        changed = differences(old, now, ignore=tuple(k for k in now if k not in FREE_FIELDS))
+        notices = [f"Changed since the start: {'; '.join(changed)}."] if changed else []
+        if any(old.get(name) != now[name] for name in END_FIELDS):
+            notices.append(new_end(Config.from_dict(before["config"]), self.config, first))
+        return notices
 
     def _loop(self, state, first, batches, checkpointer, stop) -> tuple[TrainState, int]:
         run = self.config.run
@@ -194,10 +289,10 @@ class Run:
                 self._read(done, out, self.evaluate(state.params) if evaluating else None)
                 pending = None
                 with self.stopwatch.paused():
-                    if sampling:
-                        self._show_sample(state.params, done)
                     if saving:
                         checkpointer.save(done, state)
+                    if sampling:
+                        self._try_sample(state.params, done)
             if stopping:
                 break
         return state, done
@@ -254,6 +349,14 @@ class Run:
             metrics.VAL_BPB: nll / math.log(2) / validation.num_bytes,
         }
 
+    def _try_sample(self, params, step: int) -> None:
+        """Shows a sample; what goes wrong with it is told, and the run goes on."""
+        try:
+            self._show_sample(params, step)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            log.warning("No sample at step %d: %s", step, reason)
+
     def _show_sample(self, params, step: int) -> None:
         run, tokenizer = self.config.run, self.data.tokenizer
         prompt = [tokenizer.eot_id, *tokenizer.encode(run.sample_prompt)]
@@ -285,7 +388,7 @@ class Run:
         tokens = config.run.steps * self.tokens_per_step
         if not stopwatch.total_tokens:  # resumed at the last step: there was nothing left to train
             with contextlib.suppress(OSError, ValueError):
-                return json.loads((self.workdir / "summary.json").read_text())
+                return json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
             self.values |= self.evaluate(state.params)
         return {
             "program": str(config.model.program),
@@ -342,6 +445,35 @@ class Run:
             },
             "run": {"workdir": str(self.workdir)},
         }
+
+
+def new_end(old: Config, new: Config, first: int) -> str:
+    """What another end of the schedule does to a run that has done `first` updates, in a sentence.
+
+    Raises UserError if the run is past its new end, or if its past learning rates depend on the end
+    in a way that cannot be told in a sentence (cosine).
+    """
+    if first > new.run.steps:
+        raise UserError(
+            f"The run has done {first} updates already, more than run.steps={new.run.steps}."
+        )
+    ends = [decay_starts(c.optimizer, c.run.steps) for c in (old, new)]
+    changes = differences(*({n: flat(c.to_dict())[n] for n in END_FIELDS} for c in (old, new)))
+    words = f"The end of the schedule has changed ({'; '.join(changes)})"
+    if all(end is None or first <= end for end in ends):
+        return f"{words}: no update so far depends on it, so this is the run with the new end."
+    if "cosine" in (old.optimizer.schedule, new.optimizer.schedule):
+        raise UserError(
+            f"{words}, but the {first} updates done depend on it: the cosine falls over the whole "
+            "of run.steps. Give the old values, or begin a new run with --init_from=WORKDIR; with "
+            "optimizer.schedule=constant or wsd a run can be made longer."
+        )
+    rates = [float(make_schedule(c.optimizer, c.run.steps)(first)) for c in (old, new)]
+    return (
+        f"{words} after the old decay had begun: the learning rate of update {first + 1} is "
+        f"{rates[1]:.4g}, where the old schedule has {rates[0]:.4g}. This is not the run that the "
+        "new values alone would give."
+    )
 
 
 def attention_choices(config: Config) -> dict[str, str]:

@@ -4,8 +4,8 @@ import datetime
 import importlib.metadata
 import json
 import logging
-import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,75 +15,85 @@ import jax
 from yocou_jax.errors import UserError
 from yocou_jax.files import write_atomically
 
+FILE = "manifest.json"
+CODE = ("git", "python", "packages", "device")  # what may change the bits of a run that goes on
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 log = logging.getLogger(__name__)
 
 
-def write_or_check_manifest(
-    workdir: str | os.PathLike,
-    config: Mapping,
-    *,
-    resuming: bool,
-    corpus: str | None = None,
-    free: tuple[str, ...] = (),
-    **extra,
+def describe(
+    config: Mapping, *, corpus: str | None = None, tokenizer: str | None = None, **extra
 ) -> dict:
-    """Writes workdir/manifest.json (config, code, versions, device, corpus); a resume checks it.
+    """What a run is started with: its config, code, versions and device.
 
-    Args:
-      resuming: there is a checkpoint to go on from; without one nothing is compared.
-      corpus: fingerprint of the training text.
-      free: dotted names of fields that may change on resume, such as "run.log_every".
-      extra: anything else worth keeping, as JSON values.
-
-    Raises:
-      UserError: on resume, if the config (outside `free`) or the corpus is another one.
+    corpus, tokenizer: fingerprints. extra: anything else worth keeping, as JSON values.
     """
-    path = Path(workdir) / "manifest.json"
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     device = jax.devices()[0].device_kind
-    manifest = {
-        "created": now,
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": json.loads(json.dumps(config)),  # tuples become lists, as they will be when read
         "corpus": corpus,
+        "tokenizer": tokenizer,
         "git": _git_revision(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "device": {"kind": device, "count": jax.device_count(), "processes": jax.process_count()},
         **extra,
     }
-    if resuming:
-        try:
-            before = json.loads(path.read_text())
-            _check(before, manifest, free, path.parent)
-            manifest |= {"created": before["created"], "resumed": now}
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            log.warning("%s cannot be read (%s), so the config is not compared.", path, error)
+
+
+def read(workdir: Path) -> dict | None:
+    """The manifest of a run, or None with a warning if it cannot be read."""
+    path = workdir / FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        flat(manifest["config"])
+        return manifest | {key: manifest[key] for key in ("created", "corpus")}
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        log.warning("%s cannot be read (%s), so the config is not compared.", path, error)
+        return None
+
+
+def write(workdir: Path, manifest: Mapping) -> None:
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(manifest, indent=1) + "\n")
-    return manifest
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / FILE, json.dumps(manifest, indent=1) + "\n")
 
 
-def _check(before: dict, now: dict, free: tuple[str, ...], workdir: Path) -> None:
+def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) -> None:
+    """Whether a run may go on as `now` says; `free` names fields of the config that may change.
+
+    Raises UserError if another field, the training text or the tokenizer is another one; warns of
+    other versions and devices.
+    """
     differing = differences(flat(before["config"]), flat(now["config"]), ignore=free)
     if differing:
         raise UserError(
             f"The run in {workdir} was started with another config, so it cannot be resumed: "
-            f"{'; '.join(differing)}. Give the old values, or choose another workdir."
+            f"{'; '.join(differing)}. Give the old values, or this run a workdir of its own: "
+            f"--workdir={workdir}{_suffix(before, now, free)}."
         )
-    if before["corpus"] != now["corpus"]:
-        raise UserError(
-            f"The training text has changed since the run in {workdir} was started (fingerprint "
-            f"{before['corpus']} -> {now['corpus']}), so a resume would see other batches. Bring "
-            "the old text (or Python) back, or choose another workdir."
-        )
-    old, new = ({k: m[k] for k in ("git", "python", "packages", "device")} for m in (before, now))
+    for what, words in (("corpus", "training text"), ("tokenizer", "tokenizer")):
+        if before.get(what, now[what]) != now[what]:
+            raise UserError(
+                f"The {words} has changed since the run in {workdir} was started (fingerprint "
+                f"{before[what]} -> {now[what]}), so a resume would see other batches. Bring "
+                "the old text (or Python) back, or choose another workdir."
+            )
+    old, new = ({k: m.get(k) for k in CODE} for m in (before, now))
     if changed := differences(flat(old), flat(new)):
         log.warning(
             "This resume may not be bit-for-bit the run that was begun: %s.", "; ".join(changed)
         )
+
+
+def _suffix(before: dict, now: dict, free: tuple[str, ...]) -> str:
+    """A name for the folder of a sibling, after the first field that differs: -window=9."""
+    old, new = flat(before["config"]), flat(now["config"])
+    name = min(k for k in old.keys() | new.keys() if k not in free and old.get(k) != new.get(k))
+    suffix = f"-{name.rpartition('.')[2]}={new.get(name)}"
+    return suffix if re.fullmatch(r"[\w.=+-]{1,40}", suffix) else "-2"
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:

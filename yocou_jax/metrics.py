@@ -3,12 +3,15 @@
 The names below are an API: scripts, notebooks and later studies read them from metrics.jsonl.
 """
 
+import contextlib
+import functools
 import json
+import logging
 import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import rich.box
@@ -20,9 +23,12 @@ import rich.text
 from tensorboardX import summary as tb
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from yocou_jax.files import write_atomically
 from yocou_jax.manifest import flat
+
+log = logging.getLogger(__name__)
 
 STEP = "step"  # updates done
 TOKENS = "tokens"  # targets trained on since step 0
@@ -91,7 +97,7 @@ class MetricsWriter:
         kept = [r for r in read_metrics(self.path) if resume_step and r[STEP] <= resume_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._last_step = kept[-1][STEP] if kept else -1
-        self._file = self.path.open("a")
+        self._file = self.path.open("a", encoding="utf-8")
         # The suffix: two starts within one second would write the same file.
         self._events = EventsWriter(str(self.tensorboard / "events"), f".{time.time_ns()}")
         # TensorBoard forgets what earlier files of the run say of this step and later ones.
@@ -113,7 +119,9 @@ class MetricsWriter:
         self._file.flush()
         for name, value in row.items():
             if not isinstance(value, str):
-                self._event(step, summary=tb.scalar(name, value))
+                # By hand: tensorboardX prints a warning of its own for each value that is NaN.
+                scalar = Summary.Value(tag=name, simple_value=value)
+                self._event(step, summary=Summary(value=[scalar]))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """A sample or the config, shown as typed (TensorBoard would read it as Markdown)."""
@@ -145,7 +153,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     """The rows of a metrics.jsonl (no file: none), without a last line that a kill cut off."""
     rows = []
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     for line in lines:
@@ -158,11 +166,31 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     return rows
 
 
+def _never_ends_a_run(show: Callable) -> Callable:
+    """A method of Console that loses its terminal (closed, a pipe nobody reads, an encoding that
+    lacks a character) says so once in the log; from then on nothing is shown, and the run goes on.
+    """
+
+    @functools.wraps(show)
+    def guarded(self, *args, **kwargs) -> None:
+        if self._lost:
+            return
+        try:
+            show(self, *args, **kwargs)
+        except (OSError, ValueError) as error:
+            self._lost = True
+            with contextlib.suppress(OSError, ValueError):
+                log.warning("Nothing more is shown here (%s); the run goes on.", error)
+
+    return guarded
+
+
 class Console:
     """The terminal of a run: a banner, one live line, and notices and samples that do not break it.
 
     On a terminal the line is redrawn in place. Elsewhere (a log file, CI) it is printed as a plain
-    line, at the first step, the last, and at most every `plain_every_s` seconds between.
+    line, at the first step, the last, and at most every `plain_every_s` seconds between. What goes
+    wrong with showing never ends a run.
     """
 
     def __init__(self, console: rich.console.Console | None = None, *, plain_every_s: float = 10.0):
@@ -172,6 +200,7 @@ class Console:
         self._total = 0
         self._first: tuple[int, float] | None = None
         self._printed_at = -math.inf
+        self._lost = False
 
     def __enter__(self) -> "Console":
         return self
@@ -179,6 +208,7 @@ class Console:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @_never_ends_a_run
     def banner(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
         """A table of key/value sections; values as text, integers with thousands separators."""
         table = rich.table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -192,13 +222,16 @@ class Console:
                 table.add_row(rich.text.Text(f"  {key}"), rich.text.Text(show(value)))
         self.console.print(rich.panel.Panel(table, title=title, title_align="left", expand=False))
 
+    @_never_ends_a_run
     def start(self, total_steps: int) -> None:
         """Begins the live line of a run that ends at `total_steps`."""
         self._total, self._first = total_steps, None
         if self.console.is_terminal:
             self._live = rich.live.Live(console=self.console, refresh_per_second=4)
             self._live.start()
+            self.console.show_cursor(True)  # a run that is killed cannot bring it back
 
+    @_never_ends_a_run
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
         """Shows step, loss, bits per byte, tokens/s, MFU and the time left, as far as known."""
         now = time.monotonic()
@@ -210,10 +243,12 @@ class Console:
             self._printed_at = now
             self._print(line)
 
+    @_never_ends_a_run
     def notice(self, text: str) -> None:
         """A sentence above the live line."""
         self._print(text)
 
+    @_never_ends_a_run
     def sample(self, text: str, title: str) -> None:
         """Generated text, verbatim, above the live line."""
         self.console.print(
@@ -221,9 +256,10 @@ class Console:
         )
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError, ValueError):
+                live.stop()
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
