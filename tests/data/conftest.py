@@ -27,6 +27,7 @@ def make_config(tmp_path, corpus):
         fields = {
             "source": corpus.source,
             "text_field": "text",
+            "bad_rows": "refuse",
             "tokenizer": "bytes",
             "end_of_text": "",
             "allow_lossy_tokenizer": False,

@@ -4,33 +4,44 @@ A source is one of
 
     python                the running interpreter's standard library, read in place, no network
     site_packages         every .py file of the installed packages
-    path or glob          text(.gz), .jsonl(.gz) or .parquet files; `**` crosses directories
+    path or glob          files of text, JSON or parquet, also compressed; `**` crosses directories
     hf:org/name[/config]  the train split of a Hugging Face data set (needs `datasets`)
     w*source + w*source   a mixture; w is the share of training sequences and the shares sum to 1
 
-Several text files are one document each. A single text file is cut at line ends into pieces of
-about 16 KiB, because the held-out split needs more than one document.
+Several text files are one document each, and so is each row of JSON or parquet. A single text file
+is cut at line ends into pieces of about 16 KiB, because the held-out split needs more than one
+document. `split_corpus` says what happens when there are too few documents all the same.
 """
 
 import glob
-import gzip
 import hashlib
-import json
 import os
 import re
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
+
+from yocou_jax.data.formats import PIECE_BYTES, Raw, cut, read_file, text_of
+from yocou_jax.data.progress import with_progress
 from yocou_jax.errors import UserError
+from yocou_jax.files import resolve
 
-PIECE_BYTES = 16 * 1024
+PIECE_SIZES = (PIECE_BYTES, 1024, 64)
+MAX_EXCESS = 1 / 8  # of a corpus, held out more than asked, before its documents are cut
+ENOUGH = 3 / 4  # of what is possible, before documents are cut
 # Tests of the standard library hold invalid encodings on purpose; lib2to3 reads Python 2.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
+
+WEIGHT = r"[-+]?(?:\d[\d.,_]*|\.\d[\d.]*|inf|infinity|nan)(?:e[-+]?\d+)?%?"
+WEIGHTED = re.compile(rf"{WEIGHT}\s*\*", re.IGNORECASE)
+SEPARATOR = re.compile(rf"\s+\+\s+|\s*\+\s*(?={WEIGHT}\s*\*)", re.IGNORECASE)
+QUOTED = re.compile(r"""(?:(?<=\*)|(?<=\*\s)|^)(["']).*?\1(?=\s*(?:\+|$))""", re.DOTALL)
 
 
 class Document(NamedTuple):
@@ -48,6 +59,7 @@ class CorpusSummary(NamedTuple):
     bytes: int  # UTF-8, after the repair of invalid bytes
     invalid: int  # documents with invalid UTF-8; the bad bytes became U+FFFD
     duplicates: int  # documents left out because an earlier one has the same text
+    skipped: int  # rows without text left out (data.bad_rows='skip')
 
 
 @dataclass(frozen=True)
@@ -59,11 +71,18 @@ class Corpus:
     """
 
     source: str
-    read: Callable[[], Iterator[tuple[str, bytes | str]]]
+    read: Callable[[int | None], Iterator[Raw]]  # takes piece_bytes
+    bad_rows: str = "refuse"  # or "skip"
+    piece_bytes: int | None = None  # None: documents stay whole
 
     def _unique(self, counts: dict[str, int]) -> Iterator[tuple[Document, bytes]]:
         seen: set[bytes] = set()
-        for name, raw in self.read():
+        for name, raw in self.read(self.piece_bytes):
+            if isinstance(raw, UserError):
+                if self.bad_rows == "refuse":
+                    raise raw
+                counts["skipped"] += 1
+                continue
             # JSON can spell lone surrogates, which UTF-8 cannot: both kinds go one way.
             raw = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
             digest = hashlib.sha256(raw).digest()
@@ -80,19 +99,39 @@ class Corpus:
 
     def documents(self) -> Iterator[Document]:
         """Every document once, in order; reads the source again on each call."""
-        return (document for document, _ in self._unique({"duplicates": 0, "invalid": 0}))
+        counts = dict.fromkeys(("duplicates", "invalid", "skipped"), 0)
+        return (document for document, _ in self._unique(counts))
 
     @cached_property
+    def _pass(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
+        """The summary, and of each document the hash of its name and its bytes, by hash."""
+        counts, total = dict.fromkeys(("duplicates", "invalid", "skipped"), 0), hashlib.sha256()
+        hashes, sizes = array("d"), array("q")
+        documents = self._unique(counts)
+        what = f"Reading {self.source}"
+        for document, digest in with_progress(documents, what, lambda d: len(d[0].text.encode())):
+            total.update(hashlib.sha256(document.name.encode("utf-8", "replace")).digest() + digest)
+            hashes.append(hash_fraction(document.name))
+            sizes.append(len(document.text.encode()))
+        if not hashes:
+            left_out = f"; {counts['skipped']} rows had none and were left out"
+            raise UserError(
+                f"The data source {self.source!r} contains no text"
+                f"{left_out if counts['skipped'] else ''}."
+            )
+        summary = CorpusSummary(total.hexdigest(), len(hashes), sum(sizes), **counts)
+        order = np.argsort(np.array(hashes), kind="stable")
+        return summary, np.array(hashes)[order], np.array(sizes)[order]
+
+    @property
     def summary(self) -> CorpusSummary:
         """One full pass over the source. Raises UserError when there is no text in it."""
-        counts, documents, size, total = {"duplicates": 0, "invalid": 0}, 0, 0, hashlib.sha256()
-        for document, digest in self._unique(counts):
-            total.update(hashlib.sha256(document.name.encode("utf-8", "replace")).digest() + digest)
-            documents += 1
-            size += len(document.text.encode())
-        if not documents:
-            raise UserError(f"The data source {self.source!r} contains no text.")
-        return CorpusSummary(total.hexdigest(), documents, size, **counts)
+        return self._pass[0]
+
+    @property
+    def sizes_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of the names [documents], ascending, and the bytes of these documents."""
+        return self._pass[1:]
 
 
 def hash_fraction(name: str, salt: str = "") -> float:
@@ -106,65 +145,146 @@ def is_held_out(name: str, validation_fraction: float) -> bool:
     return hash_fraction(name) < validation_fraction
 
 
+class Split(NamedTuple):
+    """A corpus, perhaps in pieces, of which the names that hash below `threshold` are held out."""
+
+    corpus: Corpus
+    threshold: float
+
+
+def split_corpus(corpus: Corpus, fraction: float, held_out_bytes: int, train_bytes: int) -> Split:
+    """Which documents are held out: as a rule those whose names hash below `fraction`.
+
+    So more documents leave the split of the others as it is. Where that gives one of the splits
+    fewer bytes than it needs, the threshold is moved: it takes the documents with the smallest
+    hashes, as many as needed. Where the documents are too few or too large for that, all of them
+    are cut into pieces, as small as it takes. When there is not enough text at all, both splits get
+    the same share of their need.
+    """
+    needs = held_out_bytes, train_bytes
+    tried = []
+    for size in (corpus.piece_bytes, *PIECE_SIZES):
+        candidate = corpus if size == corpus.piece_bytes else replace(corpus, piece_bytes=size)
+        threshold, met, share = _threshold(candidate, fraction, needs)
+        tried.append((met, Split(candidate, threshold)))
+        possible = min(1.0, candidate.summary.bytes / sum(needs))
+        most = fraction + MAX_EXCESS + held_out_bytes * possible / candidate.summary.bytes
+        if met >= ENOUGH * possible and share <= most:
+            return tried[-1][1]
+    return max(tried, key=lambda found: found[0])[1]
+
+
+def _threshold(
+    corpus: Corpus, fraction: float, needs: tuple[int, int]
+) -> tuple[float, float, float]:
+    """The threshold nearest to `fraction` at which the needs are met best.
+
+    With it the part of the needs that is met, at most 1, and the share of bytes held out.
+    """
+    hashes, sizes = corpus.sizes_by_hash
+    held_out = np.concatenate([[0], np.cumsum(sizes)])  # bytes when the first k documents are
+    met = np.minimum(held_out / needs[0], (held_out[-1] - held_out) / needs[1]).clip(max=1)
+    asked = np.searchsorted(hashes, fraction)
+    best = np.flatnonzero(met == met.max())
+    count = best[np.abs(best - asked).argmin()]
+    threshold = fraction if count == asked else np.append(hashes, 1.0)[count]
+    return float(threshold), float(met[count]), float(held_out[count] / held_out[-1])
+
+
 def parse_source(source: str) -> list[tuple[float, str]]:
     """Split a source string into (share of training sequences, source without weights).
 
     >>> parse_source("0.7*python + 0.3*books/*.txt")
     [(0.7, 'python'), (0.3, 'books/*.txt')]
 
+    What names a file that exists, or is a glob that matches one, is that and no mixture. Terms are
+    separated by ` + `, or by a `+` with a weight and `*` after it; spaces do not matter then. A
+    term's source may stand in quotes, in which everything is part of its name:
+
+    >>> parse_source("0.5*'a + b.txt'+0.5*python")
+    [(0.5, 'a + b.txt'), (0.5, 'python')]
+
     Raises UserError when a term has no weight, a weight is not a positive number, or the weights
     do not sum to 1.
     """
-    terms = re.split(r"\s+\+\s+", source.strip())
-    if len(terms) == 1:
-        return [(1.0, terms[0])]
+    source = source.strip()
+    if _existing_files(source):
+        return [(1.0, source)]
+    # Quoted parts are masked while the terms are looked for.
+    masked = QUOTED.sub(lambda quoted: "_" * len(quoted[0]), source)
+    ends = [found.span() for found in SEPARATOR.finditer(masked)]
+    begins = [0, *(end for _, end in ends)]
+    terms = [source[a:b] for a, b in zip(begins, [*(a for a, _ in ends), None], strict=True)]
+    if len(terms) == 1 and not WEIGHTED.match(masked):
+        return [(1.0, _unquoted(source))]
+    no_glob = "As one path or glob it matches no file."
     mixture = []
     for term in terms:
-        match = re.fullmatch(r"([-+.\deE]+)\s*\*\s*(.+)", term)
-        try:
-            weight = float(match[1]) if match else 0.0
-        except ValueError:
-            weight = 0.0
-        if weight <= 0:
+        match = re.fullmatch(rf"({WEIGHT})\s*\*\s*(.+)", term, re.DOTALL | re.IGNORECASE)
+        weight = _number(match[1]) if match else 0.0
+        if not 0 < weight < float("inf"):  # False for nan, too
             raise UserError(
                 f"The term {term!r} of the data mixture {source!r} needs a positive weight in "
-                "front, as in '0.7*python + 0.3*books/*.txt'."
+                "front, as in '0.7*python + 0.3*books/*.txt'; a path with ' + ' in it stands in "
+                f"quotes. {no_glob}"
             )
-        mixture.append((weight, match[2].strip()))
+        mixture.append((weight, _unquoted(match[2].strip())))
     total = sum(weight for weight, _ in mixture)
-    if abs(total - 1) > 1e-3:
+    if not abs(total - 1) <= 1e-3:
         raise UserError(
             f"The weights of the data mixture {source!r} are shares of the training sequences and "
-            f"must sum to 1; they sum to {total:g}."
+            f"must sum to 1; they sum to {total:g}. {no_glob}"
         )
     return [(weight / total, name) for weight, name in mixture]
 
 
-def open_corpus(source: str, text_field: str = "text") -> Corpus:
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _unquoted(source: str) -> str:
+    quoted = re.fullmatch(r"""(["'])(.*)\1""", source, re.DOTALL)
+    return quoted[2] if quoted else source
+
+
+def _existing_files(source: str) -> list[Path]:
+    """The files that a path or a glob names. A path first: a file name may hold [ or *."""
+    pattern = str(resolve(source))
+    names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    return [Path(name) for name in names if os.path.isfile(name)]
+
+
+def open_corpus(source: str, text_field: str = "text", bad_rows: str = "refuse") -> Corpus:
     """The corpus of one source without weights. Raises UserError when the source is unknown."""
     if source == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return _files_corpus(source, _python_files(root, STDLIB_SKIPPED), root, text_field)
-    if source == "site_packages":
+        read = _files_reader(_python_files(root, STDLIB_SKIPPED), root, text_field)
+    elif source == "site_packages":
         root = Path(sysconfig.get_paths()["purelib"])
-        return _files_corpus(source, _python_files(root, set()), root, text_field)
-    if source.startswith("hf:"):
-        return Corpus(source, lambda: _read_hugging_face(source, text_field))
-    pattern = os.path.expanduser(source)
-    if os.path.isdir(pattern):
-        raise UserError(
+        read = _files_reader(_python_files(root, set()), root, text_field)
+    elif source.startswith("hf:"):
+        read = _hugging_face_reader(source, text_field)
+    else:
+        paths = _existing_files(source)
+        if not paths:
+            raise _no_files(source)
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+        read = _files_reader(paths, root, text_field)
+    return Corpus(source, read, bad_rows)
+
+
+def _no_files(source: str) -> UserError:
+    if source and resolve(source).is_dir():
+        return UserError(
             f"The data source {source!r} is a directory; name its files with a glob such as "
             f"'{source.rstrip('/')}/**/*.txt'."
         )
-    if os.path.isfile(pattern):  # before the glob: a file name may hold [ or *
-        return _files_corpus(source, [Path(pattern)], Path(pattern).parent, text_field)
-    paths = [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
-    if paths:
-        root = Path(os.path.commonpath([p.parent for p in paths]))
-        return _files_corpus(source, paths, root, text_field)
     if glob.has_magic(source):
-        raise UserError(f"No file matches the data source {source!r}.")
-    raise UserError(
+        return UserError(f"No file matches the data source {source!r}.")
+    return UserError(
         f"The data source {source!r} is not a file that exists, nor one of 'python', "
         "'site_packages', 'hf:org/name', a glob, or a mixture such as '0.7*python + 0.3*a.txt'."
     )
@@ -174,85 +294,27 @@ def _python_files(root: Path, skipped: set[str]) -> list[Path]:
     return [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts[:-1])]
 
 
-def _files_corpus(source: str, paths: list[Path], root: Path, text_field: str) -> Corpus:
+def _files_reader(
+    paths: list[Path], root: Path, text_field: str
+) -> Callable[[int | None], Iterator[Raw]]:
     names = sorted((path.relative_to(root).as_posix(), path) for path in paths)
 
-    def read() -> Iterator[tuple[str, bytes | str]]:
+    def read(piece_bytes: int | None) -> Iterator[Raw]:
         for name, path in names:
-            try:
-                if name.endswith(".parquet"):
-                    yield from _read_parquet(name, path, text_field)
-                elif name.endswith((".jsonl", ".jsonl.gz")):
-                    yield from _read_jsonl(name, path, text_field)
-                elif len(names) == 1:
-                    yield from _read_pieces(name, path)
-                else:
-                    with _open(path) as file:
-                        yield name, file.read()
-            except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
-                raise UserError(f"The data file '{path}' could not be read: {error}.") from error
+            yield from read_file(name, path, text_field, piece_bytes, alone=len(names) == 1)
 
-    return Corpus(source, read)
+    return read
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+def _hugging_face_reader(source: str, text_field: str) -> Callable[[int | None], Iterator[Raw]]:
+    def read(piece_bytes: int | None) -> Iterator[Raw]:
+        rows = _read_hugging_face(source, text_field)
+        return cut(rows, piece_bytes) if piece_bytes else rows
+
+    return read
 
 
-def _read_pieces(name: str, path: Path) -> Iterator[tuple[str, bytes]]:
-    """Pieces of whole lines, at least PIECE_BYTES long but for the last."""
-    with _open(path) as file:
-        for number, lines in enumerate(iter(lambda: file.readlines(PIECE_BYTES), [])):
-            yield f"{name}#{number}", b"".join(lines)
-
-
-def _text(value: Any, text_field: str, fields: Iterable[str], where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where} has no text in the field {text_field!r} (data.text_field); its fields are "
-            f"{', '.join(map(repr, fields)) or 'none'}."
-        )
-    return value
-
-
-def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"Line {number} of the data file '{path}'"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where} is not valid JSON: {error}.") from error
-            record = record if isinstance(record, dict) else {}
-            yield f"{name}:{number}", _text(record.get(text_field), text_field, record, where)
-
-
-def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UserError(
-            f"Reading the data file '{path}' needs pyarrow: run 'pip install pyarrow'."
-        ) from error
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            fields = file.schema_arrow.names
-            if text_field not in fields:
-                _text(None, text_field, fields, f"The data file '{path}'")
-            for batch in file.iter_batches(columns=[text_field]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    where = f"Row {number} of the data file '{path}'"
-                    yield f"{name}:{number}", _text(value, text_field, fields, where)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"The data file '{path}' is not valid parquet: {error}.") from error
-
-
-def _read_hugging_face(source: str, text_field: str) -> Iterator[tuple[str, str]]:
+def _read_hugging_face(source: str, text_field: str) -> Iterator[Raw]:
     try:
         import datasets
     except ImportError as error:
@@ -271,4 +333,4 @@ def _read_hugging_face(source: str, text_field: str) -> Iterator[tuple[str, str]
         ) from error
     for number, record in enumerate(rows):
         where = f"Row {number + 1} of the data set {name!r}"
-        yield f"{name}:{number + 1}", _text(record.get(text_field), text_field, record, where)
+        yield f"{name}:{number + 1}", text_of(record, text_field, where)

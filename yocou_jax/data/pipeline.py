@@ -7,7 +7,6 @@ integer, and any number of processes gets the same global batches.
 """
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -26,17 +25,27 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from yocou_jax.data.corpus import Corpus, hash_fraction, is_held_out, open_corpus, parse_source
+from yocou_jax.data.corpus import (
+    Corpus,
+    Split,
+    hash_fraction,
+    is_held_out,
+    open_corpus,
+    parse_source,
+    split_corpus,
+)
+from yocou_jax.data.progress import with_progress
 from yocou_jax.data.tokenizer import Tokenizer, cache_error, cached_bpe, load_tokenizer
 from yocou_jax.errors import UserError
+from yocou_jax.files import resolve
 from yocou_jax.typing import Array, Float, Int
 
-FORMAT = 1  # part of the cache key: raise it when the files below change their meaning
+FORMAT = 2  # part of the cache key: raise it when the files below change their meaning
 SPLITS = ("train", "held_out")
 BPE_SAMPLE_BYTES = 32 * 1024**2  # enough text for tens of thousands of merges, about 15 s
 ENCODE_BYTES = 4 * 1024**2  # text encoded at once: bounds the memory, keeps every core busy
+MOST_BYTES_PER_TOKEN = 8  # on average, of texts too small for their split to be left to chance
 STALE_SECONDS = 7 * 24 * 3600  # a scratch directory this old was left by a killed process
-log = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -222,6 +231,7 @@ class DataBundle:
     num_windows: int
     num_invalid: int  # documents of both splits with invalid UTF-8
     num_duplicates: int
+    num_skipped: int  # rows without text (data.bad_rows='skip')
 
     @property
     def bytes_per_token(self) -> float:
@@ -247,15 +257,13 @@ def load_data(config: Any) -> DataBundle:
     `config` has the fields of DataConfig. Every process of a run calls this; all must see the same
     documents. Raises UserError for every input that cannot be used.
     """
-    mixture = parse_source(config.source)
-    corpora = [(weight, open_corpus(name, config.text_field)) for weight, name in mixture]
-    cache_dir = Path(config.cache_dir).expanduser()
-    fraction = config.validation_fraction
-    content = " + ".join(f"{weight!r}*{c.summary.fingerprint}" for weight, c in corpora)
+    parts = _parts(config)
+    cache_dir = resolve(config.cache_dir)
+    content = " + ".join(f"{weight!r}*{s.corpus.summary.fingerprint}" for weight, s in parts)
     if config.tokenizer == "bpe":
-        texts = _bpe_sample(corpora, fraction)
-        key = f"{content} {fraction!r} {BPE_SAMPLE_BYTES}"
-        trained = cached_bpe(texts, config.vocab_size, cache_dir, key)
+        thresholds = " ".join(repr(split.threshold) for _, split in parts)
+        key = f"{content} {thresholds} {BPE_SAMPLE_BYTES}"
+        trained = cached_bpe(_bpe_sample(parts), config.vocab_size, cache_dir, key)
         tokenizer = Tokenizer.from_json(trained.to_json(), "bpe", config.end_of_text)
     else:
         tokenizer = load_tokenizer(
@@ -265,27 +273,21 @@ def load_data(config: Any) -> DataBundle:
     _require_same_everywhere(fingerprint)
 
     train, held_out, counts = [], [], {"documents": 0, "tokens": 0, "bytes": 0}
-    for weight, corpus in corpora:
-        directory, meta = _tokenised(corpus, tokenizer, fraction, cache_dir)
-        for split, found in zip(SPLITS, (train, held_out), strict=True):
-            windows = _open_windows(directory, meta, split, config)
-            if not len(windows):
-                raise UserError(
-                    f"The {split.replace('_', '-')} split of the data source {corpus.source!r} has "
-                    f"{meta[split]['documents']} documents and {meta[split]['tokens']} tokens, "
-                    f"fewer than one window of data.sequence_length={config.sequence_length} plus "
-                    "one; use a shorter sequence, more text, or another data.validation_fraction "
-                    f"(now {fraction:g})."
-                )
-            found.append((weight, windows))
+    for weight, split in parts:
+        directory, meta = _tokenised(split, tokenizer, cache_dir)
+        _require_windows(split.corpus, meta, config.sequence_length)
+        train.append((weight, _open_windows(directory, meta, "train", config)))
+        held_out.append((weight, _open_windows(directory, meta, "held_out", config)))
         counts = {name: counts[name] + meta["train"][name] for name in counts}
     num_windows = sum(len(windows) for _, windows in train)
     if num_windows < config.batch_size:
         raise UserError(
             f"The data source {config.source!r} has {num_windows} training windows of "
             f"data.sequence_length={config.sequence_length}, fewer than "
-            f"data.batch_size={config.batch_size}."
+            f"data.batch_size={config.batch_size}; use a smaller batch, a shorter sequence, or "
+            "more text."
         )
+    summaries = [split.corpus.summary for _, split in parts]
     return DataBundle(
         tokenizer=tokenizer,
         stream=_training_stream(train, config.seed),
@@ -297,9 +299,34 @@ def load_data(config: Any) -> DataBundle:
         num_tokens=counts["tokens"],
         num_bytes=counts["bytes"],
         num_windows=num_windows,
-        num_invalid=sum(corpus.summary.invalid for _, corpus in corpora),
-        num_duplicates=sum(corpus.summary.duplicates for _, corpus in corpora),
+        num_invalid=sum(summary.invalid for summary in summaries),
+        num_duplicates=sum(summary.duplicates for summary in summaries),
+        num_skipped=sum(summary.skipped for summary in summaries),
     )
+
+
+def _parts(config: Any) -> list[tuple[float, Split]]:
+    """Weight and split of each component; a split has a window to hold out and a batch to train."""
+    parts = []
+    for weight, name in parse_source(config.source):
+        corpus = open_corpus(name, config.text_field, config.bad_rows)
+        rows, length = max(1, round(weight * config.batch_size)), config.sequence_length
+        needs = [MOST_BYTES_PER_TOKEN * (count * length + 1) for count in (1, rows)]
+        parts.append((weight, split_corpus(corpus, config.validation_fraction, *needs)))
+    return parts
+
+
+def _require_windows(corpus: Corpus, meta: dict[str, Any], sequence_length: int) -> None:
+    for split in SPLITS:
+        if meta[split]["tokens"] > sequence_length:
+            continue
+        shorter = min(meta[split]["tokens"] for split in SPLITS) // 2
+        raise UserError(
+            f"The {split.replace('_', '-')} split of the data source {corpus.source!r} has "
+            f"{meta[split]['documents']} documents and {meta[split]['tokens']} tokens, fewer than "
+            f"one window of data.sequence_length={sequence_length} plus one; use more text"
+            f"{f' or a data.sequence_length of at most {shorter}' if shorter else ''}."
+        )
 
 
 def _training_stream(train: list[tuple[float, Windows]], seed: int) -> grain.MapDataset:
@@ -327,12 +354,12 @@ def _validation(
     return Validation(tuple(rows), config.batch_size, num_tokens, num_bytes)
 
 
-def _bpe_sample(corpora: list[tuple[float, Corpus]], fraction: float) -> Iterator[str]:
+def _bpe_sample(parts: list[tuple[float, Split]]) -> Iterator[str]:
     """Training documents, by hash of their names when there are more than BPE_SAMPLE_BYTES."""
-    for weight, corpus in corpora:
+    for weight, (corpus, threshold) in parts:
         share = weight * BPE_SAMPLE_BYTES / corpus.summary.bytes
         for name, text in corpus.documents():
-            if not is_held_out(name, fraction) and hash_fraction(name, "bpe") < share:
+            if not is_held_out(name, threshold) and hash_fraction(name, "bpe") < share:
                 yield text
 
 
@@ -353,16 +380,14 @@ def _require_same_everywhere(fingerprint: str) -> None:
 # --- The token cache: a directory that is whole or absent -------------------------------------
 
 
-def _tokenised(
-    corpus: Corpus, tokenizer: Tokenizer, fraction: float, cache_dir: Path
-) -> tuple[Path, dict[str, Any]]:
+def _tokenised(split: Split, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Path, dict[str, Any]]:
     """The cache of a corpus, built when it is absent, and its meta.json."""
-    key = f"{FORMAT} {corpus.summary.fingerprint} {tokenizer.fingerprint} {fraction!r}"
+    fingerprint = split.corpus.summary.fingerprint
+    key = f"{FORMAT} {fingerprint} {tokenizer.fingerprint} {split.threshold!r}"
     directory = cache_dir / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
     if not directory.is_dir():
-        log.info("tokenising %s into %s", corpus.source, directory)
         with _whole_or_absent(directory) as scratch:
-            _write_tokens(corpus, tokenizer, fraction, scratch)
+            _write_tokens(split, tokenizer, scratch)
     return directory, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
@@ -391,7 +416,8 @@ def _whole_or_absent(directory: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, fraction: float, out: Path) -> None:
+def _write_tokens(split: Split, tokenizer: Tokenizer, out: Path) -> None:
+    corpus, threshold = split
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     meta: dict[str, Any] = {
         "source": corpus.source,
@@ -399,22 +425,28 @@ def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, fraction: float, out: Pa
         "tokenizer": tokenizer.fingerprint,
         "dtype": np.dtype(dtype).name,
     }
-    starts: dict[str, list[int]] = {split: [] for split in SPLITS}
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    starts: dict[str, list[int]] = {which: [] for which in SPLITS}
+    counts = {which: {"documents": 0, "tokens": 0, "bytes": 0} for which in SPLITS}
     with open(out / "train.bin", "wb") as train, open(out / "held_out.bin", "wb") as held_out:
         files = dict(zip(SPLITS, (train, held_out), strict=True))
-        for documents in _chunks(corpus.documents()):
+        reported = with_progress(
+            corpus.documents(),
+            f"Tokenising {corpus.source}",
+            lambda document: len(document.text.encode()),
+            corpus.summary.bytes,
+        )
+        for documents in _chunks(reported):
             for (name, _), ids in zip(
                 documents, tokenizer.encode_batch([d.text for d in documents]), strict=True
             ):
-                split = SPLITS[is_held_out(name, fraction)]
-                starts[split].append(counts[split]["tokens"])
-                files[split].write(np.insert(ids, 0, tokenizer.eot_id).astype(dtype).tobytes())
-                counts[split]["documents"] += 1
-                counts[split]["tokens"] += 1 + len(ids)
-                counts[split]["bytes"] += tokenizer.num_bytes(ids)
-    for split in SPLITS:
-        np.save(out / f"{split}.starts.npy", np.array(starts[split], np.int64))
+                which = SPLITS[is_held_out(name, threshold)]
+                starts[which].append(counts[which]["tokens"])
+                files[which].write(np.insert(ids, 0, tokenizer.eot_id).astype(dtype).tobytes())
+                counts[which]["documents"] += 1
+                counts[which]["tokens"] += 1 + len(ids)
+                counts[which]["bytes"] += tokenizer.num_bytes(ids)
+    for which in SPLITS:
+        np.save(out / f"{which}.starts.npy", np.array(starts[which], np.int64))
     text = json.dumps(meta | counts, indent=2)
     (out / "meta.json").write_text(text + "\n", encoding="utf-8")
 
