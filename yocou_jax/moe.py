@@ -17,7 +17,7 @@ from yocou_jax.typing import Array, Float, Int
 
 @flax.struct.dataclass
 class RouterStats:
-    """One layer's routing. load_balance is 1 when the load is uniform, and E at the worst.
+    """One layer's routing. load_balance is 1 when the load is uniform, and E / k at the worst.
 
     load_balance  E sum_e f_e P_e over the share of assignments f and the mean probability P
                   (Switch Transformer, eq. 4)
