@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -261,3 +262,56 @@ def test_other_endings(command):
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "a bug" in result.stderr
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed, or a pipe that nobody reads any more."""
+
+    encoding = "utf-8"
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(32, "Broken pipe"),
+        OSError(5, "Input/output error"),
+        ValueError("I/O operation on closed file."),
+        UnicodeEncodeError("latin-1", "日", 0, 1, "ordinal not in range(256)"),
+    ],
+)
+def test_what_cannot_be_shown_never_ends_a_run(error, terminal, caplog, monkeypatch):
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich points stdout elsewhere, pytest's here
+    out = Gone()
+    out.error = error
+    with Console(rich.console.Console(file=out, force_terminal=terminal)) as console:
+        console.banner("title", {"a": {"b": 1}})
+        console.start(10)
+        console.update(1, ROW)
+        console.notice("日本")
+        console.sample("日本", "step 1")
+    assert caplog.text.count("the run goes on") == 1
+
+
+def test_a_kill_leaves_the_cursor_on_the_screen():
+    """Rich hides it while a line is live, and SIGKILL gives nobody the time to bring it back."""
+    out = io.StringIO()
+    with Console(rich.console.Console(file=out, force_terminal=True, width=80)) as console:
+        console.start(100)
+        console.update(1, ROW)
+        shown, hidden = (out.getvalue().rfind(f"\x1b[?25{end}") for end in "hl")
+        assert shown > hidden >= 0
+
+
+def test_a_loss_that_is_not_finite_brings_no_foreign_lines(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": math.nan, "grad_norm": math.inf})
+    writer.close()
+    assert not caplog.records
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None

@@ -177,10 +177,11 @@ def _never_ends_a_run(show: Callable) -> Callable:
             return
         try:
             show(self, *args, **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SystemExit) as error:  # the last: rich, of a broken pipe
             self._lost = True
             with contextlib.suppress(OSError, ValueError):
-                log.warning("Nothing more is shown here (%s); the run goes on.", error)
+                why = "its reader has gone" if isinstance(error, SystemExit) else error
+                log.warning("Nothing more is shown here (%s); the run goes on.", why)
 
     return guarded
 
