@@ -136,8 +136,10 @@ def _check_values(words: list[str], flag_values: flags.FlagValues) -> None:
     for word, following in itertools.pairwise(words):
         name = re.sub("^--?", "", word)
         kinds = settings.FIELDS.get(name.removeprefix("config."), ())
-        takes_value = (name in flag_values and not flag_values[name].boolean) or (
-            name.startswith("config.") and kinds and kinds != (bool,)
+        takes_value = (
+            name in ("undefok", "flagfile")
+            or (name in flag_values and not flag_values[name].boolean)
+            or (name.startswith("config.") and kinds and kinds != (bool,))
         )
         if takes_value and following.startswith("--"):
             raise UserError(
@@ -184,6 +186,14 @@ class _ConfigParser(flags.ArgumentParser):
     def parse(self, argument: str | ConfigDict) -> ConfigDict:
         config = argument if isinstance(argument, ConfigDict) else _load(argument)
         settings.check_names(config)
+        for name, kinds in settings.FIELDS.items():
+            group, field = name.split(".")
+            found = config[group].get_type(field)
+            if found not in kinds and not (found is int and float in kinds):
+                raise UserError(
+                    f"In the config file {name} is of type {found.__name__}; it must be of type "
+                    f"{kinds[0].__name__}."
+                )
         return config.lock()
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests import tiny
 from yocou_jax.config import MeshConfig
 from yocou_jax.moe import MixtureOfExperts
-from yocou_jax.sharding import make_mesh, tree_shardings
+from yocou_jax.sharding import LOGICAL_AXES, make_mesh, tree_shardings
 
 D = tiny.MODEL["d_model"]
 X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6, D)), jnp.float32)
@@ -129,3 +129,30 @@ def test_eight_devices_compute_what_one_does(sizes):
         placed = jax.device_put(params, tree_shardings(boxed, mesh))
         got = jax.device_get(gradients(both, placed, X))
     tiny.assert_close(got, jax.device_get(expected), 1e-5)
+
+
+def test_the_router_computes_in_float32_whatever_the_compute_type():
+    """In bfloat16 a router would send tokens elsewhere: its logits are right to three digits."""
+    module = MixtureOfExperts(tiny.model(**tiny.MOE), jnp.bfloat16)
+    _, params, _ = layer()
+    x = X.astype(jnp.bfloat16)
+    y, stats = jax.jit(module.apply)({"params": params}, x)
+    assert y.dtype == jnp.bfloat16
+    rows = np.asarray(x, np.float64).reshape(-1, D)
+    logits = rows @ np.asarray(params["router"]["kernel"], np.float64)
+    z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
+    np.testing.assert_allclose(stats.router_z, z, rtol=1e-6)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    share = np.bincount(np.argsort(-p, axis=-1)[:, :2].ravel(), minlength=4) / (2 * len(rows))
+    np.testing.assert_allclose(stats.load, 4 * share, rtol=1e-6)
+    np.testing.assert_allclose(stats.load_balance, 4 * (share * p.mean(0)).sum(), rtol=1e-6)
+    assert {stat.dtype for stat in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
+
+
+def test_experts_split_over_devices_are_refused(monkeypatch):
+    """They would be numbered from 0 on every device, and tokens would reach the wrong ones."""
+    monkeypatch.setitem(LOGICAL_AXES, "experts", ("data",))
+    apply, params, _ = layer()
+    mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
+    with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="'experts' over"):
+        jax.eval_shape(apply, params, X)

@@ -1,5 +1,6 @@
 """Eight virtual devices against one: the same numbers, where arrays lie, moving checkpoints."""
 
+import dataclasses
 import functools
 import math
 
@@ -187,14 +188,61 @@ def test_the_table_names_only_mesh_axes():
     assert {axis for axes in LOGICAL_AXES.values() for axis in axes} <= {"data", "fsdp", "tensor"}
 
 
-def test_make_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
+def test_make_mesh_takes_what_is_left():
     assert dict(make_mesh(MeshConfig(-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert dict(make_mesh(MeshConfig(2, 1, -1)).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
-    for sizes in ((3, 1, 1), (-1, 3, 1), (1, 1, 16)):
-        with pytest.raises(UserError, match="8 devices"):
-            make_mesh(MeshConfig(*sizes))
+    assert dict(make_mesh(MeshConfig(-1, 2, 4)).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
     with pytest.raises(UserError, match="at most one -1"):
         MeshConfig(-1, -1, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((3, 1, 1), "data * fsdp * tensor is 3 and must be 8. mesh.data=-1 would take what the"),
+        ((1, 1, 16), "data * fsdp * tensor is 16 and must be 8. mesh.tensor=-1 would take"),
+        ((3, 5, 1), "data * fsdp * tensor is 15 and must be 8."),
+        ((-1, 3, 1), "fsdp * tensor is 3, which does not divide 8."),
+        ((-1, 1, 16), "fsdp * tensor is 16, which does not divide 8."),
+        ((16, 16, -1), "data * fsdp is 256, which does not divide 8."),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_what_would(sizes, reason):
+    with pytest.raises(UserError) as error:
+        make_mesh(MeshConfig(*sizes))
+    asked = "data={}, fsdp={}, tensor={}".format(*sizes)
+    start = f"A mesh of {asked} cannot be laid over 8 devices: {reason}"
+    assert str(error.value).startswith(start)
+    assert "to -1" not in str(error.value)
+    if "would take" in reason:  # and it does
+        axis = str(error.value).partition("mesh.")[2].partition("=")[0]
+        make_mesh(dataclasses.replace(MeshConfig(*sizes), **{axis: -1}))
+    elif -1 not in sizes:
+        assert str(error.value).endswith(reason)
+
+
+def test_a_mesh_axis_that_splits_no_parameter_is_refused():
+    with pytest.raises(UserError, match=r"mesh.fsdp=8 would split no parameter: 8 does not divide "
+                       r"embed=12\. Choose another mesh"):  # fmt: skip
+        set_up(config_on((1, 8, 1), d_model=12))
+    fields = {"d_ff": 20, "vocab_size": 30}
+    with pytest.raises(UserError, match=r"mesh.tensor=8 would split no parameter: 8 does not"
+                       r" divide vocab=30, kv_heads=2, heads=4, mlp=20\."):  # fmt: skip
+        set_up(config_on((1, 1, 8), **fields))
+    set_up(config_on((8, 1, 1), d_model=12, **fields))
+
+
+def test_a_mesh_axis_that_splits_only_a_part_is_said(caplog):
+    """Under tensor=8 all heads (4 and 2) stay whole: attention has 16 * 8 * (12 + 8) weights in the
+    two layers and 512 in the global K/V, the norms 96; feed-forward (2304) and vocabulary (1024)
+    are split. 3168 of 6496 are 49%."""
+    set_up(config_on((1, 1, 8)))
+    assert "mesh.tensor=8 leaves 49% of the parameters whole on every device" in caplog.text
+    assert "8 does not divide kv_heads=2, heads=4." in caplog.text
+    caplog.clear()
+    set_up(config_on((1, 8, 1)))
+    set_up(config_on((2, 2, 2)))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("batch_size", [6, 12])

@@ -43,7 +43,7 @@ def number(low: float, high: float, *, above: bool = False, below: bool = False)
     """A field from `low` to `high`; `above` leaves out low itself, and `below` high."""
 
     def rule(value: float) -> str | None:
-        if math.isnan(value):
+        if value != value:  # NaN; math.isnan cannot read large integers
             return "must be a number"
         if value < low or (above and value == low):
             return f"must be {'more than' if above else 'at least'} {low}"
@@ -345,8 +345,12 @@ def check_names(fields: Mapping[str, Any], cls=Config, prefix: str = "") -> None
     missing = [prefix + name for name in known if name not in fields]
     _require(not missing, f"The config lacks the fields {', '.join(missing)}.")
     for name, kind in known.items():
+        try:
+            value = fields[name]
+        except RequiredValueError:  # of a placeholder
+            raise UserError(f"The config has no value for {prefix}{name}.") from None
         if dataclasses.is_dataclass(kind):
-            check_names(fields[name], kind, f"{prefix}{name}.")
+            check_names(value, kind, f"{prefix}{name}.")
 
 
 def _build(cls, fields: Mapping[str, Any], prefix: str):
@@ -361,11 +365,7 @@ def _build(cls, fields: Mapping[str, Any], prefix: str):
 
 
 def _value(fields: Mapping[str, Any], name: str, prefix: str):
-    kinds = FIELDS[prefix + name]
-    try:
-        value = fields[name]
-    except RequiredValueError:
-        raise UserError(f"{prefix}{name} has no value, and the config file asks for one.") from None
+    kinds, value = FIELDS[prefix + name], fields[name]
     if float in kinds and type(value) is int:
         return float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
     if type(value) not in kinds:

@@ -19,6 +19,9 @@ from yocou_jax.typing import Array, Float, Int
 class RouterStats:
     """One layer's routing. load_balance is 1 when the load is uniform, and E / k at the worst.
 
+    All three average over every token that runs through the layer: in each loop and stream, and
+    those of loss weight 0 (rows that fill the last validation batch) like any other.
+
     load_balance  E sum_e f_e P_e over the share of assignments f and the mean probability P
                   (Switch Transformer, eq. 4)
     router_z      mean of logsumexp(router logits)^2 (ST-MoE, eq. 5)
@@ -102,6 +105,9 @@ def _sharded_experts(x, weights, chosen, *kernels):
     """`_experts` on every device's own tokens: a sort across devices would gather all of them.
 
     Each tensor shard holds a slice of every expert's width, so the results are summed over it.
+
+    Raises NotImplementedError if LOGICAL_AXES splits the experts themselves: `_experts` counts the
+    tokens of all experts and would send them to the wrong ones of a slice.
     """
 
     def flat(x, weights, chosen, *kernels):
@@ -115,6 +121,11 @@ def _sharded_experts(x, weights, chosen, *kernels):
     batch = spec_for(("batch", "length", None), x.shape, mesh)
     into = spec_for(("experts", None, "mlp"), kernels[0].shape, mesh)
     out = spec_for(("experts", "mlp", None), kernels[-1].shape, mesh)
+    if into[0] is not None:
+        raise NotImplementedError(
+            f"LOGICAL_AXES splits 'experts' over {into[0]}, but no token can be sent to an expert "
+            "on another device yet."
+        )
 
     def local(*args):
         y = flat(*args)

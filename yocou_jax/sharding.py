@@ -5,6 +5,7 @@ Modules name logical axes; LOGICAL_AXES maps them to mesh axes; all shardings ar
 mesh axis and its rows here.
 """
 
+import logging
 import math
 
 import flax.linen as nn
@@ -17,6 +18,9 @@ from yocou_jax.errors import UserError
 from yocou_jax.typing import Array, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
+REPLICATED_SHARE = 0.25  # of the parameters, above which a warning says that they are not split
+
+log = logging.getLogger(__name__)
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # activations
@@ -42,24 +46,61 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh of axes data, fsdp, tensor over all devices; a size of -1 takes what is left."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     named = math.prod(max(size, 1) for size in sizes.values())
-    for axis, size in sizes.items():
-        if size == -1:
-            sizes[axis] = len(devices) // named
-    total = math.prod(sizes.values())
-    if total != len(devices):
-        raise UserError(
-            f"A mesh of {asked} cannot be "
-            f"laid over {len(devices)} devices: the sizes multiply to {total}. "
-            "Set one of them to -1 to take what is left."
-        )
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(devices) % named or (not rest and named != len(devices)):
+        raise UserError(_does_not_fit(sizes, named, len(devices)))
+    for axis in rest:
+        sizes[axis] = len(devices) // named
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices,
     )
+
+
+def _does_not_fit(sizes: dict[str, int], named: int, devices: int) -> str:
+    """Why a mesh cannot be laid over that many devices, and what would be possible."""
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    sentence = f"A mesh of {asked} cannot be laid over {devices} devices"
+    others = " * ".join(axis for axis, size in sizes.items() if size != -1)
+    if -1 in sizes.values():
+        return f"{sentence}: {others} is {named}, which does not divide {devices}."
+    free = [axis for axis, size in sizes.items() if devices % (named // size) == 0]
+    hint = f" mesh.{free[0]}=-1 would take what the others leave." if free else ""
+    return f"{sentence}: {others} is {named} and must be {devices}.{hint}"
+
+
+def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a mesh with an axis over which no parameter is split: its devices would only repeat.
+
+    Where some are split, a warning says how much of the parameters every device holds whole.
+    boxed: parameters with their logical axes. Raises UserError.
+    """
+    boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    for axis in (axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1):
+        ways, whole = mesh.shape[axis], [box for box in boxes if not _is_split(box, mesh, axis)]
+        sizes = [pair for box in whole for pair in zip(box.names, box.value.shape, strict=True)]
+        uneven = dict.fromkeys(
+            f"{n}={size}" for n, size in sizes if axis in LOGICAL_AXES.get(n, ())
+        )
+        reason = f"{ways} does not divide {', '.join(uneven)}"
+        if len(whole) == len(boxes):
+            raise UserError(
+                f"mesh.{axis}={ways} would split no parameter: {reason}. Choose another mesh, "
+                f"such as mesh.{axis}=1 and more in mesh.data, or other sizes of the model."
+            )
+        share = sum(box.value.size for box in whole) / sum(box.value.size for box in boxes)
+        if share > REPLICATED_SHARE:
+            log.warning(
+                "mesh.%s=%d leaves %.0f%% of the parameters whole on every device: %s.",
+                *(axis, ways, 100 * share, reason),
+            )
+
+
+def _is_split(box: nn.LogicallyPartitioned, mesh, axis: str) -> bool:
+    return any(axis in (entry or ()) for entry in spec_for(box.names, box.value.shape, mesh))
 
 
 def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:

@@ -21,7 +21,7 @@ from yocou_jax.errors import UserError
 from yocou_jax.loss import LossSums, cross_entropy
 from yocou_jax.model import LanguageModel, abstract_params, head_matrix
 from yocou_jax.optimizer import make_optimizer, make_schedule
-from yocou_jax.sharding import batch_sharding, batch_ways, make_mesh, tree_shardings
+from yocou_jax.sharding import batch_sharding, batch_ways, check_split, make_mesh, tree_shardings
 from yocou_jax.typing import Array, PyTree
 
 # --- The step -------------------------------------------------------------------------------------
@@ -182,9 +182,9 @@ def set_up(config: Config, devices=None) -> Setup:
             f"mesh data*fsdp={batch_ways(mesh)} times "
             f"optimizer.accumulation_steps={config.optimizer.accumulation_steps}."
         )
-    optimizer = make_optimizer(
-        config.optimizer, config.run.steps, logical_axes(abstract_params(config.model))
-    )
+    boxed = abstract_params(config.model)
+    check_split(boxed, mesh)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, logical_axes(boxed))
     abstract, shardings = state_shardings(config, optimizer, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = batch_sharding(mesh)
