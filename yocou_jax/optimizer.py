@@ -43,8 +43,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         final_fraction + (1 - final_fraction) * share
         share = (1 + cos(pi k / n)) / 2  (cosine)  or  1 - k / n  (wsd)
 
-    of the peak. So the first is below the peak already, the last runs at final_fraction * peak
-    exactly, and without warm-up a cosine begins one update below the peak.
+    of the peak. So the first is below the peak already (in a long cosine by less than float32
+    holds), the last runs at final_fraction * peak exactly, and without warm-up a cosine begins one
+    update below the peak.
     """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     start = decay_starts(config, steps)
