@@ -3,17 +3,19 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from yocou_jax.data.corpus import (
-    PIECE_BYTES,
     hash_fraction,
     is_held_out,
     open_corpus,
     parse_source,
+    split_corpus,
 )
+from yocou_jax.data.formats import PIECE_BYTES
 from yocou_jax.errors import UserError
 
 TEXTS = ["first\n", "naïve 日本\n", "third"]
@@ -114,6 +116,18 @@ def test_hugging_face_name_and_config(monkeypatch):
         texts(open_corpus("hf:org/name", "body"))
 
 
+def test_hugging_face_rows_without_text(monkeypatch):
+    rows = [{"text": "a"}, {"text": None}, {"text": 5}, {"other": 1}, {"text": "b" * 100}]
+    datasets = SimpleNamespace(load_dataset=lambda *_, **__: rows)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    with pytest.raises(UserError, match="Row 2 of the data set 'org/name' has null in the field"):
+        texts(open_corpus("hf:org/name"))
+    corpus = open_corpus("hf:org/name", "text", "skip")
+    assert texts(corpus) == ["a", "b" * 100]
+    assert corpus.summary.skipped == 3
+    assert texts(replace(corpus, piece_bytes=16))[-1] == "b" * 4
+
+
 def test_hugging_face_offline_and_not_installed(monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("no route to the hub\nmore lines")
@@ -163,6 +177,104 @@ def test_held_out_share_is_the_asked_one_and_grows_monotonically():
     assert round(hash_fraction("argparse.py"), 6) == 0.786127
 
 
+def test_copies_after_the_repair_are_left_out(tmp_path):
+    for name, raw in {"a": b"xyz\xff", "b": b"xyz\xfe", "c": "xyz\ufffd".encode()}.items():
+        (tmp_path / f"{name}.txt").write_bytes(raw)
+    corpus = open_corpus(f"{tmp_path}/*.txt")
+    assert texts(corpus) == ["xyz\ufffd"]
+    assert corpus.summary.duplicates == 2
+
+
+# --- Which documents are held out --------------------------------------------------------------
+
+
+def split_of(corpus, fraction, held_out_bytes, train_bytes):
+    """Bytes of the two splits, and the names that are held out."""
+    corpus, threshold = split_corpus(corpus, fraction, held_out_bytes, train_bytes)
+    sizes, names = [0, 0], set()
+    for name, text in corpus.documents():
+        held_out = is_held_out(name, threshold)
+        sizes[held_out] += len(text.encode())
+        names |= {name} if held_out else set()
+    return sizes, names
+
+
+def test_a_large_corpus_is_split_by_name_alone(tmp_path):
+    records = [{"text": f"{i} {'x' * (i % 50)}"} for i in range(4000)]
+    names = []
+    for count in (2000, 4000):
+        corpus = open_corpus(write_jsonl(tmp_path / "x.jsonl", records[:count]))
+        assert split_corpus(corpus, 0.02, 500, 500) == (corpus, 0.02)
+        names.append(split_of(corpus, 0.02, 500, 500)[1])
+    assert len(names[0]) > 20
+    assert names[0] == {n for n in names[1] if int(n.split(":")[1]) <= 2000}
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.02, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 20, 300])
+def test_both_splits_get_their_need_whatever_the_names(tmp_path, count, fraction):
+    for seed in range(8):
+        rows = [
+            {"text": "".join(f"{i} words {j}\n" for j in range(6000 // count))}
+            for i in range(count)
+        ]
+        corpus = open_corpus(write_jsonl(tmp_path / f"{seed}.jsonl", rows))
+        (train, held_out), _ = split_of(corpus, fraction, 2000, 20_000)
+        assert train >= 20_000
+        assert held_out >= 2000
+        assert held_out <= corpus.summary.bytes * (fraction + 1 / 8) + 2000
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\r\n", " ", ""], ids=ascii)
+@pytest.mark.parametrize("size", [300, 5000, 200_000])
+def test_one_document_is_cut_as_small_as_it_takes(tmp_path, size, separator):
+    text = separator.join(f"{i}é" for i in range(size // 4))
+    size = len(text.encode())
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    write_jsonl(tmp_path / "x.jsonl", [{"text": text}])
+    for name in ("x.txt", "x.jsonl"):
+        corpus = open_corpus(f"{tmp_path}/{name}")
+        (train, held_out), _ = split_of(corpus, 0.02, size // 10, size // 2)
+        assert held_out >= size // 10
+        assert train >= size // 2
+        pieces = split_corpus(corpus, 0.02, size // 10, size // 2).corpus
+        assert "".join(texts(pieces)) == text
+
+
+def test_what_is_repeated_is_all_held_out_or_not_at_all(tmp_path):
+    for name in "ab":
+        log = "".join(f"log {name} {i % 50}\n" for i in range(100))
+        (tmp_path / f"{name}.txt").write_text(log + "0123456789abcdef\n" * 3000)
+    corpus = open_corpus(f"{tmp_path}/*.txt")
+    corpus, threshold = split_corpus(corpus, 0.02, 100, 200)
+    assert corpus.piece_bytes is not None
+    assert len("".join(texts(corpus))) == sum(p.stat().st_size for p in tmp_path.iterdir())
+    sides = {}
+    for name, text in corpus.documents():
+        sides.setdefault(text, set()).add(is_held_out(name, threshold))
+    assert all(len(side) == 1 for side in sides.values())
+
+
+def test_one_huge_document_among_tiny_ones(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"tiny {i}")
+    (tmp_path / "huge.txt").write_text("\n".join(map(str, range(100_000))))
+    (train, held_out), _ = split_of(open_corpus(f"{tmp_path}/*.txt"), 0.02, 4000, 64_000)
+    assert held_out >= 4000
+    assert train > 400_000
+
+
+def test_too_little_text_is_shared_by_need(tmp_path):
+    corpus = open_corpus(
+        write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i:04}"} for i in range(200)])
+    )
+    (train, held_out), _ = split_of(corpus, 0.02, 10**5, 3 * 10**5)
+    assert abs(held_out / (train + held_out) - 1 / 4) < 0.03
+
+
+# --- Mixtures ----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -170,6 +282,16 @@ def test_held_out_share_is_the_asked_one_and_grows_monotonically():
         ("a*b+c.txt", [(1.0, "a*b+c.txt")]),
         ("0.7*python + 0.3*p/*.txt", [(0.7, "python"), (0.3, "p/*.txt")]),
         ("0.25 * a + 7.5e-1*hf:x/y", [(0.25, "a"), (0.75, "hf:x/y")]),
+        ("0.7*a+0.3*b", [(0.7, "a"), (0.3, "b")]),
+        ("0.7*a +.3*b*.txt", [(0.7, "a"), (0.3, "b*.txt")]),
+        ("5e-1*c++/*.txt+.5 * a+b", [(0.5, "c++/*.txt"), (0.5, "a+b")]),
+        ("1.0*a", [(1.0, "a")]),
+        ("1 * 2*.txt", [(1.0, "2*.txt")]),
+        ("'a + b.txt'", [(1.0, "a + b.txt")]),
+        ("0.5*\"a + b.txt\" + 0.5*'0.2*c+0.8*d'", [(0.5, "a + b.txt"), (0.5, "0.2*c+0.8*d")]),
+        ("0.5*  'a + b'+0.5*python", [(0.5, "a + b"), (0.5, "python")]),
+        ("0.5*bob's.txt + 0.5*al's.txt", [(0.5, "bob's.txt"), (0.5, "al's.txt")]),
+        ("hf:org/name", [(1.0, "hf:org/name")]),
     ],
 )
 def test_parse_source(source, expected):
@@ -177,13 +299,47 @@ def test_parse_source(source, expected):
 
 
 @pytest.mark.parametrize(
+    "name", ["a + b.txt", "0.5*a + 0.5*b", "1.0*a", "2*.txt", "'q'", "x[1].txt"]
+)
+def test_a_file_that_exists_is_named_as_it_is(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text("its text")
+    monkeypatch.chdir(tmp_path)
+    for source in (name, str(tmp_path / name)):
+        assert parse_source(source) == [(1.0, source)]
+        assert texts(open_corpus(source)) == ["its text"]
+
+
+def test_a_glob_that_matches_is_no_mixture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("2b.txt", "1ax.txt", "c+3zx.txt"):
+        (tmp_path / name).write_text(name)
+    for source, name in {
+        "2*.txt": "2b.txt",
+        "1*x.txt": "1ax.txt",
+        "c+3*x.txt": "c+3zx.txt",
+    }.items():
+        assert parse_source(source) == [(1.0, source)]
+        assert texts(open_corpus(source)) == [name]
+    assert parse_source("0.5*2*.txt + 0.5*'c+3*x.txt'") == [(0.5, "2*.txt"), (0.5, "c+3*x.txt")]
+
+
+@pytest.mark.parametrize(
     ("source", "sentence"),
     [
         ("0.7*python + a.txt", "'a.txt'.*needs a positive weight"),
+        ("a + b", "'a'.*needs a positive weight"),
         ("-0.5*a + 1.5*b", "'-0.5.a'.*needs a positive weight"),
+        ("1.5*a+-0.5*b", "'-0.5.b'.*needs a positive weight"),
         ("0*a + 1*b", "needs a positive weight"),
         ("1.2.3*a + 1*b", "needs a positive weight"),
+        ("0,7*a + 0,3*b", "needs a positive weight"),
+        ("inf*a + 1*b", "'inf.a'.*needs a positive weight"),
+        ("nan*a + 1*b", "'nan.a'.*needs a positive weight"),
+        ("nan*a+nan*b", "'nan.a'.*needs a positive weight"),
+        ("1e400*a", "'1e400.a'.*needs a positive weight"),
         ("0.7*a + 0.7*b", "must sum to 1; they sum to 1.4"),
+        ("0.7*a+0.7*b", "must sum to 1; they sum to 1.4"),
+        ("2*nothing.txt", "they sum to 2. As one path or glob it matches no file"),
     ],
 )
 def test_bad_weights(source, sentence):
@@ -191,9 +347,18 @@ def test_bad_weights(source, sentence):
         parse_source(source)
 
 
+def test_home_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("at home")
+    for source in ("~/a.txt", "~/*.txt"):
+        assert texts(open_corpus(source)) == ["at home"]
+    assert parse_source("0.5*~/a.txt+0.5*python") == [(0.5, "~/a.txt"), (0.5, "python")]
+
+
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
+        ("", "'' is not a file that exists"),
         ("pyhton", "'pyhton' is not a file that exists, nor one of 'python'"),
         ("{tmp}/missing.txt", "missing.txt' is not a file that exists"),
         ("{tmp}/*.nothing", "No file matches"),

@@ -15,33 +15,35 @@ document. `split_corpus` says what happens when there are too few documents all 
 
 import glob
 import hashlib
+import io
 import os
 import re
 import sysconfig
 from array import array
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from yocou_jax.data.formats import PIECE_BYTES, Raw, cut, read_file, text_of
+from yocou_jax.data.formats import PIECE_BYTES, Raw, pieces, read_file, text_of
 from yocou_jax.data.progress import with_progress
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve
 
-PIECE_SIZES = (PIECE_BYTES, 1024, 64)
+PIECE_SIZES = (PIECE_BYTES, 4096, 1024, 256, 64, 16)
 MAX_EXCESS = 1 / 8  # of a corpus, held out more than asked, before its documents are cut
-ENOUGH = 3 / 4  # of what is possible, before documents are cut
+ENOUGH = 0.9  # of what is possible, before documents are cut
 # Tests of the standard library hold invalid encodings on purpose; lib2to3 reads Python 2.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 
 WEIGHT = r"[-+]?(?:\d[\d.,_]*|\.\d[\d.]*|inf|infinity|nan)(?:e[-+]?\d+)?%?"
 WEIGHTED = re.compile(rf"{WEIGHT}\s*\*", re.IGNORECASE)
 SEPARATOR = re.compile(rf"\s+\+\s+|\s*\+\s*(?={WEIGHT}\s*\*)", re.IGNORECASE)
-QUOTED = re.compile(r"""(?:(?<=\*)|(?<=\*\s)|^)(["']).*?\1(?=\s*(?:\+|$))""", re.DOTALL)
+QUOTED = re.compile(r"""(^|\*\s*)((["']).*?\3)(?=\s*(?:\+|$))""", re.DOTALL)
 
 
 class Document(NamedTuple):
@@ -51,8 +53,13 @@ class Document(NamedTuple):
     text: str
 
 
+def text_bytes(document: Document) -> int:
+    """UTF-8 bytes of its text."""
+    return len(document.text.encode())
+
+
 class CorpusSummary(NamedTuple):
-    """What one pass over a corpus read. `fingerprint` changes with any name or byte."""
+    """What one pass over a corpus read. `fingerprint` changes with any name or character."""
 
     fingerprint: str  # sha256, 64 hexadecimal digits
     documents: int
@@ -71,13 +78,21 @@ class Corpus:
     """
 
     source: str
-    read: Callable[[int | None], Iterator[Raw]]  # takes piece_bytes
+    read: Callable[[], Iterator[Raw]]
     bad_rows: str = "refuse"  # or "skip"
-    piece_bytes: int | None = None  # None: documents stay whole
+    piece_bytes: int | None = None  # None: documents stay as they are read
 
-    def _unique(self, counts: dict[str, int]) -> Iterator[tuple[Document, bytes]]:
+    def documents(self) -> Iterator[Document]:
+        """Every document once, in order; reads the source again on each call."""
+        return self._documents(Counter())
+
+    def _documents(self, counts: Counter[str]) -> Iterator[Document]:
+        whole = self._unique(counts)
+        return whole if self.piece_bytes is None else _in_pieces(whole, self.piece_bytes)
+
+    def _unique(self, counts: Counter[str]) -> Iterator[Document]:
         seen: set[bytes] = set()
-        for name, raw in self.read(self.piece_bytes):
+        for name, raw in self.read():
             if isinstance(raw, UserError):
                 if self.bad_rows == "refuse":
                     raise raw
@@ -85,34 +100,27 @@ class Corpus:
                 continue
             # JSON can spell lone surrogates, which UTF-8 cannot: both kinds go one way.
             raw = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
-            digest = hashlib.sha256(raw).digest()
-            if not raw or digest in seen:
-                counts["duplicates"] += bool(raw)
+            text = raw.decode("utf-8", "replace")
+            repaired = text.encode()  # two documents may differ in their invalid bytes alone
+            digest = hashlib.sha256(repaired).digest()
+            if not text or digest in seen:
+                counts["duplicates"] += bool(text)
                 continue
             seen.add(digest)
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError:
-                text = raw.decode("utf-8", "replace")
-                counts["invalid"] += 1
-            yield Document(name, text), digest
-
-    def documents(self) -> Iterator[Document]:
-        """Every document once, in order; reads the source again on each call."""
-        counts = dict.fromkeys(("duplicates", "invalid", "skipped"), 0)
-        return (document for document, _ in self._unique(counts))
+            counts["invalid"] += repaired != raw
+            yield Document(name, text)
 
     @cached_property
     def _pass(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
         """The summary, and of each document the hash of its name and its bytes, by hash."""
-        counts, total = dict.fromkeys(("duplicates", "invalid", "skipped"), 0), hashlib.sha256()
+        counts, total = Counter(duplicates=0, invalid=0, skipped=0), hashlib.sha256()
         hashes, sizes = array("d"), array("q")
-        documents = self._unique(counts)
-        what = f"Reading {self.source}"
-        for document, digest in with_progress(documents, what, lambda d: len(d[0].text.encode())):
-            total.update(hashlib.sha256(document.name.encode("utf-8", "replace")).digest() + digest)
-            hashes.append(hash_fraction(document.name))
-            sizes.append(len(document.text.encode()))
+        documents = self._documents(counts)
+        for name, text in with_progress(documents, f"Reading {self.source}", text_bytes):
+            for part in (name, text):
+                total.update(hashlib.sha256(part.encode("utf-8", "replace")).digest())
+            hashes.append(hash_fraction(name))
+            sizes.append(len(text.encode()))
         if not hashes:
             left_out = f"; {counts['skipped']} rows had none and were left out"
             raise UserError(
@@ -132,6 +140,16 @@ class Corpus:
     def sizes_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of the names [documents], ascending, and the bytes of these documents."""
         return self._pass[1:]
+
+
+def _in_pieces(documents: Iterable[Document], size: int) -> Iterator[Document]:
+    """Every text in pieces. One that repeats an earlier one bears its name: both are held out, or
+    none."""
+    names: dict[str, str] = {}
+    for name, text in documents:
+        for number, piece in enumerate(pieces(io.BytesIO(text.encode()), size)):
+            text = piece.decode()
+            yield Document(names.setdefault(text, f"{name}#{number}"), text)
 
 
 def hash_fraction(name: str, salt: str = "") -> float:
@@ -184,6 +202,7 @@ def _threshold(
     hashes, sizes = corpus.sizes_by_hash
     held_out = np.concatenate([[0], np.cumsum(sizes)])  # bytes when the first k documents are
     met = np.minimum(held_out / needs[0], (held_out[-1] - held_out) / needs[1]).clip(max=1)
+    met[1:-1][hashes[1:] == hashes[:-1]] = 0  # the same name, which is held out or not
     asked = np.searchsorted(hashes, fraction)
     best = np.flatnonzero(met == met.max())
     count = best[np.abs(best - asked).argmin()]
@@ -211,7 +230,7 @@ def parse_source(source: str) -> list[tuple[float, str]]:
     if _existing_files(source):
         return [(1.0, source)]
     # Quoted parts are masked while the terms are looked for.
-    masked = QUOTED.sub(lambda quoted: "_" * len(quoted[0]), source)
+    masked = QUOTED.sub(lambda found: found[1] + "_" * len(found[2]), source)
     ends = [found.span() for found in SEPARATOR.finditer(masked)]
     begins = [0, *(end for _, end in ends)]
     terms = [source[a:b] for a, b in zip(begins, [*(a for a, _ in ends), None], strict=True)]
@@ -266,7 +285,7 @@ def open_corpus(source: str, text_field: str = "text", bad_rows: str = "refuse")
         root = Path(sysconfig.get_paths()["purelib"])
         read = _files_reader(_python_files(root, set()), root, text_field)
     elif source.startswith("hf:"):
-        read = _hugging_face_reader(source, text_field)
+        read = partial(_read_hugging_face, source, text_field)
     else:
         paths = _existing_files(source)
         if not paths:
@@ -294,22 +313,12 @@ def _python_files(root: Path, skipped: set[str]) -> list[Path]:
     return [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts[:-1])]
 
 
-def _files_reader(
-    paths: list[Path], root: Path, text_field: str
-) -> Callable[[int | None], Iterator[Raw]]:
+def _files_reader(paths: list[Path], root: Path, text_field: str) -> Callable[[], Iterator[Raw]]:
     names = sorted((path.relative_to(root).as_posix(), path) for path in paths)
 
-    def read(piece_bytes: int | None) -> Iterator[Raw]:
+    def read() -> Iterator[Raw]:
         for name, path in names:
-            yield from read_file(name, path, text_field, piece_bytes, alone=len(names) == 1)
-
-    return read
-
-
-def _hugging_face_reader(source: str, text_field: str) -> Callable[[int | None], Iterator[Raw]]:
-    def read(piece_bytes: int | None) -> Iterator[Raw]:
-        rows = _read_hugging_face(source, text_field)
-        return cut(rows, piece_bytes) if piece_bytes else rows
+            yield from read_file(name, path, text_field, alone=len(names) == 1)
 
     return read
 

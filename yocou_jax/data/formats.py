@@ -13,7 +13,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,23 +68,20 @@ BINARY = {  # the beginning of files that could pass for text, or that deserve t
 }
 
 
-def read_file(
-    name: str, path: Path, text_field: str, piece_bytes: int | None, alone: bool
-) -> Iterator[Raw]:
-    """The documents of one file, in pieces of about piece_bytes when it is not None.
+def read_file(name: str, path: Path, text_field: str, alone: bool) -> Iterator[Raw]:
+    """The documents of one file: its rows, or all of its text.
 
-    A text file is one document; `alone` in its source, it is always cut, so that a file of any
-    size is read bit by bit. Raises UserError for a file that is binary, damaged, or not what its
-    name says.
+    A text that is `alone` in its source comes in pieces of about PIECE_BYTES, read bit by bit.
+    Raises UserError for a file that is binary, damaged, or not what its name says.
     """
     try:
         with _open(path) as file:
             head = file.peek(BLOCK_BYTES)[:BLOCK_BYTES]
             rows = _rows(name, path, file, head, text_field)
             if rows is not None:
-                yield from cut(rows, piece_bytes) if piece_bytes else rows
-            elif piece_bytes or alone:
-                for number, piece in enumerate(_pieces(file, piece_bytes or PIECE_BYTES)):
+                yield from rows
+            elif alone:
+                for number, piece in enumerate(pieces(file, PIECE_BYTES)):
                     yield f"{name}#{number}", piece
             else:
                 yield name, file.read()
@@ -236,7 +233,7 @@ def _zstd_decoder(path: Path) -> Callable[[], Any]:
 # --- Text --------------------------------------------------------------------------------------
 
 
-def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
     """Pieces that end at the first line end after `size` bytes.
 
     A line that is longer than that again is cut at 2 * size, between two characters.
@@ -259,17 +256,6 @@ def _piece_end(text: bytes, size: int) -> int:
     while at > 2 * size - 3 and text[at] & 0xC0 == 0x80:  # the bytes of a character after its first
         at -= 1
     return at
-
-
-def cut(rows: Iterable[Raw], piece_bytes: int) -> Iterator[Raw]:
-    """Every text in pieces, as a text file is cut."""
-    for name, raw in rows:
-        if isinstance(raw, UserError):
-            yield name, raw
-            continue
-        raw = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
-        for number, piece in enumerate(_pieces(io.BytesIO(raw), piece_bytes)):
-            yield f"{name}#{number}", piece
 
 
 # --- Rows --------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from yocou_jax.data.corpus import (
     open_corpus,
     parse_source,
     split_corpus,
+    text_bytes,
 )
 from yocou_jax.data.progress import with_progress
 from yocou_jax.data.tokenizer import Tokenizer, cache_error, cached_bpe, load_tokenizer
@@ -429,12 +430,8 @@ def _write_tokens(split: Split, tokenizer: Tokenizer, out: Path) -> None:
     counts = {which: {"documents": 0, "tokens": 0, "bytes": 0} for which in SPLITS}
     with open(out / "train.bin", "wb") as train, open(out / "held_out.bin", "wb") as held_out:
         files = dict(zip(SPLITS, (train, held_out), strict=True))
-        reported = with_progress(
-            corpus.documents(),
-            f"Tokenising {corpus.source}",
-            lambda document: len(document.text.encode()),
-            corpus.summary.bytes,
-        )
+        what, total = f"Tokenising {corpus.source}", corpus.summary.bytes
+        reported = with_progress(corpus.documents(), what, text_bytes, total)
         for documents in _chunks(reported):
             for (name, _), ids in zip(
                 documents, tokenizer.encode_batch([d.text for d in documents]), strict=True
