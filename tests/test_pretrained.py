@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
@@ -140,9 +142,13 @@ def test_the_names_in_the_file_are_paths_and_the_config_is_readable(tmp_path):
         scale, one.params["stage_1_cross"]["layers"]["attention_norm"]["scale"]
     )
     config = json.loads((tmp_path / "a/config.json").read_text())
-    assert (config["format"], config["version"], config["step"]) == ("yocou_jax", 1, None)
+    assert (config["format"], config["version"], config["step"]) == ("yocou_jax", 2, None)
     assert config["program"] == "window*2@3 | cross*2"
     assert config["model"] == dataclasses.asdict(one.config)
+    weights = (tmp_path / "a/model.safetensors").read_bytes()
+    assert config["weights"] == hashlib.sha256(weights).hexdigest()
+    assert config["tokenizer"] == one.tokenizer.fingerprint
+    assert config["end_of_text"] == "<|endoftext|>"
 
 
 def test_other_types_stay_and_other_layouts_do_not_matter(tmp_path):
@@ -368,16 +374,115 @@ def test_no_tokenizer(folder, run_folder):
 def test_a_tokenizer_that_is_none_or_that_of_another_model(folder):
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer.json' is not a tokenizer.json: " in refused(folder)
-    (folder / "tokenizer.json").write_text(train_bpe(["text"] * 9, 261).to_json())
-    assert "entries, but model.vocab_size=258: it is not the tokenizer of" in refused(folder)
+    with pytest.raises(UserError, match=r"model.vocab_size=258: it is not the token"):
+        dataclasses.replace(model(), tokenizer=train_bpe(["text"] * 9, 261))
+
+
+@pytest.mark.parametrize("size", [258, 261])
+def test_another_tokenizer_than_the_models_own_is_refused(folder, run_folder, size):
+    """Of the same size, where nothing else would tell, and of a larger one."""
+    other = train_bpe(["text"] * 9, size)
+    for path, described in ((folder, "config.json"), (run_folder, "manifest.json")):
+        (path / "tokenizer.json").write_text(other.to_json(), encoding="utf-8")
+        assert refused(path) == (
+            f"{path / 'tokenizer.json'} is not the tokenizer of this model: its fingerprint is "
+            f"{other.fingerprint}, but {path / described} has {BYTES.fingerprint}. Bring the "
+            "model's own back; with another one its text is garbage."
+        )
+
+
+def test_a_smaller_or_slightly_different_tokenizer_is_refused(tmp_path):
+    texts = ["def naïve():\n    return '日本 🙂'\n"] * 9
+    one = dataclasses.replace(model(vocab_size=300), tokenizer=train_bpe(texts, 300))
+    export(tmp_path / "a", one)
+    file, own = tmp_path / "a/tokenizer.json", one.tokenizer.to_json()
+    swapped = json.loads(own)
+    vocab = swapped["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    fewer = train_bpe(texts, 280).to_json()
+    for text in (fewer, json.dumps(swapped), own + " "):
+        file.write_text(text, encoding="utf-8")
+        assert "is not the tokenizer of this model" in refused(tmp_path / "a")
+    file.write_text(own, encoding="utf-8")
+    assert_same(one, load(tmp_path / "a"))
+
+
+def test_an_old_manifest_that_names_no_tokenizer_is_read_with_a_warning(run_folder, caplog):
+    edit(run_folder / "manifest.json", lambda m: m.pop("tokenizer") and None)
+    assert_same(model(step=1), load(run_folder))
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "yocou_jax.pretrained"]
+    assert "does not say which tokenizer the model has" in line
+
+
+@pytest.mark.parametrize("kind", ["workdir", "exported"])
+def test_the_end_of_text_and_a_lossy_tokenizer_belong_to_the_model(tmp_path, kind):
+    backend = tokenizers.Tokenizer.from_str(train_bpe(["text"] * 9, 260).to_json())
+    backend.add_special_tokens(["<fin>"])
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer = Tokenizer.from_json(backend.to_str(), "t", "<fin>", allow_lossy=True)
+    one = dataclasses.replace(model(vocab_size=300, step=1), tokenizer=tokenizer)
+    path = tmp_path / kind
+    described = path / ("config.json" if kind == "exported" else "manifest.json")
+    if kind == "workdir":
+        workdir(path, one, 1)
+        edit(described, lambda m: m["config"]["data"].update(end_of_text="<fin>"))
+    else:
+        export(path, one)
+    found = load(path)
+    assert_same(one, found)
+    assert found.tokenizer.end_of_text == "<fin>"
+    assert found.tokenizer.loss
+    end = {"end_of_text": "<|endoftext|>"}
+    edit(described, lambda m: (m if kind == "exported" else m["config"]["data"]).update(end))
+    assert "is not the tokenizer of this model" in refused(path)
+
+
+# --- One step of several --------------------------------------------------------------------------
+
+
+def test_a_step_can_be_chosen(tmp_path):
+    path = workdir(tmp_path, model(step=1), 1)
+    newer = model(seed=1, step=3)
+    with Checkpointer(path / "checkpoints", every=1) as checkpointer:
+        params = jax.tree.map(jnp.asarray, newer.params)
+        checkpointer.save(3, TrainState(jnp.int32(3), params, params))
+    assert_same(model(step=1), load(path, step=1))
+    assert_same(newer, load(path, step=3))
+    assert_same(newer, load(path))
+    with pytest.raises(UserError, match=r"no checkpoint of step 2 in .*; the steps there: 1, 3\.$"):
+        load(path, step=2)
+    (path / "checkpoints/3/inventory.json").write_text("{")
+    with pytest.raises(UserError, match=r"The checkpoint of step 3 in .* cannot be read: its inv"):
+        load(path, step=3)
+    shutil.rmtree(path / "checkpoints")
+    with pytest.raises(UserError, match=r"no checkpoint of step 0 in .*; the steps there: none\.$"):
+        load(path, step=0)
+
+
+def test_an_export_has_one_step(folder):
+    assert load(folder, step=7).step == 7
+    with pytest.raises(UserError, match=r"no step 0 in .*/a: an export has one, here 7\.$"):
+        load(folder, step=0)
+
+
+def test_a_path_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export("~/a", model())
+    assert_same(model(), load("~/a"))
+    assert refused("~no-such-user/a") == "The path ~no-such-user/a does not exist."
 
 
 def test_a_manifest_that_is_none(run_folder):
     file = run_folder / "manifest.json"
-    for change in (lambda m: m.pop("program") and None, lambda m: m.update(config=[])):
+    for change in (
+        lambda m: m.pop("program") and None,
+        lambda m: m.update(config=[]),
+        lambda m: m["config"].pop("data") and None,
+        lambda m: m["config"].update(data=3),
+    ):
         before = file.read_text()
         edit(file, change)
-        assert refused(run_folder).endswith("it lacks config.model or program.")
+        assert refused(run_folder).endswith("it lacks config.model, config.data or program.")
         file.write_text(before)
     edit(file, lambda m: [m])
     assert refused(run_folder) == f"{file} does not hold a JSON object."
@@ -395,15 +500,25 @@ def test_a_manifest_of_another_model(run_folder):
 CONFIGS = [
     (
         lambda c: c.update(format="torch"),
-        "is of format 'torch', version 1; only format 'yocou_jax'",
+        "is of format 'torch', version 2; only format 'yocou_jax'",
     ),
-    (lambda c: c.update(version=2), "is of format 'yocou_jax', version 2; only"),
+    (
+        lambda c: c.update(version=1),
+        "is of format 'yocou_jax', version 1; only format 'yocou_jax', version 2 can be read, so "
+        "export the model again.",
+    ),
     (lambda c: {"model_type": "llama"}, "is of format None, version None; only format 'yocou_jax'"),
-    (lambda c: c.update(more=1), "has the fields format, model, more, program, step, version, but"),
+    (
+        lambda c: c.update(more=1),
+        "has the fields end_of_text, format, model, more, program, step, tokenizer, version, "
+        "weights, but should have end_of_text, ",
+    ),
     (
         lambda c: c.pop("step") and None,
-        "has the fields format, model, program, version, but should",
+        "has the fields end_of_text, format, model, program, tokenizer, version, weights, but",
     ),
+    (lambda c: c.update(end_of_text=7), "has end_of_text=7 and tokenizer="),
+    (lambda c: c.update(tokenizer=[]), "and tokenizer=[], which must be texts."),
     (lambda c: c.update(step=1.5), "has step=1.5, which must be a whole number or null."),
     (lambda c: c.update(model=3), "has no fields under 'model', but 3."),
     (
@@ -416,7 +531,7 @@ CONFIGS = [
     ),
     (
         lambda c: c["model"].update(window="8"),
-        "cannot be used: model.window='8' must be of type int.",
+        "cannot be used: model.window='8' must be of type int",
     ),
     (
         lambda c: c.update(program="window*2@4 | cross*2"),
@@ -450,6 +565,26 @@ def test_truncated_parameters(folder, kept):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     assert refused(folder).startswith(f"{file} cannot be read: ")
+
+
+@pytest.mark.parametrize("at", [0.01, 0.5, 1.0])
+def test_a_flipped_bit_in_the_parameters(folder, at):
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")  # behind the header
+    data[begin + int(at * (len(data) - begin - 1))] ^= 1
+    file.write_bytes(data)
+    sentence = refused(folder)
+    assert sentence.startswith(
+        f"{file} is damaged: its sha256 is {hashlib.sha256(data).hexdigest()}"
+    )
+    assert sentence.endswith("Copy the folder or export the model again.")
+
+
+def test_parameters_of_another_model_of_the_same_sizes(folder, tmp_path):
+    export(tmp_path / "b", model(seed=1))
+    shutil.copy(tmp_path / "b/model.safetensors", folder / "model.safetensors")
+    assert "model.safetensors is damaged: its sha256 is" in refused(folder)
 
 
 def test_parameters_that_are_not_safetensors(folder):

@@ -193,19 +193,32 @@ class Checkpointer:
         )
 
 
-def load_params(directory: str | os.PathLike, abstract_params: PyTree) -> tuple[PyTree, int]:
-    """(params, step) of the newest whole checkpoint; nothing on disk is changed.
+def load_params(
+    directory: str | os.PathLike, abstract_params: PyTree, step: int | None = None
+) -> tuple[PyTree, int]:
+    """(params, step) of the newest whole checkpoint, or of that of `step`; nothing on disk is
+    changed.
 
     They are cast to the types of `abstract_params` and placed by its shardings (without any: on
-    the first device).
+    the first device). Raises UserError if there is no such checkpoint, or if it is damaged.
     """
     directory = Path(directory).absolute()
-    step, passed_over = _newest_whole(directory, _steps(directory))
-    for bad, why in passed_over.items():
+    steps = _steps(directory)
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise UserError(
+            f"There is no checkpoint of step {step} in {directory}; the steps there: {there}."
+        )
+    found, damaged = _newest_whole(directory, steps if step is None else [step])
+    if step in damaged:
+        raise UserError(
+            f"The checkpoint of step {step} in {directory} cannot be read: {damaged[step]}."
+        )
+    for bad, why in damaged.items():
         log.warning("Checkpoint %d was passed over: %s.", bad, why)
-    if step is None:
+    if found is None:
         raise UserError(f"There is no checkpoint to read in {directory}.")
-    return _restore(directory, step, {"params": abstract_params}, partial=True)["params"], step
+    return _restore(directory, found, {"params": abstract_params}, partial=True)["params"], found
 
 
 def _restore(directory: Path, step: int, abstract: PyTree, partial: bool = False) -> PyTree:

@@ -4,11 +4,14 @@
     exported folder      config.json      tokenizer.json    model.safetensors
 
 An exported folder has what inference needs and nothing else; safetensors is the file format that
-other frameworks read too, with the dotted path of each parameter as its name.
+other frameworks read too, with the dotted path of each parameter as its name. Hashes tell whether
+the tokenizer is the model's own and the parameters are those that were written.
 """
 
 import dataclasses
+import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -27,15 +30,21 @@ from yocou_jax.checkpoint import load_params, named_leaves
 from yocou_jax.config import ModelConfig
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
 from yocou_jax.errors import UserError
+from yocou_jax.files import resolve
 from yocou_jax.manifest import differences
 from yocou_jax.model import abstract_params
 from yocou_jax.sharding import tree_shardings
 from yocou_jax.typing import PyTree
 
-FORMAT, VERSION = "yocou_jax", 1  # of an exported folder; another meaning is another version
+FORMAT, VERSION = "yocou_jax", 2  # of an exported folder; another meaning is another version
 CONFIG, WEIGHTS, TOKENIZER = FILES = ("config.json", "model.safetensors", "tokenizer.json")
-CONFIG_FIELDS = {"format", "version", "program", "step", "model"}
+CONFIG_FIELDS = {
+    *("format", "version", "program", "step", "model"),
+    *("tokenizer", "end_of_text", "weights"),  # its fingerprint, a name, sha256 of the file
+}
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names in safetensors and jax
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,22 +70,23 @@ class Pretrained:
             )
 
 
-def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Pretrained:
-    """Reads the newest whole checkpoint of a training workdir, or an exported folder.
+def load(path: str | os.PathLike, mesh: Mesh | None = None, step: int | None = None) -> Pretrained:
+    """Reads a checkpoint of a training workdir (of `step`, or the newest whole one), or an exported
+    folder.
 
     The parameters lie on `mesh` as in training, each device reading its part; without a mesh, on
     the first device. Nothing on disk is changed.
 
-    Raises UserError if the folder is neither, is not complete, cannot be read, or holds another
-    model than its config says.
+    Raises UserError if the folder is neither, is not complete, cannot be read, has no such step, or
+    holds another model or tokenizer than its config says.
     """
-    path = Path(path).expanduser()
+    path = resolve(path)
     if not path.exists():
         raise UserError(f"The path {path} does not exist.")
     if (path / "manifest.json").exists():
-        return _load_workdir(path, mesh)
+        return _load_workdir(path, mesh, step)
     if (path / CONFIG).exists():
-        return _load_exported(path, mesh)
+        return _load_exported(path, mesh, step)
     raise UserError(
         f"{path} is neither a training workdir (it has no manifest.json) nor an exported folder "
         f"(it has no {CONFIG})."
@@ -90,7 +100,7 @@ def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
     UserError if it exists and is not empty, if it cannot be written, or if the parameters are not
     those of the config.
     """
-    folder, config = Path(folder).expanduser().resolve(), pretrained.config
+    folder, config = resolve(folder).resolve(), pretrained.config
     found = {name: (list(x.shape), x.dtype.name) for name, x in named_leaves(pretrained.params)}
     _check_arrays("The model to export", found, abstract_params(config))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -104,17 +114,20 @@ def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
         "program": str(config.program),
         "step": pretrained.step,
         "model": dataclasses.asdict(config),
+        "tokenizer": pretrained.tokenizer.fingerprint,
+        "end_of_text": pretrained.tokenizer.end_of_text,
     }
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         scratch.mkdir(parents=True)
-        (scratch / CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        (scratch / TOKENIZER).write_text(pretrained.tokenizer.to_json(), encoding="utf-8")
+        (scratch / TOKENIZER).write_bytes(pretrained.tokenizer.to_json().encode())
         # On a CPU these are views. safetensors writes memory as it lies, and arrays that come from
         # an accelerator may lie in another order.
         arrays = {n: np.asarray(x, order="C") for n, x in named_leaves(pretrained.params)}
         save_file(arrays, scratch / WEIGHTS)
-        # It makes files that their owner alone can read.
+        description["weights"] = _sha256(scratch / WEIGHTS)
+        (scratch / CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        # safetensors makes files that their owner alone can read.
         (scratch / WEIGHTS).chmod((scratch / CONFIG).stat().st_mode)
         for name in FILES:  # on the disk before the folder has its name, also through a power cut
             with (scratch / name).open("rb") as file:
@@ -127,29 +140,31 @@ def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _load_workdir(path: Path, mesh: Mesh | None) -> Pretrained:
+def _load_workdir(path: Path, mesh: Mesh | None, step: int | None) -> Pretrained:
     file = path / "manifest.json"
     manifest = _read_json(file)
     try:
         fields, program = manifest["config"]["model"], manifest["program"]
-    except (KeyError, TypeError) as error:
+        end_of_text = manifest["config"]["data"].get("end_of_text", "")
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} is not the manifest of a training run: it lacks config.model or program."
+            f"{file} is not the manifest of a training run: it lacks config.model, config.data or "
+            "program."
         ) from error
     config = _model_config(file, fields, program)
-    tokenizer = load_tokenizer(_file_of(path, TOKENIZER))
-    params, step = load_params(path / "checkpoints", _placed(config, mesh))
+    tokenizer = _read_tokenizer(file, end_of_text, manifest.get("tokenizer"))
+    params, step = load_params(path / "checkpoints", _placed(config, mesh), step)
     return Pretrained(params, config, tokenizer, step)
 
 
-def _load_exported(path: Path, mesh: Mesh | None) -> Pretrained:
+def _load_exported(path: Path, mesh: Mesh | None, asked: int | None) -> Pretrained:
     file = path / CONFIG
     stored = _read_json(file)
     kind = stored.get("format"), stored.get("version")
     if kind != (FORMAT, VERSION):
         raise UserError(
             f"{file} is of format {kind[0]!r}, version {kind[1]!r}; only format {FORMAT!r}, "
-            f"version {VERSION} can be read."
+            f"version {VERSION} can be read, so export the model again."
         )
     if stored.keys() != CONFIG_FIELDS:
         raise UserError(
@@ -159,9 +174,11 @@ def _load_exported(path: Path, mesh: Mesh | None) -> Pretrained:
     step = stored["step"]
     if step is not None and type(step) is not int:
         raise UserError(f"{file} has step={step!r}, which must be a whole number or null.")
+    if asked not in (None, step):
+        raise UserError(f"There is no step {asked} in {path}: an export has one, here {step}.")
     config = _model_config(file, stored["model"], stored["program"])
-    tokenizer = load_tokenizer(_file_of(path, TOKENIZER))
-    params = _read_arrays(_file_of(path, WEIGHTS), _placed(config, mesh))
+    tokenizer = _read_tokenizer(file, stored["end_of_text"], stored["tokenizer"])
+    params = _read_arrays(_file_of(path, WEIGHTS), _placed(config, mesh), stored["weights"])
     return Pretrained(params, config, tokenizer, step)
 
 
@@ -229,7 +246,35 @@ def _check_arrays(owner: str, found: dict[str, tuple[list[int], str]], wanted: P
             )
 
 
-def _read_arrays(file: str, wanted: PyTree) -> PyTree:
+def _read_tokenizer(described: Path, end_of_text: Any, fingerprint: Any) -> Tokenizer:
+    """The tokenizer beside the file `described`, if it is the one that this file names.
+
+    One that changes texts was allowed when the model was trained.
+    """
+    if not isinstance(end_of_text, str) or not isinstance(fingerprint, str | None):
+        raise UserError(
+            f"{described} has end_of_text={end_of_text!r} and tokenizer={fingerprint!r}, which "
+            "must be texts."
+        )
+    file = _file_of(described.parent, TOKENIZER)
+    tokenizer = load_tokenizer(file, end_of_text, allow_lossy=True)
+    if fingerprint is None:
+        log.warning("%s does not say which tokenizer the model has; %s is used.", described, file)
+    elif tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"{file} is not the tokenizer of this model: its fingerprint is "
+            f"{tokenizer.fingerprint}, but {described} has {fingerprint}. Bring the model's own "
+            "back; with another one its text is garbage."
+        )
+    return tokenizer
+
+
+def _sha256(file: str | os.PathLike) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read_arrays(file: str, wanted: PyTree, sha256: str) -> PyTree:
     """The arrays of a safetensors file in the places of `wanted`; each device's part by itself."""
     try:
         with safe_open(file, framework="numpy") as stored:
@@ -239,6 +284,11 @@ def _read_arrays(file: str, wanted: PyTree) -> PyTree:
                 for name, part in slices.items()
             }
             _check_arrays(file, found, wanted)
+            if (found := _sha256(file)) != sha256:
+                raise UserError(
+                    f"{file} is damaged: its sha256 is {found}, but {CONFIG} has {sha256}. Copy "
+                    "the folder or export the model again."
+                )
             leaves = [
                 jax.make_array_from_callback(x.shape, x.sharding, slices[name].__getitem__)
                 for name, x in named_leaves(wanted)

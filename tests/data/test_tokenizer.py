@@ -139,7 +139,7 @@ def test_bad_tokenizer_files(tmp_path, bpe):
     with pytest.raises(UserError, match="has none of the end-of-text tokens"):
         load_tokenizer(str(tmp_path / "no_eot.json"))
     (tmp_path / "binary.json").write_bytes(b"\x1f\x8b\xff")
-    for path in (tmp_path, tmp_path / "binary.json", "", "a\0b", "~nobody/t.json"):
+    for path in (tmp_path, tmp_path / "binary.json", "", "a\0b", "~no-such-user/t.json"):
         with pytest.raises(UserError, match=r"neither 'bytes', 'bpe' nor a readable .*\.$"):
             load_tokenizer(str(path))
 

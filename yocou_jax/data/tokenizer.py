@@ -314,7 +314,7 @@ def load_tokenizer(name: str, end_of_text: str = "", allow_lossy: bool = False) 
     if name == "bytes":
         return Tokenizer.from_json("bytes", name, end_of_text)
     try:
-        text = resolve(name).read_text(encoding="utf-8-sig")  # without a byte-order mark
+        text = resolve(name).read_bytes().decode("utf-8-sig")  # without a byte-order mark
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
