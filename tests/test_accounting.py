@@ -1,6 +1,7 @@
 """Parameters, FLOPs and KV bytes against real trees, XLA's own count and brute force."""
 
 import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -279,6 +280,122 @@ def test_bytes_of_a_decode_step_count_the_experts_that_are_chosen():
     # One row reads 2 of 4 experts, two rows 3 in the mean.
     expert = 4 * 3 * 16 * 12 * 2
     assert two - one == expert + 8 * position
+
+
+# --- FLOPs and bytes by counting ------------------------------------------------------------------
+
+# What a tree's matrices say of a pass over one token, position by position and key by key.
+COUNTED = {
+    **{name: name for name in ARCHITECTURES},
+    "two cross stages": "window*1@2 | cross*2 | cross*1@2",
+    "three streams": "full*1@2, streams=3",
+}
+EXPERTS = tiny.MOE | {"window": 6, "qk_norm": True, "cross_rope": True}
+COUNTED_OPTIONS = {
+    "yoco": {"window": 5},
+    "parscale": {"tie_embeddings": True},
+    "two cross stages": EXPERTS | {"num_shared_experts": 0, "tie_embeddings": True, "window": 7},
+}
+
+
+@functools.cache
+def _matrices(config) -> dict[str, list[tuple[int, float]]]:
+    """Of each part of the tree: the size of every matrix of a layer, and the share of it that one
+    token is multiplied with (of routed experts the chosen ones)."""
+
+    def is_matrix(path):
+        return path.endswith(("['kernel']", "['head']", "['gate']", "['up']", "['down']"))
+
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_unboxed(abstract_params(config))):
+        part, path = path[0].key, jax.tree_util.keystr(path)
+        if is_matrix(path):
+            size = math.prod(leaf.shape[1:] if part.startswith("stage_") else leaf.shape)
+            routed = "['feed_forward']" in path and not path.endswith("['kernel']")
+            share = config.experts_per_token / config.num_experts if routed else 1
+            # A stage's matrices are stacked; all of its layers have the same shapes.
+            found.setdefault(part, []).append((size, share))
+    if config.tie_embeddings:
+        found["head"] = [(config.vocab_size * config.d_model, 1)]
+    return found
+
+
+def _sees(config, mixer, i, j) -> bool:
+    return j <= i and (mixer != "window" or j > i - config.window)
+
+
+def _keys_seen(config, mixer, i) -> int:
+    prefix = config.prefix_length if config.program.streams > 1 else 0
+    return prefix + sum(_sees(config, mixer, i, j) for j in range(i + 1))
+
+
+def _visits(program):
+    """(stage's name, mixer) of every layer application of every stream."""
+    for i, stage in enumerate(program.stages):
+        for _ in range(stage.loops or 1):
+            for _ in range(stage.layers):
+                for _ in range(program.streams):
+                    yield f"stage_{i}_{stage.mixer}", stage.mixer
+
+
+def _flops(config, positions, only_last=()) -> int:
+    """Forward FLOPs of these positions; mixers (and "head") of only_last run for the last one."""
+    matrices = _matrices(config)
+
+    def products(part):
+        return sum(2 * size * share for size, share in matrices.get(part, ()))
+
+    total = len(positions) * products("global_kv")
+    ends = positions[-1:] if "head" in only_last else positions
+    total += len(ends) * (products("head") + products("stream_gate"))
+    for name, mixer in _visits(config.program):
+        for i in positions[-1:] if mixer in only_last else positions:
+            scores = config.num_heads * _keys_seen(config, mixer, i)
+            total += products(name) + 2 * (2 * config.head_dim) * scores
+    return total
+
+
+def _bytes_read(config, batch, context) -> float:
+    """Of one decode step: every matrix that a layer application or an end reads, once for all
+    streams and rows; every key and value that a row sees."""
+    matrices = _matrices(config)
+    unchosen = 1 - config.experts_per_token / max(1, config.num_experts)
+
+    def entries(part):
+        # An expert is left alone if no row of any stream chooses it.
+        rows = batch * config.program.streams
+        return sum(n if s == 1 else n * (1 - unchosen**rows) for n, s in matrices.get(part, ()))
+
+    total = entries("head") + entries("global_kv") + entries("stream_gate")
+    for name, mixer in _visits(config.program):
+        total += entries(name) / config.program.streams
+        keys = _keys_seen(config, mixer, context - 1)
+        total += 2 * batch * keys * config.num_kv_heads * config.head_dim
+    return 2 * total
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_flops_and_bytes_are_those_counted_one_by_one(name):
+    """Lengths below, at and beyond the window; the window next to the length."""
+    config = tiny.model(COUNTED[name], num_kv_heads=1, **COUNTED_OPTIONS.get(name, EXPERTS))
+    for n in (1, 5, 6, 7, 11):
+        whole = range(n)
+        trained = accounting.train_flops_per_token(config, n) * n
+        assert trained == pytest.approx(3 * _flops(config, whole), rel=1e-12)
+        prefilled = accounting.prefill_flops_per_token(config, n) * n
+        assert prefilled == pytest.approx(_flops(config, whole, ("cross", "head")), rel=1e-12)
+        decoded = accounting.decode_flops_per_token(config, n)
+        assert decoded == pytest.approx(_flops(config, whole[-1:]), rel=1e-12)
+        for batch in (1, 3):
+            read = accounting.decode_bytes_per_step(config, batch, n)
+            assert read == pytest.approx(_bytes_read(config, batch, n), rel=1e-12)
+    idle = sum(
+        stage.layers * size * (1 - share)
+        for part, stage in config.program.named_stages
+        for size, share in _matrices(config)[part]
+    )
+    found = accounting.parameters(config)
+    assert found["active"] == pytest.approx(found["total"] - idle)
 
 
 # --- Siblings and the command ---------------------------------------------------------------------

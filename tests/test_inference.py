@@ -69,6 +69,11 @@ def test_a_ragged_prefill_and_decode_are_the_forward_pass(name):
     check_against_the_forward_pass(tiny.model(name), chunk=5)
 
 
+def test_two_cross_stages_read_one_cache():
+    config = tiny.model("window*1 | cross*1 | cross*1@2", cross_rope=True, qk_norm=True)
+    check_against_the_forward_pass(config, chunk=5, steps=3)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 4, 8, 17, 40])
 def test_the_chunk_size_does_not_matter(chunk):
     """Chunks below, at and beyond the window, the prompt and the cache (24 positions)."""
