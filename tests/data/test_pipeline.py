@@ -2,7 +2,9 @@
 
 import errno
 import json
+import operator
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from yocou_jax.data import load_data, pipeline
+from yocou_jax.data import load_data, pipeline, progress
 from yocou_jax.data.corpus import Split, is_held_out, open_corpus
 from yocou_jax.data.pipeline import Batches, Windows
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -341,6 +343,112 @@ def test_mixture_shares_are_exact_and_random_access(make_config, corpus, tmp_pat
     assert bundle.fingerprint != load_data(make_config()).fingerprint
 
 
+@pytest.mark.parametrize("second", ["a", "b"])
+def test_every_component_and_every_seed_has_an_order_of_its_own(make_config, tmp_path, second):
+    """Each document fills one window, which tells its number; "b" has the same numbers as "a"."""
+    for name in "ab":
+        rows = [f'{{"text": "{name}{i:014}"}}\n' for i in range(300)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text("".join(rows))  # one name: one split
+    source = f"0.5*{tmp_path}/a/x.jsonl + 0.5*{tmp_path}/{second}/x.jsonl"
+    orders = []
+    for seed in (0, 7):
+        bundle = load_data(make_config(source=source, seed=seed))
+        count = bundle.num_windows // 2
+        for component in (0, 1):
+            rows = [bundle.stream[2 * r + component].tokens[-10:] for r in range(count)]
+            orders.append([bytes(row.astype(np.uint8)) for row in rows])
+            assert len(set(orders[-1])) == count  # one epoch: every window once
+    for i, order in enumerate(orders):
+        for later in orders[i + 1 :]:
+            assert sum(map(operator.eq, order, later)) < 0.1 * len(order)
+
+
+def meta_of(tmp_path):
+    (path,) = (tmp_path / "cache").glob("tokens-*/meta.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("separator", ["\n", " ", "\r"], ids=ascii)
+@pytest.mark.parametrize("seed", range(6))
+def test_small_text_is_split_whatever_its_name(make_config, tmp_path, seed, separator):
+    text = separator.join(f"{i * 7919 % 100_003}" for i in range(20_000))
+    path = tmp_path / f"name{seed}.txt"
+    path.write_bytes(text.encode())
+    changes = {"sequence_length": 128, "validation_fraction": 0.02}
+    bundle = load_data(make_config(source=str(path), **changes))
+    assert bundle.num_windows > 500
+    assert bundle.validation.num_sequences == 10
+    assert 1280 < meta_of(tmp_path)["held_out"]["bytes"] < 0.3 * len(text)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_no_held_out_text_in_training_where_documents_are_cut(
+    make_config, tmp_path, tokenizer, monkeypatch
+):
+    sample, train = [], pipeline.cached_bpe
+
+    def recorded(texts, *rest):
+        sample.extend(texts)
+        return train(sample, *rest)
+
+    monkeypatch.setattr(pipeline, "cached_bpe", recorded)
+    path = tmp_path / "one.jsonl"
+    text = "".join(f"[{i:04}]" for i in range(500))
+    path.write_text(json.dumps({"text": text}))
+    bundle = load_data(make_config(source=str(path), tokenizer=tokenizer, sequence_length=8))
+    sides = []
+    for split in ("train", "held_out"):
+        (tokens,) = (tmp_path / "cache").glob(f"tokens-*/{split}.bin")
+        sides.append(bundle.tokenizer.decode(np.fromfile(tokens, np.uint16)))
+    found = [set(re.findall(r"\[(\d{4})\]", side)) for side in sides]
+    assert min(map(len, found)) > 5
+    assert not found[0] & found[1]
+    assert sum(map(len, sides)) == len(text)
+    assert "".join(sample) == (sides[0] if tokenizer == "bpe" else "")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_what_the_sentence_proposes_helps(make_config, tmp_path, tokenizer):
+    path = tmp_path / "small.txt"
+    path.write_text(" ".join(map(str, range(400))))
+    changes = {"source": str(path), "tokenizer": tokenizer, "batch_size": 2, "vocab_size": 260}
+    with pytest.raises(UserError, match=r"fewer than one window .* more text or a data\.") as error:
+        load_data(make_config(sequence_length=1000, **changes))
+    shorter = int(re.search(r"at most (\d+)\.", str(error.value))[1])
+    assert shorter > 30
+    assert load_data(make_config(sequence_length=shorter, **changes)).num_windows >= 2
+    path.write_text("a")
+    with pytest.raises(UserError, match=r"has 1 documents and 2 tokens, .*; use more text\."):
+        load_data(make_config(**changes))
+
+
+def test_rows_without_text_are_refused_or_counted(make_config, tmp_path):
+    rows = [{"text": f"row {i} {'x' * (i % 7)}"} for i in range(200)]
+    rows[3], rows[50] = {"text": None}, {"body": "b"}
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"Line 4 of .* has null in the field 'text'"):
+        load_data(make_config(source=str(path)))
+    bundle = load_data(make_config(source=str(path), bad_rows="skip"))
+    assert bundle.num_skipped == 2
+    assert meta_of(tmp_path)["skipped"] == 2
+    mixture = f"0.5*{path}+0.5*{path}"
+    assert load_data(make_config(source=mixture, bad_rows="skip")).num_skipped == 4
+
+
+def test_long_work_says_how_far_it_is(make_config, corpus, monkeypatch, caplog):
+    caplog.set_level("INFO", "yocou_jax")
+    load_data(make_config())
+    assert not caplog.records
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    load_data(make_config(validation_fraction=0.3))
+    lines = [record.getMessage() for record in caplog.records]
+    for what, of in (("Reading", ""), ("Tokenising", r" of 0\.0 MB")):
+        pattern = rf"{what} {re.escape(corpus.source)}: 0\.0 MB{of}\."
+        assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == len(corpus.texts)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_validation_counts_exact_bytes(make_config, corpus, sharding, tokenizer, packing):
@@ -489,6 +597,12 @@ def test_cache_dir_that_cannot_be_made(make_config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="data cache could not be written"):
         load_data(make_config(cache_dir=str(tmp_path / "file" / "cache")))
+
+
+def test_cache_dir_at_home(make_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    load_data(make_config(cache_dir="~/cache"))
+    assert list((tmp_path / "home" / "cache").glob("tokens-*"))
 
 
 def test_damaged_cache(make_config, tmp_path):
