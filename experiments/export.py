@@ -3,16 +3,16 @@
 python -m experiments.export --workdir=runs/yocou_small --folder=exported/yocou_small
 """
 
-from pathlib import Path
-
 import jax
 from absl import flags
 
 from experiments import cli
 from yocou_jax import pretrained
 from yocou_jax.checkpoint import params_sha256
+from yocou_jax.files import resolve
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of a training run; or an exported folder.")
+STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; else the newest.", lower_bound=0)
 FOLDER = flags.DEFINE_string("folder", None, "To write; it must not exist, or be empty.")
 flags.mark_flags_as_required(["workdir", "folder"])
 
@@ -20,7 +20,7 @@ flags.mark_flags_as_required(["workdir", "folder"])
 def main(_):
     # Nothing is computed: a model that fills the devices still fits into the host's memory.
     jax.config.update("jax_platforms", "cpu")
-    model, folder = pretrained.load(WORKDIR.value), Path(FOLDER.value).expanduser()
+    model, folder = pretrained.load(WORKDIR.value, step=STEP.value), resolve(FOLDER.value)
     pretrained.export(folder, model)
     files = [folder / name for name in pretrained.FILES]
     rows = {str(file): f"{file.stat().st_size:,} bytes" for file in files}

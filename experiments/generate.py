@@ -7,30 +7,42 @@
 
 --workdir is one of `experiments.train` or a folder of `experiments.export`. Several prompts run in
 one batch, and each text is printed when it ends. Text goes to stdout; speed and cache bytes, with
-compilation left out, go to stderr.
+compilation left out, go to stderr. Each prompt begins a new text; --prompt= (empty) is one that has
+nothing yet. A row ends with the end-of-text token, --max_new_tokens, or in front of a --stop text:
+--stop=$'\\n\\n' in bash for an empty line.
 """  # noqa: E501
 
 import contextlib
 import dataclasses
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 from absl import flags
 
 from experiments import cli
 from yocou_jax.errors import UserError
+from yocou_jax.files import resolve
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of a training run; or an exported folder.")
+STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; else the newest.", lower_bound=0)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given several times.")
-PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file whose text is to be continued.")
+PROMPT_FILE = flags.DEFINE_multi_string(
+    "prompt_file", [], "A file whose text is to be continued; - is stdin."
+)
 INTERACTIVE = flags.DEFINE_bool("interactive", False, "Ask for prompts, a line each, until Ctrl-D.")
 NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 128, "At most so many for each text.", lower_bound=1
+    "max_new_tokens", 128, "At most so many for each text.", lower_bound=1, upper_bound=2**30
 )
+STOP = flags.DEFINE_multi_string("stop", [], "A text before which a row ends; may be given often.")
 NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "Texts for each prompt, which is read once.", lower_bound=1
+    "num_samples",
+    1,
+    "Texts for each prompt, which is read once.",
+    lower_bound=1,
+    upper_bound=2**16,
 )
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0: all.")
@@ -43,7 +55,11 @@ SEED = flags.DEFINE_integer(
 NUM_LOOPS = flags.DEFINE_integer("num_loops", None, "Loops of the looped stage; else as trained.")
 ATTENTION = flags.DEFINE_string("attention", "auto", "A kernel's name, or the device's best.")
 CHUNK = flags.DEFINE_integer(
-    "chunk", None, "Positions of a prompt that are read at once.", lower_bound=1
+    "chunk",
+    None,
+    "Positions of a prompt that are read at once.",
+    lower_bound=1,
+    upper_bound=2**20,
 )
 TENSOR = flags.DEFINE_integer(
     "tensor", 1, "Devices that share each matrix of the model.", lower_bound=1
@@ -51,53 +67,87 @@ TENSOR = flags.DEFINE_integer(
 flags.mark_flag_as_required("workdir")
 
 
+class Row:
+    """The text of one row as its tokens come: whole characters, up to the first stop text.
+
+    `text` is what can be shown: never the beginning of what may still become a stop text.
+    """
+
+    def __init__(self, tokenizer, limit: int, stops: Sequence[str] = ()):
+        self.tokenizer, self.limit, self.stops = tokenizer, limit, stops
+        self.text, self.ended = "", False
+        self._ids: list[int] = []
+        self._decoded = ""  # `text`, and what is held back
+        self._context, self._next = 0, 0  # ids before `_next` are in `_decoded`
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Takes new tokens [steps], -1 behind the end of the row."""
+        if self.ended:
+            return
+        new = tokens[tokens >= 0].tolist()
+        self._ids += new
+        self.ended = (
+            len(new) < len(tokens)
+            or len(self._ids) >= self.limit
+            or self._ids[-1] == self.tokenizer.eot_id
+        )
+        self._decoded += self._new_text()
+        # What was shown is no part of a stop text, so none begins before its end.
+        found = [self._decoded.find(stop, len(self.text)) for stop in self.stops]
+        if any(at >= 0 for at in found):
+            self.ended = True
+            self.text = self._decoded[: min(at for at in found if at >= 0)]
+        else:
+            held = 0 if self.ended else self._held_back()
+            self.text = self._decoded[: len(self._decoded) - held]
+
+    def _new_text(self) -> str:
+        """What the newest ids add; nothing while they end in half a character."""
+        before = self.tokenizer.decode(self._ids[self._context : self._next])
+        text = self.tokenizer.decode(self._ids[self._context :])
+        if text.endswith("\ufffd") and not self.ended:
+            return ""
+        # Some ids stay as context, for decoders that treat the first of a text differently.
+        self._context, self._next = self._next, len(self._ids)
+        return text[len(before) :]
+
+    def _held_back(self) -> int:
+        """How many characters at the end may be the beginning of a stop text."""
+        longest = max(map(len, self.stops), default=1) - 1
+        beginnings = {stop[:n] for stop in self.stops for n in range(1, len(stop))}
+        lengths = range(min(longest, len(self._decoded)), 0, -1)
+        return next((n for n in lengths if self._decoded[-n:] in beginnings), 0)
+
+
 class Printer:
     """Writes rows of text to stdout: a single row as it comes, several when each of them ends."""
 
-    def __init__(self, tokenizer, texts: list[str], num_samples: int, limit: int):
-        self.tokenizer, self.texts, self.limit = tokenizer, texts, limit
-        self.num_samples = num_samples
-        self.ids: list[list[int]] = [[] for _ in range(len(texts) * num_samples)]
-        self.ended = [False] * len(self.ids)
-        self.context, self.shown = 0, 0  # ids before `shown` are on the screen
+    def __init__(
+        self, tokenizer, texts: list[str], num_samples: int, limit: int, stops: Sequence[str] = ()
+    ):
+        self.texts, self.num_samples = texts, num_samples
+        self.rows = [Row(tokenizer, limit, stops) for _ in range(len(texts) * num_samples)]
         self.begun = False
 
-    def __call__(self, tokens) -> None:
-        """Takes a block of new tokens [rows, steps], -1 behind the end of a row."""
-        alone = len(self.ids) == 1
-        if alone and not self.begun:
-            self._write(self.texts[0])
+    def __call__(self, tokens: np.ndarray) -> list[bool]:
+        """Takes a block of new tokens [rows, steps], -1 behind the end of a row; which ended."""
+        if len(self.rows) == 1:
+            (row,) = self.rows
+            start, shown = "" if self.begun else self.texts[0], len(row.text)
+            row.add(tokens[0])
+            self._write(start + row.text[shown:] + "\n" * row.ended)
             self.begun = True
-        for row, ids in enumerate(self.ids):
-            if self.ended[row]:
-                continue
-            new = tokens[row][tokens[row] >= 0].tolist()
-            ids += new
-            self.ended[row] = (
-                len(new) < tokens.shape[1]
-                or len(ids) >= self.limit
-                or ids[-1] == self.tokenizer.eot_id
-            )
-            if alone:
-                self._write(self._new_text(ids, self.ended[row]))
-            elif self.ended[row]:
-                self._write(f"--- {self._title(row)} ---\n{self._text(row)}\n")
+        else:
+            for i, row in enumerate(self.rows):
+                before = row.ended
+                row.add(tokens[i])
+                if row.ended and not before:
+                    text = self.texts[i // self.num_samples] + row.text
+                    self._write(f"--- {self._title(i)} ---\n{text}\n")
+        return [row.ended for row in self.rows]
 
-    def _new_text(self, ids: list[int], ended: bool) -> str:
-        """What the newest ids add; nothing while they end in half a character."""
-        before = self.tokenizer.decode(ids[self.context : self.shown])
-        text = self.tokenizer.decode(ids[self.context :])
-        if text.endswith("\ufffd") and not ended:
-            return ""
-        # Some ids stay as context, for decoders that treat the first of a text differently.
-        self.context, self.shown = self.shown, len(ids)
-        return text[len(before) :] + "\n" * ended
-
-    def _text(self, row: int) -> str:
-        return self.texts[row // self.num_samples] + self.tokenizer.decode(self.ids[row])
-
-    def _title(self, row: int) -> str:
-        prompt, sample = divmod(row, self.num_samples)
+    def _title(self, i: int) -> str:
+        prompt, sample = divmod(i, self.num_samples)
         return f"prompt {prompt}" + (f", sample {sample}" if self.num_samples > 1 else "")
 
     def _write(self, text: str) -> None:
@@ -105,27 +155,36 @@ class Printer:
         sys.stdout.flush()
 
 
-def check_text(i: int, text: str) -> str:
-    if not text:
-        raise UserError(f"Prompt {i} is empty; it needs at least one character.")
+def checked(name: str, text: str) -> str:
+    """The text without a byte-order mark, if it is UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of a terminal that are no UTF-8
-        raise UserError(f"Prompt {i} is not UTF-8 text.") from error
-    return text
+        raise UserError(f"{name} is not UTF-8 text.") from error
+    return text.removeprefix("\ufeff")
+
+
+def read_prompt(name: str) -> str:
+    """The text of a file, or of stdin for "-"; its line ends stay, as in training."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else resolve(name).read_bytes()
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"The prompt file {name} cannot be read: {reason}.") from error
 
 
 def prompts() -> list[str]:
-    texts = list(PROMPT.value)
-    for name in PROMPT_FILE.value:
-        try:
-            texts.append(Path(name).expanduser().read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"The prompt file {name} cannot be read: {reason}.") from error
+    texts = PROMPT.value + [read_prompt(name) for name in PROMPT_FILE.value]
     if bool(texts) == INTERACTIVE.value:
         raise UserError("Give --prompt or --prompt_file (several are fine), or --interactive.")
-    return [check_text(i, text) for i, text in enumerate(texts)]
+    return [checked(f"Prompt {i}", text) for i, text in enumerate(texts)]
+
+
+def stops() -> list[str]:
+    if "" in STOP.value:
+        raise UserError("--stop= is empty: give the text at which a row ends, or leave it out.")
+    return [checked("--stop", text) for text in STOP.value]
 
 
 class Writer:
@@ -139,12 +198,14 @@ class Writer:
             TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, PENALTY.value
         )
         sampling.check(self.sampling, 1)  # before a large model is read
-        loaded = pretrained.load(WORKDIR.value, mesh)
+        self.stops = stops()
+        loaded = pretrained.load(WORKDIR.value, mesh, STEP.value)
         self.tokenizer = loaded.tokenizer
         config = dataclasses.replace(loaded.config, attention=ATTENTION.value)
         if NUM_LOOPS.value is not None:
             config.program.with_loops(NUM_LOOPS.value)  # refuses what makes no sense
             config = dataclasses.replace(config, num_loops=NUM_LOOPS.value)
+            note_loops(loaded.config.program, NUM_LOOPS.value)
         self.model = inference.prepare(loaded.params, config)
         self.compiled: set[tuple] = set()
         step = "" if loaded.step is None else f", step {loaded.step:,}"
@@ -157,8 +218,9 @@ class Writer:
             if "implementation" not in str(error):
                 raise
             raise UserError(f"--attention={ATTENTION.value}: {error}") from error
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            words = "RESOURCE_EXHAUSTED", "out of memory", "Out of memory"
+            if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
                 raise
             raise UserError(
                 f"{len(texts)} prompts with {NUM_SAMPLES.value} samples of up to "
@@ -186,7 +248,7 @@ class Writer:
             )
             self.compiled.add((len(ids), capacity, chunk))
             compiled = f"; compiled in {time.perf_counter() - start:.1f} s"
-        printer = Printer(tokenizer, texts, NUM_SAMPLES.value, NEW_TOKENS.value)
+        printer = Printer(tokenizer, texts, NUM_SAMPLES.value, NEW_TOKENS.value, self.stops)
         out = inference.generate(
             self.model,
             ids,
@@ -212,7 +274,38 @@ def _mesh():
 
     if TENSOR.value == 1:
         return None
+    if TENSOR.value > jax.device_count():
+        raise UserError(
+            f"--tensor={TENSOR.value} needs as many devices; {jax.device_count()} here."
+        )
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
+
+
+def note_loops(trained, num_loops: int) -> None:
+    """Says so when the looped stages of the program were trained with another loop count."""
+    counts = sorted({stage.loops for stage in trained.stages if stage.loops is not None})
+    if counts != [num_loops]:
+        _note(
+            f"trained at {' and '.join(map(str, counts))} loops; running {num_loops}: a model "
+            "trained at one loop count is usually worse at any other"
+        )
+
+
+def talk(write: Writer) -> None:
+    """Asks for prompts and continues them; Ctrl-C ends a text, or the command between texts."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text: `checked` says so
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        try:
+            if text:
+                write([checked("The prompt", text)])
+        except UserError as error:
+            _note(str(error))
+        except KeyboardInterrupt:
+            _note("\nInterrupted.")
 
 
 def _note(text: str) -> None:
@@ -221,20 +314,14 @@ def _note(text: str) -> None:
 
 
 def main(_):
-    sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has no such character
     texts = prompts()
     mesh = _mesh()
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         write = Writer(mesh)
-        if texts:
+        if INTERACTIVE.value:
+            talk(write)
+        else:
             write(texts)
-        while INTERACTIVE.value:
-            try:
-                text = input("> ")
-            except EOFError:
-                break
-            if text:
-                write([check_text(0, text)])
 
 
 if __name__ == "__main__":

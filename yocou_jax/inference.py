@@ -54,6 +54,8 @@ __all__ = [
 # in bfloat16, by XLA's account.
 CHUNK, CHUNK_OF_ALL_ROWS = 2048, 16_384
 RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual stream
+# Takes new tokens [B, n]; may return which rows [B] are to end here.
+OnTokens = Callable[[np.ndarray], np.ndarray | Sequence[bool] | None]
 # Parameters that are used in float32 whatever the compute type (see layers.py and moe.py).
 FLOAT32 = ("embedding", "scale", "router", "stream_gate")
 
@@ -441,6 +443,12 @@ def _generate_block(model, state, sampling, stop, *, block, sort, logprobs):
     return _constrain_state(state), tokens, logps
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def _end_rows(state: _State, ended: Bool[Array, " B"]) -> _State:
+    """A jit, so that the state stays where the next block takes it."""
+    return _constrain_state(state.replace(done=state.done | ended))
+
+
 class Generation(NamedTuple):
     """tokens [B, n], -1 behind the end of a row; lengths [B] without those (a stop token counts);
     logprobs [B, n]: log-probabilities of the tokens under the model itself, before temperature and
@@ -469,7 +477,7 @@ class _Request(NamedTuple):
     seeds: np.ndarray
     stop: np.ndarray
     logprobs: bool
-    on_tokens: Callable[[np.ndarray], None] | None
+    on_tokens: OnTokens | None
     block: int
 
 
@@ -481,7 +489,7 @@ def _check_request(
     seeds: int | Sequence[int],
     stop_tokens: Sequence[int],
     logprobs: bool,
-    on_tokens: Callable[[np.ndarray], None] | None,
+    on_tokens: OnTokens | None,
     block: int,
 ) -> _Request:
     each = [(), (B,)], f"a whole number, or one for each of {B} rows,"
@@ -515,7 +523,7 @@ def generate(
     seeds: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
     logprobs: bool = False,
-    on_tokens: Callable[[np.ndarray], None] | None = None,
+    on_tokens: OnTokens | None = None,
     block: int = 8,
     capacity: int | None = None,
     chunk: int | None = None,
@@ -578,14 +586,15 @@ def generate_from(
     seeds: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
     logprobs: bool = False,
-    on_tokens: Callable[[np.ndarray], None] | None = None,
+    on_tokens: OnTokens | None = None,
     block: int = 8,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Generation:
     """Samples up to max_new_tokens for every row of a cache, which is given up.
 
     All steps run in one compiled loop. With `on_tokens` they run in blocks of `block` steps, and it
-    is called with the new tokens [B, n] after each (-1 behind the end of a row).
+    is called with the new tokens [B, n] after each (-1 behind the end of a row). It may return
+    which rows [B] end with that block, for reasons that the host alone knows.
 
     Args:
       logits: of the next token, as `prefill` and `decode_step` return them. To try several
@@ -641,8 +650,9 @@ def _run(model: Model, cache: KVCache, logits, seen, request: _Request) -> Gener
         new = np.asarray(new)
         tokens.append(new)
         logps.append(logp)
-        if request.on_tokens is not None:
-            request.on_tokens(new)
+        ended = None if request.on_tokens is None else request.on_tokens(new)
+        if ended is not None:
+            state = _end_rows(state, np.asarray(ended, bool))
         if np.asarray(state.done).all():
             break
     decode_s = time.perf_counter() - start
