@@ -1,17 +1,22 @@
 """Every config of the repository is possible, and impossible ones are refused in a sentence."""
 
+import dataclasses
 import importlib
+import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import base
+from pallas_kernels import api
 from tests import tiny
-from yocou_jax.config import Config
+from yocou_jax.config import ATTENTION, FIELDS, PROFILE_FROM, Config, DataConfig, ModelConfig
 from yocou_jax.data.pipeline import Batch
-from yocou_jax.errors import UserError
+from yocou_jax.errors import UserError, shown
 from yocou_jax.program import ARCHITECTURES
 from yocou_jax.train import set_up
 
@@ -124,6 +129,20 @@ IMPOSSIBLE = [
     ({"mesh": {"data": -1, "fsdp": -1}}, "at most one -1"),
     ({"run": {"steps": 0}}, "run.steps=0 must be at least 1"),
     ({"architecture": "parscale", "data": {"packing": True}}, "packing=True cannot be used"),
+    ({"architecture": "full*10001"}, "'full*10001' has 10001 layers; there can be at most 10000"),
+    ({"architecture": "full*1@10001"}, "'full*1@10001' has 10001 loops; there can be at most"),
+    ({"architecture": "full*1, streams=1025"}, "has 1025 streams; there can be at most 1024"),
+    ({"architecture": "full*" + "9" * 4000}, "layers; there can be at most 10000"),
+    ({"num_loops": 10**9}, "num_loops=1000000000 must be at most 10000"),
+    ({"attention": "flash"}, "attention='flash' is not one of auto, pallas_tpu"),
+    ({"data": {"bad_rows": "keep"}}, "data.bad_rows='keep' is not one of refuse, skip"),
+    ({"data": {"seed": -1}}, "data.seed=-1 must be at least 0"),
+    ({"run": {"seed": 2**32}}, "run.seed=4294967296 must be at most 4294967295"),
+    ({"run": {"seed": 10**20}}, "run.seed=100000000000000000000 must be at most"),
+    ({"run": {"keep_checkpoints": 1}}, "run.keep_checkpoints=1 must be at least 2"),
+    ({"data": {"batch_size": 2**18, "sequence_length": 2**13}}, "is 2147483648 tokens; a batch"),
+    ({"run": {"profile_steps": 11}}, "run.profile_steps=11 steps cannot be traced"),
+    ({"optimizer": {"beta2": 1 - 1e-9}}, "optimizer.beta2=0.999999999 must be at most"),
 ]
 
 
@@ -133,3 +152,134 @@ def test_an_impossible_config_is_refused_in_a_sentence(fields, sentence):
         tiny.config(**fields)
     assert sentence in str(error.value)
     assert str(error.value).endswith(".")
+
+
+# --- What every field may be ----------------------------------------------------------------------
+
+NUMBERS = [name for name, kinds in FIELDS.items() if kinds[0] in (int, float)]
+TEXTS = [name for name, kinds in FIELDS.items() if kinds[0] is str]
+
+
+def config_with(name: str, value) -> Config:
+    group, field = name.split(".")
+    return tiny.config(**({field: value} if group == "model" else {group: {field: value}}))
+
+
+def refusal(name: str, value) -> str:
+    fields = tiny.config().to_dict()
+    group, field = name.split(".")
+    fields[group][field] = value
+    with pytest.raises(UserError) as error:
+        Config.from_dict(fields)
+    sentence = str(error.value)
+    assert sentence.startswith(f"{name}=")
+    assert sentence.endswith(".")
+    assert len(sentence) < 300
+    return sentence
+
+
+def test_every_field_has_a_range_or_a_set():
+    """But for those that are true or false, whose type is one."""
+    groups = [field.type for field in dataclasses.fields(Config)]
+    assert ModelConfig in groups
+    assert DataConfig in groups
+    for group in groups:
+        for field in dataclasses.fields(group):
+            assert field.type is bool or callable(field.metadata.get("rule")), field
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_two_ends_and_the_sentence_names_them(name):
+    kind = FIELDS[name][0]
+    for huge, words in ((-(10**40), "at least|more than"), (10**40, "at most|less than")):
+        sentence = refusal(name, huge)
+        match = re.search(rf"must be ({words}) (\S+)\.$", sentence)
+        end = kind(float(match[2]))
+        over = math.nextafter(end, huge) if kind is float else end + (1 if huge > 0 else -1)
+        if abs(end) > 1e-300 and abs(end) < 2**53:
+            assert match[0] in refusal(name, over)
+        if match[1] in ("more than", "less than"):
+            assert match[0] in refusal(name, end)
+    if kind is float:
+        assert refusal(name, math.nan) == f"{name}=nan must be a number."
+        for infinite in (math.inf, -math.inf, 10**5000, -(10**5000)):
+            assert "inf must be " in refusal(name, infinite)
+    else:
+        assert "bits> must be at most" in refusal(name, 10**5000)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_text_has_a_form_or_a_set(name):
+    for wrong in ("\0", "a\0b", "\udcff", "a" * 5000):
+        refusal(name, wrong)
+    if name in ("run.sample_prompt", "data.end_of_text"):  # of which nothing is something
+        assert config_with(name, "")
+        return
+    for wrong in ("", " \n"):
+        refusal(name, wrong)
+
+
+def test_the_names_of_attention_are_those_of_the_kernels():
+    assert ATTENTION == api.IMPLEMENTATIONS
+
+
+def test_a_trace_ends_within_the_run():
+    assert tiny.config(run={"profile_steps": 20 - PROFILE_FROM})
+    with pytest.raises(UserError, match=r"run.profile_steps=1 steps cannot be traced"):
+        tiny.config(run={"steps": PROFILE_FROM, "profile_steps": 1})
+
+
+def test_the_largest_model_can_be_traced():
+    sizes = dict.fromkeys(("d_model", "d_ff", "expert_width"), 2**20)
+    sizes |= dict.fromkeys(("num_heads", "num_kv_heads", "head_dim"), 65_536)
+    sizes |= {"num_experts": 65_536, "experts_per_token": 8, "num_shared_experts": 1024}
+    sizes |= {"vocab_size": 10_000_000, "window": 2**30}
+    run = {"steps": 2**31 - 1, "seed": 2**32 - 1}
+    trace_a_step(tiny.config("window*5000@10000 | cross*5000", **sizes, run=run))
+
+
+def test_the_trained_vocabulary_follows_the_model_but_not_the_other_way_round():
+    c = base.get_config()
+    c.model.vocab_size = 1000
+    assert c.data.vocab_size == 1000
+    c.data.vocab_size = 300
+    assert (c.model.vocab_size, c.data.vocab_size) == (1000, 300)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": 3}, "model=3 must be a group of fields."),
+        ({"model": None}, "model=None must be a group of fields."),
+        ({"model": []}, "model=[] must be a group of fields."),
+        ({"mesh": {}}, "The config lacks the fields mesh.data, mesh.fsdp, mesh.tensor."),
+        ({"modle": {}}, "The config has no field 'modle'."),
+        ({3: {}}, "The config has no field '3'."),
+        ({"steps": 3}, "The config has no field 'steps'. Did you mean 'run.steps'?"),
+    ],
+)
+def test_a_wrong_nesting_is_refused(change, sentence):
+    with pytest.raises(UserError) as error:
+        Config.from_dict(base.get_config().to_dict() | change)
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("nothing", [None, 3, "model", [1], ["model"]])
+def test_what_is_no_config_is_refused(nothing):
+    with pytest.raises(UserError, match=r"^The config .* must be a group of fields\.$"):
+        Config.from_dict(nothing)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(np.int64(3), "int64"), ([3], "list"), ("3", "str"), (3.0, "float"), (None, "none")],
+    ids=str,
+)
+def test_a_value_of_another_type_is_refused_by_name(value, found):
+    assert refusal("run.steps", value).endswith(f"must be of type int, not {found}.")
+
+
+def test_long_values_are_shown_in_part():
+    assert shown("a" * 99_999) == "'" + "a" * 59 + " ... " + "a" * 19 + "'"
+    assert shown(10**9999) == "<a number of 33216 bits>"
+    assert shown("full*2") == "'full*2'"

@@ -191,7 +191,7 @@ class OptimizerConfig:
     momentum: float = number(0, 0.999_999)
     eps: float = number(1e-30, 1)
     weight_decay: float = number(0, 1000)
-    clip_norm: float = number(1e-30, 1e30)
+    clip_norm: float = number(1e-30, 1e12)
     z_loss: float = number(0, 1000)
     accumulation_steps: int = number(1, MAX_SIZE)
     max_skipped_updates: int = number(1, 2**30)
@@ -367,7 +367,9 @@ def _build(cls, fields: Mapping[str, Any], prefix: str):
 def _value(fields: Mapping[str, Any], name: str, prefix: str):
     kinds, value = FIELDS[prefix + name], fields[name]
     if float in kinds and type(value) is int:
-        return float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
+        if abs(value) > 2**1000:  # more than a float can hold
+            return math.inf if value > 0 else -math.inf
+        return float(value)
     if type(value) not in kinds:
         wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
         found = "none" if value is None else type(value).__name__

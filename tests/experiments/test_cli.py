@@ -1,0 +1,216 @@
+"""The command line: one sentence for each mistake, in any terminal; overrides reach the config."""
+
+import copy
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from configs import yocou_small
+from experiments import cli
+from yocou_jax.config import Config
+from yocou_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = "--config=configs/yocou_small.py"
+
+
+def command(default=None) -> tuple[flags.FlagValues, flags.FlagHolder]:
+    """Flags as a command defines them, apart from those of the whole process."""
+    flag_values = flags.FlagValues()
+    holder = cli.config_file(copy.deepcopy(default), "What to train.", flag_values)
+    flags.DEFINE_string("workdir", None, "A folder.", flag_values=flag_values)
+    flags.DEFINE_bool("json", False, "Print JSON.", flag_values=flag_values)
+    return flag_values, holder
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def parsed(*words: str, default=None) -> Config:
+    flag_values, holder = command(default)
+    assert cli.parse(["command", *words], flag_values) == ["command"]
+    return Config.from_dict(holder.value)
+
+
+def refusal(*words: str, default=None) -> str:
+    with pytest.raises(UserError) as error:
+        parsed(*words, default=default)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "group", "field", "value"),
+    [
+        (["--config.run.steps=700"], "run", "steps", 700),
+        (["--config.run.steps", "700"], "run", "steps", 700),
+        (["-config.run.steps=1_000"], "run", "steps", 1000),
+        (["--config.run.steps=7", "--config.run.steps=900"], "run", "steps", 900),
+        (["--config.optimizer.learning_rate=1"], "optimizer", "learning_rate", 1.0),
+        (["--config.optimizer.learning_rate=2e-3"], "optimizer", "learning_rate", 0.002),
+        (["--config.model.num_loops=5"], "model", "num_loops", 5),
+        (
+            ["--config.model.num_loops=5", "--config.model.num_loops=None"],
+            "model",
+            "num_loops",
+            None,
+        ),
+        (["--config.model.num_loops=none"], "model", "num_loops", None),
+        (["--config.data.packing"], "data", "packing", True),
+        (["--config.data.packing=TRUE"], "data", "packing", True),
+        (["--noconfig.model.scan"], "model", "scan", False),
+        (["--config.data.source=a=b 'c'"], "data", "source", "a=b 'c'"),
+        (["--config.run.sample_prompt="], "run", "sample_prompt", ""),
+    ],
+)
+def test_an_override_is_applied(words, group, field, value):
+    found = getattr(getattr(parsed(SMALL, *words), group), field)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--config.optimizer.learning-rate=1"], "Did you mean 'optimizer.learning_rate'?"),
+        (["--config.data.source[0]=x"], "The config has no field 'data.source[0]'. Did you mean"),
+        (["--config.data.source.upper=x"], "The config has no field 'data.source.upper'."),
+        (["--config.model.=3"], "The config has no field 'model.'. It is a group: name one of"),
+        (["--config.model={'window': 3}"], "The config has no field 'model'. It is a group: name"),
+        (["--config.=3"], "The config has no field ''. configs/base.py lists every field."),
+        (["--config.steps=3"], "The config has no field 'steps'. Did you mean 'run.steps'?"),
+        (["--config.model.keys=3"], "The config has no field 'model.keys'."),
+        (["--noconfig.run.steps"], "--noconfig is for fields that are true or false; run.steps is"),
+        (["--noconfig.model.scan=3"], "--noconfig.model.scan=3 does not take an argument."),
+        (["--config.run.steps=1e3"], "'--config.run.steps=1e3' is not possible: it must be"),
+        (["--config.run.steps=none"], "run.steps=None must be of type int, not none."),
+        (["--config.run.steps=" + "9" * 5000], "9999' is not possible: it must be a whole number"),
+        (["--config.data.packing=maybe"], "is not possible: it must be true or false."),
+        (["--config.optimizer.eps=small"], "is not possible: it must be a number such as 0.1"),
+        (["--config.optimizer.learning_rate=inf"], "learning_rate=inf must be at most 1000."),
+        (["--config.optimizer.learning_rate=nan"], "learning_rate=nan must be a number."),
+        (["--config.run.steps"], "Missing value for flag --config.run.steps."),
+        (["--workdir", "--config.run.steps=3"], "The flag '--workdir' has no value"),
+        (["--config.run.steps", "--json"], "steps' has no value: '--json' follows it."),
+        (["--undefok", "--config.run.steps=3"], "The flag '--undefok' has no value"),
+        (["--workdr=x"], "There is no flag '--workdr'. Did you mean --workdir?"),
+        (["steps=3"], "The argument 'steps=3' means nothing here: every option is a --flag."),
+        (["--flagfile=/no/such/file"], "Unable to open flagfile"),
+        ([SMALL], "The flag --config is given 2 times; a run has one config file."),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_with_a_sentence(words, sentence):
+    found = refusal(SMALL, *words)
+    assert sentence in found
+    assert found.endswith((".", "?"))
+    assert len(found) < 400
+
+
+def test_the_order_and_the_absence_of_config():
+    assert refusal("--config.run.steps=3", SMALL).startswith("--config must come before")
+    assert refusal("--config.run.steps=3") == "The flag --config is missing."
+    assert refusal("--config.run.stepz=3").endswith("Did you mean 'run.steps'?")
+
+
+@pytest.mark.parametrize("default", ["configs/yocou_small.py", yocou_small.get_config()])
+def test_overrides_of_a_default_config(default):
+    """It is read when the line is parsed, or its overrides would fail while flags are defined."""
+    assert parsed("--config.run.steps=700", default=default).run.steps == 700
+    assert parsed(default=default) == Config.from_dict(yocou_small.get_config())
+    assert "Did you mean 'run.steps'?" in refusal("--config.run.stepz=3", default=default)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "There is no config file"),
+        ("def get_config(:", "in line 1: SyntaxError: invalid syntax"),
+        ("x = 3", "has no function get_config()."),
+        ("def get_config():\n    return 1 / 0", "in line 2: ZeroDivisionError: division by zero"),
+        ("import no_such_module", "fails in line 1: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    pass", "returns None, not a ConfigDict."),
+        ("def get_config(a, b):\n    pass", "needs a preset after a colon."),
+        ("x = '\udce9'", "SyntaxError: (unicode error)"),
+        ("from configs import base\ndef get_config():\n    c = base.get_config()\n    c.run.x = 1\n"
+         "    return c", "The config has no field 'run.x'."),
+        ("from configs import base\ndef get_config():\n    c = base.get_config()\n    del c.run\n"
+         "    return c", "The config lacks the fields run."),
+        ("from configs import base\ndef get_config():\n    c = base.get_config()\n"
+         "    c.run.steps = 'x'\n    return c", "fails in line 4: TypeError"),
+    ],
+)  # fmt: skip
+def test_a_config_file_that_cannot_be_used(tmp_path, text, sentence):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    found = refusal(f"--config={path}", "--config.run.steps=3")
+    assert sentence in found
+    assert "mine.py" in found or "The config " in found
+
+
+def test_presets_and_home_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("from configs.yocou_small import get_config")
+    assert parsed("--config=~/mine.py:rins").model.architecture == "rins"
+    assert refusal("--config=~/mine.py:rinse").startswith("model.architecture='rinse' is neither")
+    assert refusal("--config=configs/base.py:rins").endswith("takes no preset after a colon.")
+    assert refusal(f"--config={tmp_path}") == f"There is no config file '{tmp_path}'."
+    assert refusal("--config=") == "There is no config file ''."
+
+
+def test_our_progress_lines_are_shown(monkeypatch):
+    ours = logging.getLogger("yocou_jax")
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "propagate", True)
+    monkeypatch.setattr(ours, "level", logging.NOTSET)
+    cli._quiet()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    logging.getLogger("yocou_jax.data").info("tokenising %s", "x")
+    logging.getLogger("yocou_jax.data").debug("not this")
+    assert sys.stderr.getvalue() == "tokenising x\n"
+
+
+# --- In any terminal ------------------------------------------------------------------------------
+
+SHOW = """
+import sys
+from experiments import cli
+from yocou_jax.errors import UserError
+def main(_):
+    print("caf\\u00e9 \\u2713 \\U0001f642 \\udcff")
+    raise UserError("No file \\u4e2d\\udcff.")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "terminal",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+        {"PYTHONIOENCODING": "utf-8"},
+    ],
+    ids=str,
+)
+def test_what_a_terminal_cannot_show_is_spelt_out(terminal):
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        cwd=ROOT,
+        env=plain | terminal,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == cli.EXIT_USER_ERROR, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert done.stdout.startswith(b"caf")
+    assert b"\\udcff" in done.stdout
+    assert done.stderr.strip().endswith(b"\\udcff.")
