@@ -86,8 +86,12 @@ def read_file(name: str, path: Path, text_field: str, alone: bool) -> Iterator[R
             else:
                 yield name, file.read()
     except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"The data file '{path}' could not be read: {reason}.") from error
+        raise UserError(f"The data file '{path}' could not be read: {_reason(error)}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of another library says, as the end of a sentence."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
 
 
 def _rows(
@@ -200,7 +204,7 @@ def _inflate(file: BinaryIO, kind: str, path: Path) -> Iterator[bytes]:
             try:
                 yield decoder.decompress(data)
             except Exception as error:  # each library has errors of its own
-                raise OSError(f"its {kind} data is damaged ({error})") from error
+                raise OSError(f"its {kind} data is damaged ({_reason(error)})") from error
             data = decoder.unused_data if decoder.eof else b""
     if not decoder.eof:
         raise EOFError(f"its {kind} data ends too early")
@@ -314,7 +318,7 @@ def _json_rows(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, str, 
         except (ValueError, RecursionError) as error:
             if not first:
                 raise UserError(
-                    f"Line {number} of the data file '{path}' is not valid JSON: {error}."
+                    f"Line {number} of the data file '{path}' is not valid JSON: {_reason(error)}."
                 ) from error
             record = []
         if first and isinstance(record, list):
@@ -335,7 +339,7 @@ def _json_values(content: bytes, path: Path) -> Iterator[Any]:
             yield from value if isinstance(value, list) else [value]
             at = space.match(text, at).end()
     except (ValueError, RecursionError) as error:
-        raise UserError(f"The data file '{path}' is not valid JSON: {error}.") from error
+        raise UserError(f"The data file '{path}' is not valid JSON: {_reason(error)}.") from error
 
 
 def _decoded(content: bytes) -> str:
@@ -351,12 +355,13 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Raw]:
             f"Reading the data file '{path}' needs pyarrow: run 'pip install pyarrow'."
         ) from error
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for number, record in enumerate(_parquet_rows(file, text_field), 1):
                 where = f"Row {number} of the data file '{path}'"
                 yield f"{name}:{number}", text_of(record, text_field, where)
     except pa.ArrowException as error:
-        raise UserError(f"The data file '{path}' is not valid parquet: {error}.") from error
+        reason = _reason(error)
+        raise UserError(f"The data file '{path}' is not valid parquet: {reason}.") from error
 
 
 def _parquet_rows(file: Any, text_field: str) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,30 @@
+"""A few hundred random data files; `python -m tests.data.fuzz_files` runs as many as one likes."""
+
+import re
+
+import pytest
+
+from tests.data import fuzz_files
+from yocou_jax.data import formats
+
+
+def test_random_files_are_read_as_meant_or_refused():
+    ends, failures = fuzz_files.run(seed=1, numbers=range(300))
+    assert not failures, "\n".join(failures[:3])
+    assert sum(count for (_, end), count in ends.items() if end == "loaded") > 120
+    assert sum(count for (_, end), count in ends.items() if end == "refused") > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("COMPRESSED", re.compile(rb"(?!)")),
+        ("COMPRESSION_OF", {}),
+        ("BOM", b"\0"),
+        ("ROWS", {".jsonl"}),
+    ],
+)
+def test_the_cases_would_find_a_file_misread(monkeypatch, name, value):
+    monkeypatch.setattr(formats, name, value)
+    _, failures = fuzz_files.run(seed=0, numbers=range(60))
+    assert failures
