@@ -178,6 +178,7 @@ def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(hom
     line, workdir = command(home, "disturbed"), home / "disturbed"
     process = start(line)
     wait_for(process, workdir, 22)
+    assert_one_sentence(run(line, code=2), str(workdir), f"process {process.pid} on", "--workdir=")
     wait_for_folder(process, workdir / "checkpoints" / "20")  # so that of step 10 is whole
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -236,6 +237,101 @@ def test_a_finished_run_is_not_run_again(home, whole):
     assert f"Resumed from the checkpoint of step {STEPS}" in output
     assert summary(whole)["final_params_sha256"] == before
     assert len(rows(whole)) == STEPS
+
+
+# --- A run that goes on in another way -----------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_made_longer_is_the_longer_run(home):
+    """Bit for bit, with a schedule whose past does not depend on its end."""
+    fields = {"optimizer__schedule": "constant", "run__eval_every": 50}
+    run(command(home, "longer", run__steps=12, **fields))
+    output = run(command(home, "longer", run__steps=24, **fields))
+    assert "Resumed from the checkpoint of step 12" in output
+    assert "run.steps: 12 -> 24" in output
+    assert "no update so far depends on it" in output
+    run(command(home, "at_once", run__steps=24, **fields))
+    longer, at_once = home / "longer", home / "at_once"
+    assert summary(longer)["final_params_sha256"] == summary(at_once)["final_params_sha256"]
+    assert [row["loss"] for row in rows(longer)] == [row["loss"] for row in rows(at_once)]
+    resumes = json.loads((longer / "manifest.json").read_text())["resumes"]
+    assert [entry["step"] for entry in resumes] == [12]
+    output = run(command(home, "longer", run__steps=20, **fields), code=2)
+    assert_one_sentence(output, "24 updates already", "run.steps=20")
+
+
+@pytest.mark.slow
+def test_how_a_run_is_computed_may_change(home, whole):
+    shutil.copytree(whole, home / "recomputed")
+    changed = {"model__remat": "full", "model__attention": "reference", "model__scan": False}
+    output = run(command(home, "recomputed", data__validation_sequences=4, **changed))
+    assert f"Resumed from the checkpoint of step {STEPS}" in output
+    for words in ("remat: 'none' -> 'full'", "scan: True -> False", "sequences: 8 -> 4"):
+        assert words in output
+
+
+@pytest.mark.slow
+def test_a_run_from_the_weights_of_another(home, whole):
+    flag = f"--init_from={whole}"
+    output = run(command(home, "tuned", flag, run__steps=6, run__eval_every=3))
+    assert f"Started from the parameters of {whole}, step {STEPS}." in output
+    first, last = rows(home / "tuned")[0], rows(whole)[-1]
+    assert first["step"] == 1  # a new run, with a warm-up of its own
+    assert first["lr"] < last["lr"] or first["lr"] == pytest.approx(0.003 / 5)
+    assert first["loss"] == pytest.approx(last["loss"], abs=0.3)
+    origin = json.loads((home / "tuned" / "manifest.json").read_text())["init_from"]
+    assert origin == {"path": str(whole), "step": STEPS}
+    # Once it has a checkpoint, that is where it goes on.
+    output = run(command(home, "tuned", flag, run__steps=6, run__eval_every=3))
+    assert "Resumed from the checkpoint of step 6" in output
+    for workdir, start_from, fields, words in (
+        ("tuned", home / "other", {"run__steps": 6}, ["was started from", str(whole)]),
+        ("bad", whole, {"model__d_ff": 72}, ["other arrays", "d_ff", "-> [1, 32, 72]"]),
+        ("bad", whole, {"data__tokenizer": "bpe", "model__vocab_size": 300}, ["tokenizer.json"]),
+        ("bad", home / "nothing", {}, ["nothing", "does not exist"]),
+    ):
+        output = run(command(home, workdir, f"--init_from={start_from}", **fields), code=2)
+        assert_one_sentence(output, *(w for w in words if w != "d_ff"))
+    assert not (home / "bad").exists()
+
+
+@pytest.mark.slow
+def test_a_refusal_leaves_no_manifest(home, whole):
+    """Checkpoints of another model without their manifest: the right config still has its turn."""
+    shutil.copytree(whole, home / "moved")
+    (home / "moved" / "manifest.json").unlink()
+    before = sorted(p.name for p in (home / "moved").iterdir())
+    output = run(command(home, "moved", model__d_ff=72), code=2)
+    assert "other arrays than this model has" in output
+    assert sorted(p.name for p in (home / "moved").iterdir()) == before
+    assert f"Resumed from the checkpoint of step {STEPS}" in run(command(home, "moved"))
+
+
+# --- Showing never ends a run ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ascii", "no reader"])
+def test_a_terminal_that_cannot_show_it(home, how):
+    """A C locale, whose output is ASCII, and a pipe whose reader has gone (`| head -1`)."""
+    fields = {"run__steps": 12, "run__sample_every": 6}  # nothing it writes is ASCII
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = subprocess.Popen(
+        command(home, f"shown_{how[:2]}", **fields),
+        cwd=ROOT,
+        env=environment() | (locale if how == "ascii" else {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    if how == "no reader":
+        process.stdout.close()
+        process.stdout = None
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert b"Traceback" not in errors
+    assert b"Exception ignored" not in errors
+    assert summary(home / f"shown_{how[:2]}")["tokens"] == 12 * 8 * 32
 
 
 # --- One sentence for every mistake ---------------------------------------------------------------

@@ -1,0 +1,89 @@
+"""The host loop: what a changed end of the schedule means, and samples that go wrong."""
+
+import io
+import random
+
+import pytest
+import rich.console
+
+from tests import tiny
+from yocou_jax import metrics
+from yocou_jax.errors import UserError
+from yocou_jax.loop import Run, new_end
+
+
+def config(steps, schedule, **optimizer):
+    return tiny.config(
+        optimizer={"schedule": schedule, "warmup_steps": 2, "decay_fraction": 0.5} | optimizer,
+        run={"steps": steps},
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "first"),
+    [
+        (config(10, "constant"), config(20, "constant"), 10),
+        (config(20, "constant"), config(10, "constant"), 10),
+        (config(20, "wsd"), config(40, "wsd"), 10),  # updates 0 .. 9 are before the decay
+        (config(20, "constant"), config(20, "wsd"), 10),
+        (config(20, "wsd"), config(20, "wsd", final_fraction=0.5), 10),
+        (config(20, "cosine"), config(30, "cosine"), 2),  # nothing but warm-up was done
+    ],
+)
+def test_an_end_that_no_update_depends_on(old, new, first):
+    assert "no update so far depends on it" in new_end(old, new, first)
+
+
+def test_an_end_after_the_decay_began_is_told():
+    words = new_end(config(20, "wsd"), config(40, "wsd"), 20)
+    assert "run.steps: 20 -> 40" in words
+    assert "update 21 is 0.000955, where the old schedule has 0.0001" in words
+    words = new_end(config(20, "wsd"), config(20, "constant"), 11)
+    assert "optimizer.schedule: 'wsd' -> 'constant'" in words
+    assert "not the run that the new values alone would give" in words
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "first", "words"),
+    [
+        (config(20, "cosine"), config(30, "cosine"), 3, "--init_from"),
+        (config(20, "cosine"), config(20, "wsd"), 20, "the cosine falls over the whole"),
+        (config(20, "wsd"), config(20, "cosine"), 20, "constant or wsd"),
+        (config(20, "constant"), config(10, "constant"), 11, "11 updates already"),
+    ],
+)
+def test_an_end_that_makes_no_sense(old, new, first, words):
+    with pytest.raises(UserError, match=words):
+        new_end(old, new, first)
+
+
+def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
+    tmp_path, monkeypatch, caplog
+):
+    rng = random.Random(0)
+    text = "\n".join("".join(rng.choices("abcd ", k=60)) for _ in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    data = {
+        "source": str(tmp_path / "text.txt"),
+        "tokenizer": "bytes",
+        "cache_dir": str(tmp_path / "cache"),
+        "validation_sequences": 2,
+        "validation_fraction": 0.3,
+    }
+    every = {"steps": 2, "eval_every": 2, "sample_every": 1, "checkpoint_every": 1}
+    saved = []
+
+    def fail(run, params, step):
+        saved.append((step, sorted((tmp_path / "run/checkpoints").glob(f"{step}*")) != []))
+        raise RuntimeError("out of memory\nand much more")
+
+    monkeypatch.setattr(Run, "_show_sample", fail)
+    console = metrics.Console(rich.console.Console(file=io.StringIO()))
+    small = tiny.config(
+        "full*1", vocab_size=258, data=data, run=every, optimizer={"warmup_steps": 0}
+    )
+    summary = Run(small, tmp_path / "run", console).train()
+    assert saved == [(1, True), (2, True)]
+    assert caplog.text.count("No sample at step") == 2
+    assert "and much more" not in caplog.text
+    assert summary["tokens"] == 2 * 8 * 16
