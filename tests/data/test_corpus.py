@@ -299,7 +299,7 @@ def test_parse_source(source, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["a + b.txt", "0.5*a + 0.5*b", "1.0*a", "2*.txt", "'q'", "x[1].txt"]
+    "name", ["a + b.txt", "0.5*a + 0.5*b", "1.0*a", "2*.txt", "'q'", "x[1].txt", " x"]
 )
 def test_a_file_that_exists_is_named_as_it_is(tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("its text")

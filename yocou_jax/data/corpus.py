@@ -143,13 +143,13 @@ class Corpus:
 
 
 def _in_pieces(documents: Iterable[Document], size: int) -> Iterator[Document]:
-    """Every text in pieces. One that repeats an earlier one bears its name: both are held out, or
-    none."""
-    names: dict[str, str] = {}
+    """Every text in pieces. A piece that repeats an earlier one bears its name, so that either both
+    are held out or none."""
+    names: dict[bytes, str] = {}
     for name, text in documents:
         for number, piece in enumerate(pieces(io.BytesIO(text.encode()), size)):
-            text = piece.decode()
-            yield Document(names.setdefault(text, f"{name}#{number}"), text)
+            digest = hashlib.sha256(piece).digest()
+            yield Document(names.setdefault(digest, f"{name}#{number}"), piece.decode())
 
 
 def hash_fraction(name: str, salt: str = "") -> float:
@@ -226,9 +226,9 @@ def parse_source(source: str) -> list[tuple[float, str]]:
     Raises UserError when a term has no weight, a weight is not a positive number, or the weights
     do not sum to 1.
     """
-    source = source.strip()
     if _existing_files(source):
         return [(1.0, source)]
+    source = source.strip()
     # Quoted parts are masked while the terms are looked for.
     masked = QUOTED.sub(lambda found: found[1] + "_" * len(found[2]), source)
     ends = [found.span() for found in SEPARATOR.finditer(masked)]
