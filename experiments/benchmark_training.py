@@ -29,8 +29,10 @@ from yocou_jax.train import set_up
 
 CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that every measurement is repeated.")
-STEPS = flags.DEFINE_integer("steps", 4, "Training steps in one measurement.")
+ROUNDS = flags.DEFINE_integer(
+    "rounds", 5, "Times that every measurement is repeated.", lower_bound=1
+)
+STEPS = flags.DEFINE_integer("steps", 4, "Training steps in one measurement.", lower_bound=1)
 LOOPS = (1, 3, 8)
 WINDOW_LENGTHS = (4096, 8192)
 

@@ -73,7 +73,8 @@ def keep_freed_memory() -> None:
 
 
 def _stop(sentence: str, code: int) -> None:
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by whoever started this
+        sys.stdout.flush()
     print(sentence, file=sys.stderr)
     sys.exit(code)
 

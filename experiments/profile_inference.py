@@ -764,7 +764,7 @@ def check_lengths(lengths: list[str], steps: int) -> tuple[int, ...]:
     Raises:
       UserError: no whole numbers, or too short for a prompt and the steps that are timed.
     """
-    if not lengths or not all(n.isdecimal() and int(n) > steps for n in lengths):
+    if not lengths or not all(n.isdecimal() and len(n) < 10 and int(n) > steps for n in lengths):
         raise UserError(
             f"--lengths={','.join(lengths)} must be whole numbers above {steps}, the number of "
             "decode steps that are timed."

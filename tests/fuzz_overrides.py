@@ -6,7 +6,8 @@ Each line is a valid one with up to three mistakes: in the names of flags and fi
 the config file. In this process it is parsed as the command would parse it, and its config is
 built. Allowed is a Config whose fields have the values that were typed (read here independently),
 or a UserError of one short sentence. All else is a failure, and so is a line that takes longer than
-SECONDS. Exits with 1 if there are any.
+SECONDS. Exits with 1 if there are any. --set_up=20 also sets up the first 20 models that are
+accepted, without an array: that too works or is refused with a sentence.
 """
 
 import argparse
@@ -240,6 +241,24 @@ def answer(words: list[str], config_flag: flags.FlagHolder) -> tuple[Config | No
     return config, None
 
 
+def set_up_failure(config: Config) -> str | None:
+    """What is wrong with how an accepted config is set up on one device; None for too deep ones."""
+    import jax
+
+    from yocou_jax.train import set_up
+
+    program = config.model.program
+    if len(program.stages) > 10 or (not config.model.scan and program.depth > 20):
+        return None  # minutes to trace
+    try:
+        jax.eval_shape(set_up(config, jax.devices()[:1]).init)
+    except UserError as error:
+        return _not_a_sentence(str(error))
+    except Exception as error:
+        return f"{type(error).__name__} in set_up: {error}"
+    return None
+
+
 def _not_a_sentence(text: str) -> str | None:
     found = [word for word in FOREIGN if word in text]
     if found or len(text) > LONGEST or "\n" in text or not text.endswith((".", "?")):
@@ -260,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--command", default="train", help="of experiments/, one with --config")
+    parser.add_argument("--set_up", type=int, default=0)
     options = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     absl.logging.set_verbosity(absl.logging.ERROR)
@@ -273,6 +293,8 @@ def main(argv: list[str] | None = None) -> int:
             for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
                 words = mutate(words, files, rng)
             config, wrong = answer(words, config_flag)
+            if config is not None and wrong is None and accepted < options.set_up:
+                wrong = set_up_failure(config)
             accepted += config is not None
             failures += wrong is not None
             if wrong:
