@@ -79,8 +79,9 @@ def config_of(row: dict):
     fields = dict(row)
     optimizer = {name: fields.pop(name) for name in ("z_loss", "accumulation_steps")}
     data = {"batch_size": 4, "sequence_length": LENGTH, "packing": fields.pop("packed")}
-    experts = tiny.MOE | {"load_balance_weight": 0.3, "router_z_weight": 0.2}
-    return tiny.config(optimizer=optimizer, data=data, **(experts | {"d_ff": 12} | fields))
+    # Large enough that each of them shows in the loss.
+    large = {"load_balance_weight": 0.3, "router_z_weight": 0.2, "norm_eps": 0.05}
+    return tiny.config(optimizer=optimizer, data=data, **(tiny.MOE | large | {"d_ff": 12} | fields))
 
 
 # --- A training step ------------------------------------------------------------------------------
