@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,25 @@ def test_the_probabilities_themselves(fields):
     expected = probabilities(**fields)
     np.testing.assert_array_equal(np.isneginf(x[0]), expected == 0)
     np.testing.assert_allclose(jax.nn.softmax(x)[0], expected, rtol=1e-5)
+
+
+def test_the_probabilities_with_settings_in_every_combination():
+    """Each filter before or after each other one, in rows of their own."""
+    values = {
+        "temperature": (0.5, 1.0, 2.0),
+        "top_k": (0, 4, 9),
+        "top_p": (1.0, 0.55, 0.9),
+        "min_p": (0.0, 0.1, 0.3),
+        "repetition_penalty": (1.0, 1.6),
+    }
+    rows = list(itertools.product(*values.values()))
+    columns = (np.asarray(column) for column in zip(*rows, strict=True))
+    sampling = check(Sampling(**dict(zip(values, columns, strict=True))), len(rows))
+    tiled = (np.tile(x, (len(rows), 1)) for x in (LOGITS.astype(np.float32), SEEN))
+    logits, seen = tiled
+    got = jax.nn.softmax(filtered(logits, sampling, seen))
+    expected = [probabilities(**dict(zip(values, row, strict=True))) for row in rows]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 WRONG = [
