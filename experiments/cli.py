@@ -203,7 +203,7 @@ def _load(argument: str) -> ConfigDict:
     name, colon, preset = argument.partition(":")
     path = os.path.abspath(resolve(name))
     if not os.path.isfile(path):
-        raise UserError(f"There is no config file {shown(name)}.")
+        raise UserError(f"The config file {shown(name)} does not exist.")
     loader = importlib.machinery.SourceFileLoader("config_file", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_file", loader))
     try:

@@ -358,7 +358,7 @@ def test_a_changed_config_is_refused_with_the_fields(home, whole):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model__windw": 3}, ["windw", "Did you mean 'window'?"]),
+        ({"model__windw": 3}, ["windw", "Did you mean 'model.window'?"]),
         ({"model__architecture": "cross*2"}, ["cross*2", "begins with a cross stage"]),
         ({"model__architecture": "yocou"}, ["yocou", "yoco_u"]),
         ({"model__num_layers": 3}, ["num_layers=3", "odd"]),

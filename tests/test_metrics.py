@@ -1,14 +1,11 @@
-"""What is written for scripts and people: rows, events, the summary, the terminal, sentences."""
+"""What is written for scripts and people: rows, events, the summary, the terminal."""
 
 import io
 import json
 import math
 import os
 import re
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from yocou_jax import metrics
 from yocou_jax.metrics import Console, MetricsWriter, mfu, peak_flops, read_metrics
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_names_that_others_rely_on():
@@ -169,99 +164,6 @@ def test_banner():
     text = out.getvalue()
     for word in ("yocou_small", "device", "cpu x 8", "3,141,592", "1.5e+09", "False"):
         assert word in text
-
-
-CONFIG = """
-    from ml_collections import ConfigDict
-
-    def get_config(preset="plain"):
-        if preset not in ("plain", "rins"):
-            raise ValueError(f"There is no preset {preset!r}.")
-        return ConfigDict({"model": {"window": 64, "name": preset}, "lr": 0.1})
-"""
-
-COMMAND = """
-    import errno, os
-    from absl import flags
-    from ml_collections import config_flags
-    from experiments import cli
-    from yocou_jax.errors import UserError
-
-    config_flags.DEFINE_config_file("config")
-    flags.mark_flag_as_required("config")
-    ERRORS = {
-        0.2: UserError("A batch of 7 sequences does not divide by 2."),
-        0.3: KeyboardInterrupt(),
-        0.4: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"),
-        0.5: RuntimeError("a bug"),
-    }
-
-    def main(argv):
-        config = flags.FLAGS.config
-        if config.lr in ERRORS:
-            raise ERRORS[config.lr]
-        print("ran", config.model.name, config.model.window)
-        return 75 if config.lr == 0.6 else None
-
-    cli.run(main)
-"""
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    (folder / "config.py").write_text(textwrap.dedent(CONFIG))
-    (folder / "command.py").write_text(textwrap.dedent(COMMAND))
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "command.py", *arguments],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--config=config.py", "--config.model.windw=3"],
-         "There is no config field 'windw' (in --config.model.windw=3). Did you mean 'window'?"),
-        (["--config=config.py", "--config.qqq=3"],
-         "There is no config field 'qqq' (in --config.qqq=3). configs/base.py lists every field."),
-        (["--config=config.py", "--config.model.window=abc"],
-         "The value of --config.model.window=abc is not possible: "
-         "invalid literal for int() with base 10: 'abc'."),
-        (["--config=nowhere.py"], "The config file nowhere.py does not exist."),
-        (["--config=nowhere.py", "--config.lr=1"], "The config file nowhere.py does not exist."),
-        (["--config=config.py:rinz"], "There is no preset 'rinz'."),
-        (["--cnfig=config.py"], "There is no flag --cnfig. Did you mean --config?"),
-        ([], "The flag --config is missing."),
-        (["config.py"], "The flag --config is missing."),
-        (["--config=config.py", "more"],
-         "The argument 'more' means nothing here: every option is a --flag."),
-        (["--config=config.py", "--config.lr=0.2"], "A batch of 7 sequences does not divide by 2."),
-        (["--config=config.py", "--config.lr=0.4"],
-         "No space left on device (runs/x). What was saved before is intact."),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_one_sentence_and_code_2(command, arguments, sentence):
-    result = command(*arguments)
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", sentence + "\n")
-
-
-def test_other_endings(command):
-    result = command("--config=config.py:rins", "--config.model.window=3", "--config.lr=0.6")
-    assert (result.returncode, result.stdout, result.stderr) == (75, "ran rins 3\n", "")
-    result = command("--config=config.py", "--config.lr=0.3")
-    assert (result.returncode, result.stderr) == (130, "Interrupted.\n")
-    result = command("--config=config.py", "--config.lr=0.5")
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr
-    assert "a bug" in result.stderr
 
 
 class Gone(io.StringIO):

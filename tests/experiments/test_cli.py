@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_overrides_of_a_default_config(default):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "There is no config file"),
+        (None, "mine.py' does not exist."),
         ("def get_config(:", "in line 1: SyntaxError: invalid syntax"),
         ("x = 3", "has no function get_config()."),
         ("def get_config():\n    return 1 / 0", "in line 2: ZeroDivisionError: division by zero"),
@@ -161,8 +162,8 @@ def test_presets_and_home_directories(tmp_path, monkeypatch):
     assert parsed("--config=~/mine.py:rins").model.architecture == "rins"
     assert refusal("--config=~/mine.py:rinse").startswith("model.architecture='rinse' is neither")
     assert refusal("--config=configs/base.py:rins").endswith("takes no preset after a colon.")
-    assert refusal(f"--config={tmp_path}") == f"There is no config file '{tmp_path}'."
-    assert refusal("--config=") == "There is no config file ''."
+    assert refusal(f"--config={tmp_path}") == f"The config file '{tmp_path}' does not exist."
+    assert refusal("--config=") == "The config file '' does not exist."
 
 
 def test_our_progress_lines_are_shown(monkeypatch):
@@ -175,6 +176,108 @@ def test_our_progress_lines_are_shown(monkeypatch):
     logging.getLogger("yocou_jax.data").info("tokenising %s", "x")
     logging.getLogger("yocou_jax.data").debug("not this")
     assert sys.stderr.getvalue() == "tokenising x\n"
+
+
+# --- How a command ends ---------------------------------------------------------------------------
+
+CONFIG = """
+    from configs import base
+
+    def get_config(preset="plain"):
+        if preset not in ("plain", "rins"):
+            raise ValueError(f"There is no preset {preset!r}.")
+        c = base.get_config()
+        c.data.source = preset
+        return c
+"""
+
+COMMAND = """
+    import errno, os
+    from absl import flags
+    from experiments import cli
+    from yocou_jax.config import Config
+    from yocou_jax.errors import UserError
+
+    CONFIG = cli.config_file(None, "What to train.")
+    flags.mark_flag_as_required("config")
+    ERRORS = {
+        0.2: UserError("A batch of 7 sequences does not divide by 2."),
+        0.3: KeyboardInterrupt(),
+        0.4: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"),
+        0.5: RuntimeError("a bug"),
+    }
+
+    def main(argv):
+        config = Config.from_dict(CONFIG.value)
+        decay = config.optimizer.weight_decay
+        if decay in ERRORS:
+            raise ERRORS[decay]
+        print("ran", config.data.source, config.model.window)
+        return 75 if decay == 0.6 else None
+
+    cli.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "config.py").write_text(textwrap.dedent(CONFIG))
+    (folder / "command.py").write_text(textwrap.dedent(COMMAND))
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "command.py", *arguments],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config=config.py", "--config.model.windw=3"],
+         "The config has no field 'model.windw'. Did you mean 'model.window'?"),
+        (["--config=config.py", "--config.qqq=3"],
+         "The config has no field 'qqq'. configs/base.py lists every field."),
+        (["--config=config.py", "--config.model.window=abc"],
+         "The value of '--config.model.window=abc' is not possible: it must be a whole number such "
+         "as 1000, or none where there may be none."),
+        (["--config=nowhere.py"], "The config file 'nowhere.py' does not exist."),
+        (["--config=nowhere.py", "--config.run.steps=1"],
+         "The config file 'nowhere.py' does not exist."),
+        (["--config=config.py:rinz"],
+         "The config file 'config.py' fails in line 6: ValueError: There is no preset 'rinz'."),
+        (["--cnfig=config.py"], "There is no flag '--cnfig'. Did you mean --config?"),
+        ([], "The flag --config is missing."),
+        (["config.py"], "The flag --config is missing."),
+        (["--config=config.py", "more"],
+         "The argument 'more' means nothing here: every option is a --flag."),
+        (["--config=config.py", "--config.optimizer.weight_decay=0.2"],
+         "A batch of 7 sequences does not divide by 2."),
+        (["--config=config.py", "--config.optimizer.weight_decay=0.4"],
+         "No space left on device (runs/x). What was saved before is intact."),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_and_code_2(run, arguments, sentence):
+    result = run(*arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", sentence + "\n")
+
+
+def test_other_endings(run):
+    decay = "--config.optimizer.weight_decay"
+    result = run("--config=config.py:rins", "--config.model.window=3", f"{decay}=0.6")
+    assert (result.returncode, result.stdout, result.stderr) == (75, "ran rins 3\n", "")
+    result = run("--config=config.py", f"{decay}=0.3")
+    assert (result.returncode, result.stderr) == (130, "Interrupted.\n")
+    result = run("--config=config.py", f"{decay}=0.5")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "a bug" in result.stderr
 
 
 # --- In any terminal ------------------------------------------------------------------------------
