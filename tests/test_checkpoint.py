@@ -247,7 +247,7 @@ def test_only_an_unfinished_checkpoint_starts_anew_but_only_damaged_ones_stop(tm
     for step in ("10", "20"):
         (directory / step / "inventory.json").unlink()
     with Checkpointer(directory, every=10) as checkpointer:
-        assert checkpointer.latest_step() is None
+        assert checkpointer.newest_whole() is None
         assert checkpointer.save(10, make_state(10))
     assert folders(directory) == ["10", "passed-over-10", "passed-over-20"]
 

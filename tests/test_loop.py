@@ -9,7 +9,8 @@ import rich.console
 from tests import tiny
 from yocou_jax import metrics
 from yocou_jax.errors import UserError
-from yocou_jax.loop import Run, new_end
+from yocou_jax.loop import Run
+from yocou_jax.resume import new_end
 
 
 def config(steps, schedule, **optimizer):

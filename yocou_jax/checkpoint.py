@@ -58,6 +58,7 @@ class Checkpointer:
         self.directory, self.every = Path(directory).absolute(), every
         self._manager: ocp.CheckpointManager | None = None
         self._keep, self._closed = keep, False
+        self._whole: tuple[int | None, dict[int, str]] | None = None
         self._seal: threading.Thread | None = None
         self._saving, self._error = -1, None
 
@@ -98,10 +99,6 @@ class Checkpointer:
                 raise
             log.warning("%s", failure)  # the error that ended the run is the one to raise
 
-    def latest_step(self) -> int | None:
-        """The newest finished checkpoint, or None; its files are not read."""
-        return max(filter(self._finished, _steps(self.directory)), default=None)
-
     def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
         """Begins to save if `step` is due or forced; True if so. `state` may be donated after."""
         self._raise_error_of_last_save(wait=False)
@@ -121,6 +118,23 @@ class Checkpointer:
         self._seal.start()
         return True
 
+    def newest_whole(self) -> int | None:
+        """The step that `restore_latest` restores, found by reading all files of it, once.
+
+        Raises UserError if there are finished checkpoints, and all of them are damaged.
+        """
+        if self._whole is None:
+            finished = [step for step in _steps(self.directory) if self._finished(step)]
+            self._whole = _newest_whole(self.directory, finished)
+        step, damaged = self._whole
+        if step is None and damaged:
+            raise UserError(
+                f"No checkpoint in {self.directory} can be read: "
+                + "; ".join(f"of step {s}, {why}" for s, why in damaged.items())
+                + ". Move the directory away, or choose another workdir, to start from step 0."
+            )
+        return step
+
     def restore_latest(self, abstract_state: PyTree) -> tuple[PyTree, int] | None:
         """The newest whole checkpoint as (state, step), or None if there is none.
 
@@ -128,17 +142,11 @@ class Checkpointer:
         their steps can be saved again. Raises UserError, and touches nothing, if all are damaged or
         the arrays are not those of `abstract_state`.
         """
-        finished = [step for step in _steps(self.directory) if self._finished(step)]
-        step, damaged = _newest_whole(self.directory, finished)
-        if step is None and damaged:
-            raise UserError(
-                f"No checkpoint in {self.directory} can be read: "
-                + "; ".join(f"of step {s}, {why}" for s, why in damaged.items())
-                + ". Move the directory away, or choose another workdir, to start from step 0."
-            )
+        step = self.newest_whole()
         if step is None:
             return None
         state = _restore(self.directory, step, abstract_state)
+        _, damaged = self._whole
         self._put_aside({s: f"{why}; step {step} is used instead" for s, why in damaged.items()})
         self._open().reload()  # which waits for its cleaning up
         return state, step

@@ -16,54 +16,23 @@ import jax
 import numpy as np
 
 from pallas_kernels import api
-from yocou_jax import accounting, metrics, pretrained
-from yocou_jax.checkpoint import Checkpointer, StopRequest, named_leaves, params_sha256
+from yocou_jax import accounting, metrics
+from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256
 from yocou_jax.config import PROFILE_FROM, Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve, write_atomically
 from yocou_jax.inference import Sampling, generate, prepare
 from yocou_jax.lock import WorkdirLock
-from yocou_jax.manifest import check_resume, describe, differences, flat
+from yocou_jax.manifest import check_resume, describe
 from yocou_jax.manifest import read as read_manifest
 from yocou_jax.manifest import write as write_manifest
 from yocou_jax.model import compute_dtype
-from yocou_jax.optimizer import decay_starts, make_schedule
+from yocou_jax.resume import END_FIELDS, FREE_FIELDS, going_on, load_source
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.train import Setup, TrainState, set_up
 
 log = logging.getLogger(__name__)
-
-# What may differ when a run is resumed: it changes how it is computed, what is shown, saved or laid
-# out, not the mathematics.
-FREE_FIELDS = (
-    "data.cache_dir",
-    "data.validation_sequences",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "model.attention",
-    "model.remat",
-    "model.scan",
-    "optimizer.max_skipped_updates",
-    "run.log_every",
-    "run.eval_every",
-    "run.sample_every",
-    "run.sample_prompt",
-    "run.sample_tokens",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.profile_steps",
-)
-
-# What says when and how a run ends. It may change while no past update depends on it, and, with the
-# learning rate jumping, for the schedules that are constant before their end.
-END_FIELDS = (
-    "run.steps",
-    "optimizer.schedule",
-    "optimizer.decay_fraction",
-    "optimizer.final_fraction",
-)
 
 
 class Stopwatch:
@@ -186,20 +155,19 @@ class Run:
             init_from=None,
         )
         notices: list[str] = []
-        newest = checkpointer.latest_step()
+        newest = checkpointer.newest_whole()
         before = None if newest is None else read_manifest(self.workdir)
         if before:
             check_resume(self.workdir, before, manifest, FREE_FIELDS + END_FIELDS)
+            notices = going_on(self.workdir, before, config, newest, self.init_from)
+            resume = {"time": manifest["created"], "step": newest, "changes": notices}
+            manifest |= {key: before.get(key) for key in ("created", "init_from")}
+            manifest["resumes"] = [*before.get("resumes", []), resume]
         restored = checkpointer.restore_latest(self.setup.abstract_state)
         if restored:
             state, first = restored
-            notices.append(f"Resumed from the checkpoint of step {first} in {self.workdir}.")
-            if before:
-                changes = self._going_on(before, first)
-                resume = {"time": manifest["created"], "step": first, "changes": changes}
-                manifest |= {key: before.get(key) for key in ("created", "init_from")}
-                manifest["resumes"] = [*before.get("resumes", []), resume]
-                notices += changes
+            resumed = f"Resumed from the checkpoint of step {first} in {self.workdir}."
+            notices = [resumed, *notices]
         else:
             state, first = self._fresh(manifest, notices), 0
         write_manifest(self.workdir, manifest)
@@ -212,6 +180,11 @@ class Run:
             self.writer.text("config", _as_text(config), first)
             self.writer.hparams(config.to_dict())
         self.console.banner(f"YOCO-U in JAX: {config.model.program}", self._banner())
+        left = config.run.steps - first
+        if config.run.profile_steps and left <= PROFILE_FROM:
+            notices.append(
+                f"No profile: it begins after {PROFILE_FROM} steps, and {left} are left."
+            )
         for notice in notices:
             self.console.notice(notice)
         self.console.start(config.run.steps)
@@ -221,47 +194,11 @@ class Run:
         """The state at step 0, with the parameters of `init_from` if there is one."""
         if self.init_from is None:
             return self.setup.init()
-        source = pretrained.load(self.init_from, self.setup.mesh)
-        if source.tokenizer.fingerprint != self.data.tokenizer.fingerprint:
-            raise UserError(
-                f"The model of {self.init_from} has another tokenizer than this run, so its "
-                "embeddings would mean nothing: give "
-                f"--config.data.tokenizer={self.init_from}/tokenizer.json."
-            )
-        abstract = self.setup.abstract_state.params
-        shapes = [
-            {name: list(x.shape) for name, x in named_leaves(tree)}
-            for tree in (source.params, abstract)
-        ]
-        if differing := differences(*shapes):
-            raise UserError(
-                f"The model of {self.init_from} has other arrays than this config's model "
-                f"({len(differing)} differ): {'; '.join(differing[:8])}."
-            )
+        setup, tokenizer = self.setup, self.data.tokenizer
+        source = load_source(self.init_from, setup, self.config.model, tokenizer)
         manifest["init_from"] = {"path": str(self.init_from), "step": source.step}
-        step = "" if source.step is None else f", step {source.step}"
-        notices.append(f"Started from the parameters of {self.init_from}{step}.")
-        cast = jax.jit(
-            lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract),
-            out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
-        )
-        return dataclasses.replace(self.setup.init(), params=cast(source.params))
-
-    def _going_on(self, before: dict, first: int) -> list[str]:
-        """What differs from the run that was begun, in sentences. Raises UserError if a changed end
-        of the schedule makes no sense."""
-        started = before.get("init_from") or {}
-        if self.init_from is not None and started.get("path") != str(self.init_from):
-            raise UserError(
-                f"The run in {self.workdir} was started from {started.get('path') or 'scratch'} "
-                f"and is at step {first}: --init_from={self.init_from} needs a workdir of its own."
-            )
-        old, now = flat(before["config"]), flat(self.config.to_dict())
-        changed = differences(old, now, ignore=tuple(k for k in now if k not in FREE_FIELDS))
-        notices = [f"Changed since the start: {'; '.join(changed)}."] if changed else []
-        if any(old.get(name) != now[name] for name in END_FIELDS):
-            notices.append(new_end(Config.from_dict(before["config"]), self.config, first))
-        return notices
+        notices += source.notices
+        return dataclasses.replace(setup.init(), params=source.params)
 
     def _loop(self, state, first, batches, checkpointer, stop) -> tuple[TrainState, int]:
         run = self.config.run
@@ -445,35 +382,6 @@ class Run:
             },
             "run": {"workdir": str(self.workdir)},
         }
-
-
-def new_end(old: Config, new: Config, first: int) -> str:
-    """What another end of the schedule does to a run that has done `first` updates, in a sentence.
-
-    Raises UserError if the run is past its new end, or if its past learning rates depend on the end
-    in a way that cannot be told in a sentence (cosine).
-    """
-    if first > new.run.steps:
-        raise UserError(
-            f"The run has done {first} updates already, more than run.steps={new.run.steps}."
-        )
-    ends = [decay_starts(c.optimizer, c.run.steps) for c in (old, new)]
-    changes = differences(*({n: flat(c.to_dict())[n] for n in END_FIELDS} for c in (old, new)))
-    words = f"The end of the schedule has changed ({'; '.join(changes)})"
-    if all(end is None or first <= end for end in ends):
-        return f"{words}: no update so far depends on it, so this is the run with the new end."
-    if "cosine" in (old.optimizer.schedule, new.optimizer.schedule):
-        raise UserError(
-            f"{words}, but the {first} updates done depend on it: the cosine falls over the whole "
-            "of run.steps. Give the old values, or begin a new run with --init_from=WORKDIR; with "
-            "optimizer.schedule=constant or wsd a run can be made longer."
-        )
-    rates = [float(make_schedule(c.optimizer, c.run.steps)(first)) for c in (old, new)]
-    return (
-        f"{words} after the old decay had begun: the learning rate of update {first + 1} is "
-        f"{rates[1]:.4g}, where the old schedule has {rates[0]:.4g}. This is not the run that the "
-        "new values alone would give."
-    )
 
 
 def attention_choices(config: Config) -> dict[str, str]:

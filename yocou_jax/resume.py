@@ -1,0 +1,139 @@
+"""How a run goes on: what may change on the way, another end, the weights of another run."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from yocou_jax import pretrained
+from yocou_jax.checkpoint import named_leaves
+from yocou_jax.config import Config, ModelConfig
+from yocou_jax.data.tokenizer import Tokenizer
+from yocou_jax.errors import UserError
+from yocou_jax.manifest import differences, flat
+from yocou_jax.optimizer import decay_starts, make_schedule
+from yocou_jax.train import Setup
+from yocou_jax.typing import PyTree
+
+# What may differ when a run is resumed: it changes how it is computed, what is shown, saved or laid
+# out, not the mathematics.
+FREE_FIELDS = (
+    "data.cache_dir",
+    "data.validation_sequences",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "model.attention",
+    "model.remat",
+    "model.scan",
+    "optimizer.max_skipped_updates",
+    "run.log_every",
+    "run.eval_every",
+    "run.sample_every",
+    "run.sample_prompt",
+    "run.sample_tokens",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.profile_steps",
+)
+
+# What says when and how a run ends. It may change while no past update depends on it, and, with the
+# learning rate jumping, for the schedules that are constant before their end.
+END_FIELDS = (
+    "run.steps",
+    "optimizer.schedule",
+    "optimizer.decay_fraction",
+    "optimizer.final_fraction",
+)
+
+
+def going_on(
+    workdir: Path, before: dict, config: Config, first: int, init_from: Path | None
+) -> list[str]:
+    """What differs from the run whose manifest is `before` and that has done `first` updates, in
+    sentences.
+
+    Raises UserError if it was started from other weights than `init_from`, or if a changed end of
+    its schedule makes no sense.
+    """
+    started = (before.get("init_from") or {}).get("path")
+    if init_from is not None and started != str(init_from):
+        raise UserError(
+            f"The run in {workdir} was started from {started or 'scratch'} and is at step {first}: "
+            f"--init_from={init_from} needs a workdir of its own."
+        )
+    old, now = flat(before["config"]), flat(config.to_dict())
+    changed = differences(old, now, ignore=tuple(k for k in now if k not in FREE_FIELDS))
+    notices = [f"Changed since the start: {'; '.join(changed)}."] if changed else []
+    if any(old.get(name) != now[name] for name in END_FIELDS):
+        notices.append(new_end(Config.from_dict(before["config"]), config, first))
+    return notices
+
+
+def new_end(old: Config, new: Config, first: int) -> str:
+    """What another end of the schedule does to a run that has done `first` updates, in a sentence.
+
+    Raises UserError if the run is past its new end, or if its past learning rates depend on the end
+    in a way that cannot be told in a sentence (cosine).
+    """
+    if first > new.run.steps:
+        raise UserError(
+            f"The run has done {first} updates already, more than run.steps={new.run.steps}."
+        )
+    ends = [decay_starts(c.optimizer, c.run.steps) for c in (old, new)]
+    changes = differences(*({n: flat(c.to_dict())[n] for n in END_FIELDS} for c in (old, new)))
+    words = f"The end of the schedule has changed ({'; '.join(changes)})"
+    if all(end is None or first <= end for end in ends):
+        return f"{words}: no update so far depends on it, so this is the run with the new end."
+    if "cosine" in (old.optimizer.schedule, new.optimizer.schedule):
+        raise UserError(
+            f"{words}, but the {first} updates done depend on it: the cosine falls over the whole "
+            "of run.steps. Give the old values, or begin a new run with --init_from=WORKDIR; with "
+            "optimizer.schedule=constant or wsd a run can be made longer."
+        )
+    rates = [float(make_schedule(c.optimizer, c.run.steps)(first)) for c in (old, new)]
+    return (
+        f"{words} after the old decay had begun: the learning rate of update {first + 1} is "
+        f"{rates[1]:.4g}, where the old schedule has {rates[0]:.4g}. This is not the run that the "
+        "new values alone would give."
+    )
+
+
+class Source(NamedTuple):
+    """The parameters that a run is begun with, as its own are laid out, and what to say of them."""
+
+    params: PyTree
+    step: int | None
+    notices: list[str]
+
+
+def load_source(path: Path, setup: Setup, config: ModelConfig, tokenizer: Tokenizer) -> Source:
+    """The parameters of a workdir or an exported folder for a run of `config`.
+
+    Raises UserError if its tokenizer or the shape of an array is another one.
+    """
+    source = pretrained.load(path, setup.mesh)
+    if source.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"The model of {path} has another tokenizer than this run, so its embeddings would "
+            f"mean nothing: give --config.data.tokenizer={path}/tokenizer.json."
+        )
+    wanted = setup.abstract_state.params
+    shapes = [
+        {name: list(x.shape) for name, x in named_leaves(tree)} for tree in (source.params, wanted)
+    ]
+    if differing := differences(*shapes):
+        raise UserError(
+            f"The model of {path} has other arrays than this config's model ({len(differing)} "
+            f"differ): {'; '.join(differing[:8])}."
+        )
+    step = "" if source.step is None else f", step {source.step}"
+    notices = [f"Started from the parameters of {path}{step}."]
+    sizes = [flat({"model": vars(c)}) for c in (source.config, config)]
+    if changed := differences(*sizes, ignore=FREE_FIELDS):
+        notices.append(f"Its model differs: {'; '.join(changed)}.")
+    cast = jax.jit(
+        lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted),
+        out_shardings=jax.tree.map(lambda x: x.sharding, wanted),
+    )
+    return Source(cast(source.params), source.step, notices)
