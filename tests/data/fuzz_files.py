@@ -17,6 +17,7 @@ import bz2
 import collections
 import contextlib
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import json
@@ -41,33 +42,23 @@ from yocou_jax.errors import UserError
 
 SECONDS = 20
 BOM = b"\xef\xbb\xbf"
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "naïve",
-    "straße",
-    "日本語",
-    "🙂",
-    "é",
-    "{",
-    "}",
-    "[",
-    "]",
-    '"',
-    "'",
-    ":",
-    ",",
-    "\\",
-    "x=1;",
-    "#",
-    "f(x)",
-]
-COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+WORDS = ["the", "naïve", "straße", "日本語", "🙂", "x=1;", "f(x)", *"{}[]\"':,\\#é"]
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": functools.partial(lzma.compress, preset=0),  # the others take 100 MB
+}
+DECOMPRESS = [gzip.decompress, bz2.decompress, lzma.decompress]
 if importlib.util.find_spec("zstandard"):
     import zstandard
 
+    def unzstd(content: bytes) -> bytes:
+        """All frames of zstd data; a decompressor alone stops after the first."""
+        with zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True) as file:
+            return file.read()
+
     COMPRESS[".zst"] = zstandard.ZstdCompressor(write_checksum=True).compress
+    DECOMPRESS.append(unzstd)
 PARQUET = importlib.util.find_spec("pyarrow") is not None
 BAD_VALUES = ["null", "5", "-1e9", "true", "[]", '["text"]', "{}", '{"text": "inner"}']
 
@@ -95,8 +86,8 @@ def random_texts(rng: random.Random, count: int) -> list[str]:
     texts = []
     for i in range(count):
         end = rng.choice(ends)
-        words = [rng.choice(WORDS) + rng.choice([" ", end]) for _ in range(rng.randint(3, 60))]
-        texts.append(f"document {i} " + "".join(words))
+        words = rng.choices([*WORDS, end], k=rng.randint(3, 60))
+        texts.append(f"document {i} {' '.join(words)}")
     return texts
 
 
@@ -239,22 +230,34 @@ def damage(rng: random.Random, case: Case) -> Case:
     path.write_bytes(damaged_bytes(rng, content))
 
     def reading() -> list[str]:
-        return [*meant, *plain_reading(path), *plain_reading(path, content)]
+        now = path.read_bytes()
+        packed = decompressed(content) != content and decompressed(now) == now
+        # What is left of compressed data may be so little that it is text.
+        texts = [now.decode("utf-8", "replace")[:9]] if packed else plain_reading(now)
+        return [*meant, *texts, *plain_reading(content)]
 
     return dataclasses.replace(case, may_refuse=True, expected=None, reading=reading)
 
 
-def plain_reading(path: Path, content: bytes | None = None) -> list[str]:
+def plain_reading(content: bytes) -> list[str]:
     """What the bytes of a file may mean, read in the plainest way: all texts and the whole."""
-    content = path.read_bytes() if content is None else content
-    if path.name.lower().endswith(tuple(COMPRESS)) or b"PAR1" in content:
+    content = decompressed(content)
+    if b"PAR1" in content:
         return []
     whole = content.decode("utf-8", "replace")
     texts = [] if re.match(r'[\s\ufeff\[]*\{\s*"', whole) else [whole.removeprefix("\ufeff")]
     for piece in re.finditer(r'"text"\s*:\s*("(?:[^"\\]|\\.)*")', whole, re.DOTALL):
         with contextlib.suppress(ValueError):
             texts.append(json.loads(piece[1], strict=False))
-    return texts
+    # Half of a surrogate pair is no character: its bytes become U+FFFD.
+    return [text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in texts]
+
+
+def decompressed(content: bytes) -> bytes:
+    for decompress in DECOMPRESS if content else []:
+        with contextlib.suppress(Exception):  # not this kind, or damaged
+            return decompressed(decompress(content))
+    return content
 
 
 # --- Tokenizers --------------------------------------------------------------------------------

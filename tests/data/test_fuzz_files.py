@@ -9,10 +9,10 @@ from yocou_jax.data import formats
 
 
 def test_random_files_are_read_as_meant_or_refused():
-    ends, failures = fuzz_files.run(seed=1, numbers=range(300))
+    ends, failures = fuzz_files.run(seed=1, numbers=range(250))
     assert not failures, "\n".join(failures[:3])
-    assert sum(count for (_, end), count in ends.items() if end == "loaded") > 120
-    assert sum(count for (_, end), count in ends.items() if end == "refused") > 60
+    assert sum(count for (_, end), count in ends.items() if end == "loaded") > 100
+    assert sum(count for (_, end), count in ends.items() if end == "refused") > 50
 
 
 @pytest.mark.parametrize(
