@@ -76,7 +76,9 @@ def text(*, empty: bool = False) -> Any:
         try:
             value.encode()
         except UnicodeEncodeError:
-            return "must be valid Unicode"
+            return (
+                "must be valid Unicode; a terminal whose locale is not UTF-8 needs LC_ALL=C.UTF-8"
+            )
         return None
 
     return dataclasses.field(metadata={"rule": rule})
