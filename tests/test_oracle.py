@@ -23,8 +23,7 @@ LENGTH = 9
 OPTIONS = {
     "architecture": (
         "window*1@2 | cross*1 | cross*1@2",
-        "window*2 | full*1@2",
-        "full*1@2 | full*1",
+        "window*1 | full*1@2",
         "full*1@2, streams=2",
     ),
     "num_experts": (0, 4),
@@ -53,7 +52,7 @@ def pairs(row: dict) -> set:
 def every_pair(options: dict[str, tuple], tries: int = 200) -> list[dict]:
     """Rows of one value per option in which each two values of two options meet at least once:
     again and again the best of some random rows that begin with a pair still missing."""
-    rng = random.Random(9)  # of 40 seeds the one with the fewest rows
+    rng = random.Random(2)  # of 60 seeds the one with the fewest rows
     missing = {
         ((a, x), (b, y))
         for a, b in itertools.combinations(sorted(options), 2)
@@ -243,7 +242,7 @@ def update(params, grads, slots, t, rate, o):
 
 # One of each optimiser, on two of the rows above (whose gradients are compiled already).
 GOLDEN = [
-    ("adamw", lambda row: "cross" in row["architecture"] and not row["num_experts"]),
+    ("adamw", lambda row: "streams" in row["architecture"] and not row["num_experts"]),
     ("muon", lambda row: "streams" in row["architecture"] and row["num_experts"]),
 ]
 
