@@ -171,6 +171,32 @@ def test_an_implementation_that_is_added_is_chosen_by_auto(monkeypatch):
         cross_attention(q, k, k, implementation="pallas_tpu")
 
 
+def test_kernels_get_lengths_within_the_array_and_windows_within_the_text(monkeypatch):
+    """A ring of W slots has seen more than W positions; no kernel has to know."""
+    got = []
+
+    def attention(q, k, v, *, window, kv_lengths, **_):
+        got.append((window, None if kv_lengths is None else kv_lengths.tolist()))
+        return q, q[..., 0]
+
+    def decode(q, k, v, valid, **_):
+        got.append((None, valid.tolist()))
+        return q
+
+    fake = api.Implementation(lambda call: None, attention, decode)
+    monkeypatch.setitem(api._REGISTRY, "pallas_tpu", fake)
+    beyond = jnp.array([-1, 7])
+    cross_attention(q, k, k, kv_lengths=beyond)
+    for operation in (decode_window, decode_cross):
+        operation(q[:, 0], k, k, beyond)
+    assert got == [(None, [0, 6])] * 3
+    got.clear()
+    for window in (5, 6, 7, 2**31 - 1):
+        window_attention(q, k, k, window=window)
+    window_attention(q, jnp.ones((2, 9, 2, 8)), jnp.ones((2, 9, 2, 8)), window=9, q_offset=3)
+    assert [window for window, _ in got] == [5, 6, 6, 6, 9]
+
+
 def test_the_choice_is_logged_once(caplog):
     api._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="pallas_kernels"):
