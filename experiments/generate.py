@@ -77,8 +77,8 @@ class Row:
         self.tokenizer, self.limit, self.stops = tokenizer, limit, stops
         self.text, self.ended = "", False
         self._ids: list[int] = []
-        self._decoded = ""  # `text`, and what is held back
-        self._context, self._next = 0, 0  # ids before `_next` are in `_decoded`
+        self._settled = ""  # the text of the ids before `_next`
+        self._context, self._next = 0, 0
 
     def add(self, tokens: np.ndarray) -> None:
         """Takes new tokens [steps], -1 behind the end of the row."""
@@ -91,32 +91,34 @@ class Row:
             or len(self._ids) >= self.limit
             or self._ids[-1] == self.tokenizer.eot_id
         )
-        self._decoded += self._new_text()
+        text = self._decoded()
         # What was shown is no part of a stop text, so none begins before its end.
-        found = [self._decoded.find(stop, len(self.text)) for stop in self.stops]
+        found = [text.find(stop, len(self.text)) for stop in self.stops]
         if any(at >= 0 for at in found):
             self.ended = True
-            self.text = self._decoded[: min(at for at in found if at >= 0)]
+            self.text = text[: min(at for at in found if at >= 0)]
         else:
-            held = 0 if self.ended else self._held_back()
-            self.text = self._decoded[: len(self._decoded) - held]
+            self.text = text if self.ended else self._without_beginnings(text)
 
-    def _new_text(self) -> str:
-        """What the newest ids add; nothing while they end in half a character."""
+    def _decoded(self) -> str:
+        """The text of all ids, without half a character at the end if more may come."""
         before = self.tokenizer.decode(self._ids[self._context : self._next])
         text = self.tokenizer.decode(self._ids[self._context :])
-        if text.endswith("\ufffd") and not self.ended:
-            return ""
-        # Some ids stay as context, for decoders that treat the first of a text differently.
-        self._context, self._next = self._next, len(self._ids)
-        return text[len(before) :]
+        whole = text if self.ended else text.rstrip("\ufffd")
+        decoded = self._settled + whole[len(before) :]
+        if whole == text:
+            # Some ids stay as context, for decoders that treat the first of a text differently.
+            self._settled = decoded
+            self._context, self._next = self._next, len(self._ids)
+        return decoded
 
-    def _held_back(self) -> int:
-        """How many characters at the end may be the beginning of a stop text."""
-        longest = max(map(len, self.stops), default=1) - 1
+    def _without_beginnings(self, text: str) -> str:
+        """The text without what may be the beginning of a stop text at its end."""
         beginnings = {stop[:n] for stop in self.stops for n in range(1, len(stop))}
-        lengths = range(min(longest, len(self._decoded)), 0, -1)
-        return next((n for n in lengths if self._decoded[-n:] in beginnings), 0)
+        for n in range(max(map(len, beginnings), default=0), 0, -1):
+            if text.endswith(tuple(b for b in beginnings if len(b) == n)):
+                return text[:-n]
+        return text
 
 
 class Printer:
@@ -187,6 +189,17 @@ def stops() -> list[str]:
     return [checked("--stop", text) for text in STOP.value]
 
 
+def check_attention() -> None:
+    """Whether there is such a kernel for this device, before a large model is read."""
+    from pallas_kernels.api import OPERATIONS, choose_implementation
+
+    try:
+        for operation in OPERATIONS:
+            choose_implementation(operation, implementation=ATTENTION.value)
+    except ValueError as error:
+        raise UserError(f"--attention={ATTENTION.value}: {error}") from error
+
+
 class Writer:
     """A loaded model and the options of this command; called with texts, it continues them."""
 
@@ -198,6 +211,7 @@ class Writer:
             TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, PENALTY.value
         )
         sampling.check(self.sampling, 1)  # before a large model is read
+        check_attention()
         self.stops = stops()
         loaded = pretrained.load(WORKDIR.value, mesh, STEP.value)
         self.tokenizer = loaded.tokenizer
@@ -214,7 +228,7 @@ class Writer:
     def __call__(self, texts: list[str]) -> None:
         try:
             self._write(texts)
-        except ValueError as error:  # no such kernel, or not for this device
+        except ValueError as error:  # a kernel that is not for these sizes
             if "implementation" not in str(error):
                 raise
             raise UserError(f"--attention={ATTENTION.value}: {error}") from error

@@ -37,6 +37,18 @@ def test_a_workdir_and_then_its_export(tmp_path):
         assert rows["params_sha256"] == params_sha256(one.params)
 
 
+def test_a_step_and_a_path_from_home(tmp_path, monkeypatch):
+    source = workdir(tmp_path / "run", model(), 1, 2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run("--workdir=~/run", "--folder=~/out", "--step=1")
+    assert result.returncode == 0, result.stderr
+    assert load(tmp_path / "out").step == 1
+    result = run(f"--workdir={source}", "--folder=~/new", "--step=7")
+    assert result.returncode == 2
+    assert result.stderr.endswith("; the steps there: 1, 2.\n")
+    assert not (tmp_path / "new").exists()
+
+
 def leaves(tree):
     return [x for v in tree.values() for x in (leaves(v) if isinstance(v, dict) else [v])]
 

@@ -1,18 +1,32 @@
 """The command as a user types it: texts as they come, and what a mistake is answered with."""
 
 import dataclasses
+import functools
+import io
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
 
-from experiments.generate import Printer
+from experiments import generate as command
+from experiments.generate import Printer, Row, talk
 from tests.test_pretrained import model, workdir
-from yocou_jax.data.tokenizer import load_tokenizer
+from yocou_jax import inference, pretrained
+from yocou_jax.checkpoint import Checkpointer
+from yocou_jax.data.tokenizer import load_tokenizer, train_bpe
+from yocou_jax.errors import UserError
 from yocou_jax.inference import Sampling, generate, prepare
+from yocou_jax.model import abstract_params
 from yocou_jax.pretrained import export
+from yocou_jax.train import TrainState
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -24,6 +38,13 @@ def run(*flags, typed="", code=0) -> subprocess.CompletedProcess:
     )
     assert result.returncode == code, result.stderr
     return result
+
+
+def here(*given) -> None:
+    """The command in this process, which takes a second instead of many."""
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(["generate", *map(str, given)])
+        command.main([])
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +125,13 @@ def test_a_reader_who_has_had_enough(trained):
             ["--workdir=x"],
             "Give --prompt or --prompt_file (several are fine), or --interactive.",
         ),
-        (["--workdir=x", "--prompt="], "Prompt 0 is empty; it needs at least one character."),
+        (["--workdir=x", "--prompt=", "--step=-1"], "The value of '--step=-1' is not possible"),
         (
             ["--workdir=x", "--prompt_file=missing.txt"],
             "The prompt file missing.txt cannot be read: No such file or directory.",
         ),
         (["--workdir=x", "--prompt=\udcff"], "Prompt 0 is not UTF-8 text."),
-        (["--workdir=x", "--prompt=a", "--tensor=0"], "The value of --tensor=0 is not possible"),
+        (["--workdir=x", "--prompt=a", "--tensor=0"], "The value of '--tensor=0' is not possible"),
         (["--workdir=x", "--prompt=a", "--temperature=-1"], "sampling.temperature=-1.0 must be"),
     ],
 )
@@ -144,7 +165,7 @@ def test_a_character_is_shown_when_all_of_its_bytes_are_there(capsys, steps):
 
 
 def test_half_a_character_at_the_end_is_shown_as_such(capsys):
-    printer = Printer(load_tokenizer("bytes"), [">"], 1, limit=3)
+    printer = Printer(load_tokenizer("bytes"), [">"], 1, limit=3, stops=["\n"])
     for block in blocks("ab🙂".encode()[:3], steps=2):
         printer(block)
     assert capsys.readouterr().out == ">ab\ufffd\n"
@@ -160,3 +181,301 @@ def test_a_row_of_several_is_shown_when_it_ends(capsys):
     assert capsys.readouterr().out == "--- prompt 1 ---\n2xy\n"
     printer(third)
     assert capsys.readouterr().out == "--- prompt 0 ---\n1abcdef\n"
+
+
+# --- Where a row ends -----------------------------------------------------------------------------
+
+STOPS = [  # text, stops, what is shown
+    ("one two three", ["two"], "one "),
+    ("one two three", ["three", "two", "two t"], "one "),
+    ("aaab!", ["aab"], "a"),
+    ("ababac", ["abac"], "ab"),
+    ("x\n\ny", ["\n\n"], "x"),
+    ("x\n y", ["\n\n"], "x\n y"),
+    ("é日🙂!", ["日🙂"], "é"),
+    ("é日🙂!", ["日!", "🙂🙂"], "é日🙂!"),
+    ("stop", ["stop"], ""),
+    ("ends in st", ["stop"], "ends in st"),
+    ("a<|endoftext|>b", ["<|end"], "a"),
+]
+
+
+@pytest.mark.parametrize(("text", "stops", "shown"), STOPS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_stop_text_ends_a_row_wherever_its_tokens_are_cut(kind, text, stops, shown, steps):
+    tokenizer = (
+        load_tokenizer("bytes") if kind == "bytes" else train_bpe(["one two three"] * 9, 275)
+    )
+    row, ids, seen = Row(tokenizer, 999, stops), tokenizer.encode(text), ""
+    for (block,) in blocks([*ids, tokenizer.eot_id], steps=steps):
+        row.add(block)
+        assert row.text.startswith(seen)  # nothing that was shown is taken back
+        assert shown.startswith(row.text)
+        seen = row.text
+    assert row.text == shown
+    assert row.ended
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_bytes_that_are_no_text_hold_nothing_else_back(steps):
+    """What ends in half a character (or in bytes that never become one) is shown up to there."""
+    tokenizer = load_tokenizer("bytes")
+    row, ids = Row(tokenizer, 99, ["!"]), [*b"ab", 0xE6, *b"c", 0x97, 0x97, *b"d!ef", 0xE6]
+    for i, (block,) in enumerate(blocks(ids, steps=steps)):
+        row.add(block)
+        text = tokenizer.decode(ids[: (i + 1) * steps]).partition("!")[0]
+        assert row.text == (text if row.ended else text.rstrip("\ufffd"))
+    assert row.text == "ab\ufffdc\ufffd\ufffdd"
+
+
+@pytest.mark.parametrize("ends", ["limit", "end of text", "stop"])
+def test_a_row_that_ended_takes_nothing_more(ends):
+    tokenizer = load_tokenizer("bytes")
+    row = Row(tokenizer, 2 if ends == "limit" else 9, ["b"] if ends == "stop" else ["c"])
+    last = tokenizer.eot_id if ends == "end of text" else ord("b")
+    row.add(np.array([ord("a"), last]))
+    assert row.ended
+    row.add(np.array(list(b"xyz")))
+    assert row.text == ("ab" if ends == "limit" else "a")
+
+
+def test_rows_of_several_end_at_their_own_stop(capsys):
+    printer = Printer(load_tokenizer("bytes"), ["b=", "2"], 1, 6, ["b", "yz"])
+    assert [printer(block) for block in blocks(b"aabxxx", b"xyyyyz", steps=2)] == [
+        [False, False],
+        [True, False],
+        [True, True],
+    ]
+    assert capsys.readouterr().out == "--- prompt 0 ---\nb=aa\n--- prompt 1 ---\n2xyyy\n"
+
+
+def test_rows_that_the_host_ends_are_no_longer_computed():
+    one = model()
+    run, prompts = prepare(one.params, one.config), [[1, 2], [3]]
+    options = {"max_new_tokens": 12, "block": 3, "sampling": Sampling(1.0)}
+    whole = generate(run, prompts, on_tokens=lambda _: None, **options)
+    compiled = inference._generate_block._cache_size()
+    calls = []
+
+    def first_row_ends(tokens):
+        calls.append(tokens)
+        return [True, False] if len(calls) == 2 else None
+
+    out = generate(run, prompts, on_tokens=first_row_ends, **options)
+    assert out.lengths.tolist() == [6, 12]
+    np.testing.assert_array_equal(out.tokens[0, 6:], -1)
+    np.testing.assert_array_equal(out.tokens[0, :6], whole.tokens[0, :6])
+    np.testing.assert_array_equal(out.tokens[1], whole.tokens[1])
+    assert inference._generate_block._cache_size() == compiled
+    out = generate(run, prompts, on_tokens=lambda _: np.array([True, True]), **options)
+    assert out.tokens.shape == (2, 3)
+
+
+def test_stop_texts_of_the_command(trained, capsys):
+    one, _, exported = trained
+    prompts = ["ab", "c"]
+    first, second = texts(one, prompts, 24, sampling=Sampling(1.0), seeds=4)
+    stop = first[2:4]
+    options = [f"--workdir={exported}", "--max_new_tokens=24", "--temperature=1", "--seed=4"]
+    here(*options, "--prompt=ab", f"--stop={stop}", "--stop=never")
+    out, err = capsys.readouterr()
+    assert out == f"ab{first[: first.index(stop)]}\n"
+    assert "decode 8 tokens" in err  # one block, not all 24
+    here(*options, "--prompt=ab", "--prompt=c", f"--stop={stop}")
+    out = capsys.readouterr().out
+    for i, text in enumerate((first, second)):
+        cut = text.index(stop) if stop in text else None
+        assert f"--- prompt {i} ---\n{prompts[i]}{text[:cut]}\n" in out
+
+
+# --- What a text begins with, and which model goes on ---------------------------------------------
+
+
+def test_an_empty_prompt_is_a_text_that_has_nothing_yet(trained, capsys):
+    one, _, exported = trained
+    (expected,) = texts(one, [""], 6)
+    here(f"--workdir={exported}", "--prompt=", "--max_new_tokens=6", "--temperature=0")
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+@pytest.mark.parametrize("stdin", [False, True])
+def test_a_prompt_file_is_read_as_training_reads_text(tmp_path, monkeypatch, stdin):
+    """Line ends stay; a byte-order mark goes, one of them."""
+    data = "\ufeff\ufeffé\r\nb\rc\n".encode()
+    (tmp_path / "p.txt").write_bytes(data)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(
+            ["generate", "--workdir=x", f"--prompt_file={'-' if stdin else '~/p.txt'}"]
+        )
+        assert command.prompts() == ["\ufeffé\r\nb\rc\n"]
+
+
+def test_a_step_other_than_the_newest(tmp_path, capsys):
+    old, new = model(step=1), model(seed=1, step=2)
+    path = workdir(tmp_path / "run", old, 1)
+    with Checkpointer(path / "checkpoints", every=1) as checkpointer:
+        params = jax.tree.map(jnp.asarray, new.params)
+        checkpointer.save(2, TrainState(jnp.int32(2), params, params))
+    options = [f"--workdir={path}", "--prompt=a", "--max_new_tokens=5", "--temperature=0"]
+    for one, given in ((old, ["--step=1"]), (new, ["--step=2"]), (new, [])):
+        here(*options, *given)
+        assert capsys.readouterr().out == f"a{texts(one, ['a'], 5)[0]}\n"
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*; the steps there: 1, 2\.$"):
+        here(*options, "--step=3")
+
+
+# --- Terminals ------------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_lacks_a_character_gets_its_number(trained):
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
+    flags = ["--workdir", trained[2], "--prompt=日é", "--prompt=\u0085", "--max_new_tokens=9"]
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.generate", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert b"\\u65e5\xe9" in result.stdout
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    def type_(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+    return type_
+
+
+def test_a_dialogue_goes_on_after_bytes_that_are_no_text_and_after_ctrl_c(typed, capsys):
+    heard = []
+
+    def write(texts):
+        heard.extend(texts)
+        if texts == ["stop me"]:
+            raise KeyboardInterrupt
+        if texts == ["too long"]:
+            raise UserError("That is too long.")
+
+    typed("é\n".encode() + b"\xff\xfe\n\nstop me\ntoo long\n\xef\xbb\xbfz\r\nend")
+    talk(write)
+    assert heard == ["é", "stop me", "too long", "z", "end"]
+    err = capsys.readouterr().err
+    assert err == "The prompt is not UTF-8 text.\n\nInterrupted.\nThat is too long.\n"
+
+
+def test_ctrl_c_between_texts_ends_the_dialogue(monkeypatch, typed):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    typed(b"")
+    monkeypatch.setattr("builtins.input", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # which `cli` turns into exit code 130
+        talk(None)
+
+
+# --- Mistyped flags -------------------------------------------------------------------------------
+
+VALUES = {
+    "prompt": ["", "a", "\udcff", "\0"],
+    "prompt_file": ["", "/", "missing", "~", "~no-such-user/x", "/dev/null", "x" * 5000],
+    "stop": ["", "a", "\n", "\udcff"],
+    "step": ["-1", "0", "3", "99", "x", "1.5", str(10**20)],
+    "max_new_tokens": ["0", "-1", "2", str(10**12), "x", "1e3", "nan"],
+    "num_samples": ["0", "2", "-3", str(10**12), "x"],
+    "temperature": ["nan", "inf", "-inf", "-1", "1e999", "1e-50", "0", "x", ""],
+    "top_k": ["-1", "0", "1", str(10**12), str(10**30), "x", "1.5"],
+    "top_p": ["nan", "0", "-1", "1.5", "1e-300", "inf", "x"],
+    "min_p": ["nan", "-1", "1", "0.99", "inf", "x"],
+    "repetition_penalty": ["nan", "0", "-1", "inf", "1e300", "1e-300", "x"],
+    "seed": ["-1", str(2**31), str(2**32), str(10**20), "x", "nan"],
+    "num_loops": ["0", "-1", "x", "1.5", "none"],
+    "attention": ["", "x", "pallas_tpu", "cudnn", "auto", "reference"],
+    "chunk": ["0", "-1", "7", str(10**12), "x"],
+    "tensor": ["0", "-1", "3", "1000", str(10**12), "x"],
+    "workdir": ["", "/", "~no-such-user", "missing", "x\udcff"],
+    "interactive": ["true", "maybe"],
+}
+
+
+WORKED = [  # what is no mistake
+    *("prompt=", "prompt=a", "prompt=\0", "prompt_file=/dev/null", "stop=a", "stop=\n", "step=3"),
+    *("max_new_tokens=2", "num_samples=2", "temperature=1e-50", "temperature=0"),
+    *("top_k=0", "top_k=1", f"top_k={10**12}", "min_p=0.99", f"seed={2**31}"),
+    *("attention=auto", "attention=reference", "chunk=7", "tensor=3"),
+]
+
+
+def mistyped(folder, seed) -> list[str]:
+    rng = random.Random(seed)
+    names = rng.sample(sorted(VALUES), rng.randint(1, 3))
+    return [
+        f"--workdir={folder}",
+        "--prompt=a",
+        "--max_new_tokens=2",
+        *(f"--{name}={rng.choice(VALUES[name])}" for name in names),
+    ]
+
+
+class Reached(Exception):
+    """Everything was checked; the model would run now."""
+
+
+@pytest.fixture
+def no_model(monkeypatch, typed):
+    def reached(*_, **__):
+        raise Reached
+
+    typed(b"a")
+    # Traced once, and not for each command.
+    monkeypatch.setattr(pretrained, "abstract_params", functools.cache(abstract_params))
+    monkeypatch.setattr(inference, "prepare", inference.Model)  # as it is, without compiling
+    monkeypatch.setattr(inference, "prefill", reached)
+
+
+def answer(given) -> str:
+    """The sentence that a command ends with; "" if the model would do what was asked."""
+    try:
+        here(*given)
+    except Reached:
+        return ""
+    except UserError as error:
+        return str(error)
+    except absl_flags.Error as error:  # which `cli` turns into a sentence
+        return f"{error}."
+    return ""
+
+
+def test_every_wrong_value_is_a_sentence(trained, no_model):
+    given = [f"--workdir={trained[2]}", "--prompt=a", "--max_new_tokens=2"]
+    worked = []
+    for name, values in VALUES.items():
+        for value in values:
+            sentence = answer([*given, f"--{name}={value}"])
+            assert sentence == "" or sentence.endswith(".")
+            worked += [f"{name}={value}"] * (sentence == "")
+    assert worked == WORKED
+
+
+def test_several_mistyped_flags_leave_no_trace(trained, no_model):
+    for seed in range(150):
+        sentence = answer(mistyped(trained[2], seed))
+        assert sentence == "" or sentence.endswith(".")
+
+
+def test_another_loop_count_than_the_trained_one_is_told(trained, no_model, capsys):
+    def told(*given):
+        assert answer([f"--workdir={trained[2]}", "--prompt=a", *given]) == ""
+        return [x for x in capsys.readouterr().err.splitlines() if x.startswith("trained at")]
+
+    for loops in (5, 1):
+        assert told(f"--num_loops={loops}") == [
+            f"trained at 3 loops; running {loops}: a model trained at one loop count is usually "
+            "worse at any other"
+        ]
+    assert told("--num_loops=3") == told() == []
