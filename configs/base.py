@@ -90,7 +90,5 @@ def get_config() -> ConfigDict:
     r.sample_tokens = 64
     r.checkpoint_every = 200  # steps
     r.keep_checkpoints = 2
-    r.profile_steps = (
-        0  # steps to trace for TensorBoard's profiler, after step 10 and within the run
-    )
+    r.profile_steps = 0  # steps to trace for TensorBoard's profiler, after step 10
     return c
