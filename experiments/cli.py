@@ -6,6 +6,7 @@ if __name__ == "__main__":
     cli.run(main)  # main(argv) returns its exit code, or None
 """
 
+import contextlib
 import ctypes
 import errno
 import importlib.machinery
@@ -73,9 +74,11 @@ def keep_freed_memory() -> None:
 
 
 def _stop(sentence: str, code: int) -> None:
-    if sys.stdout is not None:  # closed by whoever started this
+    # Whoever started this may have closed both, or gone.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
-    print(sentence, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        print(sentence, file=sys.stderr)
     sys.exit(code)
 
 
@@ -314,4 +317,5 @@ class _CurrentStderr(logging.Handler):
     """Writes to what sys.stderr is now: rich replaces it while a live line is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+            print(self.format(record), file=sys.stderr)

@@ -185,7 +185,9 @@ class Game:
             code, terminal = self.run(workdir, moment, signals)
             text = terminal.text.decode("utf-8", "replace")
             ended = {-s for s in signals} | {128 + s for s in signals} | {0, STOPPED, INTERRUPTED}
-            if code not in ended or "Traceback" in text or not terminal.restored():
+            # Before the command's own first line, Python answers Ctrl-C with a trace.
+            trace = "Traceback" in text and "KeyboardInterrupt" not in text
+            if code not in ended or trace or not terminal.restored():
                 raise SystemExit(f"{name} at {moment}: exit code {code}, and this output:\n{text}")
             terminal.close()
             if code:
