@@ -55,6 +55,7 @@ def test_a_program_can_be_given_for_an_architecture():
     [
         ("window*4@3 | cross*4", 5, "window*4@5 | cross*4"),
         ("full*1@2 | full*1 | full*3@7", 1, "full*1@1 | full*1 | full*3@1"),
+        ("full*2@2, streams=3", 4, "full*2@4, streams=3"),
     ],
 )
 def test_with_loops_changes_every_loop_and_nothing_else(text, loops, expected):
