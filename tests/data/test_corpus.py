@@ -255,6 +255,16 @@ def test_what_is_repeated_is_all_held_out_or_not_at_all(tmp_path):
     assert all(len(side) == 1 for side in sides.values())
 
 
+def test_the_threshold_falls_between_names_not_within_one(tmp_path):
+    log = "".join(f"log {i}\n" for i in range(60))
+    for seed in range(20):
+        row = {"text": log + "0123456789abcdef\n" * 300}
+        corpus = open_corpus(write_jsonl(tmp_path / f"{seed}.jsonl", [row]))
+        (train, held_out), _ = split_of(corpus, 0.02, 50, 200)
+        assert held_out >= 50
+        assert train >= 200
+
+
 def test_one_huge_document_among_tiny_ones(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"tiny {i}")

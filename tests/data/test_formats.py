@@ -302,6 +302,14 @@ def test_pieces_end_at_line_ends_or_between_characters(size, line_end):
             assert not any(piece.startswith(b"\n") for piece in parts)
 
 
+@pytest.mark.parametrize("before", [13, 14, 15, 29, 30, 31, 32, 33])
+def test_a_pair_of_cr_and_lf_stays_together(before):
+    text = b"x" * before + b"\r\n" + b"y" * 40
+    parts = list(pieces(io.BytesIO(text), 16))
+    assert b"".join(parts) == text
+    assert not any(part.startswith(b"\n") for part in parts)
+
+
 def test_pieces_of_invalid_bytes_end_too():
     text = b"\x80" * 1000
     assert b"".join(pieces(io.BytesIO(text), 16)) == text

@@ -513,6 +513,8 @@ def test_other_split_or_tokenizer_is_another_cache(make_config, tmp_path):
     for changes in ({}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}):
         load_data(make_config(**changes))
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 3
+    load_data(make_config(tokenizer="bpe", validation_fraction=0.3))  # trained on other texts
+    assert len(list((tmp_path / "cache").glob("bpe-*"))) == 2
 
 
 def test_token_width_follows_the_vocabulary(tmp_path, corpus):
