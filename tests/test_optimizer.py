@@ -272,3 +272,15 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(bad):
     assert all((np.asarray(u) != 0).any() for u in updates.values())
     assert int(state.notfinite_count) == 0
     assert int(state.total_notfinite) == 2
+
+
+def test_no_number_of_bad_updates_in_a_row_lets_one_through():
+    """The host stops the run after a few of them; until then optax must not apply one."""
+    optimizer = make_optimizer(settings(max_skipped_updates=2), 1000, AXES)
+    params, broken = _random(0), _random(1)
+    broken["matrix"] = broken["matrix"].at[0, 0].set(np.nan)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for _ in range(20):
+        updates, state = update(broken, state, params)
+        assert all((np.asarray(u) == 0).all() for u in updates.values())
+    assert int(state.notfinite_count) == 20
