@@ -148,7 +148,7 @@ class Checkpointer:
         state = _restore(self.directory, step, abstract_state)
         _, damaged = self._whole
         self._put_aside({s: f"{why}; step {step} is used instead" for s, why in damaged.items()})
-        self._open().reload()  # which waits for its cleaning up
+        self._open()
         return state, step
 
     def close(self) -> None:
