@@ -301,6 +301,8 @@ def test_a_tokenizer_that_only_counts_otherwise_is_allowed(bpe):
     assert (tokenizer.loss, tokenizer.additive) == ("", False)
     ids = tokenizer.encode("naïve")
     assert (tokenizer.decode(ids), tokenizer.num_bytes(ids)) == ("naïve", 6)
+    two = [tokenizer.eot_id, *ids, tokenizer.eot_id, *ids]
+    assert tokenizer.num_bytes(np.array(two)) == 12  # the start of the second is taken off too
 
 
 def test_bytes_of_what_comes_back_are_counted_document_by_document(bpe):
