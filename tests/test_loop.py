@@ -3,6 +3,8 @@
 import io
 import random
 
+import jax
+import jax.numpy as jnp
 import pytest
 import rich.console
 
@@ -58,9 +60,9 @@ def test_an_end_that_makes_no_sense(old, new, first, words):
         new_end(old, new, first)
 
 
-def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
-    tmp_path, monkeypatch, caplog
-):
+@pytest.fixture
+def make_run(tmp_path):
+    """Builds runs of one tiny model on a text of their own; the console writes nowhere."""
     rng = random.Random(0)
     text = "\n".join("".join(rng.choices("abcd ", k=60)) for _ in range(400))
     (tmp_path / "text.txt").write_text(text)
@@ -71,20 +73,41 @@ def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
         "validation_sequences": 2,
         "validation_fraction": 0.3,
     }
-    every = {"steps": 2, "eval_every": 2, "sample_every": 1, "checkpoint_every": 1}
-    saved = []
+    console = metrics.Console(rich.console.Console(file=io.StringIO()))
 
-    def fail(run, params, step):
-        saved.append((step, sorted((tmp_path / "run/checkpoints").glob(f"{step}*")) != []))
+    def make(**run):
+        optimizer = {"warmup_steps": 0, "max_skipped_updates": 3}
+        small = tiny.config("full*1", vocab_size=258, data=data, run=run, optimizer=optimizer)
+        return Run(small, tmp_path / "run", console)
+
+    return make
+
+
+def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
+    make_run, monkeypatch, caplog
+):
+    run, saved = make_run(steps=2, eval_every=2, sample_every=1, checkpoint_every=1), []
+
+    def fail(self, params, step):
+        saved.append((step, sorted((run.workdir / "checkpoints").glob(f"{step}*")) != []))
         raise RuntimeError("out of memory\nand much more")
 
     monkeypatch.setattr(Run, "_show_sample", fail)
-    console = metrics.Console(rich.console.Console(file=io.StringIO()))
-    small = tiny.config(
-        "full*1", vocab_size=258, data=data, run=every, optimizer={"warmup_steps": 0}
-    )
-    summary = Run(small, tmp_path / "run", console).train()
+    summary = run.train()
     assert saved == [(1, True), (2, True)]
     assert caplog.text.count("No sample at step") == 2
     assert "and much more" not in caplog.text
     assert summary["tokens"] == 2 * 8 * 16
+
+
+def test_a_gradient_that_stays_infinite_stops_the_run(make_run):
+    run = make_run(steps=20)
+    init = run.setup.init
+
+    def broken():
+        return jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, init())
+
+    run.setup = run.setup._replace(init=broken)
+    words = "not finite for 3 updates in a row, the last one at step 3"
+    with pytest.raises(UserError, match=words):
+        run.train()

@@ -371,8 +371,9 @@ class Run:
                 "source": config.data.source,
                 "corpus": f"{data.num_documents:,} documents, {data.num_tokens:,} tokens, "
                 f"{data.bytes_per_token:.3f} bytes per token, sha256 {data.fingerprint[:12]}",
-                "left out": f"{data.num_duplicates} copies; {data.num_invalid} documents repaired "
-                "(invalid UTF-8)",
+                "left out": f"{data.num_duplicates} copies; {data.num_skipped} rows without text; "
+                f"{data.num_invalid} documents repaired (invalid UTF-8)",
+                **({"tokenizer": data.tokenizer.loss} if data.tokenizer.loss else {}),
                 "validation": f"{data.validation.num_sequences} sequences, "
                 f"{data.validation.num_tokens:,} tokens",
                 "batch": f"{config.data.batch_size} x {length} tokens",
