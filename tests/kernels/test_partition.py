@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Partition, cross_attention, decode_cross, interpret
+from pallas_kernels.sharding import layout
 from tests.kernels.cases import Shape, documents, inputs, operation
 
 PARTITION = Partition(batch=("data",), heads=("tensor",))
@@ -76,6 +77,14 @@ def test_axes_that_do_not_divide_are_left_out():
     partition = Partition(batch=("data", "tensor"))
     attend = operation(shape, implementation="xla", partition=partition)
     assert check(mesh, shape, args, attend, operation(shape, implementation="reference")) == []
+
+
+def test_kv_heads_are_split_as_the_queries_are_or_not_at_all():
+    partition = Partition(heads=("data", "tensor"))
+    with jax.set_mesh(make_mesh(2, 2)):
+        assert layout(partition, 2, 4, 4).kv_heads == ("data", "tensor")
+        assert layout(partition, 2, 4, 2).kv_heads == ()
+        assert layout(partition, 2, 2, 2).kv_heads == layout(partition, 2, 2, 2).heads == ("data",)
 
 
 def test_what_cannot_be_split_is_a_sentence():
