@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,6 +164,21 @@ def test_every_parameter_of_every_architecture_fits_every_mesh(architecture):
         ):
             held = math.prod(sharding.shard_shape(x.shape))
             assert held * (sizes[1] if "embed" in axes else 1) <= x.size
+
+
+def test_every_matrix_is_split_over_fsdp_and_tensor():
+    """Where the sizes divide: a quarter on each device of fsdp=2, tensor=2; a router is halved."""
+    boxed = abstract_params(tiny.model("yoco_u", **tiny.MOE))
+    shardings = jax.tree.leaves(tree_shardings(boxed, make_mesh(MeshConfig(2, 2, 2))))
+    matrices = 0
+    for (path, leaf), where in zip(
+        jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), shardings, strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        ways = 1 if name.endswith("['scale']") else 2 if "['router']" in name else 4
+        assert math.prod(where.shard_shape(leaf.shape)) * ways == leaf.size, name
+        matrices += ways == 4
+    assert matrices > 20
 
 
 def test_heads_that_do_not_divide_are_replicated():
