@@ -1,7 +1,10 @@
 """Eight virtual CPU devices for every test, and quick compilation, set before jax starts."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 # Compiling is most of what the tests cost, and none of them measures speed.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
@@ -10,3 +13,15 @@ if importlib.metadata.version("jax").startswith("0.10."):  # newer ones refuse t
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+
+# The commands that tests start share what they compile. Set after jax has read its environment:
+# the tests themselves compile afresh, because some look into what the compiler says.
+if "YOCOU_TESTS_COMPILED" not in os.environ:
+    os.environ["YOCOU_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="yocou-compiled-")
+    atexit.register(shutil.rmtree, os.environ["YOCOU_TESTS_COMPILED"], ignore_errors=True)
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import jax  # noqa: E402, F401
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["YOCOU_TESTS_COMPILED"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from yocou_jax.checkpoint import EXIT_PREEMPTED
+from yocou_jax.lock import WorkdirLock
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60
@@ -173,12 +174,18 @@ def test_it_learns(whole):
 # --- Interrupted runs end where undisturbed ones do -----------------------------------------------
 
 
+def test_a_workdir_in_use_is_refused(home):
+    with WorkdirLock(home / "held"):
+        output = run(command(home, "held"), code=2)
+        assert_one_sentence(output, f"{home / 'held'} is in use", f"process {os.getpid()} on")
+        assert [p.name for p in (home / "held").iterdir()] == ["owner.json"]
+
+
 @pytest.mark.slow
 def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(home, whole):
     line, workdir = command(home, "disturbed"), home / "disturbed"
     process = start(line)
     wait_for(process, workdir, 22)
-    assert_one_sentence(run(line, code=2), str(workdir), f"process {process.pid} on", "--workdir=")
     wait_for_folder(process, workdir / "checkpoints" / "20")  # so that of step 10 is whole
     process.send_signal(signal.SIGKILL)
     process.wait()
