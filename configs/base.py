@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     o.momentum = 0.95  # of Muon (Nesterov's; yocou_jax/optimizer.py has the formula)
     o.eps = 1e-8  # added to AdamW's root, and to a matrix's norm by Muon's Newton-Schulz
     o.weight_decay = 0.1  # of matrices, times the learning rate (the paper's, Tables 6 and 7)
-    o.clip_norm = 1.0  # of the global gradient norm; the paper does not give it
+    o.clip_norm = 1.0  # of the global gradient norm (1e9: no clipping); the paper does not give it
     o.z_loss = 0.0  # weight of logsumexp(logits)^2
     o.accumulation_steps = 1  # microbatches per update
     o.max_skipped_updates = 5  # non-finite updates in a row after which the run stops
@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
     d.batch_size = 16  # sequences per update, over all devices
     d.sequence_length = 512  # tokens
     d.validation_fraction = 0.02  # of the documents, by hash of their name
+    # (of small texts more, where a window of sequence_length or a batch would not be filled)
     d.validation_sequences = 64
     d.seed = 0  # of the order of the training windows
     d.cache_dir = "runs/cache"  # tokenised corpora and trained tokenizers

@@ -137,7 +137,11 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
 
 def _check_values(words: list[str], flag_values: flags.FlagValues) -> None:
     """Refuses `--workdir --json`: absl would take the second flag as the value of the first."""
+    following_is_value = False
     for word, following in itertools.pairwise(words):
+        if following_is_value or not word.startswith("-"):  # a value, whatever it looks like
+            following_is_value = False
+            continue
         name = re.sub("^--?", "", word)
         kinds = settings.FIELDS.get(name.removeprefix("config."), ())
         takes_value = (
@@ -150,6 +154,7 @@ def _check_values(words: list[str], flag_values: flags.FlagValues) -> None:
                 f"The flag {shown(word)} has no value: {shown(following)} follows it. Write "
                 f"{word}=VALUE."
             )
+        following_is_value = takes_value
 
 
 def _check_overrides(words: list[str], flag: flags.Flag) -> None:

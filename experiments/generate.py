@@ -81,7 +81,7 @@ class Row:
         self._context, self._next = 0, 0
 
     def add(self, tokens: np.ndarray) -> None:
-        """Takes new tokens [steps], -1 behind the end of the row."""
+        """Takes new tokens [steps], -1 after the end of the row."""
         if self.ended:
             return
         new = tokens[tokens >= 0].tolist()
@@ -132,7 +132,7 @@ class Printer:
         self.begun = False
 
     def __call__(self, tokens: np.ndarray) -> list[bool]:
-        """Takes a block of new tokens [rows, steps], -1 behind the end of a row; which ended."""
+        """Takes a block of new tokens [rows, steps], -1 after the end of a row; which ended."""
         if len(self.rows) == 1:
             (row,) = self.rows
             start, shown = "" if self.begun else self.texts[0], len(row.text)

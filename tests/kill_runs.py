@@ -39,8 +39,10 @@ SIGNALS = {
     "SIGKILL": (signal.SIGKILL,),
     "SIGTERM": (signal.SIGTERM,),
     "SIGHUP": (signal.SIGHUP,),
+    "SIGHUP twice": (signal.SIGHUP, signal.SIGHUP),  # of the kernel and of the shell
     "Ctrl-C": (signal.SIGINT,),
-    "Ctrl-C twice": (signal.SIGINT, signal.SIGINT),
+    "Ctrl-C at once twice": (signal.SIGINT, signal.SIGINT),
+    "Ctrl-C again": (signal.SIGINT, None, signal.SIGINT),
 }
 MOMENTS = ("start", "tokenise", "train", "save", "finish")
 STOPPED, INTERRUPTED = 75, 130
@@ -131,8 +133,10 @@ class Game:
         while process.poll() is None:
             terminal.read(0.002)
             if pending and due():
-                process.send_signal(pending.pop(0))
-                time.sleep(self.rng.uniform(0, 0.05))
+                number = pending.pop(0)
+                time.sleep(self.rng.uniform(0, 0.05) if number else 0.6)
+                if number:
+                    process.send_signal(number)
             if time.monotonic() > deadline:
                 process.kill()
                 process.wait()
@@ -184,7 +188,8 @@ class Game:
             signals = SIGNALS[name] if done < kills else ()
             code, terminal = self.run(workdir, moment, signals)
             text = terminal.text.decode("utf-8", "replace")
-            ended = {-s for s in signals} | {128 + s for s in signals} | {0, STOPPED, INTERRUPTED}
+            numbers = set(filter(None, signals))
+            ended = {-s for s in numbers} | {0, STOPPED, INTERRUPTED}
             # Before the command's own first line, Python answers Ctrl-C with a trace.
             trace = "Traceback" in text and "KeyboardInterrupt" not in text
             if code not in ended or trace or not terminal.restored():
@@ -212,7 +217,7 @@ def main() -> None:
             runs += 1
             print(f"{killed} kills, {runs} runs, {time.monotonic() - start:.0f} s", flush=True)
         for (moment, name, code), count in sorted(game.counts.items()):
-            print(f"{moment:<9} {name:<13} exit {code:>4}: {count}")
+            print(f"{moment:<9} {name:<20} exit {code:>4}: {count}")
     print(f"{killed} kills, {runs} runs: all ended with the parameters {game.wanted[:12]}.")
 
 

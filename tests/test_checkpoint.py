@@ -364,23 +364,42 @@ def test_a_signal_is_answered_after_the_step(number):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_signals_are_answered_while_a_step_runs(tmp_path, name):
     """The main thread sits in C code, as it does in a step: a thread says what will happen, and a
-    second signal does not wait either."""
+    Ctrl-C after it does not wait either. A signal that comes twice at once is one request."""
     code = """
         import hashlib, time, threading
         with StopRequest() as stop:
             def send():
-                os.kill(os.getpid(), getattr(signal, moment))
-                time.sleep(0.5)
-                os.kill(os.getpid(), getattr(signal, moment))
+                for _ in range(3):
+                    os.kill(os.getpid(), getattr(signal, moment))
+                    time.sleep(0.05)
+                time.sleep(1)
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGHUP)
+                time.sleep(0.2)
+                print("still there", flush=True)
+                os.kill(os.getpid(), signal.SIGINT)
             threading.Thread(target=send, daemon=True).start()
             # As XLA does: without the GIL, and no handler of Python's runs meanwhile.
-            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
     """
     result = child(tmp_path, name, code)
-    assert result.returncode == 128 + getattr(signal, name), result.stderr
+    assert result.returncode == 128 + signal.SIGINT, result.stderr
+    assert result.stdout == "still there\n"
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith(f"{name}: the run stops and saves")
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    """nohup ignores SIGHUP: the run is to outlive its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.reached(1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_refused_resume_changes_nothing_on_disk(tmp_path, saved):
@@ -430,6 +449,7 @@ def test_manifest_refuses_another_config_by_name(tmp_path):
     with pytest.raises(UserError) as error:
         resume(tmp_path, other)
     assert "cannot be resumed: model.window: 64 -> 32; new: absent -> 1. Give" in str(error.value)
+    assert "another version of this code, whose config has other fields" in str(error.value)
     # It names a workdir that a sibling can have, in a form that a shell takes as it is.
     assert str(error.value).endswith(f"--workdir={tmp_path}-window=32.")
     odd = CONFIG | {"model": {"window": "a b;", "loops": 3}}

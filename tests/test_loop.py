@@ -1,6 +1,7 @@
 """The host loop: what a changed end of the schedule means, and samples that go wrong."""
 
 import io
+import json
 import random
 
 import jax
@@ -10,9 +11,10 @@ import rich.console
 
 from tests import tiny
 from yocou_jax import metrics
+from yocou_jax.checkpoint import Checkpointer
 from yocou_jax.errors import UserError
 from yocou_jax.loop import Run
-from yocou_jax.resume import new_end
+from yocou_jax.resume import going_on, new_end
 
 
 def config(steps, schedule, **optimizer):
@@ -34,16 +36,35 @@ def config(steps, schedule, **optimizer):
     ],
 )
 def test_an_end_that_no_update_depends_on(old, new, first):
-    assert "no update so far depends on it" in new_end(old, new, first)
+    words, exact = new_end(old, new, first)
+    assert "no update so far depends on it" in words
+    assert exact
 
 
 def test_an_end_after_the_decay_began_is_told():
-    words = new_end(config(20, "wsd"), config(40, "wsd"), 20)
+    words, exact = new_end(config(20, "wsd"), config(40, "wsd"), 20)
+    assert not exact
     assert "run.steps: 20 -> 40" in words
     assert "update 21 is 0.000955, where the old schedule has 0.0001" in words
-    words = new_end(config(20, "wsd"), config(20, "constant"), 11)
+    words, _ = new_end(config(20, "wsd"), config(20, "constant"), 11)
     assert "optimizer.schedule: 'wsd' -> 'constant'" in words
     assert "not the run that the new values alone would give" in words
+    words, _ = new_end(config(20, "wsd"), config(15, "wsd"), 15)  # nothing is left to train
+    assert "learning rate" not in words
+
+
+def test_a_jump_of_the_learning_rate_is_not_forgotten(tmp_path):
+    """A later change of the end that is exact by itself does not make the run an exact one."""
+    before = {"config": config(40, "wsd").to_dict(), "resumes": [{"exact": False}]}
+    words, exact = going_on(tmp_path, before, config(60, "wsd"), 20, None)
+    assert not exact
+    assert "no update so far depends on it" in words[0]
+    assert "an earlier change" in words[1]
+    before["resumes"] = [{"exact": True}]
+    words, exact = going_on(tmp_path, before, config(60, "wsd"), 20, None)
+    assert exact
+    assert len(words) == 1
+    assert going_on(tmp_path, before, config(40, "wsd"), 20, None) == ([], True)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +96,8 @@ def make_run(tmp_path):
     }
     console = metrics.Console(rich.console.Console(file=io.StringIO()))
 
-    def make(**run):
-        optimizer = {"warmup_steps": 0, "max_skipped_updates": 3}
+    def make(schedule="constant", **run):
+        optimizer = {"warmup_steps": 0, "max_skipped_updates": 3, "schedule": schedule}
         small = tiny.config("full*1", vocab_size=258, data=data, run=run, optimizer=optimizer)
         return Run(small, tmp_path / "run", console)
 
@@ -98,6 +119,34 @@ def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
     assert caplog.text.count("No sample at step") == 2
     assert "and much more" not in caplog.text
     assert summary["tokens"] == 2 * 8 * 16
+
+
+def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
+    """A sweep takes a run with a summary for a finished one."""
+    make_run(steps=2).train()
+    path = tmp_path / "run" / "summary.json"
+    old = json.loads(path.read_text())
+    assert make_run(steps=2).train() == old
+    path.write_text(json.dumps(old | {"final_params_sha256": "another"}))
+    assert make_run(steps=2).train()["final_params_sha256"] == old["final_params_sha256"]
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", every=1)
+    longer = make_run(steps=4, schedule="constant")
+    with jax.set_mesh(longer.setup.mesh), checkpointer:
+        longer._load_data()
+        longer._begin(checkpointer)
+    assert not path.exists()
+
+
+def test_what_stops_a_run_is_saved_before_anything_is_shown(make_run, monkeypatch):
+    """At its last step, whether a checkpoint is due there or not."""
+    run, saved = make_run(steps=3, sample_every=3, checkpoint_every=2), []
+
+    def look(self, params, step):
+        saved.append(sorted((run.workdir / "checkpoints").glob(f"{step}*")) != [])
+
+    monkeypatch.setattr(Run, "_show_sample", look)
+    run.train()
+    assert saved == [True]
 
 
 def test_a_gradient_that_stays_infinite_stops_the_run(make_run):

@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -29,10 +30,12 @@ from jax.experimental import multihost_utils
 from yocou_jax.errors import UserError
 from yocou_jax.files import write_atomically
 from yocou_jax.manifest import differences
+from yocou_jax.progress import progress
 from yocou_jax.typing import PyTree
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL, "try again": the exit code of a run that was asked to stop
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SAME_REQUEST_S = 0.5  # a shell or a launcher may pass on a signal that the process has already
 INVENTORY = "inventory.json"
 UNFINISHED = "it was never finished"
 
@@ -304,11 +307,12 @@ def _damage(folder: Path) -> str:
 def _inventory(folder: Path) -> dict[str, list]:
     """[size, sha256] of every file but the inventory itself."""
     inventory = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if path.name.removesuffix(".new") != INVENTORY:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            inventory[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
+    with progress(f"Hashing the checkpoint {folder}"):
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            if path.name.removesuffix(".new") != INVENTORY:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                inventory[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
     return inventory
 
 
@@ -330,10 +334,11 @@ class StopRequest:
             ...
             if stop.reached(step): save with force=True, close, exit with EXIT_PREEMPTED
 
-    The first signal is answered at once on stderr, and a second one ends the process at once:
+    The first signal is answered at once on stderr, and a later Ctrl-C ends the process at once:
     Python itself runs a handler only between two of its own instructions, and a step or a
-    compilation may take minutes. With several processes the signal may reach one only; jax's
-    preemption service then lets all of them answer True at the same step.
+    compilation may take minutes. A signal that was ignored (SIGHUP under nohup) stays ignored. With
+    several processes SIGTERM alone is taken: it may reach one of them only, and jax's preemption
+    service lets all of them answer True at the same step.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -347,7 +352,8 @@ class StopRequest:
             self._read_end, self._write_end = os.pipe()
             os.set_blocking(self._write_end, False)
             self._wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-            self._before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+            taken = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+            self._before = {s: signal.signal(s, self._on_signal) for s in taken}
             threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
 
@@ -363,18 +369,19 @@ class StopRequest:
 
     def _watch(self) -> None:
         """Answers signals while the main thread is busy."""
-        count = 0
+        first = None
         while received := os.read(self._read_end, 1):
-            if received[0] not in STOP_SIGNALS:
+            number, now = received[0], time.monotonic()
+            if number not in self._before:
                 continue
-            count += 1
-            if count > 1:
-                os._exit(128 + received[0])
-            self._requested = True
-            _say(
-                f"{signal.Signals(received[0]).name}: the run stops and saves once this step is "
-                "done; a second signal ends it at once, without saving."
-            )
+            if first is None:
+                first, self._requested = now, True
+                _say(
+                    f"{signal.Signals(number).name}: the run stops and saves once this step is "
+                    "done. Ctrl-C after this ends it at once, without saving."
+                )
+            elif number == signal.SIGINT and now - first > SAME_REQUEST_S:
+                os._exit(128 + number)
         os.close(self._read_end)
 
     def reached(self, step: int) -> bool:
@@ -397,10 +404,11 @@ def params_sha256(params: PyTree) -> str:
     Every process calls it: arrays that are spread over processes are gathered.
     """
     digest = hashlib.sha256()
-    for name, x in sorted(named_leaves(params), key=lambda pair: pair[0]):
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-            x = multihost_utils.process_allgather(x, tiled=True)
-        array = np.asarray(x)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
+    with progress("Hashing the parameters"):
+        for name, x in sorted(named_leaves(params), key=lambda pair: pair[0]):
+            if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+                x = multihost_utils.process_allgather(x, tiled=True)
+            array = np.asarray(x)
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(array.tobytes())
     return digest.hexdigest()

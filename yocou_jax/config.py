@@ -26,6 +26,7 @@ PROFILE_FROM = 10  # the first steps compile and warm up
 MAX_INT32 = 2**31 - 1  # counters and positions on a device
 MAX_SIZE = 2**20  # of a width: the product of two can still be counted in 64 bits
 MAX_TEXT = 4096  # characters, as in a path; Python reads no longer integers
+MAX_LONG_TEXT = 100_000  # of a prompt, or of a mixture of many globs
 MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
 
 
@@ -63,14 +64,14 @@ def one_of(*choices: str) -> Any:
     return dataclasses.field(metadata={"rule": rule})
 
 
-def text(*, empty: bool = False) -> Any:
+def text(*, empty: bool = False, longest: int = MAX_TEXT) -> Any:
     """A field with a text that files and terminals can hold, by default not an empty one."""
 
     def rule(value: str) -> str | None:
         if not empty and not value.strip():
             return "must not be empty"
-        if len(value) > MAX_TEXT:
-            return f"has {len(value)} characters; it must have at most {MAX_TEXT}"
+        if len(value) > longest:
+            return f"has {len(value)} characters; it must have at most {longest}"
         if "\0" in value:
             return "must not contain NUL characters"
         try:
@@ -204,7 +205,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = text()
+    source: str = text(longest=MAX_LONG_TEXT)
     text_field: str = text()
     bad_rows: str = one_of("refuse", "skip")
     tokenizer: str = text()
@@ -251,7 +252,7 @@ class RunConfig:
     log_every: int = number(1, MAX_INT32)
     eval_every: int = number(1, MAX_INT32)
     sample_every: int = number(1, MAX_INT32)
-    sample_prompt: str = text(empty=True)
+    sample_prompt: str = text(empty=True, longest=MAX_LONG_TEXT)
     sample_tokens: int = number(1, MAX_SIZE)
     checkpoint_every: int = number(1, MAX_INT32)
     keep_checkpoints: int = number(2, MAX_INT32)

@@ -2,8 +2,9 @@
 
 The owner holds a lock of the operating system (flock) on workdir/owner.json, which ends with the
 process however that ends, so nothing stays locked after a kill. The file says who the owner is:
-host, process id and start. Some shared file systems keep such locks apart by host, so an owner on
-another host also touches the file at every beat; it is taken for dead once it misses two of them.
+host, process id and start. Some shared file systems have no such locks, or keep them apart by
+host, so an owner also touches the file at every beat; one whose lock cannot be seen from here is
+taken for dead once it misses two beats.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ class WorkdirLock:
         self._file: int | None = None
         self._made: list[Path] = []
         self._ended = threading.Event()
+        self._me = _myself()
 
     def __enter__(self) -> "WorkdirLock":
         error = None
@@ -68,9 +70,19 @@ class WorkdirLock:
         self._ended.set()
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self.path.unlink()  # while it is held: whoever opened it sees that it is gone
+                if _read(self._file) == self._me:
+                    self.path.unlink()  # while it is held: whoever opened it sees that it is gone
             os.close(self._file)
         self._remove_made()
+
+    def check(self) -> None:
+        """Raises UserError if another run took the workdir while this one stood still (a suspended
+        machine, a file system that hung). Call it before writing what the other may overwrite."""
+        if self._file is not None and _read(self._file) != self._me:
+            raise UserError(
+                f"Another run has taken the workdir {self.workdir} while this one stood still, so "
+                "this one ends without saving."
+            )
 
     def _take(self) -> None:
         self._made = _make(self.workdir)
@@ -87,7 +99,11 @@ class WorkdirLock:
                 if owner:
                     log.info("%s was left by a run that has ended (%s).", self.path, _who(owner))
                 os.ftruncate(file, 0)
-                os.pwrite(file, json.dumps(_myself()).encode(), 0)
+                os.pwrite(file, json.dumps(self._me).encode(), 0)
+                if locked is None:  # the last of several that write at once wins
+                    time.sleep(BEAT_S / 10)
+                    if (winner := _read(file)) != self._me:
+                        raise UserError(_refusal(self.workdir, winner))
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.close(file)
@@ -99,7 +115,7 @@ class WorkdirLock:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             with contextlib.suppress(OSError):
-                os.utime(self.path)
+                os.utime(self._file)
 
     def _remove_made(self) -> None:
         with contextlib.suppress(OSError):  # not empty
@@ -148,8 +164,8 @@ def _read(file: int) -> dict | None:
 
 def _alive(owner: dict, path: Path, locked: bool | None) -> bool:
     """Whether the owner that the file names still runs, seen from a process that `locked` it."""
-    if owner["host"] == socket.gethostname():
-        return locked is None and owner["pid"] != os.getpid() and _runs(owner["pid"])
+    if locked and owner["host"] == socket.gethostname():
+        return False  # or it would have the lock
     log.info("Waiting %.0f s to see whether %s is still at work.", 2.5 * BEAT_S, _who(owner))
     # Two readings of one clock, that of the file system: those of two hosts may differ.
     before = path.stat().st_mtime_ns
@@ -159,16 +175,6 @@ def _alive(owner: dict, path: Path, locked: bool | None) -> bool:
         if path.stat().st_mtime_ns != before:
             return True
     return False
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
 
 
 def _who(owner: dict) -> str:

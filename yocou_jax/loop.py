@@ -104,7 +104,7 @@ class Run:
         """
         run = self.config.run
         with (
-            WorkdirLock(self.workdir),
+            WorkdirLock(self.workdir) as self.lock,
             jax.set_mesh(self.setup.mesh),
             Checkpointer(
                 self.workdir / "checkpoints", every=run.checkpoint_every, keep=run.keep_checkpoints
@@ -118,7 +118,6 @@ class Run:
                 contextlib.closing(self.data.train(self.sharding, first)) as batches,
             ):
                 state, done = self._loop(state, first, batches, checkpointer, stop)
-                checkpointer.save(done, state, force=True)
                 if done < run.steps:
                     checkpointer.close()
                     self.console.notice(
@@ -159,8 +158,9 @@ class Run:
         before = None if newest is None else read_manifest(self.workdir)
         if before:
             check_resume(self.workdir, before, manifest, FREE_FIELDS + END_FIELDS)
-            notices = going_on(self.workdir, before, config, newest, self.init_from)
+            notices, exact = going_on(self.workdir, before, config, newest, self.init_from)
             resume = {"time": manifest["created"], "step": newest, "changes": notices}
+            resume["exact"] = exact
             manifest |= {key: before.get(key) for key in ("created", "init_from")}
             manifest["resumes"] = [*before.get("resumes", []), resume]
         restored = checkpointer.restore_latest(self.setup.abstract_state)
@@ -172,6 +172,8 @@ class Run:
             state, first = self._fresh(manifest, notices), 0
         write_manifest(self.workdir, manifest)
         if self.is_main:
+            if first < config.run.steps:  # whoever finds a summary takes the run for finished
+                (self.workdir / "summary.json").unlink(missing_ok=True)
             self.writer = metrics.MetricsWriter(
                 self.workdir, resume_step=first if restored else None
             )
@@ -226,9 +228,10 @@ class Run:
                 self._read(done, out, self.evaluate(state.params) if evaluating else None)
                 pending = None
                 with self.stopwatch.paused():
-                    if saving:
-                        checkpointer.save(done, state)
-                    if sampling:
+                    if saving or stopping or done == run.steps:
+                        self.lock.check()
+                        checkpointer.save(done, state, force=True)
+                    if sampling and not stopping:
                         self._try_sample(state.params, done)
             if stopping:
                 break
@@ -291,6 +294,8 @@ class Run:
         try:
             self._show_sample(params, step)
         except Exception as error:
+            if jax.process_count() > 1:  # the others may still be in it: nobody goes on alone
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             log.warning("No sample at step %d: %s", step, reason)
 
@@ -323,9 +328,12 @@ class Run:
         """The summary; tokens_per_s and wall_s are those of this process, resumed or not."""
         config, stopwatch = self.config, self.stopwatch
         tokens = config.run.steps * self.tokens_per_step
+        sha256 = params_sha256(state.params)
         if not stopwatch.total_tokens:  # resumed at the last step: there was nothing left to train
-            with contextlib.suppress(OSError, ValueError):
-                return json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                before = json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
+                if (before.get("tokens"), before.get("final_params_sha256")) == (tokens, sha256):
+                    return before
             self.values |= self.evaluate(state.params)
         return {
             "program": str(config.model.program),
@@ -341,7 +349,7 @@ class Run:
                 config.data.sequence_length,
                 compute_dtype(config.model).itemsize,
             ),
-            "final_params_sha256": params_sha256(state.params),
+            "final_params_sha256": sha256,
         }
 
     def _banner(self) -> dict[str, dict]:

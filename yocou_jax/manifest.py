@@ -69,8 +69,11 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
     """
     differing = differences(flat(before["config"]), flat(now["config"]), ignore=free)
     if differing:
+        words = "another config"
+        if any("absent" in difference for difference in differing):
+            words = "another version of this code, whose config has other fields"
         raise UserError(
-            f"The run in {workdir} was started with another config, so it cannot be resumed: "
+            f"The run in {workdir} was started with {words}, so it cannot be resumed: "
             f"{'; '.join(differing)}. Give the old values, or this run a workdir of its own: "
             f"--workdir={workdir}{_suffix(before, now, free)}."
         )
@@ -91,8 +94,8 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
 def _suffix(before: dict, now: dict, free: tuple[str, ...]) -> str:
     """A name for the folder of a sibling, after the first field that differs: -window=9."""
     old, new = flat(before["config"]), flat(now["config"])
-    name = min(k for k in old.keys() | new.keys() if k not in free and old.get(k) != new.get(k))
-    suffix = f"-{name.rpartition('.')[2]}={new.get(name)}"
+    names = sorted(k for k in old.keys() & new.keys() if k not in free and old[k] != new[k])
+    suffix = f"-{names[0].rpartition('.')[2]}={new[names[0]]}" if names else ""
     return suffix if re.fullmatch(r"[\w.=+-]{1,40}", suffix) else "-2"
 
 

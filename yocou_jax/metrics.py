@@ -44,7 +44,7 @@ DATA_WAIT_FRACTION = "data_wait_fraction"  # share of the time spent waiting for
 SKIPPED_UPDATES = "skipped_updates"  # non-finite updates since step 0
 SKIPPED_IN_A_ROW = "skipped_in_a_row"  # of those, the latest ones without a good one between
 Z_LOSS = "z_loss"  # mean logsumexp(logits)^2
-LOAD_BALANCE = "load_balance"  # of the routers: 1 is uniform, the number of experts the worst
+LOAD_BALANCE = "load_balance"  # of the routers: 1 is uniform, experts / experts per token the worst
 ROUTER_Z = "router_z"
 EXPERT_LOAD_MAX = "expert_load_max"  # of the busiest expert, 1 is uniform
 EXPERT_LOAD_MIN = "expert_load_min"
@@ -259,7 +259,7 @@ class Console:
     def close(self) -> None:
         live, self._live = self._live, None
         if live is not None:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, SystemExit):
                 live.stop()
 
     def _print(self, text: str) -> None:

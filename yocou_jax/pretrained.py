@@ -33,7 +33,8 @@ from yocou_jax.errors import UserError
 from yocou_jax.files import resolve
 from yocou_jax.manifest import differences
 from yocou_jax.model import abstract_params
-from yocou_jax.sharding import tree_shardings
+from yocou_jax.progress import progress
+from yocou_jax.sharding import check_split, tree_shardings
 from yocou_jax.typing import PyTree
 
 FORMAT, VERSION = "yocou_jax", 2  # of an exported folder; another meaning is another version
@@ -220,6 +221,7 @@ def _placed(config: ModelConfig, mesh: Mesh | None) -> PyTree:
     boxed = abstract_params(config)
     params = nn.unbox(boxed)
     if mesh is not None:
+        check_split(boxed, mesh)
         shardings = tree_shardings(boxed, mesh)
     else:
         first = SingleDeviceSharding(jax.devices()[0])
@@ -270,7 +272,7 @@ def _read_tokenizer(described: Path, end_of_text: Any, fingerprint: Any) -> Toke
 
 
 def _sha256(file: str | os.PathLike) -> str:
-    with open(file, "rb") as opened:
+    with progress(f"Hashing {file}"), open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 

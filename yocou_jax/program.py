@@ -88,7 +88,7 @@ class Program:
             )
         if "cross" in mixers and set(mixers[mixers.index("cross") :]) != {"cross"}:
             raise UserError(
-                f"The program {shown(str(self))} has a window or full stage behind a cross stage; "
+                f"The program {shown(str(self))} has a window or full stage after a cross stage; "
                 "once the global K, V are written only cross stages may follow, because prefill "
                 "stops there."
             )

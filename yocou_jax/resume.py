@@ -49,9 +49,9 @@ END_FIELDS = (
 
 def going_on(
     workdir: Path, before: dict, config: Config, first: int, init_from: Path | None
-) -> list[str]:
-    """What differs from the run whose manifest is `before` and that has done `first` updates, in
-    sentences.
+) -> tuple[list[str], bool]:
+    """What differs from the last start, whose manifest is `before`, for a run that has done `first`
+    updates, in sentences; and whether its learning rates so far are those of its own schedule.
 
     Raises UserError if it was started from other weights than `init_from`, or if a changed end of
     its schedule makes no sense.
@@ -64,14 +64,20 @@ def going_on(
         )
     old, now = flat(before["config"]), flat(config.to_dict())
     changed = differences(old, now, ignore=tuple(k for k in now if k not in FREE_FIELDS))
-    notices = [f"Changed since the start: {'; '.join(changed)}."] if changed else []
+    notices = [f"Changed since the last start: {'; '.join(changed)}."] if changed else []
+    exact = all(resume["exact"] for resume in before.get("resumes", []))
     if any(old.get(name) != now[name] for name in END_FIELDS):
-        notices.append(new_end(Config.from_dict(before["config"]), config, first))
-    return notices
+        sentence, exact_now = new_end(Config.from_dict(before["config"]), config, first)
+        notices.append(sentence)
+        if exact_now and not exact:
+            notices.append("But an earlier change of the end was made after its decay had begun.")
+        exact = exact and exact_now
+    return notices, exact
 
 
-def new_end(old: Config, new: Config, first: int) -> str:
-    """What another end of the schedule does to a run that has done `first` updates, in a sentence.
+def new_end(old: Config, new: Config, first: int) -> tuple[str, bool]:
+    """What another end of the schedule does to a run that has done `first` updates, in a sentence,
+    and whether these are the updates that the new schedule has too.
 
     Raises UserError if the run is past its new end, or if its past learning rates depend on the end
     in a way that cannot be told in a sentence (cosine).
@@ -84,19 +90,20 @@ def new_end(old: Config, new: Config, first: int) -> str:
     changes = differences(*({n: flat(c.to_dict())[n] for n in END_FIELDS} for c in (old, new)))
     words = f"The end of the schedule has changed ({'; '.join(changes)})"
     if all(end is None or first <= end for end in ends):
-        return f"{words}: no update so far depends on it, so this is the run with the new end."
+        words += ": no update so far depends on it, so this is the run with the new end."
+        return words, True
     if "cosine" in (old.optimizer.schedule, new.optimizer.schedule):
         raise UserError(
             f"{words}, but the {first} updates done depend on it: the cosine falls over the whole "
             "of run.steps. Give the old values, or begin a new run with --init_from=WORKDIR; with "
             "optimizer.schedule=constant or wsd a run can be made longer."
         )
+    words += " after a decay had begun. This is not the run that the new values alone would give"
+    if first == new.run.steps:
+        return f"{words}.", False
     rates = [float(make_schedule(c.optimizer, c.run.steps)(first)) for c in (old, new)]
-    return (
-        f"{words} after the old decay had begun: the learning rate of update {first + 1} is "
-        f"{rates[1]:.4g}, where the old schedule has {rates[0]:.4g}. This is not the run that the "
-        "new values alone would give."
-    )
+    words += f": the learning rate of update {first + 1} is {rates[1]:.4g}, where the old schedule"
+    return f"{words} has {rates[0]:.4g} (if no update was skipped).", False
 
 
 class Source(NamedTuple):
@@ -116,7 +123,8 @@ def load_source(path: Path, setup: Setup, config: ModelConfig, tokenizer: Tokeni
     if source.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"The model of {path} has another tokenizer than this run, so its embeddings would "
-            f"mean nothing: give --config.data.tokenizer={path}/tokenizer.json."
+            f"mean nothing: give --config.data.tokenizer={path}/tokenizer.json, and its "
+            "data.end_of_text and data.allow_lossy_tokenizer."
         )
     wanted = setup.abstract_state.params
     shapes = [
@@ -132,8 +140,6 @@ def load_source(path: Path, setup: Setup, config: ModelConfig, tokenizer: Tokeni
     sizes = [flat({"model": vars(c)}) for c in (source.config, config)]
     if changed := differences(*sizes, ignore=FREE_FIELDS):
         notices.append(f"Its model differs: {'; '.join(changed)}.")
-    cast = jax.jit(
-        lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted),
-        out_shardings=jax.tree.map(lambda x: x.sharding, wanted),
-    )
-    return Source(cast(source.params), source.step, notices)
+    # `load` has placed them as training does.
+    params = jax.tree.map(lambda x, like: x.astype(like.dtype), source.params, wanted)
+    return Source(params, source.step, notices)

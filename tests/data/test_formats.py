@@ -55,6 +55,10 @@ def sentence(path, *arguments):
         "x.txt",
         "c4-train.00000-of-01024.json",
         "x.jsonl.0001",
+        "x.jsonl-0001",
+        "x.jsonl.bak",
+        "x.json.tmp",
+        "x.log",
         "part-00000",
     ],
 )
@@ -88,8 +92,29 @@ def test_an_object_per_file(tmp_path):
     assert texts(tmp_path / "*.json") == TEXTS
 
 
+def test_a_first_row_that_is_longer_than_what_is_looked_at(tmp_path):
+    rows = [{"text": "long " * 50_000}, {"text": "short"}]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    assert texts(write(tmp_path / "x.bak", content)) == [row["text"] for row in rows]
+
+
+def test_bytes_that_are_no_text_are_repaired_in_rows_too(tmp_path):
+    path = write(tmp_path / "x.jsonl", b'{"text": "a\xffb"}\n{"text": "c"}\n')
+    corpus = open_corpus(str(path))
+    assert [text.strip("\ufffd") for _, text in corpus.documents()][1] == "c"
+    assert "\ufffd" in next(corpus.documents()).text
+    assert corpus.summary.invalid == 1
+
+
 def test_text_that_only_begins_like_json_stays_text(tmp_path):
-    for name, content in {"a.txt": b'{"a": 1}\n', "b.md": LINES, "c.py": LINES}.items():
+    notebook = json.dumps({"cells": [{"text": ["a"]}], "metadata": {}}, indent=1).encode()
+    for name, content in {
+        "a.txt": b'{"a": 1}\n',
+        "b.py": b'{"a": "text"}["a"]\n',
+        "c.ipynb": notebook,
+        "d.md": b'{"text" is how it begins\n',
+        "e.txt": b'"text": {"a": 1}\n',
+    }.items():
         assert texts(write(tmp_path / name, content)) == [content.decode()]
 
 
@@ -125,7 +150,7 @@ def test_a_row_without_text_says_what_is_there_and_where(tmp_path, value, found)
 
 
 def test_a_line_that_is_no_json_is_damage_whatever_the_policy(tmp_path):
-    for content in (LINES + b'{"text": ', LINES + b'{"text": "\xff"}', LINES + b"[" * 10**5):
+    for content in (LINES + b'{"text": ', LINES + b'{"text\xff: "a"}', LINES + b"[" * 10**5):
         path = write(tmp_path / "x.jsonl", content)
         assert "Line 4 of the data file" in sentence(path, "text", "skip")
         assert "is not valid JSON" in sentence(path, "text", "skip")

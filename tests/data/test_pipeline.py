@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from yocou_jax.data import load_data, pipeline, progress
+from yocou_jax import progress
+from yocou_jax.data import load_data, pipeline
 from yocou_jax.data.corpus import Split, is_held_out, open_corpus
 from yocou_jax.data.pipeline import Batches, Windows
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer

@@ -114,6 +114,18 @@ def test_a_mistake_is_answered_with_a_sentence(words, sentence):
     assert len(found) < 400
 
 
+@pytest.mark.parametrize("value", ["workdir", "config", "seed", "init_from", "-", "-x"])
+def test_a_value_may_look_like_a_flag(value):
+    """`--workdir seed --init_from x`: seed is a folder here."""
+    flag_values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "", flag_values=flag_values)
+    flags.DEFINE_string("init_from", None, "", flag_values=flag_values)
+    flags.DEFINE_integer("seed", 0, "", flag_values=flag_values)
+    cli.parse(["x", "--workdir", value, "--init_from", "seed", "--seed", "3"], flag_values)
+    given = flag_values.workdir, flag_values.init_from, flag_values.seed
+    assert given == (value, "seed", 3)
+
+
 def test_the_order_and_the_absence_of_config():
     assert refusal("--config.run.steps=3", SMALL).startswith("--config must come before")
     assert refusal("--config.run.steps=3") == "The flag --config is missing."

@@ -30,9 +30,9 @@ from typing import NamedTuple
 import numpy as np
 
 from yocou_jax.data.formats import PIECE_BYTES, Raw, pieces, read_file, text_of
-from yocou_jax.data.progress import with_progress
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve
+from yocou_jax.progress import with_progress
 
 PIECE_SIZES = (PIECE_BYTES, 4096, 1024, 256, 64, 16)
 MAX_EXCESS = 1 / 8  # of a corpus, held out more than asked, before its documents are cut
@@ -143,7 +143,7 @@ class Corpus:
 
 
 def _in_pieces(documents: Iterable[Document], size: int) -> Iterator[Document]:
-    """Every text in pieces. A piece that repeats an earlier one bears its name, so that either both
+    """Every text in pieces. A piece that repeats an earlier one has its name, so that either both
     are held out or none."""
     names: dict[bytes, str] = {}
     for name, text in documents:

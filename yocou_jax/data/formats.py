@@ -2,8 +2,8 @@
 
 What a file is follows from its content where content can tell (compression, parquet, binary) and
 from its name otherwise; `.GZ` is `.gz`, and a compression's suffix or a shard's number at the end
-does not count. Where a name says nothing (no suffix), `{"` at the beginning says JSON; in a `.txt`
-the text field must be there too.
+does not count. Where a name says nothing (no suffix), `{"` at the beginning says JSON; where it
+says something else (`.txt`, `.bak`), a first object with the text field does.
 """
 
 import bz2
@@ -44,7 +44,7 @@ COMPRESSION_OF = {
     ".zst": "zstd",
     ".zstd": "zstd",
 }
-MAX_LAYERS = 3  # of compression; there are files that hold themselves
+MAX_COMPRESSIONS = 3  # one inside the other; there are files that hold themselves
 BINARY = {  # the beginning of files that could pass for text, or that deserve their name
     b"PK\x03\x04": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
@@ -120,10 +120,16 @@ def _suffix(path: Path) -> str:
 
 
 def _looks_like_rows(suffix: str, head: bytes, text_field: str) -> bool:
-    """Whether a name that does not say so holds JSON; in .txt only with the text field."""
-    begins = re.match(rb'\s*(?:\[\s*)?\{\s*"', head.removeprefix(BOM))
-    named = suffix == "" or (suffix == ".txt" and json.dumps(text_field).encode() in head)
-    return bool(begins and named)
+    """Whether a file whose name does not say so holds JSON, judged by its first object."""
+    text = head.removeprefix(BOM).decode("utf-8", "replace").lstrip().removeprefix("[").lstrip()
+    first = re.match(r'\{\s*("(?:[^"\\]|\\.)*")\s*:', text)
+    if first is None or suffix == "":
+        return first is not None
+    try:
+        record, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):  # longer than the head: its first field counts
+        record = [first[1].strip('"')]
+    return text_field in record
 
 
 def _refuse_binary(head: bytes, path: Path) -> None:
@@ -179,7 +185,7 @@ def _open(path: Path) -> Iterator[io.BufferedReader]:
     """The content of a file, decompressed as often as it was compressed."""
     with open(path, "rb", buffering=BLOCK_BYTES) as file:
         content = file
-        for _ in range(MAX_LAYERS):
+        for _ in range(MAX_COMPRESSIONS):
             found = COMPRESSED.match(content.peek(16))
             if not found:
                 break
@@ -343,7 +349,8 @@ def _json_values(content: bytes, path: Path) -> Iterator[Any]:
 
 
 def _decoded(content: bytes) -> str:
-    return content.decode("utf-8", "surrogatepass")
+    # Bytes that are not UTF-8 become lone surrogates, which Corpus repairs and counts.
+    return content.decode("utf-8", "surrogateescape")
 
 
 def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Raw]:

@@ -35,10 +35,10 @@ from yocou_jax.data.corpus import (
     split_corpus,
     text_bytes,
 )
-from yocou_jax.data.progress import with_progress
 from yocou_jax.data.tokenizer import Tokenizer, cache_error, cached_bpe, load_tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve
+from yocou_jax.progress import with_progress
 from yocou_jax.typing import Array, Float, Int
 
 FORMAT = 2  # part of the cache key: raise it when the files below change their meaning

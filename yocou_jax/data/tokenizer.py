@@ -9,8 +9,6 @@ import json
 import logging
 import os
 import re
-import threading
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve
+from yocou_jax.progress import progress
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING)
@@ -44,7 +43,6 @@ KNOWN_END_OF_TEXT = (
     "[EOS]",
 )
 LARGEST_VOCABULARY = 2**24  # tables of that many entries still fit into any memory
-PROGRESS_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -349,27 +347,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    with _progress(f"training a tokenizer with up to {vocab_size:,} entries"):
+    with progress(f"Training a tokenizer with up to {vocab_size:,} entries"):
         backend.train_from_iterator(texts, trainer)
     return Tokenizer.from_json(backend.to_str(), "bpe")
-
-
-@contextmanager
-def _progress(work: str) -> Iterator[None]:
-    """Says every few seconds that the work of the block still goes on."""
-    done, start = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not done.wait(PROGRESS_SECONDS):
-            log.info("%s (%.0f s so far)", work, time.monotonic() - start)
-
-    thread = threading.Thread(target=tell, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def cached_bpe(texts: Iterable[str], vocab_size: int, cache_dir: Path, key: str) -> Tokenizer:

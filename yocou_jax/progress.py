@@ -1,8 +1,10 @@
-"""A line every few seconds from loops that may take long; loops that do not say nothing."""
+"""A line every few seconds about work that may take long; work that is done sooner says nothing."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 SECONDS = 5.0  # between two lines, and before the first
@@ -22,3 +24,24 @@ def with_progress(
             last = time.monotonic()
             of = "" if total is None else f" of {total / 1e6:.1f} MB"
             log.info("%s: %.1f MB%s.", what, done / 1e6, of)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Says that the work of the block still goes on, where it cannot be counted: "Hashing x: 10 s."
+
+    A thread says it, because the work may be one call of a library.
+    """
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(SECONDS):
+            log.info("%s: %.0f s.", what, time.monotonic() - start)
+
+    thread = threading.Thread(target=tell, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
