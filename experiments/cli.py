@@ -36,7 +36,10 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 # The state of a machine, not a bug: its text says all there is to say.
-MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+MACHINE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES),
+    *(errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENOMEM),
+}
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -83,6 +86,9 @@ def _stop(sentence: str, code: int) -> None:
 
 
 def _prepare(argv: list[str]) -> list[str]:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     # No text of a model or a file name ends a command because the terminal cannot show it.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -59,6 +59,9 @@ def main(_):
         cli.keep_freed_memory()
     config = Config.from_dict(CONFIG.value)
     config_file = flags.FLAGS["config"].config_filename
+    for flag in (WORKDIR, INIT_FROM):
+        if flag.value is not None and not flag.value.strip():
+            raise UserError(f"The flag --{flag.name} is empty; leave it out or name a folder.")
     workdir = resolve(WORKDIR.value or default_workdir(config_file))
     # Only process 0 speaks: the others would say the same.
     with Console(Terminal(quiet=jax.process_index() > 0)) as console:

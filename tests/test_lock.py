@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,18 @@ def test_an_owner_that_stood_still_for_long_gives_way(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / lock.FILE).exists()
 
 
+def test_a_removed_workdir_is_noticed(tmp_path):
+    first = WorkdirLock(tmp_path / "a").__enter__()
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(UserError, match="was removed while"):
+        first.check()
+    with WorkdirLock(tmp_path / "a"):  # another run in a new folder of that name
+        with pytest.raises(UserError, match="was removed while"):
+            first.check()
+        first.__exit__()
+        assert owner(tmp_path / "a")["pid"] == os.getpid()
+
+
 def test_of_many_that_start_at_once_one_wins(tmp_path):
     """Processes, because locks of the operating system are theirs."""
     line = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
@@ -150,7 +163,7 @@ def test_of_many_that_start_at_once_one_wins(tmp_path):
     assert held == winner
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": 1}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": 1}', "\x00", "[" * 4096])
 def test_a_file_that_says_nothing_is_no_owner(tmp_path, text):
     (tmp_path / lock.FILE).write_text(text)
     with WorkdirLock(tmp_path):

@@ -70,7 +70,7 @@ class WorkdirLock:
         self._ended.set()
         if self._file is not None:
             with contextlib.suppress(OSError):
-                if _read(self._file) == self._me:
+                if _read(self._file) == self._me and _is(self._file, self.path):
                     self.path.unlink()  # while it is held: whoever opened it sees that it is gone
             os.close(self._file)
         self._remove_made()
@@ -78,7 +78,14 @@ class WorkdirLock:
     def check(self) -> None:
         """Raises UserError if another run took the workdir while this one stood still (a suspended
         machine, a file system that hung). Call it before writing what the other may overwrite."""
-        if self._file is not None and _read(self._file) != self._me:
+        if self._file is None:
+            return
+        if not _is(self._file, self.path):
+            raise UserError(
+                f"{self.path} was removed while this run was using its workdir, so it ends without "
+                "saving."
+            )
+        if _read(self._file) != self._me:
             raise UserError(
                 f"Another run has taken the workdir {self.workdir} while this one stood still, so "
                 "this one ends without saving."
@@ -158,7 +165,7 @@ def _read(file: int) -> dict | None:
     try:
         owner = json.loads(os.pread(file, 4096, 0))
         return owner if owner.keys() >= {"host", "pid", "started"} else None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
 
 
@@ -168,12 +175,13 @@ def _alive(owner: dict, path: Path, locked: bool | None) -> bool:
         return False  # or it would have the lock
     log.info("Waiting %.0f s to see whether %s is still at work.", 2.5 * BEAT_S, _who(owner))
     # Two readings of one clock, that of the file system: those of two hosts may differ.
-    before = path.stat().st_mtime_ns
-    deadline = time.monotonic() + 2.5 * BEAT_S
-    while time.monotonic() < deadline:
-        time.sleep(BEAT_S / 10)
-        if path.stat().st_mtime_ns != before:
-            return True
+    with contextlib.suppress(FileNotFoundError):  # it has ended while we looked
+        before = path.stat().st_mtime_ns
+        deadline = time.monotonic() + 2.5 * BEAT_S
+        while time.monotonic() < deadline:
+            time.sleep(BEAT_S / 10)
+            if path.stat().st_mtime_ns != before:
+                return True
     return False
 
 

@@ -81,7 +81,11 @@ class Run:
         init_from: str | Path | None = None,
     ):
         self.config, self.workdir, self.console = config, resolve(workdir), console
-        self.init_from = None if init_from is None else resolve(init_from).absolute()
+        try:
+            str(self.workdir).encode()
+        except UnicodeEncodeError as error:  # Orbax takes no others
+            raise UserError(f"The workdir {str(workdir)!a} must be valid Unicode.") from error
+        self.init_from = None if init_from is None else resolve(init_from).resolve()
         self.attention = attention_choices(config)  # before any work: a name may be wrong
         self.setup: Setup = set_up(config)
         self.is_main = jax.process_index() == 0

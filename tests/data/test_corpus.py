@@ -393,3 +393,10 @@ def test_bad_sources(tmp_path, source, sentence):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=sentence):
         open_corpus(source.format(tmp=tmp_path)).summary  # noqa: B018
+
+
+def test_a_link_to_nothing_is_not_left_out_silently(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match=r"b.txt' is a link to a file that does not exist"):
+        open_corpus(f"{tmp_path}/*.txt")

@@ -438,6 +438,27 @@ def test_rows_without_text_are_refused_or_counted(make_config, tmp_path):
     assert load_data(make_config(source=mixture, bad_rows="skip")).num_skipped == 4
 
 
+def test_a_source_that_changes_while_it_is_read(tmp_path, make_config, monkeypatch):
+    """The tokens would be stored under the name of the text that was there before."""
+    path = tmp_path / "x.txt"
+    text = "".join(f"line {i}\n" for i in range(3000))
+    path.write_text(text)
+    write = pipeline._write_tokens
+
+    def swap(*args):
+        path.write_text(text.replace("line", "poison"))
+        write(*args)
+
+    monkeypatch.setattr(pipeline, "_write_tokens", swap)
+    config = make_config(source=str(path))
+    with pytest.raises(UserError, match="has changed while it was read"):
+        load_data(config)
+    monkeypatch.setattr(pipeline, "_write_tokens", write)
+    path.write_text(text)
+    batch = load_data(config).stream[0]
+    assert "poison" not in bytes(x for x in batch.tokens if x < 256).decode()
+
+
 def test_long_work_says_how_far_it_is(make_config, corpus, monkeypatch, caplog):
     caplog.set_level("INFO", "yocou_jax")
     load_data(make_config())
@@ -524,7 +545,7 @@ def test_token_width_follows_the_vocabulary(tmp_path, corpus):
         wide = Tokenizer(None, vocab_size, vocab_size - 1, tokenizer.pad_id)
         folder = tmp_path / dtype
         folder.mkdir()
-        pipeline._write_tokens(Split(open_corpus(corpus.source), 0.2), wide, folder)
+        pipeline._write_tokens(Split(open_corpus(corpus.source), 0.2), wide, False, folder)
         tokens = np.fromfile(folder / "train.bin", dtype)
         assert tokens[0] == vocab_size - 1
         assert (tokens > 255).sum() == len(np.load(folder / "train.starts.npy"))

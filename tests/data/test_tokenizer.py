@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from tests import tiny
 from yocou_jax import progress
 from yocou_jax.data import load_data
 from yocou_jax.data.tokenizer import (
@@ -484,3 +485,24 @@ def test_data_has_the_end_of_text_that_was_asked_for(tmp_path, bpe, make_config)
         with pytest.raises(UserError, match=r"data\.end_of_text='<fin>' is no special token"):
             load_data(make_config(tokenizer=kind, end_of_text="<fin>"))
         load_data(make_config(tokenizer=kind, end_of_text="<|endoftext|>"))
+
+
+def test_what_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
+    """A rule with a regular expression that ordinary text never meets."""
+    rule = normalizers.Replace(Regex(r"\d{12,}"), "#")
+    (tmp_path / "tokenizer.json").write_text(changed(bpe, normalizer=rule))
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).loss == ""
+    (tmp_path / "x.txt").write_text("a line\n" * 3000 + "1234567890123\n" + "a line\n" * 3000)
+    fields = {"source": str(tmp_path / "x.txt"), "tokenizer": str(tmp_path / "tokenizer.json")}
+    fields |= {"cache_dir": str(tmp_path / "cache"), "batch_size": 2}
+    with pytest.raises(UserError, match="does not give back the exact text of the document"):
+        load_data(tiny.config(data=fields).data)
+    assert load_data(tiny.config(data=fields | {"allow_lossy_tokenizer": True}).data)
+
+
+def test_dropout_is_for_training_a_tokenizer_alone(bpe):
+    """With it the same text would have other tokens each time."""
+    stored = json.loads(bpe.to_json())
+    stored["model"]["dropout"] = 0.5
+    dropping = Tokenizer.from_json(json.dumps(stored))
+    assert all(dropping.encode(CODE) == bpe.encode(CODE) for _ in range(3))

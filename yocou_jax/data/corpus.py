@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,8 +83,19 @@ class Corpus:
     piece_bytes: int | None = None  # None: documents stay as they are read
 
     def documents(self) -> Iterator[Document]:
-        """Every document once, in order; reads the source again on each call."""
-        return self._documents(Counter())
+        """Every document once, in order; reads the source again on each call.
+
+        Raises UserError at the end if these are not the documents that `summary` has read.
+        """
+        total = hashlib.sha256()
+        for document in self._documents(Counter()):
+            _add(total, document)
+            yield document
+        if "_pass" in vars(self) and total.hexdigest() != self.summary.fingerprint:
+            raise UserError(
+                f"The data source {self.source!r} has changed while it was read; start again when "
+                "it is complete."
+            )
 
     def _documents(self, counts: Counter[str]) -> Iterator[Document]:
         whole = self._unique(counts)
@@ -116,11 +127,10 @@ class Corpus:
         counts, total = Counter(duplicates=0, invalid=0, skipped=0), hashlib.sha256()
         hashes, sizes = array("d"), array("q")
         documents = self._documents(counts)
-        for name, text in with_progress(documents, f"Reading {self.source}", text_bytes):
-            for part in (name, text):
-                total.update(hashlib.sha256(part.encode("utf-8", "replace")).digest())
-            hashes.append(hash_fraction(name))
-            sizes.append(len(text.encode()))
+        for document in with_progress(documents, f"Reading {self.source}", text_bytes):
+            _add(total, document)
+            hashes.append(hash_fraction(document.name))
+            sizes.append(text_bytes(document))
         if not hashes:
             left_out = f"; {counts['skipped']} rows had none and were left out"
             raise UserError(
@@ -140,6 +150,12 @@ class Corpus:
     def sizes_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of the names [documents], ascending, and the bytes of these documents."""
         return self._pass[1:]
+
+
+def _add(total: Any, document: Document) -> None:
+    """Adds a document to the hash of a corpus."""
+    for part in document:
+        total.update(hashlib.sha256(part.encode("utf-8", "replace")).digest())
 
 
 def _in_pieces(documents: Iterable[Document], size: int) -> Iterator[Document]:
@@ -273,6 +289,9 @@ def _existing_files(source: str) -> list[Path]:
     """The files that a path or a glob names. A path first: a file name may hold [ or *."""
     pattern = str(resolve(source))
     names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    for name in names:
+        if os.path.islink(name) and not os.path.exists(name):
+            raise UserError(f"The data file '{name}' is a link to a file that does not exist.")
     return [Path(name) for name in names if os.path.isfile(name)]
 
 
@@ -296,7 +315,7 @@ def open_corpus(source: str, text_field: str = "text", bad_rows: str = "refuse")
 
 
 def _no_files(source: str) -> UserError:
-    if source and resolve(source).is_dir():
+    if source and os.path.isdir(resolve(source)):
         return UserError(
             f"The data source {source!r} is a directory; name its files with a glob such as "
             f"'{source.rstrip('/')}/**/*.txt'."

@@ -275,7 +275,7 @@ def load_data(config: Any) -> DataBundle:
 
     train, held_out, counts = [], [], {"documents": 0, "tokens": 0, "bytes": 0}
     for weight, split in parts:
-        directory, meta = _tokenised(split, tokenizer, cache_dir)
+        directory, meta = _tokenised(split, tokenizer, cache_dir, config.allow_lossy_tokenizer)
         _require_windows(split.corpus, meta, config.sequence_length)
         train.append((weight, _open_windows(directory, meta, "train", config)))
         held_out.append((weight, _open_windows(directory, meta, "held_out", config)))
@@ -381,14 +381,16 @@ def _require_same_everywhere(fingerprint: str) -> None:
 # --- The token cache: a directory that is whole or absent -------------------------------------
 
 
-def _tokenised(split: Split, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Path, dict[str, Any]]:
+def _tokenised(
+    split: Split, tokenizer: Tokenizer, cache_dir: Path, allow_lossy: bool
+) -> tuple[Path, dict[str, Any]]:
     """The cache of a corpus, built when it is absent, and its meta.json."""
     fingerprint = split.corpus.summary.fingerprint
     key = f"{FORMAT} {fingerprint} {tokenizer.fingerprint} {split.threshold!r}"
     directory = cache_dir / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         with _whole_or_absent(directory) as scratch:
-            _write_tokens(split, tokenizer, scratch)
+            _write_tokens(split, tokenizer, allow_lossy, scratch)
     return directory, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
@@ -417,7 +419,7 @@ def _whole_or_absent(directory: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_tokens(split: Split, tokenizer: Tokenizer, out: Path) -> None:
+def _write_tokens(split: Split, tokenizer: Tokenizer, allow_lossy: bool, out: Path) -> None:
     corpus, threshold = split
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     meta: dict[str, Any] = {
@@ -433,19 +435,25 @@ def _write_tokens(split: Split, tokenizer: Tokenizer, out: Path) -> None:
         what, total = f"Tokenising {corpus.source}", corpus.summary.bytes
         reported = with_progress(corpus.documents(), what, text_bytes, total)
         for documents in _chunks(reported):
-            for (name, _), ids in zip(
+            for (name, text), ids in zip(
                 documents, tokenizer.encode_batch([d.text for d in documents]), strict=True
             ):
+                size = tokenizer.num_bytes(ids)
+                if not allow_lossy and size != len(text.encode()):  # what no probe has shown
+                    raise UserError(
+                        f"The tokenizer does not give back the exact text of the document {name!r} "
+                        f"of {corpus.source!r}: {len(text.encode())} bytes become {size}. Use "
+                        "another tokenizer, or set data.allow_lossy_tokenizer=True."
+                    )
                 which = SPLITS[is_held_out(name, threshold)]
                 starts[which].append(counts[which]["tokens"])
                 files[which].write(np.insert(ids, 0, tokenizer.eot_id).astype(dtype).tobytes())
                 counts[which]["documents"] += 1
                 counts[which]["tokens"] += 1 + len(ids)
-                counts[which]["bytes"] += tokenizer.num_bytes(ids)
+                counts[which]["bytes"] += size
     for which in SPLITS:
         np.save(out / f"{which}.starts.npy", np.array(starts[which], np.int64))
-    text = json.dumps(meta | counts, indent=2)
-    (out / "meta.json").write_text(text + "\n", encoding="utf-8")
+    (out / "meta.json").write_text(json.dumps(meta | counts, indent=2) + "\n", encoding="utf-8")
 
 
 def _chunks(documents: Iterable[Any]) -> Iterator[list[Any]]:

@@ -188,6 +188,8 @@ class Tokenizer:
             backend.no_padding()
             backend.no_truncation()
             backend.encode_special_tokens = True
+            if isinstance(backend.model, models.BPE):
+                backend.model.dropout = None  # the same text has the same tokens, always
         eot_id = _end_of_text_id(backend, name, end_of_text)
         backend.add_special_tokens([backend.id_to_token(eot_id)])  # if it was an ordinary one
         pad_id = backend.token_to_id(PADDING)
@@ -312,6 +314,8 @@ def load_tokenizer(name: str, end_of_text: str = "", allow_lossy: bool = False) 
     if name == "bytes":
         return Tokenizer.from_json("bytes", name, end_of_text)
     try:
+        if os.path.exists(resolve(name)) and not os.path.isfile(resolve(name)):
+            raise ValueError("it is not a file")
         text = resolve(name).read_bytes().decode("utf-8-sig")  # without a byte-order mark
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
