@@ -371,7 +371,7 @@ def test_signals_are_answered_while_a_step_runs(tmp_path, name):
             def send():
                 for _ in range(3):
                     os.kill(os.getpid(), getattr(signal, moment))
-                    time.sleep(0.05)
+                    time.sleep(0.005)
                 time.sleep(1)
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGHUP)

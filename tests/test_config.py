@@ -210,7 +210,7 @@ def test_every_number_has_two_ends_and_the_sentence_names_them(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_text_has_a_form_or_a_set(name):
-    for wrong in ("\0", "a\0b", "\udcff", "a" * 100_001):
+    for wrong in ("\0", "a\0b", "\udcff", "a" * 16_385):
         refusal(name, wrong)
     if name in ("run.sample_prompt", "data.end_of_text"):  # of which nothing is something
         assert config_with(name, "")

@@ -26,7 +26,7 @@ PROFILE_FROM = 10  # the first steps compile and warm up
 MAX_INT32 = 2**31 - 1  # counters and positions on a device
 MAX_SIZE = 2**20  # of a width: the product of two can still be counted in 64 bits
 MAX_TEXT = 4096  # characters, as in a path; Python reads no longer integers
-MAX_LONG_TEXT = 100_000  # of a prompt, or of a mixture of many globs
+MAX_LONG_TEXT = 16_384  # of a prompt, or of a mixture of many globs, which takes time to read
 MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
 
 

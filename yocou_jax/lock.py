@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -47,23 +48,20 @@ class WorkdirLock:
         self._me = _myself()
 
     def __enter__(self) -> "WorkdirLock":
-        error = None
-        if jax.process_index() == 0:
+        def take() -> None:
             try:
                 self._take()
-            except UserError as refusal:
-                error = refusal
             except OSError as failure:
                 reason = failure.strerror or failure
-                error = UserError(f"The workdir {self.workdir} cannot be written to: {reason}.")
-            if error:
-                self._remove_made()
-        if jax.process_count() > 1:  # nobody goes on alone
-            refused = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
-            if refused and not error:
-                error = UserError("Process 0 could not take the workdir, so this one ends too.")
-        if error:
-            raise error
+                raise UserError(
+                    f"The workdir {self.workdir} cannot be written to: {reason}."
+                ) from failure
+
+        try:
+            _on_process_0(take)
+        except UserError:
+            self._remove_made()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
@@ -72,24 +70,29 @@ class WorkdirLock:
             with contextlib.suppress(OSError):
                 if _read(self._file) == self._me and _is(self._file, self.path):
                     self.path.unlink()  # while it is held: whoever opened it sees that it is gone
+            self._beats.join(timeout=1)
             os.close(self._file)
         self._remove_made()
 
     def check(self) -> None:
-        """Raises UserError if another run took the workdir while this one stood still (a suspended
-        machine, a file system that hung). Call it before writing what the other may overwrite."""
-        if self._file is None:
+        """Raises UserError if the workdir is not this run's any more: it was removed, or another
+        run took it while this one stood still (a suspended machine, a file system that hung).
+
+        Every process calls it, before it writes what another run may overwrite.
+        """
+        _on_process_0(self._check)
+
+    def _check(self) -> None:
+        try:
+            if _is(self._file, self.path) and _read(self._file) == self._me:
+                return
+        except OSError:  # a file system that hangs: the write that follows will tell
             return
-        if not _is(self._file, self.path):
-            raise UserError(
-                f"{self.path} was removed while this run was using its workdir, so it ends without "
-                "saving."
-            )
-        if _read(self._file) != self._me:
-            raise UserError(
-                f"Another run has taken the workdir {self.workdir} while this one stood still, so "
-                "this one ends without saving."
-            )
+        what = "Another run has taken it" if self.path.exists() else f"{self.path} was removed"
+        raise UserError(
+            f"The workdir {self.workdir} is not this run's any more, so it ends without saving: "
+            f"{what}."
+        )
 
     def _take(self) -> None:
         self._made = _make(self.workdir)
@@ -116,7 +119,8 @@ class WorkdirLock:
                     os.close(file)
                 raise
             self._file = file
-            threading.Thread(target=self._beat, name="owner", daemon=True).start()
+            self._beats = threading.Thread(target=self._beat, name="owner", daemon=True)
+            self._beats.start()
             return
 
     def _beat(self) -> None:
@@ -128,6 +132,22 @@ class WorkdirLock:
         with contextlib.suppress(OSError):  # not empty
             for folder in reversed(self._made):
                 folder.rmdir()
+
+
+def _on_process_0(act: Callable[[], None]) -> None:
+    """Does it on process 0; a UserError there is one on every process: nobody goes on alone."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except UserError as refusal:
+            error = refusal
+    if jax.process_count() > 1:
+        refused = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
+        if refused and not error:
+            error = UserError("Process 0 does not have the workdir, so this one ends too.")
+    if error:
+        raise error
 
 
 def _make(folder: Path) -> list[Path]:
@@ -150,7 +170,8 @@ def _flock(file: int) -> bool | None:
 
 
 def _is(file: int, path: Path) -> bool:
-    with contextlib.suppress(OSError):
+    """Whether the open file is the one that the path names now."""
+    with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file), path.stat())
     return False
 

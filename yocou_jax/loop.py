@@ -128,6 +128,7 @@ class Run:
                         f"Stopped on request; step {done} is saved, the same command resumes."
                     )
                     return None
+                checkpointer.close()  # whoever finds a summary finds its checkpoint too
                 summary = self._finish(state)
                 if self.writer:
                     self.writer.summary(summary)

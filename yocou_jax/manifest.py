@@ -70,7 +70,7 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
     differing = differences(flat(before["config"]), flat(now["config"]), ignore=free)
     if differing:
         words = "another config"
-        if any("absent" in difference for difference in differing):
+        if (flat(before["config"]).keys() ^ flat(now["config"]).keys()) - set(free):
             words = "another version of this code, whose config has other fields"
         raise UserError(
             f"The run in {workdir} was started with {words}, so it cannot be resumed: "

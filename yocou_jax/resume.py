@@ -65,7 +65,7 @@ def going_on(
     old, now = flat(before["config"]), flat(config.to_dict())
     changed = differences(old, now, ignore=tuple(k for k in now if k not in FREE_FIELDS))
     notices = [f"Changed since the last start: {'; '.join(changed)}."] if changed else []
-    exact = all(resume["exact"] for resume in before.get("resumes", []))
+    exact = all(resume.get("exact", False) for resume in before.get("resumes", []))
     if any(old.get(name) != now[name] for name in END_FIELDS):
         sentence, exact_now = new_end(Config.from_dict(before["config"]), config, first)
         notices.append(sentence)

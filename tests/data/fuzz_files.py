@@ -250,8 +250,8 @@ def plain_reading(content: bytes) -> list[str]:
     for piece in re.finditer(r'"text"\s*:\s*("(?:[^"\\]|\\.)*")', whole, re.DOTALL):
         with contextlib.suppress(ValueError):
             texts.append(json.loads(piece[1], strict=False))
-    # Half of a surrogate pair is no character: its bytes become U+FFFD.
-    return [text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in texts]
+    # Half of a surrogate pair is no character: it becomes U+FFFD.
+    return [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
 
 
 def decompressed(content: bytes) -> bytes:

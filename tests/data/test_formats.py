@@ -92,17 +92,28 @@ def test_an_object_per_file(tmp_path):
     assert texts(tmp_path / "*.json") == TEXTS
 
 
-def test_a_first_row_that_is_longer_than_what_is_looked_at(tmp_path):
-    rows = [{"text": "long " * 50_000}, {"text": "short"}]
-    content = "\n".join(map(json.dumps, rows)).encode()
-    assert texts(write(tmp_path / "x.bak", content)) == [row["text"] for row in rows]
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "long " * 50_000}, {"text": "short"}],
+        [{"id": 1, "nested": {"a": [{"b": 2}]}, "text": "long " * 50_000}],
+        [{"id": 1}, {"text": "a"}],
+        [{}, None, {"text": "a"}],
+    ],
+    ids=["longer than what is looked at", "after others", "not in the first", "nothing first"],
+)
+def test_rows_under_another_name(tmp_path, rows):
+    wanted = [row["text"] for row in rows if row and "text" in row]
+    for content in ("\n".join(map(json.dumps, rows)), json.dumps(rows)):
+        path = write(tmp_path / "x.bak", content.encode())
+        corpus = open_corpus(str(path), bad_rows="skip")
+        assert [text for _, text in corpus.documents()] == wanted
 
 
 def test_bytes_that_are_no_text_are_repaired_in_rows_too(tmp_path):
     path = write(tmp_path / "x.jsonl", b'{"text": "a\xffb"}\n{"text": "c"}\n')
     corpus = open_corpus(str(path))
-    assert [text.strip("\ufffd") for _, text in corpus.documents()][1] == "c"
-    assert "\ufffd" in next(corpus.documents()).text
+    assert [text for _, text in corpus.documents()] == ["a\ufffdb", "c"]
     assert corpus.summary.invalid == 1
 
 
@@ -114,6 +125,8 @@ def test_text_that_only_begins_like_json_stays_text(tmp_path):
         "c.ipynb": notebook,
         "d.md": b'{"text" is how it begins\n',
         "e.txt": b'"text": {"a": 1}\n',
+        "f.txt": b'{"a": 1} "text": "a"\n',
+        "g.txt": json.dumps({"a": {"text": "b"}}).encode(),
     }.items():
         assert texts(write(tmp_path / name, content)) == [content.decode()]
 

@@ -498,6 +498,8 @@ def test_what_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
     with pytest.raises(UserError, match="does not give back the exact text of the document"):
         load_data(tiny.config(data=fields).data)
     assert load_data(tiny.config(data=fields | {"allow_lossy_tokenizer": True}).data)
+    with pytest.raises(UserError, match="does not give back the exact text of the document"):
+        load_data(tiny.config(data=fields).data)  # whatever is in the cache by now
 
 
 def test_dropout_is_for_training_a_tokenizer_alone(bpe):

@@ -40,6 +40,7 @@ ENOUGH = 0.9  # of what is possible, before documents are cut
 # Tests of the standard library hold invalid encodings on purpose; lib2to3 reads Python 2.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 
+SPELT_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes
 WEIGHT = r"[-+]?(?:\d[\d.,_]*|\.\d[\d.]*|inf|infinity|nan)(?:e[-+]?\d+)?%?"
 WEIGHTED = re.compile(rf"{WEIGHT}\s*\*", re.IGNORECASE)
 SEPARATOR = re.compile(rf"\s+\+\s+|\s*\+\s*(?={WEIGHT}\s*\*)", re.IGNORECASE)
@@ -109,16 +110,20 @@ class Corpus:
                     raise raw
                 counts["skipped"] += 1
                 continue
-            # JSON can spell lone surrogates, which UTF-8 cannot: both kinds go one way.
-            raw = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
-            text = raw.decode("utf-8", "replace")
-            repaired = text.encode()  # two documents may differ in their invalid bytes alone
-            digest = hashlib.sha256(repaired).digest()
+            if isinstance(raw, str):  # rows: lone surrogates are spelt ones, or invalid bytes
+                text = SPELT_SURROGATE.sub("\ufffd", raw)
+                text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                repaired = text != raw
+            else:
+                text = raw.decode("utf-8", "replace")
+                repaired = text.encode() != raw
+            # Of the repaired text: two documents may differ in their invalid bytes alone.
+            digest = hashlib.sha256(text.encode()).digest()
             if not text or digest in seen:
                 counts["duplicates"] += bool(text)
                 continue
             seen.add(digest)
-            counts["invalid"] += repaired != raw
+            counts["invalid"] += repaired
             yield Document(name, text)
 
     @cached_property
@@ -288,7 +293,10 @@ def _unquoted(source: str) -> str:
 def _existing_files(source: str) -> list[Path]:
     """The files that a path or a glob names. A path first: a file name may hold [ or *."""
     pattern = str(resolve(source))
-    names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    try:
+        names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    except RecursionError:  # hundreds of folders deep
+        names = []
     for name in names:
         if os.path.islink(name) and not os.path.exists(name):
             raise UserError(f"The data file '{name}' is a link to a file that does not exist.")

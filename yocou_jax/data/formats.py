@@ -44,6 +44,11 @@ COMPRESSION_OF = {
     ".zst": "zstd",
     ".zstd": "zstd",
 }
+# Of JSON: the name of a field with the brace or comma before it; what follows the value of one, up
+# to the next comma or after the end of the object; what is between two rows.
+FIELD = re.compile(r'[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
+AFTER_FIELD = re.compile(r"\s*(?:\}[\s,\]\ufeff]*)?")
+BETWEEN_ROWS = re.compile(r"[\s\[,\]\ufeff]*")
 MAX_COMPRESSIONS = 3  # one inside the other; there are files that hold themselves
 BINARY = {  # the beginning of files that could pass for text, or that deserve their name
     b"PK\x03\x04": "a zip archive",
@@ -120,16 +125,23 @@ def _suffix(path: Path) -> str:
 
 
 def _looks_like_rows(suffix: str, head: bytes, text_field: str) -> bool:
-    """Whether a file whose name does not say so holds JSON, judged by its first object."""
-    text = head.removeprefix(BOM).decode("utf-8", "replace").lstrip().removeprefix("[").lstrip()
-    first = re.match(r'\{\s*("(?:[^"\\]|\\.)*")\s*:', text)
-    if first is None or suffix == "":
-        return first is not None
+    """Whether a file whose name does not say so holds JSON: objects from its beginning on, and,
+    where the name says something else, the text field in one of them."""
+    text = head.removeprefix(BOM).decode("utf-8", "replace")
+    decoder, at = json.JSONDecoder(), BETWEEN_ROWS.match(text).end()
     try:
-        record, _ = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):  # longer than the head: its first field counts
-        record = [first[1].strip('"')]
-    return text_field in record
+        while at < len(text):
+            if key := FIELD.match(text, at):
+                if suffix == "" or json.loads(key[1]) == text_field:
+                    return True
+                _, at = decoder.raw_decode(text, key.end())
+                at = AFTER_FIELD.match(text, at).end()
+            else:  # an object without fields, null, or what is no JSON
+                _, at = decoder.raw_decode(text, at)
+                at = BETWEEN_ROWS.match(text, at).end()
+    except (ValueError, RecursionError):  # no JSON, or cut where the head ends
+        pass
+    return False
 
 
 def _refuse_binary(head: bytes, path: Path) -> None:

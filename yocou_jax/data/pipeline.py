@@ -41,7 +41,7 @@ from yocou_jax.files import resolve
 from yocou_jax.progress import with_progress
 from yocou_jax.typing import Array, Float, Int
 
-FORMAT = 2  # part of the cache key: raise it when the files below change their meaning
+FORMAT = 3  # part of the cache key: raise it when the files below change their meaning
 SPLITS = ("train", "held_out")
 BPE_SAMPLE_BYTES = 32 * 1024**2  # enough text for tens of thousands of merges, about 15 s
 ENCODE_BYTES = 4 * 1024**2  # text encoded at once: bounds the memory, keeps every core busy
@@ -386,7 +386,7 @@ def _tokenised(
 ) -> tuple[Path, dict[str, Any]]:
     """The cache of a corpus, built when it is absent, and its meta.json."""
     fingerprint = split.corpus.summary.fingerprint
-    key = f"{FORMAT} {fingerprint} {tokenizer.fingerprint} {split.threshold!r}"
+    key = f"{FORMAT} {fingerprint} {tokenizer.fingerprint} {split.threshold!r} {allow_lossy}"
     directory = cache_dir / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
     if not os.path.isdir(directory):
         with _whole_or_absent(directory) as scratch:
