@@ -48,6 +48,12 @@ MOMENTS = ("start", "tokenise", "train", "save", "finish")
 STOPPED, INTERRUPTED = 75, 130
 
 
+def as_in_a_terminal() -> None:
+    """nohup, and a shell for what it starts in the background, have some signals ignored."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     """A pseudo-terminal: what was written to it, and whether it is as it was."""
 
@@ -126,6 +132,7 @@ class Game:
             stdout=terminal.slave,
             stderr=terminal.slave,
             start_new_session=True,
+            preexec_fn=as_in_a_terminal,
         )
         deadline = time.monotonic() + 300
         due = self.due(moment, self.home / workdir)

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from yocou_jax.checkpoint import (
     EXIT_PREEMPTED,
+    STOP_SIGNALS,
     Checkpointer,
     StopRequest,
     load_params,
@@ -349,8 +350,17 @@ def test_a_directory_that_cannot_be_made(tmp_path):
         Checkpointer(tmp_path / "file" / "checkpoints", every=10).save(10, make_state())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_answered_after_the_step(number):
+@pytest.fixture
+def signals():
+    """As a terminal has them: a shell starts commands in the background with SIGINT ignored."""
+    before = {s: signal.signal(s, signal.SIG_DFL) for s in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_answered_after_the_step(number, signals):
     assert EXIT_PREEMPTED not in (0, 1, 2)
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -367,6 +377,8 @@ def test_signals_are_answered_while_a_step_runs(tmp_path, name):
     Ctrl-C after it does not wait either. A signal that comes twice at once is one request."""
     code = """
         import hashlib, time, threading
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         with StopRequest() as stop:
             def send():
                 for _ in range(3):
@@ -390,16 +402,13 @@ def test_signals_are_answered_while_a_step_runs(tmp_path, name):
     assert lines[0].startswith(f"{name}: the run stops and saves")
 
 
-def test_a_signal_that_was_ignored_stays_ignored():
+def test_a_signal_that_was_ignored_stays_ignored(signals):
     """nohup ignores SIGHUP: the run is to outlive its terminal."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.reached(1)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.reached(1)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_refused_resume_changes_nothing_on_disk(tmp_path, saved):

@@ -250,25 +250,6 @@ def test_a_finished_run_is_not_run_again(home, whole):
 
 
 @pytest.mark.slow
-def test_a_run_made_longer_is_the_longer_run(home):
-    """Bit for bit, with a schedule whose past does not depend on its end."""
-    fields = {"optimizer__schedule": "constant", "run__eval_every": 50}
-    run(command(home, "longer", run__steps=12, **fields))
-    output = run(command(home, "longer", run__steps=24, **fields))
-    assert "Resumed from the checkpoint of step 12" in output
-    assert "run.steps: 12 -> 24" in output
-    assert "no update so far depends on it" in output
-    run(command(home, "at_once", run__steps=24, **fields))
-    longer, at_once = home / "longer", home / "at_once"
-    assert summary(longer)["final_params_sha256"] == summary(at_once)["final_params_sha256"]
-    assert [row["loss"] for row in rows(longer)] == [row["loss"] for row in rows(at_once)]
-    resumes = json.loads((longer / "manifest.json").read_text())["resumes"]
-    assert [entry["step"] for entry in resumes] == [12]
-    output = run(command(home, "longer", run__steps=20, **fields), code=2)
-    assert_one_sentence(output, "24 updates already", "run.steps=20")
-
-
-@pytest.mark.slow
 def test_how_a_run_is_computed_may_change(home, whole):
     shutil.copytree(whole, home / "recomputed")
     changed = {"model__remat": "full", "model__attention": "reference", "model__scan": False}
@@ -280,27 +261,14 @@ def test_how_a_run_is_computed_may_change(home, whole):
 
 @pytest.mark.slow
 def test_a_run_from_the_weights_of_another(home, whole):
-    flag = f"--init_from={whole}"
-    output = run(command(home, "tuned", flag, run__steps=6, run__eval_every=3))
+    line = command(home, "tuned", f"--init_from={whole}", run__steps=6)
+    output = run(line)
     assert f"Started from the parameters of {whole}, step {STEPS}." in output
     first, last = rows(home / "tuned")[0], rows(whole)[-1]
-    assert first["step"] == 1  # a new run, with a warm-up of its own
-    assert first["lr"] < last["lr"] or first["lr"] == pytest.approx(0.003 / 5)
+    assert first["step"] == 1  # a new run
     assert first["loss"] == pytest.approx(last["loss"], abs=0.3)
-    origin = json.loads((home / "tuned" / "manifest.json").read_text())["init_from"]
-    assert origin == {"path": str(whole), "step": STEPS}
-    # Once it has a checkpoint, that is where it goes on.
-    output = run(command(home, "tuned", flag, run__steps=6, run__eval_every=3))
-    assert "Resumed from the checkpoint of step 6" in output
-    for workdir, start_from, fields, words in (
-        ("tuned", home / "other", {"run__steps": 6}, ["was started from", str(whole)]),
-        ("bad", whole, {"model__d_ff": 72}, ["other arrays", "d_ff", "-> [1, 32, 72]"]),
-        ("bad", whole, {"data__tokenizer": "bpe", "model__vocab_size": 300}, ["tokenizer.json"]),
-        ("bad", home / "nothing", {}, ["nothing", "does not exist"]),
-    ):
-        output = run(command(home, workdir, f"--init_from={start_from}", **fields), code=2)
-        assert_one_sentence(output, *(w for w in words if w != "d_ff"))
-    assert not (home / "bad").exists()
+    for flag in ("--init_from=", "--workdir= "):
+        assert_one_sentence(run(command(home, "bad", flag), code=2), flag.strip("= "), "is empty")
 
 
 @pytest.mark.slow

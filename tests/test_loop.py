@@ -10,8 +10,8 @@ import pytest
 import rich.console
 
 from tests import tiny
-from yocou_jax import metrics
-from yocou_jax.checkpoint import Checkpointer
+from yocou_jax import metrics, pretrained
+from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.errors import UserError
 from yocou_jax.loop import Run
 from yocou_jax.resume import going_on, new_end
@@ -96,10 +96,15 @@ def make_run(tmp_path):
     }
     console = metrics.Console(rich.console.Console(file=io.StringIO()))
 
-    def make(schedule="constant", **run):
-        optimizer = {"warmup_steps": 0, "max_skipped_updates": 3, "schedule": schedule}
-        small = tiny.config("full*1", vocab_size=258, data=data, run=run, optimizer=optimizer)
-        return Run(small, tmp_path / "run", console)
+    def make(folder="run", init_from=None, model=(), tokenizer="bytes", **run):
+        small = tiny.config(
+            "full*1@2",
+            data=data | {"tokenizer": tokenizer},
+            run={"eval_every": 50, "sample_every": 50} | run,
+            optimizer={"warmup_steps": 0, "max_skipped_updates": 3, "schedule": "constant"},
+            **({"vocab_size": 300} | dict(model)),
+        )
+        return Run(small, tmp_path / folder, console, init_from)
 
     return make
 
@@ -121,6 +126,58 @@ def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
     assert summary["tokens"] == 2 * 8 * 16
 
 
+def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
+    """Bit for bit, with a schedule whose past does not depend on its end."""
+    make_run(steps=3).train()
+    longer, at_once = make_run(steps=6).train(), make_run("at_once", steps=6).train()
+    assert longer["final_params_sha256"] == at_once["final_params_sha256"]
+    losses = [
+        [row["loss"] for row in metrics.read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("run", "at_once")
+    ]
+    assert losses[0][-1] == losses[1][-1]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (resume,) = manifest["resumes"]
+    assert (resume["step"], resume["exact"]) == (3, True)
+    assert "run.steps: 3 -> 6" in resume["changes"][0]
+    with pytest.raises(UserError, match=r"6 updates already, more than run.steps=5"):
+        make_run(steps=5).train()
+
+
+def test_a_run_from_the_weights_of_another(make_run, tmp_path):
+    first = make_run("first", steps=2).train()
+    source = tmp_path / "first"
+    changed = {"model": {"num_loops": 3}, "init_from": source}
+    tuned = make_run("tuned", steps=3, **changed)
+    tuned.train()
+    origin = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["init_from"]
+    assert origin == {"path": str(source), "step": 2}
+    # Once it has a checkpoint, that is where it goes on, with or without the flag.
+    again = make_run("tuned", steps=3, model={"num_loops": 3}).train()
+    assert again == make_run("tuned", steps=3, **changed).train()
+    assert again["final_params_sha256"] != first["final_params_sha256"]
+    for run, words in (
+        (make_run("tuned", steps=3, **changed | {"init_from": tmp_path}), "was started from"),
+        (make_run("bad", source, {"d_ff": 32}, steps=2), r"other arrays .*-> \[1, 16, 32\]"),
+        (make_run("bad", source, tokenizer="bpe", steps=2), "tokenizer.json"),
+        (make_run("bad", tmp_path / "nothing", steps=2), "does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run.train()
+    assert not (tmp_path / "bad").exists()
+
+
+def test_the_parameters_of_another_run_come_unchanged(make_run, tmp_path):
+    make_run("first", steps=2).train()
+    run = make_run("second", tmp_path / "first", steps=2)
+    run._load_data()
+    wanted = pretrained.load(tmp_path / "first").params
+    with jax.set_mesh(run.setup.mesh):
+        state = run._fresh({}, [])
+    assert params_sha256(state.params) == params_sha256(wanted)
+    assert int(state.step) == 0
+
+
 def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
     """A sweep takes a run with a summary for a finished one."""
     make_run(steps=2).train()
@@ -130,7 +187,7 @@ def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
     path.write_text(json.dumps(old | {"final_params_sha256": "another"}))
     assert make_run(steps=2).train()["final_params_sha256"] == old["final_params_sha256"]
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", every=1)
-    longer = make_run(steps=4, schedule="constant")
+    longer = make_run(steps=4)
     with jax.set_mesh(longer.setup.mesh), checkpointer:
         longer._load_data()
         longer._begin(checkpointer)
