@@ -65,8 +65,8 @@ setup:
 train: setup
 	$(VENV)/bin/python -m experiments.train --config=$(CONFIG) $(ARGS)
 
-# A process per core and whole files each: what a file compiles, its tests share. In the order of the
-# files: by their number of tests, the file with the longest ones would come last and run alone.
+# A process per core and whole files each: what a file compiles, its tests share. In the order that
+# tests/conftest.py gives them: xdist would begin with the files that have the most tests.
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: setup

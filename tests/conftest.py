@@ -25,3 +25,11 @@ import jax  # noqa: E402, F401
 
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["YOCOU_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# The longest files first, so that no process has one left when the others are done.
+LONGEST = ("test_end_to_end", "test_train", "test_oracle", "test_sharding", "test_inference")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
