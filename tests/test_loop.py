@@ -152,9 +152,8 @@ def test_a_run_from_the_weights_of_another(make_run, tmp_path):
     tuned.train()
     origin = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["init_from"]
     assert origin == {"path": str(source), "step": 2}
-    # Once it has a checkpoint, that is where it goes on, with or without the flag.
-    again = make_run("tuned", steps=3, model={"num_loops": 3}).train()
-    assert again == make_run("tuned", steps=3, **changed).train()
+    # Once it has a checkpoint, that is where it goes on.
+    again = make_run("tuned", steps=3, **changed).train()
     assert again["final_params_sha256"] != first["final_params_sha256"]
     for run, words in (
         (make_run("tuned", steps=3, **changed | {"init_from": tmp_path}), "was started from"),
