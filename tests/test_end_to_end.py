@@ -260,7 +260,7 @@ def test_how_a_run_is_computed_may_change(home, whole):
 
 
 def test_flags_that_name_nothing(home):
-    """An unset variable of a script: neither the default workdir nor the current folder is meant."""
+    """An unset variable of a script means neither the default workdir nor the current folder."""
     for flag in ("--init_from=", "--workdir= "):
         assert_one_sentence(run(command(home, "bad", flag), code=2), flag.strip("= "), "is empty")
 
