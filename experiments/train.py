@@ -10,6 +10,7 @@ elsewhere give the three flags that name the processes).
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def default_workdir(config_file: str) -> Path:
 
 
 def main(_):
+    # Until a run listens to signals there is nothing to save: Ctrl-C ends it as SIGTERM does.
+    # As an exception it may hit a library that is being imported, which makes a trace of it.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
 
     from yocou_jax.checkpoint import EXIT_PREEMPTED
