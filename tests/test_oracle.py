@@ -260,8 +260,7 @@ def test_three_updates(name, fits):
     config = dataclasses.replace(gradients, optimizer=optimizer)
     setup = set_up(config, jax.devices()[:1])
     start = tiny.params(config.model)
-    params = jax.tree.map(jnp.array, start)  # a step takes its state's memory
-    state = TrainState(jnp.int32(0), params, setup.optimizer.init(params))
+    state = tiny.fresh_state(setup, start)
     expected, slots = oracle.to_float64(start), {}
     for t, rate in ((1, 0.01), (2, 0.02), (3, 0.02)):
         batch = (tiny.packed_batch if row["packed"] else tiny.batch)(4, LENGTH, seed=t)

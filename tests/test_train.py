@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,22 +11,16 @@ from tests import tiny
 from yocou_jax import metrics
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.program import ARCHITECTURES
-from yocou_jax.train import TrainState, eval_step, set_up, train_step
+from yocou_jax.train import eval_step, set_up, train_step
 
 
 def one_device(config):
     return set_up(config, jax.devices()[:1])
 
 
-def fresh_state(setup, params) -> TrainState:
-    """A first state from given parameters, without compiling an initialisation."""
-    params = jax.tree.map(jnp.array, params)  # a step takes its state's memory
-    return TrainState(jnp.int32(0), params, setup.optimizer.init(params))
-
-
 def step_from(config, params, batch):
     setup = one_device(config)
-    return setup.step(fresh_state(setup, params), batch)
+    return setup.step(tiny.fresh_state(setup, params), batch)
 
 
 # --- Golden figures -------------------------------------------------------------------------------
@@ -44,7 +37,7 @@ GOLDEN = {
 def test_golden_metrics_of_the_first_steps(name):
     config = tiny.config(name) if name == "yoco_u" else tiny.config("full*2@2", **tiny.MOE)
     setup = one_device(config)
-    state = setup.init() if name == "yoco_u" else fresh_state(setup, tiny.params(config.model))
+    state = setup.init() if name == "yoco_u" else tiny.fresh_state(setup, tiny.params(config.model))
     found = []
     for _ in GOLDEN[name]:
         state, out = setup.step(state, tiny.batch())
@@ -78,7 +71,7 @@ def test_microbatches_add_up_to_the_batch():
 def test_the_step_takes_the_memory_of_its_state():
     config = tiny.config("window*1 | cross*1")
     setup = one_device(config)
-    state = fresh_state(setup, tiny.params(config.model))
+    state = tiny.fresh_state(setup, tiny.params(config.model))
     new, _ = setup.step(state, tiny.batch())
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     assert not any(x.is_deleted() for x in jax.tree.leaves(new))
@@ -98,7 +91,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     config = tiny.config("window*1 | cross*1")
     setup, params = one_device(config), tiny.params(config.model)
     step = jax.jit(functools.partial(train_step, config=config, optimizer=setup.optimizer))
-    state = fresh_state(setup, params)
+    state = tiny.fresh_state(setup, params)
     batch = tiny.packed_batch()
     bad = dataclasses.replace(batch, loss_weights=np.full_like(batch.loss_weights, np.inf))
     skipped, out = step(state, bad)
@@ -152,7 +145,7 @@ def test_every_architecture_learns_what_needs_attention(name):
         run={"steps": LEARN_STEPS},
     )
     setup = one_device(config)
-    state = fresh_state(setup, tiny.params(config.model))
+    state = tiny.fresh_state(setup, tiny.params(config.model))
     losses = []
     for seed in range(LEARN_STEPS):
         state, out = setup.step(state, repeat_with_offset(seed))

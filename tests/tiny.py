@@ -12,6 +12,7 @@ from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.loss import cross_entropy
 from yocou_jax.model import LanguageModel, abstract_params, head_matrix
+from yocou_jax.train import TrainState
 
 MODEL = {
     "num_layers": 4,
@@ -58,6 +59,16 @@ def params(config: ModelConfig, seed: int = 0):
         return np.asarray(1 + 0.1 * noise if scale else 0.25 * noise, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, nn.unbox(abstract_params(config)))
+
+
+def fresh_state(setup, params) -> TrainState:
+    """A first state from given parameters, without compiling an initialisation.
+
+    Placed as the state of later steps is: for another place a step is traced and compiled anew.
+    """
+    params = jax.tree.map(jnp.array, params)  # a step takes its state's memory
+    state = TrainState(jnp.int32(0), params, setup.optimizer.init(params))
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, setup.abstract_state))
 
 
 def tokens(batch: int, length: int, vocab: int = 32, seed: int = 0) -> jax.Array:

@@ -11,6 +11,7 @@ Nothing happens between loops but composition. Layers and loops are `nn.scan`s, 
 compile time nor (for loops) the parameters grow with them.
 """
 
+import functools
 import operator
 
 import flax.linen as nn
@@ -224,6 +225,7 @@ class LanguageModel(nn.Module):
         return jnp.einsum("pbnd,bnp->bnd", x, weights.astype(x.dtype))
 
 
+@functools.cache  # tracing an initialisation takes a second, and a start asks several times
 def abstract_params(config: ModelConfig) -> PyTree:
     """Shapes of all parameters, boxed with their logical axes; allocates nothing."""
     tokens = jnp.zeros((config.program.streams, 2), jnp.int32)
