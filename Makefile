@@ -28,13 +28,13 @@ help:
 # The stamp holds a hash of what was installed, so that a second call installs nothing and a
 # changed requirement installs again.
 define SETUP
-import hashlib, os, subprocess, sys
+import glob, hashlib, os, subprocess, sys
 venv, requirements = "$(VENV)", "$(REQUIREMENTS)"
 name = "oldest" if sys.version_info < (3, 12) else "newest"
 if name == "newest" and "gpu" in requirements:
     name = "newest-gpu"
 constraints = f"constraints/{name}.txt"
-files = sorted({"requirements.txt", requirements, constraints})
+files = sorted({*glob.glob("requirements/*.txt"), "requirements.txt", requirements, constraints})
 key = sys.version.split()[0] + " " + " ".join(
     hashlib.sha256(open(f, "rb").read()).hexdigest() for f in files)
 stamp, python = f"{venv}/.installed", f"{venv}/bin/python"
