@@ -13,7 +13,7 @@ import rich.console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from yocou_jax import metrics
-from yocou_jax.metrics import Console, MetricsWriter, mfu, peak_flops, read_metrics
+from yocou_jax.metrics import Console, MetricsWriter, mfu, read_metrics
 
 
 def test_names_that_others_rely_on():
@@ -22,20 +22,6 @@ def test_names_that_others_rely_on():
     assert relied_on | {"data_wait_fraction", "step", "tokens"} <= set(names)
     assert len(names) == len(set(names))
     assert all(re.fullmatch(r"[a-z_0-9]+", name) for name in names)
-
-
-@pytest.mark.parametrize(
-    ("kind", "tera"),
-    [
-        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5p", 459), ("TPU v5", 459),
-        ("TPU v6 lite", 918), ("TPU v6e", 918), ("TPU7x", 1153.5), ("TPU v7x", 1153.5),
-        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989),
-        ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA B200", 2250),
-        ("NVIDIA L4", 121), ("NVIDIA L40S", None), ("cpu", None), ("TPU v2", None),
-    ],
-)  # fmt: skip
-def test_peak_flops(kind, tera):
-    assert peak_flops(kind) == (None if tera is None else tera * 1e12)
 
 
 def test_mfu_is_known_only_where_the_peak_is():

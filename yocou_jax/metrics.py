@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from yocou_jax import hardware
 from yocou_jax.files import write_atomically
 from yocou_jax.manifest import flat
 
@@ -49,34 +49,12 @@ ROUTER_Z = "router_z"
 EXPERT_LOAD_MAX = "expert_load_max"  # of the busiest expert, 1 is uniform
 EXPERT_LOAD_MIN = "expert_load_min"
 
-# Dense bf16 FLOP/s of one jax device, by a pattern of device_kind; the first match counts.
-# Of a TPU v7x chip (2307e12) jax shows each half as a device. GPU figures are without sparsity.
-PEAK_FLOPS = (
-    (r"TPU v4 lite", None),
-    (r"TPU v4", 275e12),
-    (r"TPU v5 ?(lite|e)", 197e12),
-    (r"TPU v5", 459e12),  # v5p
-    (r"TPU v6", 918e12),  # v6e, "v6 lite"
-    (r"TPU ?v?7", 1153.5e12),
-    (r"\bG?B200\b", 2250e12),
-    (r"\bH[12]00 (NVL)\b", 835e12),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\bG?H[12]00\b", 989e12),
-    (r"\bA100\b", 312e12),
-    (r"\bL4\b", 121e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one device, by `jax.Device.device_kind`; None if not in the table."""
-    return next((f for pattern, f in PEAK_FLOPS if re.search(pattern, device_kind)), None)
-
 
 def mfu(
     tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int
 ) -> float | None:
     """Model FLOP/s over the peak of all devices; None where the peak is unknown (a CPU)."""
-    peak = peak_flops(device_kind)
+    peak = hardware.of(device_kind).peak_flops
     return None if peak is None else tokens_per_s * flops_per_token / (peak * devices)
 
 

@@ -1,0 +1,51 @@
+"""What kinds of devices can do: one row per kind, from the data sheets of their makers."""
+
+import re
+from typing import NamedTuple
+
+MIB = 2**20
+
+
+class Hardware(NamedTuple):
+    """One jax device of a kind; None is what nobody here has needed yet.
+
+    peak_flops: dense bf16 FLOP/s, without sparsity. memory_bytes_per_s: of the memory beside the
+    chip (HBM). vmem_bytes: of a TPU's memory for vectors. compute_capability: of an NVIDIA GPU, 90
+    for 9.0.
+    """
+
+    peak_flops: float | None = None
+    memory_bytes: int | None = None
+    memory_bytes_per_s: int | None = None
+    vmem_bytes: int | None = None
+    compute_capability: int | None = None
+
+
+H200 = Hardware(
+    peak_flops=989e12,
+    memory_bytes=151_397_597_184,
+    memory_bytes_per_s=4_800_000_000_000,
+    compute_capability=90,
+)
+# By a pattern of jax.Device.device_kind; the first match counts. Of a TPU v7x chip (2307e12) jax
+# shows each half as a device.
+KINDS = (
+    (r"TPU v4 lite", Hardware()),
+    (r"TPU v4", Hardware(275e12)),
+    (r"TPU v5 ?(lite|e)", Hardware(197e12, vmem_bytes=128 * MIB)),
+    (r"TPU v5", Hardware(459e12, vmem_bytes=128 * MIB)),  # v5p
+    (r"TPU v6", Hardware(918e12, vmem_bytes=128 * MIB)),  # v6e, "v6 lite"
+    (r"TPU ?v?7", Hardware(1153.5e12, vmem_bytes=64 * MIB)),
+    (r"\bG?B200\b", Hardware(2250e12, compute_capability=100)),
+    (r"\bH[12]00 (NVL)\b", Hardware(835e12, compute_capability=90)),
+    (r"\bH100 PCIe\b", Hardware(756e12, compute_capability=90)),
+    (r"\bH200\b", H200),
+    (r"\bG?H[12]00\b", Hardware(989e12, compute_capability=90)),
+    (r"\bA100\b", Hardware(312e12, compute_capability=80)),
+    (r"\bL4\b", Hardware(121e12, compute_capability=89)),
+)
+
+
+def of(device_kind: str) -> Hardware:
+    """The row of a `jax.Device.device_kind`; one that knows nothing if the table has none."""
+    return next((row for pattern, row in KINDS if re.search(pattern, device_kind)), Hardware())
