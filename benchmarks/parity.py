@@ -1,34 +1,14 @@
-"""Does a model learn the same with a kernel as with xla? The same training run, twice and a bit.
-
-    python -m experiments.kernel_parity --implementation=pallas_tpu [--steps=200] [--json]
-
-yocou_small, shrunk to heads of 64 (which every kernel takes), two layers and rows of 256 bytes,
-trained for 200 steps from the same parameters on the same batches by yocou_jax's own train step:
-with xla, with the implementation named, and, as control, with xla in other block sizes. A kernel
-whose device is not at hand runs in Pallas's interpreter; that takes minutes for pallas_tpu.
-
-What is compared is the loss of each step. Two runs that only sum in another order drift apart, as
-every difference in the last bit grows from step to step, and how far they do is what the control
-measures. The tolerance is TIMES the control's largest difference, because one pair of runs is a
-sample of one, and at least FLOOR nats; it holds for each step and for the mean of the last tenth.
-On a CPU the control differed by 7e-7 and pallas_tpu by 2e-6 in 200 steps, a window that is one key
-too short by 2.6e-2 (3e-5 in the first step). Exit code 1 beyond the tolerance. Fields can be
-changed: --config.data.packing trains with segment ids.
-"""
+"""One training run with several implementations of attention, and how far their losses differ."""
 
 import contextlib
-import json
-import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
-from rich.console import Console
 
-from configs import yocou_small
-from experiments import cli
 from pallas_kernels import api, interpret, xla
 from pallas_kernels.blocks import Blocks
 from yocou_jax import metrics
@@ -43,16 +23,9 @@ TIMES = 5.0
 FLOOR = 1e-5  # nats per token: some 40 roundings of a float32 loss
 
 
-def default_config() -> ConfigDict:
-    """yocou_small with heads, lengths and a vocabulary that an interpreter gets through."""
-    c = yocou_small.get_config()
-    c.model.update(num_layers=2, d_model=64, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=128)
-    c.model.update(vocab_size=512, window=64)
-    c.data.update(tokenizer="bytes", batch_size=2, sequence_length=256, validation_sequences=2)
-    return c
-
-
-def losses(fields: ConfigDict, implementation: str, steps: int) -> np.ndarray:
+def losses(
+    fields: ConfigDict, implementation: str, steps: int, say: Callable[[str], None]
+) -> np.ndarray:
     """The training loss of each step, nats per token."""
     fields = fields.copy_and_resolve_references()
     with fields.unlocked():
@@ -66,7 +39,7 @@ def losses(fields: ConfigDict, implementation: str, steps: int) -> np.ndarray:
             state, out = setup.step(state, next(batches))
             found.append(out[metrics.LOSS])
             if step % 20 == 0:
-                print(f"{implementation}, step {step}: {found[-1]:.4f}", file=sys.stderr)
+                say(f"{implementation}, step {step}: {found[-1]:.4f}")
     return np.asarray(jax.device_get(found), np.float64)
 
 
@@ -122,19 +95,36 @@ def why_not(implementation: str, config: Config) -> str | None:
     return None
 
 
-def main(_):
-    name, steps = IMPLEMENTATION.value, STEPS.value
-    config = Config.from_dict(CONFIG.value)
-    interpreted = why_not(name, config) is not None
-    as_is = contextlib.nullcontext()
-    with interpret() if interpreted else as_is:
-        if reason := why_not(name, config):
-            raise UserError(f"--implementation={name} cannot run here: {reason}")
-    if interpreted and name == "pallas_gpu":
+def check(implementation: str, config: Config) -> bool:
+    """Whether the implementation has to be interpreted here.
+
+    Raises:
+      UserError: it cannot run the model's attention here at all.
+    """
+    interpreted = why_not(implementation, config) is not None
+    with interpret() if interpreted else contextlib.nullcontext():
+        if reason := why_not(implementation, config):
+            raise UserError(f"--implementation={implementation} cannot run here: {reason}")
+    if interpreted and implementation == "pallas_gpu":
         raise UserError(
             "--implementation=pallas_gpu needs its GPU: Mosaic GPU's interpreter uses callbacks, "
             "and flax's nn.scan takes what follows them for a dependency of the parameters."
         )
+    return interpreted
+
+
+def measure(
+    fields: ConfigDict,
+    name: str,
+    steps: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The run with xla, with the implementation named, and with xla in other blocks, compared.
+
+    Raises:
+      UserError: the implementation cannot run here.
+    """
+    interpreted, as_is = check(name, Config.from_dict(fields)), contextlib.nullcontext()
     seconds, runs = {}, {}
     for label, implementation, context in (
         ("xla", "xla", as_is),
@@ -143,11 +133,10 @@ def main(_):
     ):
         start = time.perf_counter()
         with context:
-            runs[label] = losses(CONFIG.value, implementation, steps)
+            runs[label] = losses(fields, implementation, steps, say)
         seconds[label] = time.perf_counter() - start
     found, control = compare(runs[name], runs["xla"]), compare(runs["control"], runs["xla"])
-    passed = within(found, control)
-    result = {
+    return {
         "implementation": name,
         "interpreted": interpreted,
         "device": jax.devices()[0].device_kind,
@@ -156,36 +145,7 @@ def main(_):
         "difference": found,
         "control": control,
         "tolerance": tolerance(control),
-        "passed": passed,
+        "passed": within(found, control),
         "seconds": seconds,
         "losses": {label: run.tolist() for label, run in runs.items()},
     }
-    if JSON.value:
-        print(json.dumps(result))
-        return 0 if passed else 1
-    how = "interpreted" if interpreted else "on its device"
-    console = Console(highlight=False)
-    console.print(f"{result['device']}, jax {jax.__version__}; {name} {how}, {steps} steps")
-    console.print(f"loss with xla: {runs['xla'][0]:.4f} at first, {runs['xla'][-1]:.4f} at the end")
-    for label, values in ((name, found), ("control", control)):
-        console.print(
-            f"{label} and xla: largest difference {values['largest']:.2e}, of the last tenth "
-            f"{values['final']:.2e}, of the first step {values['first']:.2e} nats per token; "
-            f"{seconds[label]:.0f} s (xla {seconds['xla']:.0f} s)"
-        )
-    verdict = "within" if passed else "FAILED: beyond"
-    console.print(f"{verdict} the tolerance of {tolerance(control):.2e} ({TIMES:g} x control)")
-    return 0 if passed else 1
-
-
-if __name__ == "__main__":
-    # Not above: absl knows a flag once, and the tests import several commands.
-    IMPLEMENTATION = flags.DEFINE_enum(
-        "implementation", None, api.IMPLEMENTATIONS[1:], "What is compared with xla.", required=True
-    )
-    STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.", lower_bound=1)
-    JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-    CONFIG = cli.config_file(
-        default_config(), "What to train; a small config of its own if not given."
-    )
-    cli.run(main)

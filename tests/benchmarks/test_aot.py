@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from experiments import compile_kernels as ck
+from benchmarks.aot import logs, targets, verdict
 from pallas_kernels import api, triton
 from pallas_kernels.device import Device
 
@@ -47,7 +47,7 @@ hlo: a name that goes over lines
 
 
 def test_schedule_is_counted_within_straight_code():
-    stretches, slots = ck.parse_schedule(UTILIZATION, BUNDLES)
+    stretches, slots = logs.parse_schedule(UTILIZATION, BUNDLES)
     assert [(s.cycles, s.bundles) for s in stretches] == [(3, 4), (1, 3)]
     assert stretches[0].busy["MXU"] == 3 / 6
     assert stretches[0].busy["VALU"] == 6 / 12
@@ -57,11 +57,11 @@ def test_schedule_is_counted_within_straight_code():
 
 
 def test_cycles_are_scaled_to_the_tile_and_unknown_when_the_code_was_regrouped():
-    stretches, _ = ck.parse_schedule(UTILIZATION, BUNDLES)
-    of_tile = ck.TILE**2 // 1024
+    stretches, _ = logs.parse_schedule(UTILIZATION, BUNDLES)
+    of_tile = targets.TILE**2 // 1024
 
     def cycles(*pairs):
-        return [tile["tile_cycles"] for tile in ck._tiles(stretches, list(pairs))]
+        return [tile["tile_cycles"] for tile in logs._tiles(stretches, list(pairs))]
 
     assert cycles(1024, 512) == [3 * of_tile, 2 * of_tile]
     assert cycles(512) == [6 * of_tile, 2 * of_tile]
@@ -85,14 +85,14 @@ def test_pairs_come_from_the_exponentials_of_a_kernel():
         return pl.pallas_call(kernel, out_shape=q, grid=(2,), name="a_forward")(q, k, v)
 
     q, k = jax.ShapeDtypeStruct((8, 4), jnp.float32), jax.ShapeDtypeStruct((32, 4), jnp.float32)
-    assert ck.attention_kernels(run, [q, k, k]) == {"a_forward": [8 * 32, 8 * 16]}
+    assert logs.attention_kernels(run, [q, k, k]) == {"a_forward": [8 * 32, 8 * 16]}
 
 
 def test_vmem_report():
     entry = {"blocks": [], "total_size": 2125824}
     data = {"global_info": {"vmem_capacity": 1}, "hlo_breakdowns": {"kernel.1": entry}}
     page = f"<script>\n const DATA ={json.dumps(data)};\n const heading = 1; </script>"
-    assert ck.parse_vmem(page) == {"kernel.1": 2125824}
+    assert logs.parse_vmem(page) == {"kernel.1": 2125824}
 
 
 @pytest.mark.parametrize("spilled", [0, 24])
@@ -102,12 +102,12 @@ ptxas info    : Compiling entry function 'forward_mosaic_gpu_kernel' for 'sm_90a
     0 bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads
 ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 """
-    found = ck.parse_ptxas(log)
+    found = logs.parse_ptxas(log)
     assert found == {"registers": 168, "spilled_bytes": 2 * spilled, "wgmma_serialized": False}
     warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
-    assert ck.parse_ptxas(log + warning + "serialized due to ...")["wgmma_serialized"]
+    assert logs.parse_ptxas(log + warning + "serialized due to ...")["wgmma_serialized"]
     job = {"model": "m", "operation": "o", "error": None, "kernels": [{"kernel": "f", **found}]}
-    assert bool(ck.failures(ck.TARGETS["h200"], [job], [])) == bool(spilled)
+    assert bool(verdict.failures(targets.TARGETS["h200"], [job], [])) == bool(spilled)
 
 
 def test_kernels_of_a_gpu_program_are_matched_by_name(tmp_path):
@@ -116,7 +116,7 @@ def test_kernels_of_a_gpu_program_are_matched_by_name(tmp_path):
         (tmp_path / f"{name}.before_layout_inference.txt").write_text(launch)
     for name in ("a_dq_2", "a_forward_0"):
         (tmp_path / f"{name}.ptxas").write_text("ptxas info    : Used 168 registers")
-    found = [(k["kernel"], k["shared_bytes"], k["registers"]) for k in ck.gpu_kernels(tmp_path)]
+    found = [(k["kernel"], k["shared_bytes"], k["registers"]) for k in logs.gpu_kernels(tmp_path)]
     assert found == [("a_dq", 2048, 168), ("a_forward", 1024, 168)]
 
 
@@ -129,33 +129,33 @@ def test_a_slower_tile_or_a_failed_program_fails_the_command():
         {"model": "tile", "operation": name, "error": None, "kernels": kernels}
         for name, kernels in (("splash", splash), ("pallas_tpu", ours))
     ]
-    rows = ck.compare_with_splash(jobs)
+    rows = verdict.compare_with_splash(jobs)
     assert [row["ratio"] for row in rows] == [1.0, 1.01, None]
-    v6e = ck.failures(ck.TARGETS["v6e"], jobs, rows)
+    v6e = verdict.failures(targets.TARGETS["v6e"], jobs, rows)
     assert len(v6e) == 2
     assert "808 cycles" in v6e[0]
     assert "no cycles" in v6e[1]
-    assert ck.failures(ck.TARGETS["v5e"], jobs, rows) == []
+    assert verdict.failures(targets.TARGETS["v5e"], jobs, rows) == []
     # One whose cycles cannot be read may be the slow one.
     ours[0]["tiles"] = [tile, tile | {"tile_cycles": None}]
-    row = ck.compare_with_splash(jobs)[0]
+    row = verdict.compare_with_splash(jobs)[0]
     assert (row["ratio"], row["unknown"]) == (1.0, 1)
-    (sentence,) = ck.failures(ck.TARGETS["v6e"], [], [row])
+    (sentence,) = verdict.failures(targets.TARGETS["v6e"], [], [row])
     assert sentence.startswith("tile, forward: the cycles of 1 of our tiles are unknown")
-    assert ck.failures(ck.TARGETS["v5e"], [], [row]) == []
+    assert verdict.failures(targets.TARGETS["v5e"], [], [row]) == []
     failed = [{"model": "m", "operation": "o", "error": "Too much VMEM."}]
-    assert ck.failures(ck.TARGETS["v5e"], failed, []) == ["m, o: Too much VMEM."]
+    assert verdict.failures(targets.TARGETS["v5e"], failed, []) == ["m, o: Too much VMEM."]
 
 
 def test_cases_are_those_of_the_configs_and_a_few_others():
-    by_platform = {platform: ck.cases(platform) for platform in ("tpu", "cuda", "triton")}
+    by_platform = {platform: targets.cases(platform) for platform in ("tpu", "cuda", "triton")}
     cases = by_platform["tpu"]
     assert [case.model for case in cases[:12]] == ["yocou_125m"] * 6 + ["yocou_1b"] * 6
     first = cases[0]
     assert (first.model, first.N, first.Q, first.K, first.H) == ("yocou_125m", 2048, 12, 4, 64)
     assert {case.window for case in cases if case.operation == "decode_window"} == {512}
     others = {name: found[12:] for name, found in by_platform.items()}
-    assert {case.model for found in others.values() for case in found} == {ck.OTHERS}
+    assert {case.model for found in others.values() for case in found} == {targets.OTHERS}
     assert {(case.dtype, case.H) for case in others["tpu"]} >= {("float32", 128), ("bfloat16", 256)}
     assert {case.dtype for case in others["cuda"]} == {"bfloat16", "float16"}
     assert any(c.lengths and c.q_offset for c in others["tpu"])
@@ -164,20 +164,17 @@ def test_cases_are_those_of_the_configs_and_a_few_others():
     labels = [case.label for case in others["cuda"]]
     assert len(set(labels)) == len(labels)
     for case in (cases[0], cases[3], cases[5], *others["tpu"], *others["cuda"]):
-        function, args = ck.program(case, "xla")
+        function, args = targets.program(case, "xla")
         jax.eval_shape(function, *args)
-
-
-DEVICES = {"tpu": "TPU v6 lite", "cuda": "NVIDIA H200", "triton": "NVIDIA A100"}
 
 
 @pytest.mark.parametrize("name", ["v6e", "h200", "a100"])
 def test_every_case_is_one_that_its_implementation_takes(name, monkeypatch):
     monkeypatch.setattr(triton, "_missing_triton", lambda: None)
     monkeypatch.setattr(triton, "_misfit", lambda: None)
-    target = ck.TARGETS[name]
-    device = Device("tpu" if target.platform == "tpu" else "gpu", DEVICES[target.platform])
-    for case in ck.cases(target.platform):
+    target = targets.TARGETS[name]
+    device = Device("tpu" if target.platform == "tpu" else "gpu", target.device_kind)
+    for case in targets.cases(target.platform):
         call = api.Call(
             case.operation,
             device,
@@ -190,26 +187,27 @@ def test_every_case_is_one_that_its_implementation_takes(name, monkeypatch):
 
 
 def test_what_a_decoding_step_reads_is_printed_beside_its_cache():
-    case = next(case for case in ck.cases("tpu") if case.operation == "decode_cross")
+    case = next(case for case in targets.cases("tpu") if case.operation == "decode_cross")
     assert case.cache_bytes == 2 * 8 * 32_768 * 4 * 64 * 2
     job = {"cache_bytes": case.cache_bytes, "bytes_accessed": 3.0 * case.cache_bytes}
-    assert ck._cache_reads(job) == "3.00"
-    assert ck._cache_reads(job | {"bytes_accessed": None}) == "?"
-    assert ck._cache_reads({"bytes_accessed": 5.0}) == ""
+    assert verdict._cache_reads(job) == "3.00"
+    assert verdict._cache_reads(job | {"bytes_accessed": None}) == "?"
+    assert verdict._cache_reads({"bytes_accessed": 5.0}) == ""
 
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for target in ck.TARGETS.values():
-        assert "requirements-" in ck.what_to_install(target)
+    for target in targets.TARGETS.values():
+        assert "requirements-" in targets.what_to_install(target)
 
 
 TINY = """
 import sys
 from pathlib import Path
-from experiments import compile_kernels as ck
-folder = Path(sys.argv[1])
-result = ck._compile(ck.TARGETS["v6e"], ck._mesh(ck.TARGETS["v6e"]), folder, *ck.splash_program())
+from benchmarks.aot.compile import compile_one
+from benchmarks.aot.targets import TARGETS, mesh, splash_program
+folder, target = Path(sys.argv[1]), TARGETS["v6e"]
+result = compile_one(target, mesh(target), folder, *splash_program())
 assert not list(folder.iterdir())
 for kernel in result["kernels"]:
     (tile,) = kernel["tiles"]
@@ -220,7 +218,7 @@ for kernel in result["kernels"]:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_splash_compiles_for_a_tpu(tmp_path):
     """The whole way from libtpu to cycles, on the baseline of the tile table."""
-    environment = os.environ | ck.environment(ck.TARGETS["v6e"], tmp_path)
+    environment = os.environ | targets.environment(targets.TARGETS["v6e"], tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-c", TINY, str(tmp_path)],
@@ -231,7 +229,7 @@ def test_splash_compiles_for_a_tpu(tmp_path):
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[0].split("_")[2] for row in rows] == ["fwd", "dq", "dkv"], done.stderr[-2000:]
     for _, pairs, cycles, vmem in rows:
-        assert int(pairs) == ck.TILE**2
+        assert int(pairs) == targets.TILE**2
         assert 400 < int(cycles) < 2000
         assert 2**20 < int(vmem) < 2**24
 
@@ -266,7 +264,7 @@ print(*re.findall("all-gather|all-reduce|all-to-all|reduce-scatter|collective-pe
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_auto_for_a_tpu_topology_compiles_the_tpu_kernels_without_a_collective(tmp_path):
     """On this host without a TPU, over four of them, split by rows and heads."""
-    environment = os.environ | ck.environment(ck.TARGETS["v5e"], tmp_path)
+    environment = os.environ | targets.environment(targets.TARGETS["v5e"], tmp_path)
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "LIBTPU_INIT_ARGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", AUTO], env=environment, capture_output=True, text=True

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import re
 import time
 
 import jax
@@ -12,16 +11,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks import cases, comparison, inference, paper
 from configs import yocou_1b, yocou_small
-from experiments import benchmark_kernels as bk
-from experiments import profile_inference as pi
+from experiments import profile_inference
 from tests import tiny
-from yocou_jax import accounting, inference
+from yocou_jax import accounting
+from yocou_jax import inference as model_inference
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 
-PROBE = bk.CPU._replace(copy_bytes=4096, matmul=16, heads=(2, 1), head_widths=(8,), rounds=1)
-TINY = pi.CPU._replace(
+PROBE = cases.CPU._replace(copy_bytes=4096, matmul=16, heads=(2, 1), head_widths=(8,), rounds=1)
+TINY = inference.CPU._replace(
     lengths=(8, 32), batch=2, prefill_tokens=16, chunk_tokens=16, steps=2, turns=2, probe=PROBE
 )
 BIG = dataclasses.replace(Config.from_dict(yocou_1b.get_config()).model, dtype="bfloat16")
@@ -34,11 +34,11 @@ def siblings(config, names=("transformer", "yoco", "rins", "yoco_u")):
 
 def test_the_papers_kv_is_that_of_the_accounting_and_of_the_arrays():
     for name, config in siblings(BIG).items():
-        for row in pi.kv_rows({name: config}, pi.PAPER_LENGTHS):
+        for row in inference.kv_rows({name: config}, paper.LENGTHS):
             assert row["mib"] == row["paper"] == accounting.kv_bytes(config, row["length"]) / 2**20
-    assert pi.is_the_papers(BIG)
+    assert paper.is_the_papers(BIG)
     for change in ({"window": 256}, {"num_loops": 5}, {"dtype": "float32"}):
-        assert not pi.is_the_papers(dataclasses.replace(BIG, **change))
+        assert not paper.is_the_papers(dataclasses.replace(BIG, **change))
 
 
 # Tables 8 and 9 of arXiv 2604.01220, by column: transformer, yoco, rins, yoco_u.
@@ -63,36 +63,16 @@ TABLE_9 = """
 @pytest.mark.parametrize(("kind", "table"), [("prefill", TABLE_8), ("decode", TABLE_9)])
 def test_the_papers_speeds(kind, table):
     lines = [[int(word) for word in line.split()] for line in table.strip().splitlines()]
-    assert tuple(line[0] for line in lines) == pi.PAPER_LENGTHS
+    assert tuple(line[0] for line in lines) == paper.LENGTHS
     for length, *speeds in lines:
-        found = [pi.paper(kind, name, BIG, length) for name in siblings(BIG)]
+        found = [paper.figure(kind, name, BIG, length) for name in siblings(BIG)]
         assert found == speeds, length
 
 
 def test_the_paper_has_no_figure_for_other_lengths_architectures_and_models():
-    assert pi.paper("decode", "yoco", BIG, 9) is None
-    assert pi.paper("decode", "parscale", BIG, 8192) is None
-    assert pi.paper("prefill", "yoco_u", tiny.model(), 262_144) is None
-
-
-def _line(start: str) -> list[float]:
-    """The figures of that line of the module's docstring."""
-    (line,) = [x for x in pi.__doc__.splitlines() if x.strip().startswith(start)]
-    return [float(word) for word in re.findall(r"\d+\.\d+", line)]
-
-
-def test_what_the_docstring_expects_is_what_the_accounting_and_the_paper_say():
-    flops, own, other = accounting.prefill_flops_per_token, BIG, siblings(BIG)["transformer"]
-    expected = [flops(other, n) / flops(own, n) for n in pi.PAPER_LENGTHS]
-    np.testing.assert_allclose(_line("prefill  "), expected, rtol=0, atol=0.00501)
-    speeds = pi.PAPER["prefill"]
-    measured = np.divide(speeds["yoco_u"], speeds["transformer"])
-    np.testing.assert_allclose(_line("measured  "), measured, rtol=0, atol=0.00501)
-    shapes = [(8192, 32), (16_384, 32), (65_536, 32), (262_144, 4), (262_144, 8), (262_144, 32)]
-    for name in ("transformer", "yoco"):
-        read = accounting.decode_bytes_per_step
-        ratio = [read(siblings(BIG)[name], b, n) / read(own, b, n) for n, b in shapes]
-        np.testing.assert_allclose(_line(f"{name}  "), ratio, rtol=0, atol=0.00501)
+    assert paper.figure("decode", "yoco", BIG, 9) is None
+    assert paper.figure("decode", "parscale", BIG, 8192) is None
+    assert paper.figure("prefill", "yoco_u", tiny.model(), 262_144) is None
 
 
 def test_ratios_stand_beside_the_papers_at_each_of_its_lengths():
@@ -100,12 +80,12 @@ def test_ratios_stand_beside_the_papers_at_each_of_its_lengths():
     rows = [
         row
         | {"kind": kind, "architecture": name, "length": n, "tokens_per_s": 1.0}
-        | {"paper": pi.paper(kind, name, BIG, n)}
+        | {"paper": paper.figure(kind, name, BIG, n)}
         for kind in ("prefill", "decode")
         for name in siblings(BIG)
-        for n in pi.PAPER_LENGTHS
+        for n in paper.LENGTHS
     ]
-    found = pi.ratios(rows, list(siblings(BIG)))
+    found = comparison.ratios(rows, list(siblings(BIG)))
     assert len(found) == 2 * 4 * 6  # kinds, pairs, lengths
     beside = {(r["kind"], r["of"], r["to"], r["length"]): r["paper"] for r in found}
     assert beside["prefill", "yoco_u", "transformer", 131_072] == pytest.approx(75_534 / 14_987)
@@ -116,10 +96,12 @@ def test_ratios_stand_beside_the_papers_at_each_of_its_lengths():
 
 @pytest.mark.parametrize("gib", [1, 4, 40, 104])
 def test_what_is_measured_fits_and_the_rest_is_named(gib):
-    for length in pi.ACCELERATOR.lengths:
-        cells, left_out = pi.cells_at(length, siblings(BIG), pi.ACCELERATOR, gib * 2**30)
+    for length in inference.ACCELERATOR.lengths:
+        cells, left_out = inference.cells_at(
+            length, siblings(BIG), inference.ACCELERATOR, gib * 2**30
+        )
         assert len(set(cells)) == len(cells)
-        assert all(pi.memory(cell) <= 0.92 * gib * 2**30 for cell in cells)
+        assert all(inference.memory(cell) <= 0.92 * gib * 2**30 for cell in cells)
         assert all(row["status"] == "no memory" for row in left_out)
         found = {(cell.kind, cell.architecture) for cell in cells}
         missing = {(row["kind"], row["architecture"]) for row in left_out}
@@ -132,7 +114,10 @@ def test_what_is_measured_fits_and_the_rest_is_named(gib):
 
 
 def test_an_h200_measures_every_pair_at_a_batch_in_common():
-    cells = {n: pi.cells_at(n, siblings(BIG), pi.ACCELERATOR, H200)[0] for n in (65_536, 262_144)}
+    cells = {
+        n: inference.cells_at(n, siblings(BIG), inference.ACCELERATOR, H200)[0]
+        for n in (65_536, 262_144)
+    }
     assert {(c.batch, c.piece, c.capacity) for c in cells[262_144] if c.kind == "prefill"} == {
         (1, 16_384, 262_144)
     }
@@ -142,70 +127,66 @@ def test_an_h200_measures_every_pair_at_a_batch_in_common():
     assert {(name, 262_144, 8) for name in ("yoco_u", "yoco", "transformer")} <= decode
     assert {(name, 262_144, 32) for name in ("yoco_u", "yoco")} <= decode
     assert {(name, 262_144, 4) for name in ("rins", "transformer")} <= decode
-    assert pi.Cell("prefill", "yoco", BIG, 100, 4, 32).capacity == 128
+    assert inference.Cell("prefill", "yoco", BIG, 100, 4, 32).capacity == 128
 
 
 def test_the_small_model_crosses_within_the_lengths():
-    configs, notes = pi.choose_configs(BIG, ["transformer", "yoco_u"], on_cpu=True)
+    configs, notes = inference.choose_configs(BIG, ["transformer", "yoco_u"], on_cpu=True)
     assert "stands in" in notes[0]
     flops = [
         accounting.prefill_flops_per_token(configs["transformer"], n)
         / accounting.prefill_flops_per_token(configs["yoco_u"], n)
-        for n in pi.CPU.lengths
+        for n in inference.CPU.lengths
     ]
-    (where,) = pi.crossings(pi.CPU.lengths, flops)
+    (where,) = comparison.crossings(inference.CPU.lengths, flops)
     assert 3500 < where < 4500
     assert flops[-1] > 2
     as_it_is = Config.from_dict(yocou_small.get_config()).model
-    assert pi.choose_configs(as_it_is, ["yoco_u"], on_cpu=True) == ({"yoco_u": as_it_is}, [])
-    assert pi.choose_configs(BIG, ["yoco_u"], on_cpu=False) == ({"yoco_u": BIG}, [])
+    assert inference.choose_configs(as_it_is, ["yoco_u"], on_cpu=True) == ({"yoco_u": as_it_is}, [])
+    assert inference.choose_configs(BIG, ["yoco_u"], on_cpu=False) == ({"yoco_u": BIG}, [])
 
 
 def test_crossings_and_exponents():
     lengths = np.array([1000, 2000, 4000, 8000])
-    assert np.allclose(pi.crossings(lengths, lengths / 3000), [3000])
-    assert np.allclose(pi.crossings(lengths, (3000 / lengths) ** 2), [3000])
-    assert pi.crossings(lengths, lengths / 9000) == []
-    assert len(pi.crossings(lengths, [0.9, 1.1, 0.9, 1.1])) == 3
-    assert np.isclose(pi.exponent(lengths, 3e-6 * lengths**1.7), 1.7)
+    assert np.allclose(comparison.crossings(lengths, lengths / 3000), [3000])
+    assert np.allclose(comparison.crossings(lengths, (3000 / lengths) ** 2), [3000])
+    assert comparison.crossings(lengths, lengths / 9000) == []
+    assert len(comparison.crossings(lengths, [0.9, 1.1, 0.9, 1.1])) == 3
+    assert np.isclose(comparison.exponent(lengths, 3e-6 * lengths**1.7), 1.7)
 
 
 def test_errors_are_one_sentence():
     for lengths in (["8k"], ["-1"], ["0", "128"], [""], ["64"]):
         with pytest.raises(UserError, match="must be whole numbers above 64"):
-            pi.check_lengths(lengths, steps=64)
-    assert pi.check_lengths(["256", "128", "256"], 64) == (128, 256)
+            inference.check_lengths(lengths, steps=64)
+    assert inference.check_lengths(["256", "128", "256"], 64) == (128, 256)
     for names in (["yoko"], []):
         with pytest.raises(UserError, match=f"--architectures={','.join(names)} must be some of"):
-            pi.choose_configs(BIG, names, on_cpu=False)
-    with pytest.raises(UserError, match=r"--plot=/no/such/folder/x\.png must be"):
-        pi._file("plot", "/no/such/folder/x.png", ("png",))
-    with pytest.raises(UserError, match=r"x\.foo must be a file .* of the kinds pdf, png\."):
-        pi._file("plot", "x.foo", ("png", "pdf"))
+            inference.choose_configs(BIG, names, on_cpu=False)
     odd = dataclasses.replace(BIG, architecture="transformer", num_layers=3)
     with pytest.raises(UserError, match="num_layers=3 is odd"):
-        pi.choose_configs(odd, ["yoco_u"], on_cpu=False)
+        inference.choose_configs(odd, ["yoco_u"], on_cpu=False)
 
 
 def shown(report) -> str:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    pi.show(report, console)
+    profile_inference.show(report, console)
     return console.export_text()
 
 
 def test_a_tiny_run_measures_and_a_failing_cell_fails_alone(monkeypatch, tmp_path):
-    usual = pi.run_decode
+    usual = inference.run_decode
 
     def decode(cell):
         if cell.architecture == "yoco":
             raise MemoryError("RESOURCE_EXHAUSTED: Out of memory\nmore")
         return usual(cell)
 
-    monkeypatch.setitem(pi.RUN, "decode", decode)
-    monkeypatch.setattr(pi, "AIM_LENGTH", max(TINY.lengths))
+    monkeypatch.setitem(inference.RUN, "decode", decode)
+    monkeypatch.setattr(paper, "AIM_LENGTH", max(TINY.lengths))
     configs = siblings(tiny.model(vocab_size=37), ("transformer", "yoco", "yoco_u"))
     kept = []
-    report = pi.measure(configs, TINY, 1000, kept.append)
+    report = inference.measure(configs, TINY, 1000, kept.append)
     first = {row["length"] for row in kept[0]["rows"] if row["kind"] != "kv"}
     assert first == {max(TINY.lengths)}  # what the aims are about
     assert kept[-1]["rows"] == report["rows"]
@@ -236,14 +217,14 @@ def test_a_tiny_run_measures_and_a_failing_cell_fails_alone(monkeypatch, tmp_pat
     text = shown(report)
     assert "failed: decode, yoco, N = 32, B = 2: MemoryError: RESOURCE_EXHAUSTED" in text
     assert "decode_cross runs on xla (auto)" in text
-    pi.plot(report, tmp_path / "x.png")
+    profile_inference.plot(report, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_is_begun_after_the_deadline(monkeypatch):
-    cells = [pi.Cell("decode", "yoco", tiny.model("yoco"), n, 2, 2) for n in (8, 16, 32)]
+    cells = [inference.Cell("decode", "yoco", tiny.model("yoco"), n, 2, 2) for n in (8, 16, 32)]
     groups = [[cell] for cell in cells]
-    monkeypatch.setattr(pi, "compile_ahead", lambda cells: {})
+    monkeypatch.setattr(inference, "compile_ahead", lambda cells: {})
     ran = []
 
     def decode(cell):
@@ -252,21 +233,21 @@ def test_nothing_is_begun_after_the_deadline(monkeypatch):
             monkeypatch.setattr(time, "perf_counter", lambda: 1e12)
         return 0.1
 
-    monkeypatch.setitem(pi.RUN, "decode", decode)
-    rows = pi.measure_cells(groups, TINY, 1e9, deadline=1e11)
+    monkeypatch.setitem(inference.RUN, "decode", decode)
+    rows = inference.measure_cells(groups, TINY, 1e9, deadline=1e11)
     assert ran == [8, 16]
     assert [row["status"] for row in rows] == ["measured", "measured", "no time"]
     monkeypatch.undo()
-    report = pi.measure(siblings(tiny.model(), ("yoco", "yoco_u")), TINY, budget_s=0.0)
+    report = inference.measure(siblings(tiny.model(), ("yoco", "yoco_u")), TINY, budget_s=0.0)
     assert {row["status"] for row in report["rows"] if row["kind"] != "kv"} == {"no time"}
     assert "no time: prefill, yoco_u, N = 8" in shown(report)
 
 
 def test_what_cannot_be_compiled_fails_alone(monkeypatch):
-    good = pi.Cell("decode", "yoco", tiny.model("yoco"), 32, 2, 2)
+    good = inference.Cell("decode", "yoco", tiny.model("yoco"), 32, 2, 2)
     bad = good._replace(config=tiny.model("yoco", attention="pallas_tpu"))
-    monkeypatch.setitem(pi.RUN, "decode", lambda cell: 0.1)
-    rows = pi.measure_cells([[bad, good]], TINY, 1e9, time.perf_counter() + 1000)
+    monkeypatch.setitem(inference.RUN, "decode", lambda cell: 0.1)
+    rows = inference.measure_cells([[bad, good]], TINY, 1e9, time.perf_counter() + 1000)
     assert [row["status"] for row in rows] == ["failed", "measured"]
     assert "pallas_tpu" in rows[0]["reason"]
     assert rows[1]["samples"] == 2
@@ -276,16 +257,16 @@ def test_nothing_is_compiled_in_a_measurement(caplog):
     """The programs that are compiled ahead are those that inference calls."""
     config = tiny.model("yoco_u", vocab_size=33)  # shapes that no other test compiles
     cells = [
-        pi.Cell("prefill", "yoco_u", config, 32, 3, 8),
-        pi.Cell("decode", "yoco_u", config, 32, 3, 2),
+        inference.Cell("prefill", "yoco_u", config, 32, 3, 8),
+        inference.Cell("decode", "yoco_u", config, 32, 3, 2),
     ]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        assert pi.compile_ahead(cells) == {}
+        assert inference.compile_ahead(cells) == {}
         ahead = compilations(caplog)
         assert ahead >= {"_prefill_chunk", "_next_logits", "decode_block"}
         caplog.clear()
         for cell in cells:
-            assert pi.RUN[cell.kind](cell) > 0
+            assert inference.RUN[cell.kind](cell) > 0
         assert not ahead & compilations(caplog)
 
 
@@ -297,28 +278,28 @@ def compilations(caplog) -> set[str]:
 
 def test_the_decode_block_takes_greedy_steps():
     config = tiny.model("yoco_u")
-    model = inference.prepare(tiny.params(config), config)
+    model = model_inference.prepare(tiny.params(config), config)
     prompt = np.asarray(tiny.tokens(2, 5))
-    cache, logits = inference.prefill(model, prompt, capacity=16)
+    cache, logits = model_inference.prefill(model, prompt, capacity=16)
     first = jnp.argmax(logits, -1).astype(jnp.int32)
-    out = inference.generate(model, prompt.tolist(), max_new_tokens=4, capacity=16)
-    cache, last = pi.decode_block(model, cache, first, np.int32(5), steps=3)
+    out = model_inference.generate(model, prompt.tolist(), max_new_tokens=4, capacity=16)
+    cache, last = inference.decode_block(model, cache, first, np.int32(5), steps=3)
     assert np.array_equal(last, out.tokens[:, 3])
     assert np.array_equal(cache.lengths, [8, 8])
 
 
 def test_the_papers_own_speeds_reach_the_aims(monkeypatch, tmp_path):
     """A device that is as fast as the paper's: everything else is as in a run."""
-    monkeypatch.setattr(pi, "compile_ahead", lambda cells: {})
-    monkeypatch.setattr(pi, "device_memory", lambda: H200)
-    for kind in pi.RUN:
+    monkeypatch.setattr(inference, "compile_ahead", lambda cells: {})
+    monkeypatch.setattr(inference, "device_memory", lambda: H200)
+    for kind in inference.RUN:
         monkeypatch.setitem(
-            pi.RUN,
+            inference.RUN,
             kind,
-            lambda cell: cell.tokens / pi.paper(cell.kind, cell.architecture, BIG, cell.length),
+            lambda cell: cell.tokens / paper.figure(cell.kind, cell.architecture, BIG, cell.length),
         )
-    sizes = pi.ACCELERATOR._replace(lengths=(8192, 262_144), probe=PROBE)
-    report = pi.measure(siblings(BIG), sizes, budget_s=1000)
+    sizes = inference.ACCELERATOR._replace(lengths=(8192, 262_144), probe=PROBE)
+    report = inference.measure(siblings(BIG), sizes, budget_s=1000)
     assert [aim["verdict"] for aim in report["aims"]] == ["reached"] * 4
     assert [aim["batch"] for aim in report["aims"]] == [1, 8, 1, 32]
     text = " ".join(shown(report).split())
@@ -326,7 +307,7 @@ def test_the_papers_own_speeds_reach_the_aims(monkeypatch, tmp_path):
     assert "10.2x the transformer's: reached (10.2, B = 1; FLOPs or bytes alone give 7.07)" in text
     for words in ("76,301 [76,301]", "3,356 [3,356]", "10.21 (7.07) [10.21]", "18.89 [18.89]"):
         assert words in text
-    pi.plot(report, tmp_path / "paper.png")
+    profile_inference.plot(report, tmp_path / "paper.png")
     worse = {"kind": "prefill", "of": "yoco_u", "to": "transformer", "length": 262_144}
     worse |= {"batch": 1, "value": 10.14, "expected": 7.07, "paper": 10.2}
-    assert pi.aims({"ratios": [worse]})[0]["verdict"] == "not reached"
+    assert comparison.aims({"ratios": [worse]})[0]["verdict"] == "not reached"

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import benchmark_kernels as bk
-from experiments import kernel_parity
+from benchmarks import cases, kernels, timing
 
-TINY = bk.CPU._replace(
+TINY = cases.CPU._replace(
     lengths=(16,), heads=(2, 1), head_widths=(8,), decode=(), decode_ring=(1,), rounds=1
 )._replace(copy_bytes=4096, matmul=16, error_length=16)
 
@@ -18,16 +17,16 @@ def test_pairs_are_those_that_a_query_sees():
     for N, window in ((5, None), (5, 2), (5, 5), (3, 9)):
         i, j = np.arange(N)[:, None], np.arange(N)[None, :]
         seen = (j <= i) & (i - j < (window or N))
-        case = bk.Case("window_attention", 1, N, N, 2, 1, 8, window)
+        case = cases.Case("window_attention", 1, N, N, 2, 1, 8, window)
         assert case.pairs == seen.sum()
         assert case.flops == 4 * 8 * seen.sum() * 2
         assert case._replace(backward=True).flops == 3.5 * case.flops
-    decode = bk.Case("decode_cross", 3, 1, 100, 4, 2, 8, None)
+    decode = cases.Case("decode_cross", 3, 1, 100, 4, 2, 8, None)
     assert decode.bytes(2) == 3 * 100 * 2 * 8 * 2 * 2
 
 
 def test_cases_cover_what_is_asked_for():
-    found = [case for group in bk.cases(bk.ACCELERATOR) for case in group]
+    found = [case for group in cases.grouped(cases.ACCELERATOR) for case in group]
     attention = [case for case in found if not case.decodes]
     assert {case.N for case in attention} == {2048 * 2**i for i in range(6)}
     assert {case.H for case in attention} == {64, 128}
@@ -42,23 +41,23 @@ def test_the_loop_makes_every_call_and_each_sees_the_one_before():
         return {"a": 1e6 * (x + 1.0), "b": y}
 
     x, y = jnp.zeros((2, 3)), jnp.zeros((4,))
-    got = jax.jit(bk.repeated(call, 3))(x, y)
+    got = jax.jit(timing.repeated(call, 3))(x, y)
     # x00 -> x00 + 1e-6 (1e6 (x00 + 1)), three times from 0: 1, 3, 7.
     np.testing.assert_allclose(got, np.array([[7.0, 0, 0], [0, 0, 0]]), rtol=1e-5)
 
 
 def test_a_dense_or_slow_call_is_left_out():
-    case = bk.Case("cross_attention", 1, 65_536, 65_536, 16, 4, 128, None)
-    pace = bk.Pace(2e14)
-    dense, blocked = (bk.Subject(lambda: None, dense=dense) for dense in (True, False))
-    assert "256 GiB" in bk._left_out(case, "reference", dense, pace, bk.ACCELERATOR)
-    assert bk._left_out(case, "xla", blocked, pace, bk.ACCELERATOR) is None
+    case = cases.Case("cross_attention", 1, 65_536, 65_536, 16, 4, 128, None)
+    pace = timing.Pace(2e14)
+    dense, blocked = (kernels.Subject(lambda: None, dense=dense) for dense in (True, False))
+    assert "256 GiB" in kernels._left_out(case, "reference", dense, pace, cases.ACCELERATOR)
+    assert kernels._left_out(case, "xla", blocked, pace, cases.ACCELERATOR) is None
     pace.note("xla", case, 3.0)
-    assert "3.0 s" in bk._left_out(case, "xla", blocked, pace, bk.ACCELERATOR)
+    assert "3.0 s" in kernels._left_out(case, "xla", blocked, pace, cases.ACCELERATOR)
 
 
 def test_a_tiny_run_reports_failures_and_what_was_left_out(monkeypatch):
-    usual = bk.subjects
+    usual = kernels.subjects
 
     def subjects(case, dtype):
         def broken(*args):
@@ -67,15 +66,15 @@ def test_a_tiny_run_reports_failures_and_what_was_left_out(monkeypatch):
         def inaccurate(q, k, v, lengths=None):
             return 1.1 * usual(case, dtype)["xla"].call(*[q, k, v, lengths][: 3 + case.decodes])
 
-        found = {"xla": usual(case, dtype)["xla"], "broken": bk.Subject(broken, True)}
-        return found | {"off": bk.Subject(inaccurate, True)}
+        found = {"xla": usual(case, dtype)["xla"], "broken": kernels.Subject(broken, True)}
+        return found | {"off": kernels.Subject(inaccurate, True)}
 
-    monkeypatch.setattr(bk, "subjects", subjects)
-    monkeypatch.setattr(bk, "WINDOW", 4)
-    monkeypatch.setattr(bk, "ERROR_OPERATIONS", ("decode_cross",))
+    monkeypatch.setattr(kernels, "subjects", subjects)
+    monkeypatch.setattr(cases, "WINDOW", 4)
+    monkeypatch.setattr(kernels, "ERROR_OPERATIONS", ("decode_cross",))
     kept = []
-    keep = lambda report: kept.append((report["complete"], bk.markdown(report)))  # noqa: E731
-    report = json.loads(json.dumps(bk.measure(TINY, 1000, keep)))
+    keep = lambda report: kept.append((report["complete"], kernels.markdown(report)))  # noqa: E731
+    report = json.loads(json.dumps(kernels.measure(TINY, 1000, keep)))
     # After the errors, after each of three groups, and at the end.
     assert [complete for complete, _ in kept] == [False] * 4 + [True]
     assert "## cross_attention" not in kept[1][1]
@@ -87,7 +86,7 @@ def test_a_tiny_run_reports_failures_and_what_was_left_out(monkeypatch):
         (r["operation"], r["pass"]): r for r in report["times"] if r["implementation"] == "xla"
     }
     # A backward alone only where noise does not make the difference negative.
-    assert len([key for key in times if key[1] != bk.DERIVED]) == 5
+    assert len([key for key in times if key[1] != kernels.DERIVED]) == 5
     assert times["cross_attention", "forward"]["tflops"] > 0
     decode, base = times["decode_window", "forward"], report["reference"]
     assert decode["of_copy"] == decode["gb_per_s"] / base["copy_gb_per_s"] > 0
@@ -95,12 +94,12 @@ def test_a_tiny_run_reports_failures_and_what_was_left_out(monkeypatch):
     assert any("NotImplementedError: Not today." in x for x in report["failures"])
     assert any("off" in x and "the error of" in x for x in report["failures"])
     assert not any(x.startswith("xla") for x in report["failures"])
-    page = bk.markdown(report)
+    page = kernels.markdown(report)
     assert "## window_attention, H = 8, forward + backward: TFLOP/s" in page
     assert "failed" in page
     assert "loop turn: " in page
-    monkeypatch.setattr(bk, "measure_errors", lambda sizes: [])
-    late = bk.measure(TINY, budget_s=-1)
+    monkeypatch.setattr(kernels, "measure_errors", lambda sizes: [])
+    late = kernels.measure(TINY, budget_s=-1)
     assert late["times"] == []
     assert len(late["left_out"]) == 5
     assert all(x.startswith("all, ") for x in late["left_out"])
@@ -111,32 +110,32 @@ def test_a_baseline_that_cannot_be_built_fails_alone(monkeypatch):
         raise ModuleNotFoundError("No module named 'tokamax'\nand more")
 
     def subjects(case, dtype):
-        add = bk.Subject(lambda q, k, v: q + 1)
-        return {"add": add, "tokamax": bk.Subject(bk._late(missing, case))}
+        add = kernels.Subject(lambda q, k, v: q + 1)
+        return {"add": add, "tokamax": kernels.Subject(kernels._late(missing, case))}
 
-    monkeypatch.setattr(bk, "subjects", subjects)
-    group = [bk.Case("cross_attention", 1, 16, 16, 2, 1, 8, None)]
-    rows, _ = bk.measure_group(group, TINY, bk.Pace(1e9))
+    monkeypatch.setattr(kernels, "subjects", subjects)
+    group = [cases.Case("cross_attention", 1, 16, 16, 2, 1, 8, None)]
+    rows, _ = kernels.measure_group(group, TINY, timing.Pace(1e9))
     errors = {row["implementation"]: row["error"] for row in rows}
     assert errors == {"add": None, "tokamax": "ModuleNotFoundError: No module named 'tokamax'"}
-    assert bk.failures({"errors": [], "times": rows}) == []
+    assert kernels.failures({"errors": [], "times": rows}) == []
 
 
 def test_a_call_that_fails_later_than_at_first_fails_alone(monkeypatch):
     turns = []
 
-    def seconds(function, args):
+    def seconds(function, *args):
         turns.append(function)
         if function == "bad" and turns.count("bad") == 2:
             raise MemoryError("full")
         return 0.1
 
-    named = {name: bk.Subject(lambda q, k, v: q) for name in ("good", "bad")}
-    monkeypatch.setattr(bk, "subjects", lambda case, dtype: named)
-    monkeypatch.setattr(bk, "compile_all", lambda programs: {key: key[1] for key in programs})
-    monkeypatch.setattr(bk, "_seconds", seconds)
-    group = [bk.Case("cross_attention", 1, 16, 16, 2, 1, 8, None)]
-    rows, _ = bk.measure_group(group, TINY._replace(rounds=3), bk.Pace(1e9))
+    named = {name: kernels.Subject(lambda q, k, v: q) for name in ("good", "bad")}
+    monkeypatch.setattr(kernels, "subjects", lambda case, dtype: named)
+    monkeypatch.setattr(timing, "compile_all", lambda programs: {key: key[1] for key in programs})
+    monkeypatch.setattr(timing, "seconds", seconds)
+    group = [cases.Case("cross_attention", 1, 16, 16, 2, 1, 8, None)]
+    rows, _ = kernels.measure_group(group, TINY._replace(rounds=3), timing.Pace(1e9))
     found = {row["implementation"]: row for row in rows}
     assert found["bad"]["error"] == "MemoryError: full"
     assert found["good"]["samples"] == 3
@@ -149,7 +148,7 @@ def test_what_is_built_while_tracing_is_built_once_and_belongs_to_no_trace():
         built.append(jnp.ones(3))
         return lambda x: x + built[0]
 
-    call = bk._late(make, None)
+    call = kernels._late(make, None)
     for size in (3, 1):
         np.testing.assert_allclose(jax.jit(call)(jnp.zeros(size)), np.ones(3))
     assert len(built) == 1
@@ -157,38 +156,27 @@ def test_what_is_built_while_tracing_is_built_once_and_belongs_to_no_trace():
 
 
 def test_the_backward_alone_is_the_difference_of_two_times():
-    case = bk.Case("window_attention", 2, 64, 64, 4, 2, 8, 16)
+    case = cases.Case("window_attention", 2, 64, 64, 4, 2, 8, 16)
     group = [case, case._replace(backward=True)]
-    sub = bk.Subject(lambda: None)
+    sub = kernels.Subject(lambda: None)
 
     def row(case, name, seconds, **more):
         times = {"seconds": seconds, "spread": 0.1, "samples": 5}
-        return bk._row(case, name, sub, 1) | times | more
+        return kernels._row(case, name, sub, 1) | times | more
 
     rows = [row(group[0], "x", 0.001), row(group[1], "x", 0.003), row(group[1], "y", 0.003)]
     rows += [row(group[0], "z", 0.001, error="no"), row(group[1], "z", 0.003)]
     rows += [row(group[0], "noisy", 0.004), row(group[1], "noisy", 0.003)]
-    (found,) = bk.derived(group, rows)
-    assert (found["implementation"], found["pass"]) == ("x", bk.DERIVED)
+    (found,) = kernels.derived(group, rows)
+    assert (found["implementation"], found["pass"]) == ("x", kernels.DERIVED)
     assert np.isclose(found["seconds"], 0.002)
     assert np.isclose(found["tflops"], 10 * 8 * case.pairs * 4 * 2 / 0.002 / 1e12)
     assert np.isclose(found["spread"], 0.2)
 
 
 def test_both_files_are_whole_at_any_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(bk, "markdown", lambda report: "page")
-    bk._write(tmp_path, {"times": [1]})
-    bk._write(tmp_path, {"times": [1, 2]})
+    monkeypatch.setattr(kernels, "markdown", lambda report: "page")
+    kernels.write(tmp_path, {"times": [1]})
+    kernels.write(tmp_path, {"times": [1, 2]})
     assert json.loads((tmp_path / "kernels.json").read_text()) == {"times": [1, 2]}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "kernels.md"]
-
-
-def test_parity_judges_by_its_control():
-    base = np.linspace(5.0, 3.0, 20)
-    control = kernel_parity.compare(base + 1e-4, base)
-    assert kernel_parity.tolerance(control) == 5 * control["largest"]
-    assert kernel_parity.within(kernel_parity.compare(base - 4e-4, base), control)
-    assert not kernel_parity.within(kernel_parity.compare(base - 6e-4, base), control)
-    assert not kernel_parity.within(kernel_parity.compare(base * np.nan, base), control)
-    same = kernel_parity.compare(base, base)
-    assert kernel_parity.tolerance(same) == kernel_parity.FLOOR

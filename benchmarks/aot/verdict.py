@@ -1,0 +1,118 @@
+"""What the compiled kernels say: failures, our tiles beside those of splash, and tables."""
+
+import math
+from typing import Any
+
+from benchmarks.aot.targets import TARGETS, TILE, Target
+from benchmarks.report import Grid
+
+
+def compare_with_splash(jobs: list[dict]) -> list[dict]:
+    """Cycles of the slowest tile of each of our kernels beside the same kernel of splash, and how
+    many of our tiles have no known cycles."""
+    by_name = {job["operation"]: job.get("kernels", []) for job in jobs if job["model"] == "tile"}
+    splash = by_name.pop("splash", [])
+    ours = next(iter(by_name.values()), [])
+    rows = []
+    for what, kernel in zip(("forward", "dq", "dkv"), splash, strict=False):
+        (theirs,) = kernel["tiles"]
+        mine = [tile for k in ours if k["kernel"].endswith(what) for tile in k["tiles"]]
+        known = [tile for tile in mine if tile["tile_cycles"] is not None]
+        slowest = max(known, key=lambda tile: tile["tile_cycles"], default=None)
+        ratio = slowest["tile_cycles"] / theirs["tile_cycles"] if slowest else None
+        row = {"kernel": what, "splash": theirs, "ours": slowest, "ratio": ratio}
+        rows.append(row | {"unknown": len(mine) - len(known)})
+    return rows
+
+
+def failures(target: Target, jobs: list[dict], tiles: list[dict]) -> list[str]:
+    """Everything that makes the command fail, a sentence each."""
+    found = []
+    for job in jobs:
+        where = f"{job['model']}, {job['operation']}"
+        if job["error"]:
+            found.append(f"{where}: {job['error']}")
+        for kernel in job.get("kernels", []):
+            if kernel.get("spilled_bytes"):
+                size = kernel["spilled_bytes"]
+                found.append(f"{where}: {kernel['kernel']} spills {size} bytes of registers.")
+            if kernel.get("wgmma_serialized"):
+                found.append(f"{where}: ptxas serialises the wgmma of {kernel['kernel']}.")
+    if target.must_beat_splash:
+        for row in tiles:
+            if row["ours"] is None:
+                found.append(f"tile, {row['kernel']}: no cycles of ours to compare with splash.")
+                continue
+            if row["unknown"]:
+                found.append(
+                    f"tile, {row['kernel']}: the cycles of {row['unknown']} of our tiles are "
+                    "unknown and may be more than splash's."
+                )
+            if row["ratio"] > 1:
+                found.append(
+                    f"tile, {row['kernel']}: {row['ours']['tile_cycles']} cycles, and splash takes "
+                    f"{row['splash']['tile_cycles']}."
+                )
+    return found
+
+
+def _kib(size: int | None) -> str:
+    return "" if size is None else f"{size / 1024:,.0f}"
+
+
+def _cache_reads(job: dict) -> str:
+    if job.get("cache_bytes") is None:
+        return ""
+    moved = job.get("bytes_accessed")
+    return "?" if moved is None else f"{moved / job['cache_bytes']:.2f}"
+
+
+def _tile_cells(tile: dict | None) -> list[str]:
+    if tile is None or tile["tile_cycles"] is None:
+        return ["?", "", "", ""]
+    shares = [f"{tile[unit]:.0%}" for unit in ("mxu", "valu")]
+    return [f"{tile['tile_cycles']:,}", f"{tile['stretch_cycles']:,}", *shares]
+
+
+TILE_COLUMNS = (f"cycles / {TILE}²", "stretch", "MXU", "VALU")
+COLUMNS = {
+    "tpu": ("bytes / cache", "VMEM KiB", "spilled", "filled", *TILE_COLUMNS),
+    "cuda": ("registers", "shared KiB", "spilled bytes", "wgmma"),
+    "triton": ("registers", "shared KiB", "spilled bytes"),
+}
+
+
+def kernel_grid(name: str, result: dict[str, Any]) -> Grid:
+    """A line per kernel; those of a program come after it."""
+    platform, rows = TARGETS[name].platform, []
+    for job in result["jobs"]:
+        first = [job["model"], job["operation"], f"{job.get('compile_s', math.nan):.1f}"]
+        if job["error"]:
+            rows.append([*first, "FAILED"])
+        for kernel in job.get("kernels", []):
+            if platform == "tpu":
+                cells = [_cache_reads(job), _kib(kernel["vmem_bytes"])]
+                cells += [str(kernel["spilled_registers"]), str(kernel["filled_registers"])]
+                tiles = [_tile_cells(tile) for tile in kernel["tiles"]] or [[""] * 4]
+                cells += ["\n".join(column) for column in zip(*tiles, strict=True)]
+            else:
+                cells = [str(kernel["registers"]), _kib(kernel["shared_bytes"])]
+                cells += [str(kernel["spilled_bytes"])]
+                if "wgmma_serialized" in kernel:
+                    cells += ["serialised" if kernel["wgmma_serialized"] else "ok"]
+            rows.append([*first, kernel["kernel"], *cells])
+            first = [""] * 3
+    columns = ("model", "operation", "compile s", "kernel", *COLUMNS[platform])
+    return Grid(name, columns, rows, texts=4)
+
+
+def tile_grid(tiles: list[dict]) -> Grid:
+    """A tile of ours beside splash's, a line per kernel."""
+    whose = [who + what for who in ("splash", "ours") for what in ("", " stretch", " MXU", " VALU")]
+    rows = []
+    for row in tiles:
+        ratio = "?" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        cells = _tile_cells(row["splash"]) + _tile_cells(row["ours"])
+        rows.append([row["kernel"], *cells, ratio])
+    title = f"one {TILE} x {TILE} tile, head width 128, window {TILE}: static cycles"
+    return Grid(title, ("kernel", *whose, "ours / splash"), rows, texts=1)

@@ -1,0 +1,134 @@
+"""Which calls of attention are measured on which kind of device, and their inputs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+WINDOW = 512
+
+
+class Sizes(NamedTuple):
+    """What is measured on a kind of device. lengths are in the order of their importance, which
+    the time budget goes by; tokens: B * N of a call, at least one row."""
+
+    dtype: Any
+    lengths: tuple[int, ...]
+    tokens: int
+    heads: tuple[int, int]  # query heads, key/value heads
+    head_widths: tuple[int, ...]
+    decode: tuple[tuple[int, int], ...]  # (B, S) of the global cache
+    decode_ring: tuple[int, ...]  # B
+    sample_s: float  # what one sample is meant to take
+    rounds: int
+    slowest_call_s: float  # no single call longer than this is tried
+    dense_bytes: int  # nor a dense score matrix larger than this
+    copy_bytes: int
+    matmul: int
+    error_length: int  # N and S of the calls whose errors are measured
+    budget_s: float
+
+
+ACCELERATOR = Sizes(
+    dtype=jnp.bfloat16,
+    lengths=(8192, 2048, 32_768, 16_384, 4096, 65_536),
+    tokens=16_384,
+    heads=(16, 4),
+    head_widths=(128, 64),
+    decode=((1, 131_072), (8, 131_072), (1, 32_768), (8, 32_768), (8, 8192)),
+    decode_ring=(1, 8),
+    sample_s=0.02,
+    rounds=5,
+    slowest_call_s=1.0,
+    dense_bytes=8 << 30,
+    copy_bytes=2 << 30,
+    matmul=8192,
+    error_length=2048,
+    budget_s=420,
+)
+CPU = Sizes(
+    dtype=jnp.float32,
+    lengths=(1024, 2048, 4096),
+    tokens=1,
+    heads=(4, 2),
+    head_widths=(64,),
+    decode=((1, 4096), (4, 16_384)),
+    decode_ring=(1, 8),
+    sample_s=0.0,
+    rounds=3,
+    slowest_call_s=4.0,
+    dense_bytes=1 << 30,
+    copy_bytes=256 << 20,
+    matmul=1024,
+    error_length=512,
+    budget_s=75,
+)
+
+
+class Case(NamedTuple):
+    """One call, in the letters of pallas_kernels.api. N is 1 for decoding, which has no backward;
+    `backward`: forward and backward together."""
+
+    operation: str
+    B: int
+    N: int
+    S: int
+    Q: int
+    K: int
+    H: int
+    window: int | None
+    backward: bool = False
+
+    @property
+    def decodes(self) -> bool:
+        return self.operation.startswith("decode")
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of query and key, of one head and row."""
+        if self.decodes:
+            return self.S
+        W = min(self.window or self.N, self.N)
+        return W * (W + 1) // 2 + (self.N - W) * W
+
+    @property
+    def flops(self) -> int:
+        return (14 if self.backward else 4) * self.H * self.pairs * self.Q * self.B
+
+    def bytes(self, itemsize: int) -> int:
+        return 2 * self.B * self.S * self.K * self.H * itemsize
+
+    @property
+    def label(self) -> str:
+        what = "forward + backward" if self.backward else "forward"
+        return f"{self.operation}, B = {self.B}, S = {self.S}, H = {self.H}, {what}"
+
+
+def grouped(sizes: Sizes) -> list[list[Case]]:
+    """Cases in groups that are compiled together, the most important ones first."""
+    Q, K = sizes.heads
+    groups = []
+    for N in sizes.lengths:
+        B = max(1, sizes.tokens // N)
+        for H in sizes.head_widths:
+            for operation, window in (("window_attention", WINDOW), ("cross_attention", None)):
+                case = Case(operation, B, N, N, Q, K, H, window)
+                groups.append([case, case._replace(backward=True)])
+        if len(groups) == 2 * len(sizes.head_widths):  # right after the first length
+            H = sizes.head_widths[0]
+            rings = [Case("decode_window", B, 1, WINDOW, Q, K, H, None) for B in sizes.decode_ring]
+            caches = [Case("decode_cross", B, 1, S, Q, K, H, None) for B, S in sizes.decode]
+            groups += [group for group in (rings, caches) if group]
+    return groups
+
+
+def inputs(case: Case, dtype, seed: int) -> list[jax.Array]:
+    """q, k, v and the gradient of the output, or q, the caches and full lengths."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    q_shape = (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H)
+    kv_shape = (case.B, case.S, case.K, case.H)
+    shapes = [q_shape, kv_shape, kv_shape, q_shape]
+    arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    if case.decodes:
+        arrays[3] = jnp.full((case.B,), case.S, jnp.int32)
+    return arrays

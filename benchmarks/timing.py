@@ -1,0 +1,91 @@
+"""How times are taken: programs compiled side by side, calls in a loop, medians and spreads."""
+
+import concurrent.futures
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.cases import Case
+
+
+def compile_all(programs: dict[Any, tuple[Callable, list]]) -> dict[Any, Callable]:
+    """Compiled functions by key, traced one after the other and compiled side by side. One that
+    cannot be compiled raises its error when it is called."""
+
+    def fails(error, *args):
+        raise error
+
+    done = {}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for key, (function, args) in programs.items():
+            try:
+                done[key] = pool.submit(jax.jit(function).lower(*args).compile)
+            except Exception as error:
+                done[key] = functools.partial(fails, error)
+        for key, future in done.items():
+            if isinstance(future, concurrent.futures.Future):
+                error = future.exception()
+                done[key] = functools.partial(fails, error) if error else future.result()
+    return done
+
+
+def repeated(function: Callable, calls: int) -> Callable:
+    """A function of the same arguments that calls `function` `calls` times in a row."""
+
+    def run(*args):
+        def body(_, args):
+            # The first barrier ties all inputs to the one that changes, so that nothing done to
+            # the others, a transposition say, can be moved out of the loop; the second keeps XLA
+            # from computing only the elements that are looked at.
+            args = jax.lax.optimization_barrier(args)
+            made = jax.lax.optimization_barrier(function(*args))
+            seen = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(made))
+            first = args[0]
+            element = first[(0,) * first.ndim] + (1e-6 * seen).astype(first.dtype)
+            return first.at[(0,) * first.ndim].set(element), *args[1:]
+
+        return jax.lax.fori_loop(0, calls, body, args)[0]
+
+    return run
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the first line of an error, as a report names it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def seconds(function: Callable, *args) -> float:
+    """Seconds until all that `function` returns is computed."""
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Their median, how far they are apart as a share of it, and how many they are."""
+    median = statistics.median(samples)
+    spread = (max(samples) - min(samples)) / median
+    return {"seconds": median, "spread": spread, "samples": len(samples)}
+
+
+class Pace:
+    """Expected seconds of a call, from what the same implementation took elsewhere."""
+
+    def __init__(self, nominal_flops: float):
+        self.nominal, self.seen = nominal_flops, {}
+
+    def note(self, name: str, case: Case, seconds: float) -> None:
+        self.seen[name, case.operation, case.H, case.backward] = case.flops / seconds
+
+    def guess(self, name: str, case: Case, dense: bool) -> float:
+        key = (name, case.operation, case.H, case.backward)
+        # A dense implementation does not get cheaper by a window, so it counts pairs of all keys.
+        speed = self.seen.get(key, self.nominal)
+        scale = case.N * case.S / case.pairs / 2 if dense and not case.decodes else 1.0
+        return case.flops * (scale if key not in self.seen else 1.0) / speed + 5e-6
