@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import contextlib
 import ctypes
 import errno
+import functools
 import importlib.machinery
 import importlib.util
 import inspect
@@ -42,10 +43,13 @@ MACHINE_ERRORS = {
 }
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Parses the flags, runs `main` and exits with its code; unexpected errors keep their trace."""
+def run(main: Callable[[list[str]], int | None], arguments: int = 0) -> None:
+    """Parses the flags, runs `main` and exits with its code; unexpected errors keep their trace.
+
+    main gets argv[0] and at most so many `arguments` that are no flags.
+    """
     try:
-        app.run(main, flags_parser=_prepare)
+        app.run(main, flags_parser=functools.partial(_prepare, arguments=arguments))
     except UserError as error:
         _stop(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
@@ -85,7 +89,7 @@ def _stop(sentence: str, code: int) -> None:
     sys.exit(code)
 
 
-def _prepare(argv: list[str]) -> list[str]:
+def _prepare(argv: list[str], arguments: int) -> list[str]:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -94,7 +98,7 @@ def _prepare(argv: list[str]) -> list[str]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _quiet()
-    return parse(argv)
+    return parse(argv, arguments=arguments)
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -116,8 +120,10 @@ def config_file(
     return holder
 
 
-def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Sets the flags from a command line; returns what is no flag, which is argv[0] alone.
+def parse(
+    argv: list[str], flag_values: flags.FlagValues = flags.FLAGS, arguments: int = 0
+) -> list[str]:
+    """Sets the flags from a command line; returns what is no flag: argv[0] and `arguments` at most.
 
     Every override is applied or refused. Raises UserError for every mistake in a command line or in
     the config file that it names.
@@ -134,9 +140,10 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
         raise
     except ValueError as error:  # a flag file that is no text, --nojson=3
         raise UserError(f"The command line cannot be read: {_one_line(error)}.") from error
-    if len(rest) > 1:
+    if len(rest) > 1 + arguments:
         raise UserError(
-            f"The argument {shown(rest[1])} means nothing here: every option is a --flag."
+            f"The argument {shown(rest[1 + arguments])} means nothing here: every option is a "
+            "--flag."
         )
     return rest
 

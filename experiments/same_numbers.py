@@ -1,0 +1,192 @@
+"""Whether this tree computes what another revision computes, to the bit: for every refactoring.
+
+    python -m experiments.same_numbers HEAD~3 [--steps=20] [--cases=yoco_u,experts] [--json]
+
+Each case is a tiny model that is trained, accounted for and asked to write, by the commands of this
+tree (uncommitted changes included) and by those of REVISION. Compared are every number of every
+row of metrics, the hash of the final parameters, greedy text, the bytes of its cache and the whole
+accounting report. Exit code 1 and a table of what differs, if anything does. Both run here, with
+the packages that are installed: another machine or another jax may well give other numbers.
+"""
+
+import concurrent.futures
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import cli
+from yocou_jax.errors import UserError
+from yocou_jax.program import ARCHITECTURES
+
+STEPS = flags.DEFINE_integer("steps", 20, "Updates of each training run.", lower_bound=5)
+CASES = flags.DEFINE_list("cases", [], "Some of the cases; all of them by default.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
+
+ROOT = Path(__file__).parent.parent
+SIZES = {
+    **{"model.num_layers": 4, "model.vocab_size": 258, "model.d_model": 32, "model.d_ff": 48},
+    **{"model.num_heads": 4, "model.num_kv_heads": 2, "model.head_dim": 8, "model.window": 8},
+    **{"model.prefix_length": 3, "optimizer.warmup_steps": 3, "data.tokenizer": "bytes"},
+    **{"data.batch_size": 4, "data.sequence_length": 32, "data.validation_sequences": 4},
+    **{"data.validation_fraction": 0.2, "run.log_every": 1, "run.sample_tokens": 4},
+}
+EXPERTS = {
+    **{"model.num_experts": 4, "model.experts_per_token": 2, "model.num_shared_experts": 1},
+    "model.expert_width": 16,
+}
+VARIANTS = {
+    "two of each": {"model.architecture": "window*1@2 | full*1@2 | cross*1@2 | cross*1"},
+    "other loop count": {"model.architecture": "yoco_u", "model.num_loops": 2},
+    "experts": {"model.architecture": "yoco_u", **EXPERTS},
+    "experts, accumulation": {
+        **{"model.architecture": "transformer", **EXPERTS},
+        **{"optimizer.accumulation_steps": 2, "optimizer.z_loss": 0.01},
+    },
+    "packing": {"model.architecture": "yoco_u", "data.packing": "true"},
+    "muon": {"model.architecture": "yoco_u", "optimizer.name": "muon"},
+    "options": {
+        **{"model.architecture": "yoco_u", "model.tie_embeddings": "true"},
+        **{"model.qk_norm": "true", "model.cross_rope": "true"},
+    },
+    "bfloat16": {"model.architecture": "yoco_u", "compute.dtype": "bfloat16"},
+    "unrolled": {"model.architecture": "yoco_u", "compute.scan": "false"},
+    "remat": {"model.architecture": "yoco_u", "compute.remat": "attention"},
+}
+ALL = {name: {"model.architecture": name} for name in ARCHITECTURES} | VARIANTS
+CLOCK = {"tokens_per_s", "data_wait_fraction", "mfu", "elapsed_s"}  # metrics that never repeat
+PROMPTS = ("def alpha", "one two three return if one two three delta", "")
+
+
+def checkout(revision: str, folder: Path) -> None:
+    """The files of a revision, without registering a worktree that a kill would leave behind."""
+    command = ["git", "-C", str(ROOT), "archive", "--format=tar", f"{revision}^{{commit}}"]
+    archive = subprocess.run(command, capture_output=True, check=False)
+    if archive.returncode:
+        words = archive.stderr.decode(errors="replace").strip().removeprefix("fatal: ")
+        raise UserError(f"git has no revision '{revision}' here: {words}.")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(folder, filter="data")
+
+
+def write_text(path: Path) -> None:
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "def", "return", "if"]
+    path.write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(1500)))
+
+
+def overrides(case: str, tree: Path, home: Path) -> list[str]:
+    """The flags of a case, as this tree spells them."""
+    fields = SIZES | ALL[case] | {"data.source": home / "text.txt", "run.steps": STEPS.value}
+    fields |= {"run.checkpoint_every": STEPS.value, "run.sample_every": STEPS.value}
+    fields |= {"run.eval_every": max(STEPS.value // 2, 1), "data.cache_dir": home / "tokens"}
+    if "c.compute" not in (tree / "configs/base.py").read_text():  # before it was a group
+        fields = {re.sub("^compute", "model", name): value for name, value in fields.items()}
+    return ["--config=configs/base.py", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+def run(tree: Path, home: Path, module: str, *arguments: str) -> tuple[str, str]:
+    """What a command of the tree writes to stdout and stderr. Raises UserError if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *arguments],
+        cwd=tree,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(home / "compiled"), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(
+            f"experiments.{module} of {'this tree' if tree == ROOT else 'the revision'} ends with "
+            f"{done.returncode}: {' '.join(arguments)}\n{done.stdout}{done.stderr}"
+        )
+    return done.stdout, done.stderr
+
+
+def figures(case: str, tree: Path, home: Path) -> dict:
+    """Every number of a case that must not move, by name."""
+    workdir, given = home / case.replace(" ", "_"), overrides(case, tree, home)
+    report, _ = run(tree, home, "account", *given, "--json", "--lengths=7,64,1000")
+    run(tree, home, "train", *given, f"--workdir={workdir}")
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = {
+        f"{name} of step {row['step']}": value
+        for row in rows
+        for name, value in row.items()
+        if name not in CLOCK
+    }
+    summary = json.loads((workdir / "summary.json").read_text())
+    found |= {name: summary[name] for name in ("final_params_sha256", "val_loss", "val_bpb")}
+    options = [f"--prompt={prompt}" for prompt in PROMPTS]
+    options += ["--temperature=0", "--max_new_tokens=24", "--chunk=16"]
+    text, notes = run(tree, home, "generate", f"--workdir={workdir}", *options)
+    found["greedy text"] = text
+    found["KV cache, bytes"] = re.search(r"KV cache ([\d,]+) bytes", notes)[1]
+    return found | {"accounting report": json.loads(report)}
+
+
+def differences(here: dict, there: dict) -> dict[str, tuple]:
+    """name -> (here, there), in order, for each figure that is not the same or has no partner."""
+    nothing = "(none)"
+    pairs = {name: (here.get(name, nothing), there.get(name, nothing)) for name in here | there}
+    # Through repr: NaN is NaN, and 1 is not 1.0.
+    return {name: pair for name, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
+
+
+def compare(revision: str, cases: list[str]) -> dict[str, dict]:
+    """For each case how many figures were compared, and which of them differ."""
+    with tempfile.TemporaryDirectory(prefix="same_numbers-") as temporary:
+        homes = [Path(temporary) / name for name in ("here", "there")]
+        trees = [ROOT, Path(temporary) / "revision"]
+        checkout(revision, trees[1])
+        for home in homes:
+            home.mkdir()
+            write_text(home / "text.txt")
+        jobs = [
+            (case, tree, home) for case in cases for tree, home in zip(trees, homes, strict=True)
+        ]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            here_and_there = list(pool.map(lambda job: figures(*job), jobs))
+    pairs = zip(here_and_there[::2], here_and_there[1::2], strict=True)
+    return {
+        case: {"compared": len(here | there), "differ": differences(here, there)}
+        for case, (here, there) in zip(cases, pairs, strict=True)
+    }
+
+
+def main(arguments):
+    if len(arguments) != 2:
+        raise UserError("Name one revision to compare with, such as HEAD or a commit.")
+    cases = CASES.value or list(ALL)
+    if unknown := [case for case in cases if case not in ALL]:
+        raise UserError(f"There is no case '{unknown[0]}'; the cases are {', '.join(ALL)}.")
+    found = compare(arguments[1], cases)
+    same = not any(case["differ"] for case in found.values())
+    if JSON.value:
+        print(json.dumps({"revision": arguments[1], "same": same, "cases": found}))
+        return 0 if same else 1
+    table = Table("case", "figures", "differ", "the first that differs: here, there")
+    for case, result in found.items():
+        first = next(iter(result["differ"].items()), None)
+        words = "" if first is None else f"{first[0]}: {first[1][0]!s:.60}, {first[1][1]!s:.60}"
+        table.add_row(case, str(result["compared"]), str(len(result["differ"])), words)
+    Console(width=None if Console().is_terminal else 160).print(table)
+    print("The same numbers." if same else "Other numbers.")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments=1)
