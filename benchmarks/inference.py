@@ -22,9 +22,9 @@ import numpy as np
 from benchmarks import cases, comparison, device, paper, timing
 from pallas_kernels import api
 from yocou_jax import accounting, inference
-from yocou_jax.cache import KVCache
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
+from yocou_jax.memory import Memory
 from yocou_jax.model import abstract_params, compute_dtype
 from yocou_jax.program import ARCHITECTURES
 
@@ -111,16 +111,16 @@ class Cell(NamedTuple):
 
 
 @functools.cache
-def abstract_model(config: ModelConfig) -> inference.Model:
+def abstract_model(config: ModelConfig) -> inference.PreparedModel:
     """Shapes and types of what `inference.prepare` returns."""
     params = nn.unbox(abstract_params(config))
     return jax.eval_shape(lambda params: inference.prepare(params, config), params)
 
 
 @functools.cache
-def abstract_cache(config: ModelConfig, batch: int, capacity: int) -> KVCache:
-    """Shapes and types of what `inference.new_cache` returns."""
-    new = functools.partial(inference.new_cache, batch=batch, capacity=capacity)
+def abstract_memory(config: ModelConfig, batch: int, capacity: int) -> Memory:
+    """Shapes and types of what `inference.new_memory` returns."""
+    new = functools.partial(inference.new_memory, batch=batch, capacity=capacity)
     return jax.eval_shape(new, abstract_model(config))
 
 
@@ -132,7 +132,7 @@ def memory(cell: Cell) -> int:
     positions = cell.batch * c.program.streams * (cell.piece if cell.kind == "prefill" else 1)
     scratch = 8 * positions * width * compute_dtype(c).itemsize + 4 * cell.batch * c.vocab_size
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_model(c)))
-    return weights + abstract_cache(c, cell.batch, cell.capacity).nbytes + scratch
+    return weights + abstract_memory(c, cell.batch, cell.capacity).nbytes + scratch
 
 
 def device_memory() -> float:
@@ -205,17 +205,13 @@ def decode_block(model, cache, tokens, start, *, steps):
 def lowered(cell: Cell) -> list[jax.stages.Lowered]:
     """The large programs of a cell, with the arguments that they are called with: once they are
     compiled, jax finds them again (a test makes sure)."""
-    shape, config, B = jax.ShapeDtypeStruct, cell.config, cell.batch
-    model, cache = abstract_model(config), abstract_cache(config, B, cell.capacity)
-    rows, scalar = shape((B,), jnp.int32), shape((), jnp.int32)
-    if cell.kind == "decode":
-        return [decode_block.lower(model, cache, rows, scalar, steps=cell.piece)]
-    last = shape((config.program.streams * B, 1, config.d_model), compute_dtype(config))
-    args = model, cache, last, shape((B, cell.piece), jnp.int32), rows, scalar
-    return [
-        inference._prefill_chunk.lower(*args, whole=True, score=False),
-        inference._next_logits.lower(model, cache, last),
-    ]
+    config, B, model = cell.config, cell.batch, abstract_model(cell.config)
+    if cell.kind == "prefill":
+        programs = inference.programs(model, B, cell.capacity, cell.piece)
+        return [programs[name]() for name in ("prefill_chunk", "next_logits")]
+    kept = abstract_memory(config, B, cell.capacity)
+    rows, scalar = jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    return [decode_block.lower(model, kept, rows, scalar, steps=cell.piece)]
 
 
 def compile_ahead(cells: list[Cell]) -> dict[Cell, str]:
@@ -250,7 +246,7 @@ def run_decode(cell: Cell) -> float:
     """Seconds of one block of decode steps, the last of which fills the cell's length, after the
     same block for practice."""
     model = random_like(abstract_model(cell.config), std=0.02)
-    cache = random_like(abstract_cache(cell.config, cell.batch, cell.capacity), std=1.0)
+    cache = random_like(abstract_memory(cell.config, cell.batch, cell.capacity), std=1.0)
     tokens, begin = jnp.zeros((cell.batch,), jnp.int32), np.int32(cell.length - cell.piece)
     cache, tokens = decode_block(model, cache, tokens, begin, steps=cell.piece)
     jax.block_until_ready((cache, tokens))
@@ -403,7 +399,7 @@ def kv_rows(configs: dict[str, ModelConfig], lengths) -> list[dict]:
     cells = [Cell("kv", name, c, n, 1, n) for n in lengths for name, c in configs.items()]
     return [
         _row(cell, "measured")
-        | {"mib": abstract_cache(cell.config, 1, cell.length).nbytes / accounting.MIB}
+        | {"mib": abstract_memory(cell.config, 1, cell.length).nbytes / accounting.MIB}
         for cell in cells
     ]
 

@@ -204,7 +204,8 @@ class Writer:
     """A loaded model and the options of this command; called with texts, it continues them."""
 
     def __init__(self, mesh):
-        from yocou_jax import inference, pretrained, sampling
+        from yocou_jax import inference, pretrained
+        from yocou_jax.inference import sampling
 
         self.inference = inference
         self.sampling = sampling.Sampling(
@@ -244,7 +245,7 @@ class Writer:
     def _write(self, texts: list[str]) -> None:
         inference, tokenizer = self.inference, self.tokenizer
         ids = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
-        capacity, chunk = inference.sizes(
+        capacity, chunk = inference.default_sizes(
             len(ids), max(map(len, ids)), NEW_TOKENS.value, chunk=CHUNK.value
         )
         options = {
@@ -271,13 +272,13 @@ class Writer:
             on_tokens=printer,
             **options,
         )
-        read, written, nbytes = sum(map(len, ids)), int(out.lengths.sum()), out.cache.nbytes
-        kept = next(x for x in (out.cache.global_kv, out.cache.stages[0][0]) if x is not None)
+        read, written, nbytes = sum(map(len, ids)), int(out.lengths.sum()), out.memory.nbytes
+        kept = jax.tree.leaves(out.memory)[0]
         _note(
             f"prefill {read:,} tokens in {out.prefill_s:.3f} s ({read / out.prefill_s:,.0f} "
             f"tokens/s); decode {written:,} tokens in {out.decode_s:.3f} s "
             f"({written / out.decode_s:,.0f} tokens/s); KV cache {nbytes:,} bytes in "
-            f"{kept.k.dtype} ({nbytes // len(out.lengths):,} for each of {len(out.lengths)} rows "
+            f"{kept.dtype} ({nbytes // len(out.lengths):,} for each of {len(out.lengths)} rows "
             f"of {capacity:,} positions){compiled}"
         )
 

@@ -16,9 +16,9 @@ import pytest
 from configs import yocou_1b
 from tests import tiny
 from yocou_jax import accounting
-from yocou_jax.cache import kv_cache
 from yocou_jax.config import Config
-from yocou_jax.model import abstract_params, logits
+from yocou_jax.mixers import MIXERS
+from yocou_jax.model import abstract_params, empty_memory, logits
 from yocou_jax.program import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
@@ -51,9 +51,9 @@ def test_the_kv_cache_is_table_10_exactly(architecture):
 def test_the_kv_cache_is_the_bytes_of_the_arrays(architecture):
     for config in (paper(architecture), tiny.model(architecture, num_kv_heads=1)):
         for length in (8192, 262144):
-            described = jax.eval_shape(lambda n=length, c=config: kv_cache(c, 1, n))
+            described = jax.eval_shape(lambda n=length, c=config: empty_memory(c, 1, n))
             assert described.nbytes == accounting.kv_bytes(config, length)
-    described = jax.eval_shape(lambda: kv_cache(config, 3, 64, jnp.float32))
+    described = jax.eval_shape(lambda: empty_memory(config, 3, 64, jnp.float32))
     assert described.nbytes == 3 * accounting.kv_bytes(config, 64, bytes_per_value=4)
 
 
@@ -175,14 +175,14 @@ def test_attention_flops_are_the_unmasked_pairs(mixer, length):
     config = tiny.model("yoco_u", window=4)
     i, j = np.mgrid[:length, :length]
     mask = (j <= i) & ((i - j < 4) | (mixer != "window"))
-    assert accounting.visible_pairs(config, mixer, length) == mask.sum()
-    assert accounting.visible_keys(config, mixer, length) == mask[-1].sum()
+    assert MIXERS[mixer].pairs(config, length) == mask.sum()
+    assert MIXERS[mixer].keys(config, length) == mask[-1].sum()
 
 
 def test_a_prefix_is_seen_by_every_query():
     config = tiny.model("parscale")  # a prefix of 3
-    assert accounting.visible_pairs(config, "full", 5) == 15 + 5 * 3
-    assert accounting.visible_keys(config, "full", 5) == 5 + 3
+    assert MIXERS["full"].pairs(config, 5) == 15 + 5 * 3
+    assert MIXERS["full"].keys(config, 5) == 5 + 3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -190,10 +190,10 @@ def test_attention_share_of_the_flops(architecture):
     """Take 4 H per pair, query head and layer away, and the rest does not depend on the length."""
     config = tiny.model(architecture)
     n, stages, streams = 24, config.program.stages, config.program.streams
-    pairs = sum(s.depth * accounting.visible_pairs(config, s.mixer, n) for s in stages)
+    pairs = sum(s.depth * MIXERS[s.mixer].pairs(config, n) for s in stages)
     attention = 3 * 4 * 4 * 8 * pairs * streams / n
     matmul = accounting.train_flops_per_token(config, n) - attention
-    blind = sum(s.depth * accounting.visible_pairs(config, s.mixer, 2 * n) for s in stages)
+    blind = sum(s.depth * MIXERS[s.mixer].pairs(config, 2 * n) for s in stages)
     longer = 3 * 4 * 4 * 8 * blind * streams / (2 * n)
     assert accounting.train_flops_per_token(config, 2 * n) - longer == pytest.approx(matmul)
 

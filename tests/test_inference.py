@@ -15,7 +15,17 @@ from tests import tiny
 from yocou_jax import accounting, inference
 from yocou_jax.config import MeshConfig
 from yocou_jax.errors import UserError
-from yocou_jax.inference import Sampling, fork, generate, generate_from, prefill, prepare
+from yocou_jax.inference import (
+    Sampling,
+    fork,
+    generate,
+    generate_from,
+    generation,
+    prefill,
+    prepare,
+    score,
+)
+from yocou_jax.inference.request import bucket
 from yocou_jax.model import logits as forward
 from yocou_jax.program import ARCHITECTURES
 from yocou_jax.sharding import make_mesh
@@ -44,15 +54,11 @@ def assert_equal(got, want, scale, tolerance=1e-5):
 
 
 def check_against_the_forward_pass(config, chunk, capacity=TEXT, steps=7):
-    """Every position of a ragged prefill, the token behind each prompt, and every decode step."""
+    """The token after each prompt of a ragged prefill, and every decode step."""
     tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
     scale, rows = np.abs(want).max(), np.arange(len(LENGTHS))
     prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 7)
-    cache, logits, scores = prefill(
-        model(config), prompts, LENGTHS, capacity=capacity, chunk=chunk, score=True
-    )
-    for row, length in enumerate(LENGTHS):
-        assert_equal(scores[row, :length], want[row, :length], scale)
+    cache, logits = prefill(model(config), prompts, LENGTHS, capacity=capacity, chunk=chunk)
     assert_equal(logits, want[rows, LENGTHS - 1], scale)
     for step in range(steps):
         cache, logits = inference.decode_step(model(config), cache, tokens[rows, LENGTHS + step])
@@ -67,6 +73,30 @@ def check_against_the_forward_pass(config, chunk, capacity=TEXT, steps=7):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_ragged_prefill_and_decode_are_the_forward_pass(name):
     check_against_the_forward_pass(tiny.model(name), chunk=5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scores_are_the_forward_pass_at_every_position(name):
+    """In rows of different lengths, and going on from a prompt that was read and forked."""
+    config = tiny.model(name)
+    tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
+    scale, logps = np.abs(want).max(), tiny.logprobs(want, tokens)
+    memory, logits, found = score(model(config), tokens[:, :17], LENGTHS, capacity=TEXT, chunk=5)
+    assert found.shape == (4, 17)
+    for row, length in enumerate(LENGTHS):
+        assert_equal(found[row, 1:length], logps[row, : length - 1], scale)
+        assert np.isnan(found[row, 0])
+        assert np.isnan(found[row, length:]).all()
+        assert_equal(logits[row], want[row, length - 1], scale)
+    np.testing.assert_array_equal(memory.lengths, LENGTHS)
+
+    prompt, rows = tokens[:1, :6], np.array([0, 0])
+    memory, logits = prefill(model(config), prompt, capacity=TEXT, chunk=5)
+    endings = np.stack([tokens[0, 6:11], tokens[1, 6:11]])
+    _, _, found = score(model(config), endings, memory=fork(memory, rows), logits=logits[rows])
+    texts = np.concatenate([np.repeat(prompt, 2, axis=0), endings], axis=1)
+    whole = full_logits(tiny.params(config), config, jnp.asarray(texts))
+    assert_equal(found, tiny.logprobs(whole, texts)[:, 5:], scale)
 
 
 def test_two_cross_stages_read_one_cache():
@@ -112,8 +142,9 @@ def test_a_model_runs_at_other_loop_counts_than_its_own(num_loops):
         full_logits(tiny.params(trained), trained, jnp.asarray(tokens), num_loops=num_loops)
     )
     run = prepare(tiny.params(trained), config)
-    cache, logits, scores = prefill(run, tokens[:, :13], capacity=15, chunk=4, score=True)
-    assert_equal(scores, want[:, :13], np.abs(want).max())
+    cache, logits, found = score(run, tokens[:, :13], capacity=15, chunk=4)
+    assert_equal(found[:, 1:], tiny.logprobs(want, tokens[:, :13]), np.abs(want).max())
+    assert_equal(logits, want[:, 12], np.abs(want).max())
     assert cache.nbytes == 2 * accounting.kv_bytes(config, 15, 4)
     for at in (13, 14):
         cache, logits = inference.decode_step(run, cache, tokens[:, at])
@@ -126,12 +157,13 @@ def test_a_second_text_goes_on_behind_a_first(name):
     config = tiny.model(name, num_layers=2)
     tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
     more = np.array([6, 1, 7, 4])
-    cache, _ = prefill(model(config), tokens[:, :17], LENGTHS, capacity=TEXT, chunk=8)
+    cache, logits = prefill(model(config), tokens[:, :17], LENGTHS, capacity=TEXT, chunk=8)
     second = np.stack([np.roll(row, -n)[:7] for row, n in zip(tokens, LENGTHS, strict=True)])
-    cache, logits, scores = prefill(model(config), second, more, cache=cache, chunk=3, score=True)
+    cache, logits, found = score(model(config), second, more, memory=cache, logits=logits, chunk=3)
     np.testing.assert_array_equal(cache.lengths, LENGTHS + more)
     for row, (n, m) in enumerate(zip(LENGTHS, more, strict=True)):
-        assert_equal(scores[row, :m], want[row, n : n + m], np.abs(want).max())
+        logps = tiny.logprobs(want, tokens)[row, n - 1 : n + m - 1]
+        assert_equal(found[row, :m], logps, np.abs(want).max())
         assert_equal(logits[row], want[row, n + m - 1], np.abs(want).max())
 
 
@@ -158,11 +190,12 @@ def test_in_bfloat16_it_is_as_exact_as_training(name):
     training = np.asarray(full_logits(tiny.params(half), half, tokens))
     run = prepare(tiny.params(half), half)
     assert {str(x.dtype) for x in jax.tree.leaves(run.params)} == {"bfloat16", "float32"}
-    cache, _, scores = prefill(run, np.asarray(tokens), chunk=7, score=True)
+    cache, _, found = score(run, tokens, chunk=7)
     kept = jax.tree.leaves((cache.stages, cache.global_kv))
     assert {str(x.dtype) for x in kept} == {"bfloat16"}
-    error = np.abs(np.asarray(scores) - want).mean()
-    assert error <= 1.5 * np.abs(training - want).mean()
+    want, trained = tiny.logprobs(want, tokens), tiny.logprobs(training, tokens)
+    error = np.abs(np.asarray(found)[:, 1:] - want).mean()
+    assert error <= 1.5 * np.abs(trained - want).mean()
 
 
 @pytest.mark.parametrize(
@@ -251,9 +284,9 @@ def test_a_row_is_drawn_by_its_own_seed():
 def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own(monkeypatch):
     config = tiny.model("yoco_u", num_layers=2)
     options = {"sampling": Sampling(temperature=1.3, top_k=20), "seeds": 3, "logprobs": True}
-    calls, block = [], inference._generate_block
+    calls, block = [], generation._generate_block
     monkeypatch.setattr(
-        inference, "_generate_block", lambda *a, **k: calls.append(k) or block(*a, **k)
+        generation, "_generate_block", lambda *a, **k: calls.append(k) or block(*a, **k)
     )
     whole = generate(model(config), PROMPTS, max_new_tokens=11, **options)
     assert len(calls) == 1  # no way back to the host between tokens
@@ -265,7 +298,7 @@ def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own(monkeypatch):
     assert (blocks[2][:, 3] == -1).all()
     np.testing.assert_array_equal(streamed.tokens, whole.tokens)
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1)[:, :11], whole.tokens)
-    np.testing.assert_array_equal(streamed.cache.lengths, [len(p) + 11 for p in PROMPTS])
+    np.testing.assert_array_equal(streamed.memory.lengths, [len(p) + 11 for p in PROMPTS])
     assert whole.logprobs.shape == whole.tokens.shape
     for row, prompt in enumerate(PROMPTS):
         text = [*prompt, *whole.tokens[row]]
@@ -280,7 +313,7 @@ def check_what_comes_next(config, out):
         text = [*prompt, *out.tokens[row, : out.lengths[row]]]
         want = text_logits(config, text)[-1]
         assert_equal(out.logits[row], want, np.abs(want).max())
-    np.testing.assert_array_equal(out.cache.lengths, [len(p) for p in PROMPTS] + out.lengths)
+    np.testing.assert_array_equal(out.memory.lengths, [len(p) for p in PROMPTS] + out.lengths)
 
 
 def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
@@ -321,7 +354,7 @@ def test_to_stop_and_go_on_is_to_go_on():
     options = {"sampling": Sampling(temperature=2.0, repetition_penalty=2.0), "seeds": 5}
     whole = generate(run, PROMPTS, max_new_tokens=9, **options)
     part = generate(run, PROMPTS, max_new_tokens=4, capacity=32, **options)
-    rest = generate_from(run, part.cache, part.logits, seen=part.seen, max_new_tokens=5, **options)
+    rest = generate_from(run, part.memory, part.logits, seen=part.seen, max_new_tokens=5, **options)
     np.testing.assert_array_equal(np.hstack([part.tokens, rest.tokens]), whole.tokens)
 
 
@@ -392,7 +425,7 @@ def compiled(caplog):
         yield lambda: collections.Counter(re.findall(r"Compiling jit\((\w+)\)", caplog.text))
 
 
-PROGRAMS = {"_prefill_chunk": 1, "_next_logits": 1, "_generate_block": 1}
+PROGRAMS = {"prefill_chunk": 1, "next_logits": 1, "_generate_block": 1}
 
 
 def inference_programs(counter):
@@ -409,7 +442,7 @@ def test_prompts_of_one_bucket_share_their_programs(compiled):
         generate(run, [[2] * length], max_new_tokens=5, capacity=64, sampling=sampling)
     assert inference_programs(compiled()) == PROGRAMS | {"_generate_block": 2}  # up to 5, up to 7
     generate(run, [[2] * 41], max_new_tokens=5, capacity=64)
-    assert inference_programs(compiled())["_prefill_chunk"] == 2
+    assert inference_programs(compiled())["prefill_chunk"] == 2
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -427,7 +460,7 @@ def test_every_chunk_and_every_block_runs_the_same_program(devices, compiled):
 
 
 def test_buckets_waste_at_most_a_quarter():
-    sizes = [inference.bucket(n) for n in range(1, 3000)]
+    sizes = [bucket(n) for n in range(1, 3000)]
     assert all(n <= size <= max(16, 1.25 * n) for n, size in enumerate(sizes, 1))
     few = [16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]
     assert sorted(set(sizes[:256])) == few
@@ -435,13 +468,13 @@ def test_buckets_waste_at_most_a_quarter():
 
 def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunks():
     for batch, chunk in ((1, 2048), (8, 2048), (9, 1792), (32, 512), (128, 128), (5000, 128)):
-        assert inference.sizes(batch, 10_000)[1] == chunk
+        assert inference.default_sizes(batch, 10_000)[1] == chunk
     with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))):
-        assert inference.sizes(64, 10_000)[1] == 2048  # 8 rows on each device
-        assert inference.sizes(100, 10_000)[1] == 128  # does not divide: 100 on each
-    assert inference.sizes(1, 5000, 64) == (6144, 2048)  # its bucket would be 5120
-    assert inference.sizes(4, 90, 20) == (112, 96)
-    assert inference.sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
+        assert inference.default_sizes(64, 10_000)[1] == 2048  # 8 rows on each device
+        assert inference.default_sizes(100, 10_000)[1] == 128  # does not divide: 100 on each
+    assert inference.default_sizes(1, 5000, 64) == (6144, 2048)  # its bucket would be 5120
+    assert inference.default_sizes(4, 90, 20) == (112, 96)
+    assert inference.default_sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "parscale"])
@@ -456,7 +489,7 @@ def test_eight_devices_say_what_one_does(name):
         many = generate(prepare(tiny.params(config), config), prompts, **options)
     np.testing.assert_array_equal(many.tokens, one.tokens)
     np.testing.assert_allclose(many.logprobs, one.logprobs, atol=1e-4)
-    entry = (many.cache.global_kv or many.cache.stages[0][0]).k
+    entry = jax.tree.leaves(many.memory)[0]
     assert len(entry.sharding.device_set) == 8
     assert entry.addressable_shards[0].data.size == entry.size / 8  # over rows and K/V heads
 
@@ -526,17 +559,17 @@ def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
     prompts = np.array([[1, 2, 3], [4, 5, 6]])
     cache, logits = prefill(run, prompts, np.array([3, 1]), capacity=5)
     with refused("more than the 5 that the cache holds"):
-        prefill(run, prompts, cache=cache)
+        prefill(run, prompts, memory=cache)
     with refused("Prompt 0 has 3 positions and 3 new ones, more than the 5"):
         generate_from(run, cache, logits, max_new_tokens=3)
     out = generate_from(run, cache, logits, max_new_tokens=[2, 4])
-    assert out.cache.lengths.tolist() == [5, 5]
+    assert out.memory.lengths.tolist() == [5, 5]
     given_up = "The cache was given up to an earlier call; to use it twice, fork it first."
     with refused(given_up):
         generate_from(run, cache, logits, max_new_tokens=1)
     with refused(given_up):
         fork(cache, [0])
-    _, logits = inference.decode_step(run, fork(out.cache, [0, 1]), np.array([1, 1]))
+    _, logits = inference.decode_step(run, fork(out.memory, [0, 1]), np.array([1, 1]))
     assert np.isnan(logits).all()  # a loop of one's own cannot miss it
     cache, _ = prefill(run, prompts)
     with refused("Row 0 has no logits"):
@@ -561,12 +594,12 @@ def test_caches_and_rows_that_do_not_fit_are_refused():
     )
     cache, logits = prefill(run, np.array([[1, 2, 3], [4, 5, 6]]))
     with refused("A cache of 2 rows cannot go on with 1 prompts"):
-        prefill(run, np.array([[1]]), cache=cache)
+        prefill(run, np.array([[1]]), memory=cache)
     for stranger in (other, model(tiny.model("transformer"))):
         with refused("The cache is not one of this model"):
             generate_from(stranger, cache, logits, max_new_tokens=1)
-    with refused("capacity=9 cannot be given with a cache"):
-        prefill(run, np.array([[1], [2]]), cache=cache, capacity=9)
+    with refused("capacity=9 cannot be given with a memory"):
+        prefill(run, np.array([[1], [2]]), memory=cache, capacity=9)
     with refused("logits has the shape (1, 32), but must have (2, 32)."):
         generate_from(run, cache, logits[:1], max_new_tokens=1)
     for rows in ([2], [-1], [], [True], [[0]], [0.0]):

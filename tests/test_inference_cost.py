@@ -13,9 +13,9 @@ import pytest
 
 from tests import tiny
 from yocou_jax import accounting, inference
-from yocou_jax.cache import kv_cache
-from yocou_jax.inference import prepare
-from yocou_jax.sampling import Sampling, check
+from yocou_jax.inference import forward, generation, prepare
+from yocou_jax.inference.sampling import Sampling, check
+from yocou_jax.model import empty_memory
 
 # --- Matrix products in compiled HLO --------------------------------------------------------------
 
@@ -87,22 +87,18 @@ def i32(*shape):
 def described(config, capacity, batch=1):
     """A model, and a cache and a residual stream that are only described."""
     model = prepare(tiny.params(config), config)
-    cache = jax.eval_shape(lambda: kv_cache(config, batch, capacity, jnp.float32))
+    cache = jax.eval_shape(lambda: empty_memory(config, batch, capacity, jnp.float32))
     return model, cache, jax.ShapeDtypeStruct((batch, 1, config.d_model), jnp.float32)
 
 
-def chunk_flops(config, chunk, capacity, score=False):
-    model, cache, last = described(config, capacity)
-    lowered = inference._prefill_chunk.lower(
-        model, cache, last, i32(1, chunk), i32(1), i32(), whole=True, score=score
-    )
-    return product_flops(lowered.compile().as_text())
+def chunk_flops(config, chunk, capacity, program="prefill_chunk"):
+    model, _, _ = described(config, capacity)
+    lower = inference.programs(model, 1, capacity, chunk)[program]
+    return product_flops(lower().compile().as_text())
 
 
 def next_flops(config, capacity):
-    return product_flops(
-        inference._next_logits.lower(*described(config, capacity)).compile().as_text()
-    )
+    return chunk_flops(config, 1, capacity, "next_logits")
 
 
 def test_prefill_runs_the_cross_decoder_for_one_position_only():
@@ -118,7 +114,7 @@ def test_prefill_runs_the_cross_decoder_for_one_position_only():
     assert chunk_flops(c, N, S) == 6 * self_decoder + global_kv
     one_position = 2 * accounting._layer_matmul_params(c, cross) + 4 * heads * S
     assert next_flops(c, S) == 2 * one_position + 2 * c.d_model * c.vocab_size
-    everywhere = chunk_flops(c, N, S, score=True) - chunk_flops(c, N, S)
+    everywhere = chunk_flops(c, N, S, "score_chunk") - chunk_flops(c, N, S)
     assert everywhere > N * next_flops(c, S)
 
 
@@ -161,8 +157,8 @@ def test_the_memory_of_a_chunk_does_not_grow_with_the_prompt():
 
     def temporary(capacity):
         model, cache, last = described(config, capacity)
-        lowered = inference._prefill_chunk.lower(
-            model, cache, last, i32(1, 64), i32(1), i32(), whole=True, score=False
+        lowered = forward.prefill_chunk.lower(
+            model, cache, last, i32(1, 64), i32(1), i32(), whole=True
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -177,7 +173,7 @@ def test_a_chunk_of_fresh_prompts_is_written_in_one_piece():
 
     def scatters(start, whole):
         args = model, cache, last, i32(2, 16), i32(2), start
-        lowered = inference._prefill_chunk.lower(*args, whole=whole, score=False)
+        lowered = forward.prefill_chunk.lower(*args, whole=whole)
         return lowered.as_text().count("stablehlo.scatter")
 
     assert scatters(i32(), True) == 0
@@ -190,14 +186,14 @@ def test_every_program_writes_into_the_cache_it_is_given():
     model, cache, last = described(config, 256, batch=2)
     seeds = jax.ShapeDtypeStruct((2,), jnp.uint32)
     logits = jax.ShapeDtypeStruct((2, config.vocab_size), jnp.float32)
-    begin = inference._begin.lower(cache, logits, None, seeds, i32(2))
-    state = jax.eval_shape(inference._begin, cache, logits, None, seeds, i32(2))
+    begin = generation._begin.lower(cache, logits, None, seeds, i32(2))
+    state = jax.eval_shape(generation._begin, cache, logits, None, seeds, i32(2))
     sampling = jax.eval_shape(lambda: check(Sampling(), 2))
-    block = inference._generate_block.lower(
+    block = generation._generate_block.lower(
         model, state, sampling, i32(0), block=8, sort=False, logprobs=False
     )
     args = model, cache, last, i32(2, 16), i32(2), i32()
-    chunk = inference._prefill_chunk.lower(*args, whole=True, score=False)
+    chunk = forward.prefill_chunk.lower(*args, whole=True)
     for lowered in (begin, block, chunk):
         assert lowered.compile().memory_analysis().alias_size_in_bytes >= cache.nbytes
 

@@ -162,10 +162,10 @@ def test_a_window_about_as_long_as_the_text(window):
     trained = np.asarray(hidden) @ np.asarray(params["head"])
     tiny.assert_close(trained, expected[:, :LENGTH])
     model = inference.prepare(params, config)
-    cache, after, scores = inference.prefill(
-        model, tokens[:, :LENGTH], capacity=LENGTH + 3, chunk=LENGTH, score=True
+    cache, after, found = inference.score(
+        model, tokens[:, :LENGTH], capacity=LENGTH + 3, chunk=LENGTH
     )
-    tiny.assert_close(scores, expected[:, :LENGTH])
+    tiny.assert_close(found[:, 1:], tiny.logprobs(expected, tokens[:, :LENGTH]))
     tiny.assert_close(after, expected[:, LENGTH - 1])
     for at in range(LENGTH, LENGTH + 3):
         cache, after = inference.decode_step(model, cache, tokens[:, at])

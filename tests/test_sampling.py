@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from yocou_jax.errors import UserError
-from yocou_jax.sampling import Sampling, check, filter_logits, needs_seen, needs_sort, sample
+from yocou_jax.inference.sampling import (
+    Sampling,
+    check,
+    filter_logits,
+    needs_seen,
+    needs_sort,
+    sample,
+)
 
 V, DRAWS = 16, 20_000
 LOGITS = np.random.default_rng(0).normal(size=V) * 1.5

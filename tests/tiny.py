@@ -71,6 +71,12 @@ def fresh_state(setup, params) -> TrainState:
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, setup.abstract_state))
 
 
+def logprobs(logits, tokens):
+    """log p(tokens[:, i] | all before) from all logits [B, N, V], for i from 1 on: [B, N - 1]."""
+    logps = np.asarray(jax.nn.log_softmax(logits[:, : tokens.shape[1] - 1]))
+    return np.take_along_axis(logps, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+
+
 def tokens(batch: int, length: int, vocab: int = 32, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(0, vocab, (batch, length)), jnp.int32)
 

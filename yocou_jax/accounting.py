@@ -10,18 +10,13 @@ mixture-of-experts feed-forward counts the experts that a token is sent to.
 import dataclasses
 
 from yocou_jax.config import ModelConfig
+from yocou_jax.mixers import MIXERS, kv_width
 from yocou_jax.program import ARCHITECTURES, Stage
 
 MIB = 2**20
 
 
 # --- Parameters -----------------------------------------------------------------------------------
-
-
-def _attention_params(config: ModelConfig, mixer: str) -> int:
-    """Matrix entries of one layer's attention: W_q, W_o and, if it has its own, W_k and W_v."""
-    own_kv = 0 if mixer == "cross" else 2 * config.num_kv_heads
-    return config.d_model * config.head_dim * (2 * config.num_heads + own_kv)
 
 
 def _feed_forward_params(config: ModelConfig, active: bool) -> int:
@@ -34,13 +29,13 @@ def _feed_forward_params(config: ModelConfig, active: bool) -> int:
 
 
 def _layer_matmul_params(config: ModelConfig, stage: Stage) -> int:
-    return _attention_params(config, stage.mixer) + _feed_forward_params(config, active=True)
+    return MIXERS[stage.mixer].weights(config) + _feed_forward_params(config, active=True)
 
 
 def _kv_writer_params(config: ModelConfig) -> int:
     if not config.program.has_cross:
         return 0
-    return 2 * config.d_model * config.num_kv_heads * config.head_dim
+    return config.d_model * kv_width(config)
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -49,17 +44,11 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     program, d = config.program, config.d_model
     parts = {"embedding": config.vocab_size * d}
     for name, stage in program.named_stages:
-        attention = _attention_params(config, stage.mixer)
-        norms = 2 * d + (config.head_dim if config.qk_norm else 0)
-        if config.qk_norm and stage.mixer != "cross":
-            norms += config.head_dim
-        if program.streams > 1:
-            attention += (
-                2 * program.streams * config.prefix_length * config.num_kv_heads * config.head_dim
-            )
+        mixer = MIXERS[stage.mixer]
+        attention = mixer.weights(config) + mixer.learned(config)
         parts[f"{name}.attention"] = stage.layers * attention
         parts[f"{name}.feed_forward"] = stage.layers * _feed_forward_params(config, active=False)
-        parts[f"{name}.norms"] = stage.layers * norms
+        parts[f"{name}.norms"] = stage.layers * (2 * d + mixer.scales(config))
     if program.has_cross:
         parts["global_kv"] = _kv_writer_params(config) + d
         if config.qk_norm:
@@ -84,26 +73,11 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 # --- FLOPs ----------------------------------------------------------------------------------------
 
 
-def visible_pairs(config: ModelConfig, mixer: str, length: int) -> int:
-    """Unmasked (query, key) pairs of one causal sequence of `length` positions, one head."""
-    if mixer == "window":
-        w = min(config.window, length)
-        return w * (w + 1) // 2 + (length - w) * w
-    return length * (length + 1) // 2 + length * config.kv_prefix
-
-
-def visible_keys(config: ModelConfig, mixer: str, context: int) -> int:
-    """Keys that the newest query sees when `context` positions, its own included, are cached."""
-    if mixer == "window":
-        return min(config.window, context)
-    return context + config.kv_prefix
-
-
-def _stage_flops(config: ModelConfig, stage: Stage, tokens: int, pairs: int) -> int:
-    """Forward FLOPs of a stage over `tokens` positions with `pairs` visible (query, key) pairs."""
+def _stage_flops(config: ModelConfig, stage: Stage, tokens: int, mixing: int) -> int:
+    """Forward FLOPs of a stage over `tokens` positions, `mixing` of them in each layer's mixer
+    beside those of its matrices."""
     matmul = 2 * _layer_matmul_params(config, stage) * tokens
-    attention = 4 * config.num_heads * config.head_dim * pairs
-    return config.program.streams * stage.depth * (matmul + attention)
+    return config.program.streams * stage.depth * (matmul + mixing)
 
 
 def _ends_flops(config: ModelConfig, kv_tokens: int, head_tokens: int) -> int:
@@ -117,7 +91,7 @@ def _ends_flops(config: ModelConfig, kv_tokens: int, head_tokens: int) -> int:
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
     """Forward and backward FLOPs per token of a training sequence of `length` positions."""
     forward = _ends_flops(config, length, length) + sum(
-        _stage_flops(config, stage, length, visible_pairs(config, stage.mixer, length))
+        _stage_flops(config, stage, length, MIXERS[stage.mixer].sequence_flops(config, length))
         for stage in config.program.stages
     )
     return 3 * forward / length
@@ -131,18 +105,18 @@ def prefill_flops_per_token(config: ModelConfig, length: int) -> float:
     """
     flops = _ends_flops(config, length, 1)
     for stage in config.program.stages:
-        if stage.mixer == "cross":
-            flops += _stage_flops(config, stage, 1, length)
+        mixer = MIXERS[stage.mixer]
+        if stage.reads_global:
+            flops += _stage_flops(config, stage, 1, mixer.step_flops(config, length))
         else:
-            pairs = visible_pairs(config, stage.mixer, length)
-            flops += _stage_flops(config, stage, length, pairs)
+            flops += _stage_flops(config, stage, length, mixer.sequence_flops(config, length))
     return flops / length
 
 
 def decode_flops_per_token(config: ModelConfig, context: int) -> int:
     """FLOPs of one decode step that sees `context` positions, its own included."""
     return _ends_flops(config, 1, 1) + sum(
-        _stage_flops(config, stage, 1, visible_keys(config, stage.mixer, context))
+        _stage_flops(config, stage, 1, MIXERS[stage.mixer].step_flops(config, context))
         for stage in config.program.stages
     )
 
@@ -165,33 +139,34 @@ def decode_bytes_per_step(
         tokens = batch * program.streams
         share = (1 - c.experts_per_token / c.num_experts) ** tokens
         unchosen = share * c.num_experts * 3 * c.d_model * c.expert_width
-    positions = 0
+    cached = 0
     for stage in program.stages:
+        mixer = MIXERS[stage.mixer]
         feed_forward = _feed_forward_params(c, active=False) - unchosen
-        matrices += stage.depth * (_attention_params(c, stage.mixer) + feed_forward)
-        positions += stage.depth * program.streams * visible_keys(c, stage.mixer, context)
-    cached = batch * positions * 2 * c.num_kv_heads * c.head_dim
-    return bytes_per_value * (matrices + cached)
+        matrices += stage.depth * (mixer.weights(c) + feed_forward)
+        cached += stage.depth * program.streams * mixer.read(c, context)
+    return bytes_per_value * (matrices + batch * cached)
 
 
 # --- KV cache -------------------------------------------------------------------------------------
 
 
-def kv_entries(config: ModelConfig, length: int) -> int:
-    """K/V positions kept per sequence: W per (loop, window layer), `length` per (loop, full layer)
-    and stream (and there the learned prefix), and `length` once for the global cache (Table 1,
-    column KV memory)."""
-    program = config.program
-    full = (length + config.kv_prefix) * program.streams
-    per_layer = {"window": config.window, "full": full, "cross": 0}
-    local = sum(stage.depth * per_layer[stage.mixer] for stage in program.stages)
-    return local + (length if program.has_cross else 0)
-
-
 def kv_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
-    """Bytes of all K and V caches of one sequence (Table 10 in MiB; bfloat16 by default)."""
-    entry = 2 * config.num_kv_heads * config.head_dim * bytes_per_value
-    return kv_entries(config, length) * entry
+    """Bytes of all memories of one sequence after `length` positions (Table 10 in MiB; bfloat16 by
+    default).
+
+    Of keys and values that is W positions for each (loop, window layer), `length` for each (loop,
+    full layer) and stream (and the learned prefix), and `length` once for the global cache (Table
+    1, column KV memory).
+    """
+    program = config.program
+    numbers = sum(
+        program.streams * stage.depth * MIXERS[stage.mixer].kept(config, length)
+        for stage in program.stages
+    )
+    if program.has_cross:
+        numbers += length * kv_width(config)
+    return numbers * bytes_per_value
 
 
 # --- Reports --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Projections around the attention kernels: window, full, the global K/V writer, cross.
+"""The mixers as modules: window, full and cross attention, and the writer of the global K, V.
 
-The maths (masks, softmax, backward) lives in pallas_kernels; here is what has parameters.
+The mathematics (masks, softmax, backward) is in pallas_kernels; here is what has parameters.
+`MODULES` has the same keys as `MIXERS`, which has the facts.
 """
 
 import flax.linen as nn
@@ -9,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import SegmentIds, api
-from yocou_jax.cache import AXES, Append, KeyValue, append, ring_and_new, ring_append_one
 from yocou_jax.config import ModelConfig
 from yocou_jax.layers import Linear, RMSNorm, rope
+from yocou_jax.memory import KV_AXES, Cache, KeyValue, NewPositions, Ring
 from yocou_jax.sharding import attention_partition, constrain
 from yocou_jax.typing import Array, Float, Int
 
@@ -22,17 +23,17 @@ class Context:
 
     positions [B or 1, N] for RoPE, restarting at each document when documents are packed;
     segment_ids [B, N] then keep attention inside a document (None: one document a row);
-    global_kv is set from the moment it is written, and read by cross layers only.
+    global_kv is that of these positions, None until it is written; cross layers read it.
 
-    Inference: `at` says where the N positions stand behind the cached ones; global_kv then is the
-    whole global cache, and new_global_kv the part of these N positions.
+    Inference: `at` says how many positions each row has already, and global_cache has the global
+    K, V of those and of these.
     """
 
     positions: Int[Array, "B N"]
     segment_ids: Int[Array, "B N"] | None = None
     global_kv: KeyValue | None = None
-    at: Append | None = None
-    new_global_kv: KeyValue | None = None
+    at: NewPositions | None = None
+    global_cache: Cache | None = None
 
 
 class Query(nn.Module):
@@ -65,7 +66,7 @@ class KeyValueWriter(nn.Module):
         v = Linear(shape, axes, self.dtype, name="value")(x)
         if c.qk_norm:
             k = RMSNorm(c.norm_eps, name="norm")(k)
-        return KeyValue(constrain(k, *AXES), constrain(v, *AXES))
+        return KeyValue(constrain(k, *KV_AXES), constrain(v, *KV_AXES))
 
 
 class Output(nn.Module):
@@ -86,24 +87,23 @@ def attention_options(config: ModelConfig) -> dict:
     return {"implementation": config.attention, "partition": attention_partition()}
 
 
-def window_attention_cached(
-    q: Float[Array, "B N Q H"], new: KeyValue, ring: KeyValue, at: Append, **options
-) -> tuple[Float[Array, "B N Q H"], KeyValue]:
-    """Attention of N new positions over the ring and each other, and the ring afterwards."""
+def attend_to_ring(
+    q: Float[Array, "B N Q H"], new: KeyValue, ring: Ring, at: NewPositions, **options
+) -> Float[Array, "B N Q H"]:
+    """Attention of N new positions over the ring, which does not have them yet, and each other."""
     W = ring.k.shape[1]
     if q.shape[1] == 1:
-        ring = ring_append_one(ring, new, at)
-        return api.decode_window(q[:, 0], ring.k, ring.v, at.end, **options)[:, None], ring
-    joined, exists, ring = ring_and_new(ring, new, at)
+        ring = ring.commit(new, at)
+        return api.decode_window(q[:, 0], ring.k, ring.v, at.end, **options)[:, None]
+    seen, exists = ring.peek(new, at)
     segments = SegmentIds(jnp.ones(q.shape[:2], jnp.int32), exists)
-    y = api.window_attention(
-        q, joined.k, joined.v, window=W, q_offset=W, segment_ids=segments, **options
+    return api.window_attention(
+        q, seen.k, seen.v, window=W, q_offset=W, segment_ids=segments, **options
     )
-    return y, ring
 
 
-def causal_attention_cached(
-    q: Float[Array, "B N Q H"], new: KeyValue | None, cache: KeyValue, at: Append, **options
+def attend_to_cache(
+    q: Float[Array, "B N Q H"], new: KeyValue | None, cache: Cache, at: NewPositions, **options
 ) -> Float[Array, "B N Q H"]:
     """Attention of N new positions over a cache that has them already; `new` are they alone (not
     read for a single one).
@@ -112,6 +112,7 @@ def causal_attention_cached(
     other; the two results are joined by their log-sum-exps. So a chunk needs no static offset, and
     rows may be of different lengths.
     """
+    at = cache.slots(at)
     if q.shape[1] == 1:
         return api.decode_cross(q[:, 0], cache.k, cache.v, at.end, **options)[:, None]
     B, S = cache.k.shape[:2]
@@ -125,50 +126,86 @@ def causal_attention_cached(
     return (share * old + (1 - share) * own).astype(q.dtype)
 
 
-class SelfAttention(nn.Module):
-    """Causal self-attention with RoPE: over the last `window` keys, or over all of them.
+class MixerModule(nn.Module):
+    """What every kind of layer has in common: how it is called and what it keeps.
 
-    mixer "window": y_i attends to keys i-W+1 .. i. mixer "full": to keys 0 .. i, and with parallel
-    streams also to the stream's own learned K/V prefix (ParScale, arXiv 2505.10475).
-
-    `cached` is the layer's cache in inference (context.at says where x stands in it), which comes
-    back with the new keys and values; a cache has the prefix in its first slots.
+    __call__(x [B, N, D], context, memory) returns y [B, N, D] and what is new. Training has no
+    memory (None) and returns None for what is new. In inference `memory` is the layer's own, made
+    by `empty`, and what is new is written to it by its `commit`.
     """
 
     config: ModelConfig
-    mixer: str
     dtype: jnp.dtype
+
+    @staticmethod
+    def empty(config: ModelConfig, rows: int, capacity: int, dtype):
+        """A memory for `rows` sequences (of every parallel stream) of at most `capacity` positions;
+        None for a mixer that keeps nothing."""
+        return None
+
+    @staticmethod
+    def begin(memory, params):
+        """An empty memory with what is learned in its place; params: the mixer's own."""
+        return memory
+
+
+class SelfAttention(MixerModule):
+    """Causal self-attention with RoPE; `_attend` says over which keys."""
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], context: Context, cached: KeyValue | None = None
+        self, x: Float[Array, "B N D"], context: Context, memory: Ring | Cache | None = None
     ) -> tuple[Float[Array, "B N D"], KeyValue | None]:
         c = self.config
         q = rope(Query(c, self.dtype, name="query")(x), context.positions, c.rope_theta)
         kv = KeyValueWriter(c, self.dtype, name="key_value")(x)
         kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))
-        options = attention_options(c)
-        prefix = c.kv_prefix if self.mixer == "full" else 0
-        if cached is not None:
-            at = context.at
-            if self.mixer == "window":
-                y, cached = window_attention_cached(q, kv, cached, at, **options)
-            else:
-                at = at.replace(start=at.start + prefix)
-                cached = append(cached, kv, at)
-                y = causal_attention_cached(q, kv, cached, at, **options)
-        elif self.mixer == "window":
-            y = api.window_attention(
-                q, kv.k, kv.v, window=c.window, segment_ids=context.segment_ids, **options
-            )
-        else:
-            if prefix:
-                kv = self._prepend_prefix(kv)
-            # Queries stand behind the prefix, so that all of it is visible to each of them.
-            y = api.cross_attention(
-                q, kv.k, kv.v, q_offset=prefix, segment_ids=context.segment_ids, **options
-            )
-        return Output(c, self.dtype, name="output")(y), cached
+        y = self._attend(q, kv, context, memory)
+        return Output(c, self.dtype, name="output")(y), None if memory is None else kv
+
+
+class WindowAttention(SelfAttention):
+    """y_i attends to keys i-W+1 .. i."""
+
+    @staticmethod
+    def empty(config: ModelConfig, rows: int, capacity: int, dtype) -> Ring:
+        return Ring.zeros(config, rows, config.window, dtype)
+
+    def _attend(self, q, kv: KeyValue, context: Context, ring: Ring | None):
+        options = attention_options(self.config)
+        if ring is not None:
+            return attend_to_ring(q, kv, ring, context.at, **options)
+        return api.window_attention(
+            *(q, kv.k, kv.v), window=self.config.window, segment_ids=context.segment_ids, **options
+        )
+
+
+class FullAttention(SelfAttention):
+    """y_i attends to keys 0 .. i, and with parallel streams also to the stream's own learned keys
+    and values (ParScale, arXiv 2505.10475), which are the first slots of its cache."""
+
+    @staticmethod
+    def empty(config: ModelConfig, rows: int, capacity: int, dtype) -> Cache:
+        prefix = config.kv_prefix
+        return Cache.zeros(config, rows, capacity + prefix, dtype, prefix=prefix)
+
+    @staticmethod
+    def begin(memory: Cache, params) -> Cache:
+        if not memory.prefix:
+            return memory
+        first = stream_prefix(params["prefix"], memory.k.shape[0], memory.k.dtype)
+        return memory.updated(lambda x, n: jax.lax.dynamic_update_slice_in_dim(x, n, 0, 1), first)
+
+    def _attend(self, q, kv: KeyValue, context: Context, cache: Cache | None):
+        options, prefix = attention_options(self.config), self.config.kv_prefix
+        if cache is not None:
+            return attend_to_cache(q, kv, cache.commit(kv, context.at), context.at, **options)
+        if prefix:
+            kv = self._prepend_prefix(kv)
+        # Queries come after the prefix, so that all of it is visible to each of them.
+        return api.cross_attention(
+            *(q, kv.k, kv.v), q_offset=prefix, segment_ids=context.segment_ids, **options
+        )
 
     def _prepend_prefix(self, kv: KeyValue) -> KeyValue:
         """Puts each stream's learned keys and values before the sequence's; B is stream-major."""
@@ -208,21 +245,27 @@ class GlobalKeyValue(nn.Module):
         return jax.tree.map(lambda x: x.astype(jnp.float32), kv)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(MixerModule):
     """Causal attention on the global K, V, without position encoding unless cross_rope."""
 
-    config: ModelConfig
-    dtype: jnp.dtype
-
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], context: Context) -> Float[Array, "B N D"]:
+    def __call__(
+        self, x: Float[Array, "B N D"], context: Context, memory: None = None
+    ) -> tuple[Float[Array, "B N D"], None]:
         c = self.config
         q = Query(c, self.dtype, name="query")(x)
         if c.cross_rope:
             q = rope(q, context.positions, c.rope_theta)
         kv, options = context.global_kv, attention_options(c)
         if context.at is not None:
-            y = causal_attention_cached(q, context.new_global_kv, kv, context.at, **options)
+            y = attend_to_cache(q, kv, context.global_cache, context.at, **options)
         else:
             y = api.cross_attention(q, kv.k, kv.v, segment_ids=context.segment_ids, **options)
-        return Output(c, self.dtype, name="output")(y)
+        return Output(c, self.dtype, name="output")(y), None
+
+
+MODULES: dict[str, type[MixerModule]] = {
+    "window": WindowAttention,
+    "full": FullAttention,
+    "cross": CrossAttention,
+}

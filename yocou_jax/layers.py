@@ -15,6 +15,21 @@ def fan_in_init(fan_in: int, scale: float = 1.0) -> Callable:
     return nn.initializers.normal(scale * fan_in**-0.5)
 
 
+class ExactPartitioned(nn.LogicallyPartitioned):
+    """The box of a parameter that is used in float32 whatever the compute type: inference keeps it
+    so, where it casts all others once."""
+
+
+def exact(init: Callable, axes: tuple[str | None, ...]) -> Callable:
+    """As `nn.with_logical_partitioning`, for a parameter that is used in float32."""
+
+    @functools.wraps(init)
+    def boxed(*args, **kwargs) -> ExactPartitioned:
+        return ExactPartitioned(init(*args, **kwargs), axes)
+
+    return boxed
+
+
 class Linear(nn.Module):
     """y = x W without bias; W may have several output dimensions, and contract several of x.
 
@@ -34,13 +49,15 @@ class Linear(nn.Module):
         fan_in = 1
         for size in inputs:
             fan_in *= size
-        init = nn.with_logical_partitioning(fan_in_init(fan_in, self.init_scale), self.axes)
+        # Whoever asks for float32 (a router, a gate) means it.
+        float32 = self.dtype == jnp.float32
+        box = exact if float32 else nn.with_logical_partitioning
+        init = box(fan_in_init(fan_in, self.init_scale), self.axes)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
         kernel = kernel.astype(self.dtype).reshape(fan_in, -1)
         leading = x.shape[: x.ndim - num_in]
-        # Whoever asks for float32 (a router, a gate) means it: TPUs would use bfloat16 passes.
-        exact = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
-        y = jnp.matmul(x.reshape(-1, fan_in), kernel, precision=exact)
+        precision = jax.lax.Precision.HIGHEST if float32 else None  # TPUs would use bfloat16 passes
+        y = jnp.matmul(x.reshape(-1, fan_in), kernel, precision=precision)
         return y.reshape(*leading, *self.features)
 
 
@@ -81,7 +98,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        init = exact(nn.initializers.ones, ("norm",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         return rms_norm(x, scale, self.eps)
 

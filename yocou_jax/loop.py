@@ -27,6 +27,7 @@ from yocou_jax.lock import WorkdirLock
 from yocou_jax.manifest import check_resume, describe
 from yocou_jax.manifest import read as read_manifest
 from yocou_jax.manifest import write as write_manifest
+from yocou_jax.mixers import MIXERS
 from yocou_jax.model import compute_dtype
 from yocou_jax.resume import END_FIELDS, FREE_FIELDS, going_on, load_source
 from yocou_jax.sharding import batch_sharding
@@ -402,29 +403,23 @@ def attention_choices(config: Config) -> dict[str, str]:
     """Which implementation runs each kind of attention of a training step, and why."""
     m, length = config.model, config.data.sequence_length
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    prefix = m.kv_prefix
-    mixers = {stage.mixer for stage in m.program.stages}
-    kinds = {
-        "window_attention": ({"window"}, m.window, 0),
-        "cross_attention": ({"full", "cross"}, None, prefix),
-    }
+    kernels = [MIXERS[stage.mixer].kernel(m) for stage in m.program.stages]
     choices = {}
-    for operation, (needed_by, window, q_offset) in kinds.items():
-        if mixers & needed_by:
-            try:
-                choice = api.choose_implementation(
-                    operation,
-                    implementation=m.attention,
-                    q_shape=(rows, length, m.num_heads, m.head_dim),
-                    k_shape=(rows, length + q_offset, m.num_kv_heads, m.head_dim),
-                    dtype=compute_dtype(m),
-                    window=window,
-                    segments=config.data.packing,
-                    q_offset=q_offset,
-                )
-            except ValueError as error:
-                raise UserError(f"model.attention='{m.attention}': {error}") from error
-            choices[operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
+    for kernel in sorted({kernel for kernel in kernels if kernel is not None}, reverse=True):
+        try:
+            choice = api.choose_implementation(
+                kernel.operation,
+                implementation=m.attention,
+                q_shape=(rows, length, m.num_heads, m.head_dim),
+                k_shape=(rows, length + kernel.prefix, m.num_kv_heads, m.head_dim),
+                dtype=compute_dtype(m),
+                window=kernel.window,
+                segments=config.data.packing,
+                q_offset=kernel.prefix,
+            )
+        except ValueError as error:
+            raise UserError(f"model.attention='{m.attention}': {error}") from error
+        choices[kernel.operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
     return choices
 
 

@@ -20,15 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target_device
-from yocou_jax.attention import (
-    Context,
-    CrossAttention,
-    GlobalKeyValue,
-    SelfAttention,
-)
-from yocou_jax.cache import KeyValue
+from yocou_jax.attention import MODULES, Context, GlobalKeyValue
 from yocou_jax.config import ModelConfig
-from yocou_jax.layers import Linear, RMSNorm, SwiGLU, fan_in_init
+from yocou_jax.layers import Linear, RMSNorm, SwiGLU, exact, fan_in_init
+from yocou_jax.memory import Cache, KeyValue, Memory
 from yocou_jax.moe import MixtureOfExperts, RouterStats
 from yocou_jax.program import Stage
 from yocou_jax.sharding import constrain
@@ -51,37 +46,34 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 @flax.struct.dataclass
 class BlockOutput:
-    """What a layer returns besides x: its routing (None without experts) and, in inference, its
-    cache with the new positions."""
+    """What a layer returns besides x: its routing (None without experts) and, in inference, what
+    its memory is to `commit` (None if it keeps nothing)."""
 
     router: RouterStats | None
-    cached: KeyValue | None
+    new: PyTree
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + Attention(RMSNorm(x)), then x + FeedForward(RMSNorm(x))."""
+    """One pre-norm layer: x + Mixer(RMSNorm(x)), then x + FeedForward(RMSNorm(x))."""
 
     config: ModelConfig
     mixer: str
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], context: Context, cached: KeyValue | None = None
+        self, x: Float[Array, "B N D"], context: Context, memory: PyTree = None
     ) -> tuple[Float[Array, "B N D"], BlockOutput]:
         c, dtype = self.config, compute_dtype(self.config)
         h = RMSNorm(c.norm_eps, name="attention_norm")(x)
-        if self.mixer == "cross":
-            x = x + CrossAttention(c, dtype, name="attention")(h, context)
-        else:
-            y, cached = SelfAttention(c, self.mixer, dtype, name="attention")(h, context, cached)
-            x = x + y
+        y, new = MODULES[self.mixer](c, dtype, name="attention")(h, context, memory)
+        x = x + y
         h = RMSNorm(c.norm_eps, name="feed_forward_norm")(x)
         if c.num_experts:
             y, stats = MixtureOfExperts(c, dtype, name="feed_forward")(h)
         else:
             y = SwiGLU(c.d_ff, dtype, c.residual_scale, name="feed_forward")(h)
             stats = None
-        return constrain(x + y, "batch", "length", "activation"), BlockOutput(stats, cached)
+        return constrain(x + y, "batch", "length", "activation"), BlockOutput(stats, new)
 
 
 class StageStack(nn.Module):
@@ -106,6 +98,9 @@ class StageStack(nn.Module):
             in_axes=nn.broadcast,
             length=self.stage.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            # A check that traces the layer once more. Initialisation keeps it: it is what brings
+            # shared parameters out of a loop, and without it they would be drawn differently.
+            check_constancy_invariants=self.is_initializing(),
         )(self.config, self.stage.mixer)
 
     def __call__(
@@ -122,6 +117,7 @@ class StageStack(nn.Module):
             split_rngs={"params": False},
             in_axes=nn.broadcast,
             length=num_loops,
+            check_constancy_invariants=self.is_initializing(),
         )
         x, out = loop(self, x, context)
         return x, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), out.router)
@@ -157,9 +153,11 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         c, dtype = self.config, compute_dtype(self.config)
-        init = nn.with_logical_partitioning(fan_in_init(c.d_model), ("vocab", "embed"))
+        init = exact(fan_in_init(c.d_model), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
-        self.stages = [StageStack(c, stage, name=name) for name, stage in c.program.named_stages]
+        self.stages = {
+            name: StageStack(c, stage, name=name) for name, stage in c.program.named_stages
+        }
         if c.program.has_cross:
             self.global_kv = GlobalKeyValue(c, dtype)
         if c.program.streams > 1:
@@ -184,15 +182,21 @@ class LanguageModel(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         context = Context(positions, segment_ids)
-        x = self.embed(tokens)
-        router = []
-        for stage, stack in zip(program.stages, self.stages, strict=True):
-            if stage.mixer == "cross" and context.global_kv is None:
-                context = context.replace(global_kv=self.write_global_kv(x, context))
-            x, stats = stack(x, context, stage.num_loops)
-            router.append(stats)
-        router = None if router[0] is None else jax.tree.map(lambda *s: jnp.concatenate(s), *router)
+        x, router = self._run(program.self_decoder, self.embed(tokens), context)
+        if program.has_cross:
+            context = context.replace(global_kv=self.write_global_kv(x, context))
+            x, late = self._run(program.cross_decoder, x, context)
+            router += late
+        router = jax.tree.map(lambda *s: jnp.concatenate(s), *router) if c.num_experts else None
         return ModelOutput(self.read_out(x), router)
+
+    def _run(self, stages: list[tuple[str, Stage]], x, context: Context):
+        """One half of the program; also the routing statistics of each stage."""
+        router = []
+        for name, stage in stages:
+            x, stats = self.stages[name](x, context, stage.num_loops)
+            router.append(stats)
+        return x, router
 
     # The parts that are not stages, also for inference, which runs the stages layer by layer.
 
@@ -231,6 +235,23 @@ def abstract_params(config: ModelConfig) -> PyTree:
     tokens = jnp.zeros((config.program.streams, 2), jnp.int32)
     model = LanguageModel(config)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
+
+
+def empty_memory(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16) -> Memory:
+    """What inference keeps, for `batch` sequences of at most `capacity` positions; what is learned
+    (ParScale's prefix) is not in its place yet.
+
+    Under `jax.eval_shape` it allocates nothing and describes shapes and types.
+    """
+    program, rows = config.program, batch * config.program.streams
+    stages = {
+        name: tuple(
+            MODULES[stage.mixer].empty(config, rows, capacity, dtype) for _ in range(stage.depth)
+        )
+        for name, stage in program.self_decoder
+    }
+    global_kv = Cache.zeros(config, batch, capacity, dtype) if program.has_cross else None
+    return Memory(stages, global_kv, jnp.zeros((batch,), jnp.int32))
 
 
 def head_matrix(params: PyTree, config: ModelConfig) -> Float[Array, "D V"]:

@@ -2,22 +2,25 @@
 
     yoco_u = "window*10@3 | cross*10"      10 window layers, applied 3 times; then 10 cross layers
 
-`mixer*layers@loops`, stages joined by `|`, and `, streams=P` behind them for ParScale. Mixers:
+A stage is written `mixer*layers@loops`, stages are joined by `|`, and `, streams=P` at the end runs
+parallel streams (ParScale). The mixers are in mixers.py:
 
     window   causal self-attention over the last W keys, the query's own included (RoPE)
     full     causal self-attention over everything before (RoPE)
     cross    causal attention on the one global K, V (no position encoding)
 
-The global K, V are written once, by one RMSNorm and two projections, right before the first cross
-stage (YOCO, arXiv 2405.05254; YOCO-U, arXiv 2604.01220). A new architecture is a new line below.
+The self-decoder is what comes before the first cross stage, and the cross-decoder is the rest. The
+global K, V are written once, between the two, by one RMSNorm and two projections (YOCO, arXiv
+2405.05254; YOCO-U, arXiv 2604.01220). A new architecture is a new line below.
 """
 
 import dataclasses
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from yocou_jax.errors import UserError, shown
-
-MIXERS = ("window", "full", "cross")
+from yocou_jax.mixers import MIXERS
 
 # {all} is the number of layers, {half} half of it. The loop counts are the paper's; a config's
 # `model.num_loops` replaces the count of every stage that has one.
@@ -58,6 +61,11 @@ class Stage:
             )
 
     @property
+    def reads_global(self) -> bool:
+        """Whether its layers read the one global K, V and keep nothing of their own."""
+        return MIXERS[self.mixer].memory == "global"
+
+    @property
     def num_loops(self) -> int:
         return self.loops or 1
 
@@ -70,6 +78,23 @@ class Stage:
         return f"{self.mixer}*{self.layers}" + ("" if self.loops is None else f"@{self.loops}")
 
 
+class Visit(NamedTuple):
+    """One application of one layer on a token's way through a program.
+
+    name: of the stage, as its parameters are named. index: of the application within the stage,
+    loop by loop; every (loop, layer) has a memory of its own.
+    """
+
+    name: str
+    stage: Stage
+    loop: int
+    layer: int
+
+    @property
+    def index(self) -> int:
+        return self.loop * self.stage.layers + self.layer
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """The stages in order; `streams` parallel copies of the input (ParScale) when above 1."""
@@ -78,15 +103,15 @@ class Program:
     streams: int = 1
 
     def __post_init__(self):
-        mixers = [stage.mixer for stage in self.stages]
-        if not mixers:
+        if not self.stages:
             raise UserError("A program needs at least one stage, such as 'full*12'.")
-        if mixers[0] == "cross":
+        readers = [stage.reads_global for stage in self.stages]
+        if readers[0]:
             raise UserError(
                 f"The program {shown(str(self))} begins with a cross stage, but no layer before it "
                 "could write the global K, V: put a window or full stage first."
             )
-        if "cross" in mixers and set(mixers[mixers.index("cross") :]) != {"cross"}:
+        if readers != sorted(readers):
             raise UserError(
                 f"The program {shown(str(self))} has a window or full stage after a cross stage; "
                 "once the global K, V are written only cross stages may follow, because prefill "
@@ -94,7 +119,7 @@ class Program:
             )
         if self.streams < 1:
             raise UserError(f"streams={shown(self.streams)} must be at least 1.")
-        if self.streams > 1 and set(mixers) != {"full"}:
+        if self.streams > 1 and not all(MIXERS[stage.mixer].streams for stage in self.stages):
             raise UserError(
                 f"The program {shown(str(self))} has streams={shown(self.streams)}; parallel "
                 "streams (ParScale) are defined for programs of full stages alone."
@@ -174,8 +199,26 @@ class Program:
         return [(f"stage_{i}_{stage.mixer}", stage) for i, stage in enumerate(self.stages)]
 
     @property
+    def self_decoder(self) -> list[tuple[str, Stage]]:
+        """The named stages before the global K, V: those that a prompt must run through."""
+        return [(name, stage) for name, stage in self.named_stages if not stage.reads_global]
+
+    @property
+    def cross_decoder(self) -> list[tuple[str, Stage]]:
+        """The named stages that read the global K, V: prefill skips them (YOCO, section 2.2)."""
+        return [(name, stage) for name, stage in self.named_stages if stage.reads_global]
+
+    @property
     def has_cross(self) -> bool:
-        return self.stages[-1].mixer == "cross"
+        """Whether there is a cross-decoder, and so a global K, V."""
+        return self.stages[-1].reads_global
+
+    def visits(self) -> Iterator[Visit]:
+        """Every layer application that a token passes through, in order."""
+        for name, stage in self.named_stages:
+            for loop in range(stage.num_loops):
+                for layer in range(stage.layers):
+                    yield Visit(name, stage, loop, layer)
 
     def __str__(self) -> str:
         text = " | ".join(str(stage) for stage in self.stages)

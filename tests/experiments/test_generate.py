@@ -1,7 +1,6 @@
 """The command as a user types it: texts as they come, and what a mistake is answered with."""
 
 import dataclasses
-import functools
 import io
 import os
 import random
@@ -19,12 +18,11 @@ from absl.testing import flagsaver
 from experiments import generate as command
 from experiments.generate import Printer, Row, talk
 from tests.test_pretrained import model, workdir
-from yocou_jax import inference, pretrained
+from yocou_jax import inference
 from yocou_jax.checkpoint import Checkpointer
 from yocou_jax.data.tokenizer import load_tokenizer, train_bpe
 from yocou_jax.errors import UserError
-from yocou_jax.inference import Sampling, generate, prepare
-from yocou_jax.model import abstract_params
+from yocou_jax.inference import Sampling, generate, generation, prepare
 from yocou_jax.pretrained import export
 from yocou_jax.train import TrainState
 
@@ -255,7 +253,7 @@ def test_rows_that_the_host_ends_are_no_longer_computed():
     run, prompts = prepare(one.params, one.config), [[1, 2], [3]]
     options = {"max_new_tokens": 12, "block": 3, "sampling": Sampling(1.0)}
     whole = generate(run, prompts, on_tokens=lambda _: None, **options)
-    compiled = inference._generate_block._cache_size()
+    compiled = generation._generate_block._cache_size()
     calls = []
 
     def first_row_ends(tokens):
@@ -267,7 +265,7 @@ def test_rows_that_the_host_ends_are_no_longer_computed():
     np.testing.assert_array_equal(out.tokens[0, 6:], -1)
     np.testing.assert_array_equal(out.tokens[0, :6], whole.tokens[0, :6])
     np.testing.assert_array_equal(out.tokens[1], whole.tokens[1])
-    assert inference._generate_block._cache_size() == compiled
+    assert generation._generate_block._cache_size() == compiled
     out = generate(run, prompts, on_tokens=lambda _: np.array([True, True]), **options)
     assert out.tokens.shape == (2, 3)
 
@@ -432,10 +430,8 @@ def no_model(monkeypatch, typed):
         raise Reached
 
     typed(b"a")
-    # Traced once, and not for each command.
-    monkeypatch.setattr(pretrained, "abstract_params", functools.cache(abstract_params))
-    monkeypatch.setattr(inference, "prepare", inference.Model)  # as it is, without compiling
-    monkeypatch.setattr(inference, "prefill", reached)
+    monkeypatch.setattr(inference, "prepare", inference.PreparedModel)  # without compiling
+    monkeypatch.setattr(generation, "run_prefill", reached)
 
 
 def answer(given) -> str:

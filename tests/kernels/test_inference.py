@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import interpret
 from tests import tiny
 from tests.kernels import test_pallas_gpu, test_triton
-from yocou_jax.inference import decode_step, prefill, prepare
+from yocou_jax.inference import decode_step, prepare, score
 from yocou_jax.model import logits as forward
 
 KERNELS = [
@@ -31,9 +31,10 @@ def test_a_ragged_prefill_and_decode_are_the_forward_pass_in_plain_xla(implement
     want = np.asarray(full(tiny.params(plain), plain, jnp.asarray(tokens)))
     with interpret():
         model = prepare(tiny.params(plain), kernels)
-        cache, _, scores = prefill(model, tokens[:, :13], lengths, capacity=20, chunk=6, score=True)
+        cache, _, found = score(model, tokens[:, :13], lengths, capacity=20, chunk=6)
         for row, length in enumerate(lengths):
-            tiny.assert_close(scores[row, :length], want[row, :length])
+            logps = tiny.logprobs(want, tokens)[row, : length - 1]
+            tiny.assert_close(found[row, 1:length], logps)
         for step in range(2):
             cache, logits = decode_step(model, cache, tokens[rows, lengths + step])
             tiny.assert_close(logits, want[rows, lengths + step])

@@ -1,0 +1,170 @@
+"""The seam: a new kind of layer is one entry of facts and one module, and everything else follows.
+
+The mixer of this file is the causal mean of the last four values, as CONTRIBUTING.md would have one
+added. Nothing outside the two tables knows it.
+"""
+
+import re
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tests import tiny
+from yocou_jax import accounting, inference
+from yocou_jax.attention import MODULES, MixerModule
+from yocou_jax.config import MeshConfig
+from yocou_jax.layers import Linear
+from yocou_jax.loop import attention_choices
+from yocou_jax.mixers import MIXERS, Mixer
+from yocou_jax.model import empty_memory, logits
+from yocou_jax.sharding import constrain, make_mesh, tree_shardings
+from yocou_jax.train import set_up
+
+SPAN = 4
+ROOT = Path(__file__).parent.parent
+PROGRAMS = ["mean*2@2 | cross*1", "window*1 | mean*1 | full*1@2", "mean*1@3"]
+
+
+class MeanFacts(Mixer):
+    memory = "state"
+
+    def weights(self, config):
+        return 2 * config.d_model * config.num_kv_heads * config.head_dim
+
+    def sequence_flops(self, config, length):
+        return 0  # sums, and no products
+
+    def step_flops(self, config, context):
+        return 0
+
+    def kept(self, config, length):
+        return (SPAN - 1) * config.num_kv_heads * config.head_dim
+
+    read = kept
+
+
+@flax.struct.dataclass
+class LastValues:
+    """The newest values [B, SPAN - 1, K, H], zeros before the first."""
+
+    values: jax.Array
+    capacity = None
+
+    def joined(self, new):
+        return jnp.concatenate([self.values, new.astype(self.values.dtype)], axis=1)
+
+    def commit(self, new, at):
+        def newest(row, count):
+            return jax.lax.dynamic_slice_in_dim(row, count, SPAN - 1)
+
+        return LastValues(jax.vmap(newest)(self.joined(new), at.count))
+
+    def constrained(self):
+        return LastValues(constrain(self.values, "batch", "length", "kv_heads", "head_dim"))
+
+
+class CausalMean(MixerModule):
+    """y_i = W_o mean(W_v x_j, i-3 <= j <= i)."""
+
+    @staticmethod
+    def empty(config, rows, capacity, dtype):
+        shape = (rows, SPAN - 1, config.num_kv_heads, config.head_dim)
+        return LastValues(jnp.zeros(shape, dtype))
+
+    @flax.linen.compact
+    def __call__(self, x, context, memory=None):
+        c, (B, N, _) = self.config, x.shape
+        axes = ("embed", "kv_heads", "head_dim")
+        v = Linear((c.num_kv_heads, c.head_dim), axes, self.dtype, name="value")(x)
+        joined = (memory or self.empty(c, B, 0, self.dtype)).joined(v)
+        seen = jnp.minimum(context.positions + 1, SPAN)[..., None, None]
+        mean = sum(joined[:, i : i + N] for i in range(SPAN)) / seen
+        y = Linear((c.d_model,), (*axes[1:], "embed"), self.dtype, c.residual_scale, name="output")
+        return y(mean.astype(self.dtype)), None if memory is None else v
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mean_mixer():
+    """The two entries. The tables are left as they were."""
+    MIXERS["mean"], MODULES["mean"] = MeanFacts(), CausalMean
+    yield
+    del MIXERS["mean"], MODULES["mean"]
+
+
+def test_the_two_tables_have_the_same_keys():
+    assert list(MIXERS) == list(MODULES)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_it_is_accounted_for(program):
+    config = tiny.model(program, num_loops=None)
+    params = tiny.params(config)
+    sizes = accounting.parameters(config)
+    assert sizes["total"] == sum(x.size for x in jax.tree.leaves(params))
+    described = jax.eval_shape(lambda: empty_memory(config, 3, 50, jnp.float32))
+    assert described.nbytes == 3 * accounting.kv_bytes(config, 50, 4)
+    assert accounting.report(config, (8, 64))["program"] == program
+    per_token = 2 * (sizes["total"] - sizes["embedding"])  # more than once in a loop
+    assert accounting.decode_flops_per_token(config, 8) > 0.9 * per_token
+
+
+def test_its_flops_are_those_of_its_matrices():
+    one, two = (tiny.model(f"mean*{layers}") for layers in (1, 2))
+    c = one
+    layer = 2 * c.d_model * c.num_kv_heads * c.head_dim + 3 * c.d_model * c.d_ff
+    more = [accounting.train_flops_per_token(c, 64) for c in (one, two)]
+    assert more[1] - more[0] == 6 * layer
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_it_prefills_and_decodes_as_it_is_trained(program):
+    config = tiny.model(program, num_loops=None)
+    params, tokens, lengths = tiny.params(config), tiny.tokens(3, 14), np.array([3, 7, 11])
+    want, rows = np.asarray(logits(params, config, tokens)), np.arange(3)
+    model = inference.prepare(params, config)
+    memory, found = inference.prefill(model, tokens[:, :11], lengths, capacity=14, chunk=4)
+    tiny.assert_close(found, want[rows, lengths - 1])
+    for step in range(3):
+        memory, found = inference.decode_step(
+            model, memory, np.asarray(tokens)[rows, lengths + step]
+        )
+        tiny.assert_close(found, want[rows, lengths + step])
+    forked = inference.fork(memory, [2, 0])
+    assert forked.nbytes == memory.nbytes * 2 // 3
+
+
+def test_it_trains_and_is_sharded():
+    """On a mesh of all three axes as on one device; its kernel, which it has not, is not asked."""
+    config = tiny.config(PROGRAMS[0], num_loops=None, optimizer={"learning_rate": 1e-2})
+    assert list(attention_choices(config)) == ["cross attention"]
+    params, losses = tiny.params(config.model), {}
+    for devices in (1, 8):
+        mesh = {"data": 2, "fsdp": 2, "tensor": 2} if devices == 8 else {"data": 1}
+        setup = set_up(tiny.config(PROGRAMS[0], num_loops=None, mesh=mesh), jax.devices()[:devices])
+        with jax.set_mesh(setup.mesh):
+            state = tiny.fresh_state(setup, params)
+            losses[devices] = []
+            for _ in range(4):
+                state, out = setup.step(state, tiny.batch())
+                losses[devices].append(float(out["loss"]))
+    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-4)
+    assert losses[1][-1] < losses[1][0]
+    boxed = inference.weights.abstract_params(config.model)
+    split = tree_shardings(boxed, make_mesh(MeshConfig(2, 2, 2)))
+    value = split["stage_0_mean"]["layers"]["attention"]["value"]["kernel"].spec
+    wanted = PartitionSpec(None, ("fsdp",), ("tensor",), None)
+    assert value == wanted
+
+
+def test_no_mixer_is_known_by_its_name_elsewhere():
+    tables = {"mixers.py", "attention.py"}
+    names = re.compile(r"""(==|!=|\bin\b|\bnot in\b)\s*[({\[]?["'](window|full|cross)["']""")
+    for folder in ("yocou_jax", "pallas_kernels", "benchmarks", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found = names.search(path.read_text())
+            assert path.name in tables or not found, f"{path}: {found[0]}"

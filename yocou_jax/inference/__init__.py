@@ -1,0 +1,42 @@
+"""Inference with a memory of the past: prefill that stops early, decode steps, generation, scores.
+
+    model = prepare(params, config)                      # matrices in bfloat16, a tree per layer
+    memory, logits = prefill(model, tokens, lengths, new_tokens=64)   # [B, N] -> next [B, V]
+    memory, logits = decode_step(model, memory, tokens)  # one more token for each row
+    out = generate(model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.8))
+    memory, logits, logprobs = score(model, tokens, lengths)          # of the tokens given
+
+Rooms: weights (parameters made ready), forward (memory in, memory out), request (what was asked
+for, checked), sampling (from logits to a token), generation (the loop around them).
+
+Another loop count than the trained one is another config: dataclasses.replace(config, num_loops=5).
+"""
+
+from yocou_jax.inference.forward import (
+    decode_step,
+    fork,
+    new_memory,
+    prefill,
+    programs,
+    score,
+)
+from yocou_jax.inference.generation import Generation, generate, generate_from
+from yocou_jax.inference.request import default_sizes
+from yocou_jax.inference.sampling import Sampling
+from yocou_jax.inference.weights import PreparedModel, prepare
+
+__all__ = [
+    "Generation",
+    "PreparedModel",
+    "Sampling",
+    "decode_step",
+    "default_sizes",
+    "fork",
+    "generate",
+    "generate_from",
+    "new_memory",
+    "prefill",
+    "prepare",
+    "programs",
+    "score",
+]

@@ -1,0 +1,331 @@
+"""The forward pass of inference, which reads and extends a memory.
+
+Prefill runs the self-decoder over the prompt, in chunks of one size, and the cross-decoder for the
+last position of each row alone (YOCO, section 2.2): the work of a YOCO is linear in the prompt, and
+beyond the memory that is kept, it needs room that does not depend on it. (Full layers look back
+from each chunk; plain XLA also makes a transposed copy of one layer's keys and values for that.)
+Layers and loops are unrolled, so that each has arrays of its own (see memory.py).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from yocou_jax.attention import MODULES, Context
+from yocou_jax.config import ModelConfig
+from yocou_jax.errors import UserError
+from yocou_jax.inference import request
+from yocou_jax.inference.request import Prompts
+from yocou_jax.inference.weights import PreparedModel
+from yocou_jax.memory import Memory, NewPositions
+from yocou_jax.model import Block, compute_dtype, empty_memory, to_logits
+from yocou_jax.sharding import constrain
+from yocou_jax.typing import Array, Bool, Float, Int
+
+RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual stream
+
+
+# keep_unused: what is made of nothing is placed where the parameters are, as all that follows will
+# be, and the programs that follow are compiled for that place once.
+@functools.partial(jax.jit, static_argnames=("batch", "capacity"), keep_unused=True)
+def new_memory(model: PreparedModel, batch: int, capacity: int) -> Memory:
+    """An empty memory in the compute type, with what is learned (prefixes) in its place."""
+    config = model.config
+    memory = empty_memory(config, batch, capacity, compute_dtype(config))
+    stages = {
+        name: tuple(
+            MODULES[stage.mixer].begin(part, model.params[name][i % stage.layers]["attention"])
+            for i, part in enumerate(memory.stages[name])
+        )
+        for name, stage in config.program.self_decoder
+    }
+    return memory.replace(stages=stages).constrained()
+
+
+@functools.partial(jax.jit, static_argnames="batch", keep_unused=True)
+def _no_residual(model: PreparedModel, batch: int) -> Float[Array, "PB 1 D"]:
+    config = model.config
+    shape = (config.program.streams * batch, 1, config.d_model)
+    return constrain(jnp.zeros(shape, compute_dtype(config)), *RESIDUAL)
+
+
+# --- The two halves -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mixer"))
+def _layer(params, x, context: Context, memory, *, config: ModelConfig, mixer: str):
+    """One layer, and its memory with the new positions. A jit of its own, so that unrolled layers
+    are traced and lowered only once."""
+    x, out = Block(config, mixer).apply({"params": params}, x, context, memory)
+    return x, None if memory is None else memory.commit(out.new, context.at)
+
+
+def self_decoder(
+    model: PreparedModel, memory: Memory, tokens: Int[Array, "B N"], at: NewPositions
+) -> tuple[Float[Array, "PB N D"], Memory, Context]:
+    """Runs every stage that has a memory and the global K, V projection: appends the tokens.
+
+    Returns the residual stream, the memory and the context in which the cross-decoder goes on.
+    """
+    config = model.config
+    at_streams = at.for_streams(config.program.streams)
+    context = Context(at_streams.positions(tokens.shape[1]), at=at_streams)
+    x = model.apply("embed", tokens)
+    stages = {name: [] for name, _ in config.program.self_decoder}
+    for visit in config.program.visits():
+        if visit.stage.reads_global:
+            break
+        params, part = model.params[visit.name][visit.layer], memory.stages[visit.name][visit.index]
+        x, part = _layer(params, x, context, part, config=config, mixer=visit.stage.mixer)
+        stages[visit.name].append(part)
+    global_kv = memory.global_kv
+    if global_kv is not None:
+        new = model.apply("write_global_kv", x, context)
+        global_kv = global_kv.commit(new, at)
+        context = context.replace(global_kv=new, global_cache=global_kv)
+    stages = {name: tuple(parts) for name, parts in stages.items()}
+    return x, Memory(stages, global_kv, memory.lengths + at.count).constrained(), context
+
+
+def cross_decoder(
+    model: PreparedModel, x: Float[Array, "PB N D"], context: Context
+) -> Float[Array, "B N V"]:
+    """Runs the stages that read the global K, V, the final norm and the head, for the positions of
+    x; in a program without such stages the norm and the head alone."""
+    config = model.config
+    for visit in config.program.visits():
+        if visit.stage.reads_global:
+            params = model.params[visit.name][visit.layer]
+            x, _ = _layer(params, x, context, None, config=config, mixer=visit.stage.mixer)
+    return to_logits(model.apply("read_out", x), model.params["head"])
+
+
+# --- Prefill --------------------------------------------------------------------------------------
+
+
+def _last(x, last, count: Int[Array, " B"]):
+    """x [PB, C, D] at each row's last new position, [PB, 1, D]; `last` where none is new."""
+    tiled = jnp.tile(count, x.shape[0] // count.shape[0])[:, None, None]
+    picked = jnp.take_along_axis(x, jnp.maximum(tiled - 1, 0), axis=1)
+    return jnp.where(tiled > 0, picked, last)
+
+
+@functools.partial(jax.jit, donate_argnames=("memory", "last"), static_argnames="whole")
+def prefill_chunk(model, memory, last, tokens, count, start, *, whole):
+    """One chunk [B, C] of which row b has the first count[b]; start None: each row's own length.
+
+    last [PB, 1, D] is each row's residual stream at its last position so far, before the
+    cross-decoder.
+    """
+    at = NewPositions(memory.lengths if start is None else start, count, whole)
+    x, memory, _ = self_decoder(model, memory, tokens, at)
+    return memory, constrain(_last(x, last, count), *RESIDUAL)
+
+
+@jax.jit
+def next_logits(model, memory, last):
+    """The cross-decoder for the last position of each row: logits [B, V] of what comes next."""
+    at = NewPositions(memory.lengths - 1, jnp.ones_like(memory.lengths))
+    context = Context(at.positions(1), at=at, global_cache=memory.global_kv)
+    return cross_decoder(model, last, context)[:, 0]
+
+
+def _chunks(prompts: Prompts, fresh: bool):
+    """For each chunk its tokens [B, C], how many of them exist in each row [B], and where it starts
+    (None: at each row's own length); and whether all chunks of a row fit into its memory whole.
+    """
+    (B, N), C = prompts.tokens.shape, prompts.chunk
+    width = -(-N // C) * C
+    padded = np.zeros((B, width), np.int32)
+    padded[:, :N] = prompts.tokens
+    chunks = [
+        (
+            padded[:, first : first + C],
+            np.clip(prompts.lengths - first, 0, C),
+            np.int32(first) if fresh else None,
+        )
+        for first in range(0, width, C)
+    ]
+    return chunks, fresh and width <= prompts.capacity
+
+
+def run_prefill(
+    model: PreparedModel, prompts: Prompts, memory: Memory | None = None
+) -> tuple[Memory, Float[Array, "B V"]]:
+    """`prefill` of a request that was checked."""
+    B = len(prompts.lengths)
+    chunks, whole = _chunks(prompts, memory is None)
+    memory = new_memory(model, B, prompts.capacity) if memory is None else memory
+    last = _no_residual(model, B)
+    for tokens, count, start in chunks:
+        memory, last = prefill_chunk(model, memory, last, tokens, count, start, whole=whole)
+    return memory, next_logits(model, memory, last)
+
+
+def prefill(
+    model: PreparedModel,
+    tokens: Int[Array, "B N"],
+    lengths: Int[Array, " B"] | None = None,
+    *,
+    memory: Memory | None = None,
+    new_tokens: int = 256,
+    capacity: int | None = None,
+    chunk: int | None = None,
+) -> tuple[Memory, Float[Array, "B V"]]:
+    """Appends prompts to a memory, which is given up to this call, or to a new one.
+
+    Row b is tokens[b, :lengths[b]] (all of it without lengths). A new memory has room for
+    `capacity` positions, by default some more than prompts and `new_tokens` need. The work is done
+    in chunks of `chunk` positions; see `default_sizes` for the defaults.
+
+    Returns:
+      The memory and the logits [B, V] (float32) of the token after each row.
+
+    Raises:
+      UserError: an empty row, a token outside the vocabulary, more positions than the memory holds,
+        a memory of another model.
+    """
+    sizes = {"new_tokens": new_tokens, "capacity": capacity, "chunk": chunk}
+    prompts = request.check_prefill(model.config, tokens, lengths, memory, **sizes)
+    return run_prefill(model, prompts, memory)
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, donate_argnames="memory", static_argnames="whole")
+def score_chunk(model, memory, logits, tokens, count, start, *, whole):
+    """One chunk as in `prefill_chunk`, the cross-decoder everywhere: also the log-probabilities
+    [B, C] of the tokens, the first by `logits` [B, V], and the logits of what comes next."""
+    at = NewPositions(memory.lengths if start is None else start, count, whole)
+    x, memory, context = self_decoder(model, memory, tokens, at)
+    after = cross_decoder(model, x, context)
+    before = jnp.concatenate([logits[:, None], after[:, :-1]], axis=1)
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(before), tokens[..., None], axis=-1)[..., 0]
+    logits = constrain(_last(after, logits[:, None], count)[:, 0], "batch", "vocab")
+    return memory, logits, constrain(logprobs, "batch", "length")
+
+
+def score(
+    model: PreparedModel,
+    tokens: Int[Array, "B N"],
+    lengths: Int[Array, " B"] | None = None,
+    *,
+    memory: Memory | None = None,
+    logits: Float[Array, "B V"] | None = None,
+    new_tokens: int = 0,
+    capacity: int | None = None,
+    chunk: int | None = None,
+) -> tuple[Memory, Float[Array, "B V"], Float[Array, "B N"]]:
+    """The log-probabilities of given tokens, those of the whole forward pass: every layer runs at
+    every position, where `prefill` leaves the cross-decoder out.
+
+    Arguments and errors are those of `prefill`, and `logits` of the first token of each row, as the
+    call that made `memory` has returned them: what several continuations share is read once,
+
+        memory, logits = prefill(model, context)
+        _, _, logprobs = score(model, endings, memory=fork(memory, rows), logits=logits[rows])
+
+    Returns:
+      The memory, the logits [B, V] of what comes next, and log p(tokens[b, i] | all before)
+      [B, max(lengths)] in float32 nats. Nothing predicts the first token without `logits`: NaN, as
+      after the end of a row.
+    """
+    sizes = {"new_tokens": new_tokens, "capacity": capacity, "chunk": chunk}
+    prompts = request.check_prefill(model.config, tokens, lengths, memory, **sizes)
+    B, V = len(prompts.lengths), model.config.vocab_size
+    if logits is None:
+        logits = jnp.full((B, V), jnp.nan)
+    request.check_shape("logits", logits, (B, V))
+    chunks, whole = _chunks(prompts, memory is None)
+    memory = new_memory(model, B, prompts.capacity) if memory is None else memory
+    parts = []
+    for chunk_tokens, count, start in chunks:
+        memory, logits, logprobs = score_chunk(
+            model, memory, logits, chunk_tokens, count, start, whole=whole
+        )
+        exists = np.arange(chunk_tokens.shape[1]) < count[:, None]
+        parts.append(jnp.where(exists, logprobs, jnp.nan))
+    return memory, logits, jnp.concatenate(parts, axis=1)[:, : prompts.tokens.shape[1]]
+
+
+# --- Forks and decode steps -----------------------------------------------------------------------
+
+
+@jax.jit
+def _fork(memory: Memory, rows: Int[Array, " M"]) -> Memory:
+    batch = memory.lengths.shape[0]
+
+    def take(x):  # with parallel streams, x has every stream of every row, stream by stream
+        streams = jnp.arange(x.shape[0] // batch)
+        return x[(streams[:, None] * batch + rows).reshape(-1)]
+
+    return jax.tree.map(take, memory).constrained()
+
+
+def fork(memory: Memory, rows: Sequence[int]) -> Memory:
+    """A memory of the rows `rows` of this one, copies, to continue each in another way:
+    fork(memory, [0, 0, 0, 1]) gives the first prompt three continuations, and the second one.
+
+    The logits go along as logits[rows]. Raises UserError for rows that are not there.
+    """
+    request.check_alive(memory)
+    batch = memory.lengths.shape[0]
+    rows = np.asarray(rows)
+    good = rows.ndim == 1 and rows.size and np.issubdtype(rows.dtype, np.integer)
+    if not good or rows.min() < 0 or rows.max() >= batch:
+        raise UserError(f"rows={rows.tolist()} must be row numbers from 0 to {batch - 1}.")
+    return _fork(memory, rows)
+
+
+def step(model: PreparedModel, memory: Memory, tokens: Int[Array, " B"], active: Bool[Array, " B"]):
+    """`decode_step` without its checks, to be part of a larger program."""
+    at = NewPositions(memory.lengths, active.astype(jnp.int32))
+    x, memory, context = self_decoder(model, memory, tokens[:, None], at)
+    return memory, cross_decoder(model, x, context)[:, 0]
+
+
+@functools.partial(jax.jit, donate_argnames="memory")
+def decode_step(
+    model: PreparedModel,
+    memory: Memory,
+    tokens: Int[Array, " B"],
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[Memory, Float[Array, "B V"]]:
+    """Appends one token to every row (to those that are `active`), and says what comes next: logits
+    [B, V] in float32. The memory is given up.
+
+    Rows that are not active, or whose token found the memory full, get NaN.
+    """
+    if active is None:
+        active = jnp.ones(tokens.shape, bool)
+    memory, logits = step(model, memory, tokens, active)
+    room = memory.capacity
+    good = active if room is None else active & (memory.lengths <= room)
+    return memory, jnp.where(good[:, None], logits, jnp.nan)
+
+
+def programs(
+    model: PreparedModel, batch: int, capacity: int, chunk: int
+) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """The programs of `prefill` (a chunk of a new memory, and the logits after the last one), of
+    `score` and of `decode_step`: functions that lower them for these sizes, to count their FLOPs,
+    to look at their HLO or to compile them side by side. The model may be a description
+    (`jax.eval_shape`)."""
+
+    def i32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    memory = jax.eval_shape(functools.partial(new_memory, batch=batch, capacity=capacity), model)
+    last = jax.eval_shape(functools.partial(_no_residual, batch=batch), model)
+    logits = jax.ShapeDtypeStruct((batch, model.config.vocab_size), jnp.float32)
+    new = (i32(batch, chunk), i32(batch), i32())
+    return {
+        "prefill_chunk": lambda: prefill_chunk.lower(model, memory, last, *new, whole=True),
+        "next_logits": lambda: next_logits.lower(model, memory, last),
+        "score_chunk": lambda: score_chunk.lower(model, memory, logits, *new, whole=True),
+        "decode_step": lambda: decode_step.lower(model, memory, i32(batch)),
+    }

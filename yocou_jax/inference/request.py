@@ -1,0 +1,229 @@
+"""What inference is asked for, checked on the host before any work: a sentence for each mistake."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from yocou_jax.config import ModelConfig
+from yocou_jax.errors import UserError
+from yocou_jax.inference.sampling import Sampling
+from yocou_jax.inference.sampling import check as check_sampling
+from yocou_jax.memory import Memory
+from yocou_jax.model import compute_dtype, empty_memory
+from yocou_jax.sharding import batch_ways
+
+# Positions of a prompt at once: enough rows to fill a device's matrix unit, and for large batches
+# fewer (down to 128), because of their activations: 2 GB for 16,384 positions on one device at 1.3B
+# in bfloat16, by XLA's account.
+CHUNK, CHUNK_OF_ALL_ROWS = 2048, 16_384
+
+# Takes new tokens [B, n]; may return which rows [B] are to end here.
+OnTokens = Callable[[np.ndarray], np.ndarray | Sequence[bool] | None]
+
+
+class Prompts(NamedTuple):
+    """What is to be appended, checked: tokens [B, N] (int32, 0 after the end of each row), lengths
+    [B], the capacity of a new memory and the positions of a chunk."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    capacity: int
+    chunk: int
+
+
+def bucket(n: int, least: int = 16) -> int:
+    """The least of 1, 1.25, 1.5, 1.75 times a power of two that holds n: shapes for which there is
+    one compiled program each, at most a quarter larger than needed (or `least`)."""
+    if n <= least:
+        return least
+    quarter = max(1, 2 ** ((n - 1).bit_length() - 3))
+    return -(-n // quarter) * quarter
+
+
+def default_sizes(
+    batch: int,
+    longest: int,
+    new_tokens: int = 0,
+    *,
+    capacity: int | None = None,
+    chunk: int | None = None,
+) -> tuple[int, int]:
+    """(capacity, chunk) for a batch of prompts of up to `longest` positions and what comes after
+    them, where none is given. Requests of the same sizes share their compiled programs."""
+    if chunk is None:
+        ways = batch_ways()
+        rows = batch if batch % ways else batch // ways  # on each device
+        share = max(CHUNK_OF_ALL_ROWS // max(rows, 1) // 128, 1) * 128
+        chunk = min(CHUNK, share, bucket(longest))
+    if chunk < 1:
+        raise UserError(f"chunk={chunk} must be at least 1 position.")
+    if capacity is None:  # room for whole chunks: the last one is then written in one piece
+        capacity = max(bucket(longest + new_tokens), -(-longest // chunk) * chunk)
+    return capacity, chunk
+
+
+def check_prefill(
+    config: ModelConfig, tokens, lengths, memory: Memory | None, *, new_tokens, capacity, chunk
+) -> Prompts:
+    """A request of `prefill` or `score`. Raises UserError as they say."""
+    tokens, lengths = check_prompts(config, tokens, lengths)
+    room, chunk = default_sizes(*tokens.shape, new_tokens, capacity=capacity, chunk=chunk)
+    if memory is None:
+        check_room(lengths, room if has_capacity(config) else None)
+    else:
+        if capacity is not None:
+            raise UserError(
+                f"capacity={capacity} cannot be given with a memory, which has its own."
+            )
+        check_memory(config, memory, lengths)
+    return Prompts(tokens, lengths, room, chunk)
+
+
+def check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np.ndarray]:
+    """tokens [B, max(lengths)] with 0 behind the end of each row, and lengths [B], both int32."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(
+            f"Prompts are integers [batch, positions]; got {tokens.dtype} of shape {tokens.shape}."
+        )
+    B, N = tokens.shape
+    lengths = np.full(B, N) if lengths is None else np.asarray(lengths)
+    fit = lengths.shape == (B,) and (not B or np.issubdtype(lengths.dtype, np.integer))
+    if not fit or lengths.max(initial=0) > N:
+        raise UserError(f"The lengths {lengths.tolist()} do not fit {B} prompts of {N} positions.")
+    if not B or lengths.min() < 1:
+        row = int(np.argmin(lengths)) if B else 0
+        raise UserError(f"Prompt {row} is empty; it needs at least one token.")
+    tokens = tokens[:, : lengths.max()]
+    exists = np.arange(tokens.shape[1]) < lengths[:, None]
+    wrong = exists & ((tokens < 0) | (tokens >= config.vocab_size))
+    if wrong.any():
+        row, at = np.argwhere(wrong)[0]
+        raise UserError(
+            f"Prompt {row} has the token {tokens[row, at]} at position {at}, outside the "
+            f"vocabulary of {config.vocab_size}."
+        )
+    return np.where(exists, tokens, 0).astype(np.int32), lengths.astype(np.int32)
+
+
+def has_capacity(config: ModelConfig) -> bool:
+    """Whether anything is kept that can fill."""
+    return empty_memory_like(config, 1, 1).capacity is not None
+
+
+def check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | int = 0) -> None:
+    """Whether rows of `lengths` [B] and what is to come fit into `room` positions (None: any)."""
+    needed = lengths.astype(np.int64) + new_tokens
+    row = int(np.argmax(needed))
+    if room is not None and needed[row] > room:
+        new = needed[row] - lengths[row]
+        raise UserError(
+            f"Prompt {row} has {lengths[row]} positions{f' and {new} new ones' if new else ''}, "
+            f"more than the {room} that the cache holds."
+        )
+
+
+def check_alive(memory: Memory) -> None:
+    """Whether the arrays were not donated to an earlier call."""
+    if memory.lengths.is_deleted():
+        raise UserError(
+            "The cache was given up to an earlier call; to use it twice, fork it first."
+        )
+
+
+def empty_memory_like(config: ModelConfig, batch: int, capacity: int) -> Memory:
+    """The description of a memory of this model in its compute type; allocates nothing."""
+    like = functools.partial(empty_memory, config, batch, capacity, compute_dtype(config))
+    return jax.eval_shape(like)
+
+
+def check_memory(
+    config: ModelConfig, memory: Memory, lengths: np.ndarray, new_tokens: np.ndarray | int = 0
+) -> None:
+    """Whether `lengths` positions and new tokens may be appended to the memory."""
+    check_alive(memory)
+    before = np.asarray(memory.lengths)
+    if before.shape != lengths.shape:
+        raise UserError(
+            f"A cache of {before.shape[0]} rows cannot go on with {lengths.shape[0]} prompts."
+        )
+    room = memory.capacity
+    like = empty_memory_like(config, len(before), room or 1)
+    same = jax.tree.structure(like) == jax.tree.structure(memory)
+    kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(m)] for m in (like, memory)]
+    if not same or kinds[0] != kinds[1]:
+        raise UserError(
+            f"The cache is not one of this model, '{config.program}': it has other layers, loops "
+            "or sizes."
+        )
+    check_room(before + lengths, room, new_tokens)
+
+
+def check_shape(name: str, x, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise UserError(f"{name} has the shape {x.shape}, but must have {shape}.")
+
+
+def whole_numbers(name: str, value, shapes, words: str, low: int, high: int) -> np.ndarray:
+    """The numbers as int64 of one of the shapes; `words` say which those are."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # nested lists of different lengths
+        array = np.array(None)
+    if array.dtype.kind not in "iu" or array.shape not in shapes:
+        raise UserError(f"{name}={value!r} must be {words} from {low} to {high}.")
+    if (array < low).any() or (array > high).any():
+        raise UserError(f"{name}={value!r} must lie between {low} and {high}.")
+    return array.astype(np.int64)
+
+
+def whole_number(name: str, value: int) -> int:
+    """One from 1 up."""
+    return int(whole_numbers(name, value, [()], "a whole number", 1, 2**31 - 1))
+
+
+class Request(NamedTuple):
+    """What was asked for, checked: limit, seeds [B], sampling of arrays [B], stop [any]."""
+
+    limit: np.ndarray
+    sampling: Sampling
+    seeds: np.ndarray
+    stop: np.ndarray
+    logprobs: bool
+    on_tokens: OnTokens | None
+    block: int
+
+
+def check_request(
+    config: ModelConfig,
+    B: int,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | None,
+    seeds: int | Sequence[int],
+    stop_tokens: Sequence[int],
+    logprobs: bool,
+    on_tokens: OnTokens | None,
+    block: int,
+) -> Request:
+    each = [(), (B,)], f"a whole number, or one for each of {B} rows,"
+    limit = whole_numbers("max_new_tokens", max_new_tokens, *each, 1, 2**31 - 1)
+    given = whole_numbers("seeds", seeds, *each, 0, 2**32 - 1)
+    seeds = given + np.arange(B) * (given.ndim == 0)
+    stop, count = np.zeros(0, np.int64), len(stop_tokens) if np.ndim(stop_tokens) else None
+    if count != 0:
+        words = "a list of token ids"
+        stop = whole_numbers(
+            "stop_tokens", stop_tokens, [(count,)], words, 0, config.vocab_size - 1
+        )
+    return Request(
+        np.broadcast_to(limit, (B,)),
+        check_sampling(sampling or Sampling(temperature=0.0), B),
+        seeds.astype(np.uint32),
+        stop.astype(np.int32),
+        logprobs,
+        on_tokens,
+        whole_number("block", block),
+    )
