@@ -24,8 +24,8 @@ from pallas_kernels import api
 from yocou_jax import accounting, inference
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
-from yocou_jax.memory import Memory
 from yocou_jax.model import abstract_params, compute_dtype
+from yocou_jax.model.memory import Memory
 from yocou_jax.program import ARCHITECTURES
 
 # --- What is measured -----------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from pallas_kernels import api, interpret, xla
 from pallas_kernels.blocks import Blocks
-from yocou_jax import metrics
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import load_data
 from yocou_jax.errors import UserError
 from yocou_jax.model import compute_dtype
 from yocou_jax.sharding import batch_sharding
-from yocou_jax.train import set_up
+from yocou_jax.training import metrics
+from yocou_jax.training.step import set_up
 
 TIMES = 5.0
 FLOOR = 1e-5  # nats per token: some 40 roundings of a float32 loss

@@ -14,7 +14,7 @@ from yocou_jax import accounting
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import Batch, load_data
 from yocou_jax.sharding import batch_sharding
-from yocou_jax.train import set_up
+from yocou_jax.training.step import set_up
 
 LOOPS = (1, 3, 8)
 WINDOW_LENGTHS = (4096, 8192)

@@ -47,9 +47,9 @@ def main(_):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
 
-    from yocou_jax.checkpoint import EXIT_PREEMPTED
-    from yocou_jax.loop import Run
-    from yocou_jax.metrics import Console, duration
+    from yocou_jax.training.console import Console, duration
+    from yocou_jax.training.loop import Run
+    from yocou_jax.training.preemption import EXIT_PREEMPTED
 
     if DISTRIBUTED.value:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # elsewhere without effect

@@ -245,7 +245,7 @@ def set_up_failure(config: Config) -> str | None:
     """What is wrong with how an accepted config is set up on one device; None for too deep ones."""
     import jax
 
-    from yocou_jax.train import set_up
+    from yocou_jax.training.step import set_up
 
     program = config.model.program
     if len(program.stages) > 10 or (not config.model.scan and program.depth > 20):

@@ -19,16 +19,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from yocou_jax.checkpoint import (
-    EXIT_PREEMPTED,
-    STOP_SIGNALS,
-    Checkpointer,
-    StopRequest,
-    load_params,
-    params_sha256,
-)
+from yocou_jax.checkpoint import Checkpointer, load_params, params_sha256
 from yocou_jax.errors import UserError
 from yocou_jax.manifest import check_resume, describe, read, write
+from yocou_jax.training.preemption import EXIT_PREEMPTED, STOP_SIGNALS, StopRequest
 
 ROOT = Path(__file__).parent.parent
 

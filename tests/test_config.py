@@ -18,7 +18,7 @@ from yocou_jax.config import ATTENTION, FIELDS, PROFILE_FROM, Config, DataConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError, shown
 from yocou_jax.program import ARCHITECTURES
-from yocou_jax.train import set_up
+from yocou_jax.training.step import set_up
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")

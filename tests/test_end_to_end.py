@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from yocou_jax.checkpoint import EXIT_PREEMPTED
-from yocou_jax.lock import WorkdirLock
+from yocou_jax.training.lock import WorkdirLock
+from yocou_jax.training.preemption import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60

@@ -13,8 +13,9 @@ import optax
 import pytest
 
 from tests import oracle, tiny
-from yocou_jax import inference, metrics
-from yocou_jax.train import TrainState, set_up, train_step
+from yocou_jax import inference
+from yocou_jax.training import metrics
+from yocou_jax.training.step import TrainState, set_up, train_step
 
 LENGTH = 9
 

@@ -11,8 +11,8 @@ from tests import tiny
 from yocou_jax import accounting, program
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.model import LanguageModel
-from yocou_jax.optimizer import make_optimizer
 from yocou_jax.program import ARCHITECTURES
+from yocou_jax.training.optimizer import make_optimizer
 
 NAMES = ("yocou_small", "yocou_125m", "yocou_1b", "yocou_1b_deep", "yocou_10b_moe")
 

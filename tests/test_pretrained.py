@@ -29,7 +29,7 @@ from yocou_jax.manifest import describe, write
 from yocou_jax.model import logits
 from yocou_jax.pretrained import Pretrained, export, load
 from yocou_jax.sharding import make_mesh
-from yocou_jax.train import TrainState
+from yocou_jax.training.step import TrainState
 
 ROOT = Path(__file__).parent.parent
 BYTES = Tokenizer.from_json("bytes")

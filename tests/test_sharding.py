@@ -18,7 +18,7 @@ from yocou_jax.errors import UserError
 from yocou_jax.model import abstract_params
 from yocou_jax.program import ARCHITECTURES
 from yocou_jax.sharding import LOGICAL_AXES, batch_sharding, make_mesh, spec_for, tree_shardings
-from yocou_jax.train import logical_axes, loss_fn, set_up
+from yocou_jax.training.step import logical_axes, loss_fn, set_up
 
 MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
 

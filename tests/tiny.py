@@ -10,9 +10,9 @@ import numpy as np
 from configs import base
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
-from yocou_jax.loss import cross_entropy
 from yocou_jax.model import LanguageModel, abstract_params, head_matrix
-from yocou_jax.train import TrainState
+from yocou_jax.training.loss import cross_entropy
+from yocou_jax.training.step import TrainState
 
 MODEL = {
     "num_layers": 4,

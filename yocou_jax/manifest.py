@@ -14,6 +14,7 @@ import jax
 
 from yocou_jax.errors import UserError
 from yocou_jax.files import write_atomically
+from yocou_jax.trees import differences, flat
 
 FILE = "manifest.json"
 CODE = ("git", "python", "packages", "device")  # what may change the bits of a run that goes on
@@ -97,24 +98,6 @@ def _suffix(before: dict, now: dict, free: tuple[str, ...]) -> str:
     names = sorted(k for k in old.keys() & new.keys() if k not in free and old[k] != new[k])
     suffix = f"-{names[0].rpartition('.')[2]}={new[names[0]]}" if names else ""
     return suffix if re.fullmatch(r"[\w.=+-]{1,40}", suffix) else "-2"
-
-
-def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one, with dotted names."""
-    result = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping)
-        result |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return result
-
-
-def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> list[str]:
-    """`name: old -> new` for every name whose value differs or is absent on one side."""
-    shown = {}
-    for name in sorted((old.keys() | new.keys()) - set(ignore)):
-        if name not in old or name not in new or old[name] != new[name]:
-            shown[name] = [repr(side[name]) if name in side else "absent" for side in (old, new)]
-    return [f"{name}: {a} -> {b}" for name, (a, b) in shown.items()]
 
 
 def _git_revision() -> str | None:

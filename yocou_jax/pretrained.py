@@ -26,15 +26,15 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from yocou_jax.checkpoint import load_params, named_leaves
+from yocou_jax.checkpoint import load_params
 from yocou_jax.config import ModelConfig
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve
-from yocou_jax.manifest import differences
 from yocou_jax.model import abstract_params
 from yocou_jax.progress import progress
 from yocou_jax.sharding import check_split, tree_shardings
+from yocou_jax.trees import differences, named_leaves
 from yocou_jax.typing import PyTree
 
 FORMAT, VERSION = "yocou_jax", 2  # of an exported folder; another meaning is another version

@@ -147,7 +147,7 @@ def program(case: Case, implementation: str) -> tuple[Callable, list]:
     operation = functools.partial(operation, q_offset=case.q_offset)
     if case.window is not None:
         operation = functools.partial(operation, window=case.window)
-    # As in the model: the shared K/V of the cross layers comes in float32, see yocou_jax.attention.
+    # As in the model: the shared K/V of the cross layers comes in float32, see model/attention.py.
     kv_dtype = dtype if case.window is not None else jnp.float32
     q, kv = array((B, N, case.Q, case.H), dtype), array((B, S, K, case.H), kv_dtype)
     options: dict[str, Any] = {}

@@ -24,7 +24,7 @@ from yocou_jax.data.tokenizer import load_tokenizer, train_bpe
 from yocou_jax.errors import UserError
 from yocou_jax.inference import Sampling, generate, generation, prepare
 from yocou_jax.pretrained import export
-from yocou_jax.train import TrainState
+from yocou_jax.training.step import TrainState
 
 ROOT = Path(__file__).parent.parent.parent
 

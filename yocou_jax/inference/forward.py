@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yocou_jax.attention import MODULES, Context
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.inference import request
 from yocou_jax.inference.request import Prompts
 from yocou_jax.inference.weights import PreparedModel
-from yocou_jax.memory import Memory, NewPositions
 from yocou_jax.model import Block, compute_dtype, empty_memory, to_logits
+from yocou_jax.model.attention import MODULES, Context
+from yocou_jax.model.memory import Memory, NewPositions
 from yocou_jax.sharding import constrain
 from yocou_jax.typing import Array, Bool, Float, Int
 

@@ -17,7 +17,7 @@ from yocou_jax.inference.forward import fork, run_prefill, step
 from yocou_jax.inference.request import OnTokens, Prompts, Request, bucket, default_sizes
 from yocou_jax.inference.sampling import Sampling
 from yocou_jax.inference.weights import PreparedModel
-from yocou_jax.memory import Memory
+from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import constrain
 from yocou_jax.typing import Array, Bool, Float, Int
 

@@ -11,8 +11,8 @@ from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.inference.sampling import Sampling
 from yocou_jax.inference.sampling import check as check_sampling
-from yocou_jax.memory import Memory
 from yocou_jax.model import compute_dtype, empty_memory
+from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import batch_ways
 
 # Positions of a prompt at once: enough rows to fill a device's matrix unit, and for large batches

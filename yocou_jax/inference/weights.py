@@ -7,8 +7,8 @@ import flax.struct
 import jax
 
 from yocou_jax.config import ModelConfig
-from yocou_jax.layers import ExactPartitioned
 from yocou_jax.model import LanguageModel, abstract_params, compute_dtype, head_matrix
+from yocou_jax.model.layers import ExactPartitioned
 from yocou_jax.typing import PyTree
 
 

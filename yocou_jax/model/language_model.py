@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target_device
-from yocou_jax.attention import MODULES, Context, GlobalKeyValue
 from yocou_jax.config import ModelConfig
-from yocou_jax.layers import Linear, RMSNorm, SwiGLU, exact, fan_in_init
-from yocou_jax.memory import Cache, KeyValue, Memory
-from yocou_jax.moe import MixtureOfExperts, RouterStats
+from yocou_jax.model.attention import MODULES, Context, GlobalKeyValue
+from yocou_jax.model.layers import Linear, RMSNorm, SwiGLU, exact, fan_in_init
+from yocou_jax.model.memory import Cache, KeyValue, Memory
+from yocou_jax.model.moe import MixtureOfExperts, RouterStats
 from yocou_jax.program import Stage
 from yocou_jax.sharding import constrain
 from yocou_jax.typing import Array, Float, Int, PyTree

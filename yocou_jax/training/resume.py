@@ -6,13 +6,12 @@ from typing import NamedTuple
 import jax
 
 from yocou_jax import pretrained
-from yocou_jax.checkpoint import named_leaves
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
-from yocou_jax.manifest import differences, flat
-from yocou_jax.optimizer import decay_starts, make_schedule
-from yocou_jax.train import Setup
+from yocou_jax.training.optimizer import decay_starts, make_schedule
+from yocou_jax.training.step import Setup
+from yocou_jax.trees import differences, flat, named_leaves
 from yocou_jax.typing import PyTree
 
 # What may differ when a run is resumed: it changes how it is computed, what is shown, saved or laid

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import SegmentIds, api
 from yocou_jax.config import ModelConfig
-from yocou_jax.layers import Linear, RMSNorm, rope
-from yocou_jax.memory import KV_AXES, Cache, KeyValue, NewPositions, Ring
+from yocou_jax.model.layers import Linear, RMSNorm, rope
+from yocou_jax.model.memory import KV_AXES, Cache, KeyValue, NewPositions, Ring
 from yocou_jax.sharding import attention_partition, constrain
 from yocou_jax.typing import Array, Float, Int
 

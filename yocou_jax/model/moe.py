@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
-from yocou_jax.layers import Linear, SwiGLU, fan_in_init, gated_silu
+from yocou_jax.model.layers import Linear, SwiGLU, fan_in_init, gated_silu
 from yocou_jax.sharding import spec_for
 from yocou_jax.typing import Array, Float, Int
 

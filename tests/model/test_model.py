@@ -10,8 +10,8 @@ import pytest
 
 from tests import tiny
 from yocou_jax.errors import UserError
-from yocou_jax.layers import rope
 from yocou_jax.model import LanguageModel, head_matrix, logits
+from yocou_jax.model.layers import rope
 from yocou_jax.program import ARCHITECTURES, Program
 
 # --- Who sees whom --------------------------------------------------------------------------------

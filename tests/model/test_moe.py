@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from yocou_jax.config import MeshConfig
-from yocou_jax.moe import MixtureOfExperts
+from yocou_jax.model.moe import MixtureOfExperts
 from yocou_jax.sharding import LOGICAL_AXES, make_mesh, tree_shardings
 
 D = tiny.MODEL["d_model"]

@@ -16,17 +16,17 @@ from jax.sharding import PartitionSpec
 
 from tests import tiny
 from yocou_jax import accounting, inference
-from yocou_jax.attention import MODULES, MixerModule
 from yocou_jax.config import MeshConfig
-from yocou_jax.layers import Linear
-from yocou_jax.loop import attention_choices
 from yocou_jax.mixers import MIXERS, Mixer
 from yocou_jax.model import empty_memory, logits
+from yocou_jax.model.attention import MODULES, MixerModule
+from yocou_jax.model.layers import Linear
 from yocou_jax.sharding import constrain, make_mesh, tree_shardings
-from yocou_jax.train import set_up
+from yocou_jax.training.banner import attention_choices
+from yocou_jax.training.step import set_up
 
 SPAN = 4
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = ["mean*2@2 | cross*1", "window*1 | mean*1 | full*1@2", "mean*1@3"]
 
 

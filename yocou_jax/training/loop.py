@@ -15,23 +15,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pallas_kernels import api
-from yocou_jax import accounting, metrics
-from yocou_jax.checkpoint import Checkpointer, StopRequest, params_sha256
+from yocou_jax import accounting
+from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.config import PROFILE_FROM, Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve, write_atomically
 from yocou_jax.inference import Sampling, generate, prepare
-from yocou_jax.lock import WorkdirLock
 from yocou_jax.manifest import check_resume, describe
 from yocou_jax.manifest import read as read_manifest
 from yocou_jax.manifest import write as write_manifest
-from yocou_jax.mixers import MIXERS
 from yocou_jax.model import compute_dtype
-from yocou_jax.resume import END_FIELDS, FREE_FIELDS, going_on, load_source
 from yocou_jax.sharding import batch_sharding
-from yocou_jax.train import Setup, TrainState, set_up
+from yocou_jax.training import metrics
+from yocou_jax.training.banner import attention_choices, banner
+from yocou_jax.training.console import Console
+from yocou_jax.training.lock import WorkdirLock
+from yocou_jax.training.preemption import StopRequest
+from yocou_jax.training.resume import END_FIELDS, FREE_FIELDS, going_on, load_source
+from yocou_jax.training.step import Setup, TrainState, set_up
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Run:
         self,
         config: Config,
         workdir: Path,
-        console: metrics.Console,
+        console: Console,
         init_from: str | Path | None = None,
     ):
         self.config, self.workdir, self.console = config, resolve(workdir), console
@@ -187,7 +189,10 @@ class Run:
             write_atomically(self.workdir / "tokenizer.json", data.tokenizer.to_json())
             self.writer.text("config", _as_text(config), first)
             self.writer.hparams(config.to_dict())
-        self.console.banner(f"YOCO-U in JAX: {config.model.program}", self._banner())
+        self.console.banner(
+            f"YOCO-U in JAX: {config.model.program}",
+            banner(config, data, self.setup.mesh, self.attention, self.workdir),
+        )
         left = config.run.steps - first
         if config.run.profile_steps and left <= PROFILE_FROM:
             notices.append(
@@ -357,70 +362,6 @@ class Run:
             ),
             "final_params_sha256": sha256,
         }
-
-    def _banner(self) -> dict[str, dict]:
-        """Everything a person wants to know before the first step, section by section."""
-        config, data = self.config, self.data
-        model, length = config.model, config.data.sequence_length
-        device = jax.devices()[0]
-        parts = accounting.parameters(model)
-        tokens = config.run.steps * self.tokens_per_step
-        dtype = compute_dtype(model)
-        kv = accounting.kv_bytes(model, length, dtype.itemsize) / accounting.MIB
-        mesh = ", ".join(f"{axis}={size}" for axis, size in self.setup.mesh.shape.items())
-        return {
-            "device": {
-                "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-                "mesh": mesh,
-                "compute": f"{dtype.name}, parameters in float32",
-                **self.attention,
-            },
-            "model": {"program": str(model.program)} | parts,
-            "compute": {
-                "training FLOPs per token": f"{self.flops_per_token:.4g}",
-                "training FLOPs in all": f"{self.flops_per_token * tokens:.4g}",
-                "KV cache per sequence": f"{kv:.3f} MiB at {length} tokens, {dtype.name}",
-            },
-            "data": {
-                "source": config.data.source,
-                "corpus": f"{data.num_documents:,} documents, {data.num_tokens:,} tokens, "
-                f"{data.bytes_per_token:.3f} bytes per token, sha256 {data.fingerprint[:12]}",
-                "left out": f"{data.num_duplicates} copies; {data.num_skipped} rows without text; "
-                f"{data.num_invalid} documents repaired (invalid UTF-8)",
-                **({"tokenizer": data.tokenizer.loss} if data.tokenizer.loss else {}),
-                "validation": f"{data.validation.num_sequences} sequences, "
-                f"{data.validation.num_tokens:,} tokens",
-                "batch": f"{config.data.batch_size} x {length} tokens",
-                "training": f"{config.run.steps:,} steps, {tokens:,} tokens, "
-                f"{tokens / parts['total']:.2f} per parameter, "
-                f"{tokens / data.num_tokens:.2f} epochs",
-            },
-            "run": {"workdir": str(self.workdir)},
-        }
-
-
-def attention_choices(config: Config) -> dict[str, str]:
-    """Which implementation runs each kind of attention of a training step, and why."""
-    m, length = config.model, config.data.sequence_length
-    rows = config.data.batch_size // config.optimizer.accumulation_steps
-    kernels = [MIXERS[stage.mixer].kernel(m) for stage in m.program.stages]
-    choices = {}
-    for kernel in sorted({kernel for kernel in kernels if kernel is not None}, reverse=True):
-        try:
-            choice = api.choose_implementation(
-                kernel.operation,
-                implementation=m.attention,
-                q_shape=(rows, length, m.num_heads, m.head_dim),
-                k_shape=(rows, length + kernel.prefix, m.num_kv_heads, m.head_dim),
-                dtype=compute_dtype(m),
-                window=kernel.window,
-                segments=config.data.packing,
-                q_offset=kernel.prefix,
-            )
-        except ValueError as error:
-            raise UserError(f"model.attention='{m.attention}': {error}") from error
-        choices[kernel.operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
-    return choices
 
 
 def _as_text(config: Config) -> str:

@@ -12,8 +12,9 @@ import pytest
 import rich.console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from yocou_jax import metrics
-from yocou_jax.metrics import Console, MetricsWriter, mfu, read_metrics
+from yocou_jax.training import metrics
+from yocou_jax.training.console import Console
+from yocou_jax.training.metrics import MetricsWriter, mfu, read_metrics
 
 
 def test_names_that_others_rely_on():
@@ -96,7 +97,7 @@ ROW = {"loss": 3.21987, "bpb": 1.5, "tokens_per_s": 45678.9, "mfu": 0.412}
 
 def test_plain_lines_are_whole_and_throttled(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("yocou_jax.training.console.time.monotonic", lambda: clock[0])
     out, console = plain(plain_every_s=10)
     with console:
         console.start(1000)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from yocou_jax import lock
 from yocou_jax.errors import UserError
-from yocou_jax.lock import WorkdirLock
+from yocou_jax.training import lock
+from yocou_jax.training.lock import WorkdirLock
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 HOLD = """
 import sys, time
 from pathlib import Path
-from yocou_jax.lock import WorkdirLock
+from yocou_jax.training.lock import WorkdirLock
 with WorkdirLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -10,11 +10,13 @@ import pytest
 import rich.console
 
 from tests import tiny
-from yocou_jax import metrics, pretrained
+from yocou_jax import pretrained
 from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.errors import UserError
-from yocou_jax.loop import Run
-from yocou_jax.resume import going_on, new_end
+from yocou_jax.training import metrics
+from yocou_jax.training.console import Console
+from yocou_jax.training.loop import Run
+from yocou_jax.training.resume import going_on, new_end
 
 
 def config(steps, schedule, **optimizer):
@@ -94,7 +96,7 @@ def make_run(tmp_path):
         "validation_sequences": 2,
         "validation_fraction": 0.3,
     }
-    console = metrics.Console(rich.console.Console(file=io.StringIO()))
+    console = Console(rich.console.Console(file=io.StringIO()))
 
     def make(folder="run", init_from=None, model=(), tokenizer="bytes", **run):
         small = tiny.config(

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
-from yocou_jax import loss
-from yocou_jax.loss import cross_entropy
+from yocou_jax.training import loss
+from yocou_jax.training.loss import cross_entropy
 
 
 def plain(hidden, head, targets, weights, z_loss):

@@ -8,8 +8,8 @@ import pytest
 
 from tests import tiny
 from yocou_jax.model import abstract_params
-from yocou_jax.optimizer import decay_starts, make_optimizer, make_schedule
-from yocou_jax.train import logical_axes
+from yocou_jax.training.optimizer import decay_starts, make_optimizer, make_schedule
+from yocou_jax.training.step import logical_axes
 
 
 def settings(**fields):

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from yocou_jax import metrics
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError
-from yocou_jax.loss import LossSums, cross_entropy
 from yocou_jax.model import LanguageModel, abstract_params, head_matrix
-from yocou_jax.optimizer import make_optimizer, make_schedule
 from yocou_jax.sharding import batch_sharding, batch_ways, check_split, make_mesh, tree_shardings
+from yocou_jax.training import metrics
+from yocou_jax.training.loss import LossSums, cross_entropy
+from yocou_jax.training.optimizer import make_optimizer, make_schedule
 from yocou_jax.typing import Array, PyTree
 
 # --- The step -------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests import oracle, tiny
-from yocou_jax.attention import Context, GlobalKeyValue
-from yocou_jax.layers import gated_silu, rms_norm, rope
-from yocou_jax.loss import cross_entropy
 from yocou_jax.model import LanguageModel, abstract_params, to_logits
-from yocou_jax.train import logical_axes
+from yocou_jax.model.attention import Context, GlobalKeyValue
+from yocou_jax.model.layers import gated_silu, rms_norm, rope
+from yocou_jax.training.loss import cross_entropy
+from yocou_jax.training.step import logical_axes
 
 ROUNDING = 2.0**-8  # of a bfloat16, relative
 RNG = np.random.default_rng(0)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from yocou_jax import metrics
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.program import ARCHITECTURES
-from yocou_jax.train import eval_step, set_up, train_step
+from yocou_jax.training import metrics
+from yocou_jax.training.step import eval_step, set_up, train_step
 
 
 def one_device(config):

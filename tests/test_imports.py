@@ -1,0 +1,76 @@
+"""Imports point downwards only, floor by floor, and never in a circle."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module stands on the floor of the longest name that fits, and imports from there or below.
+FLOORS = (
+    {"yocou_jax", "yocou_jax.errors", "yocou_jax.files", "yocou_jax.typing", "yocou_jax.progress"},
+    {
+        "yocou_jax.program",
+        "yocou_jax.mixers",
+        "yocou_jax.config",
+        "yocou_jax.accounting",
+        "configs",
+    },
+    {"pallas_kernels", "yocou_jax.hardware"},
+    {"yocou_jax.trees", "yocou_jax.sharding", "yocou_jax.manifest", "yocou_jax.checkpoint"},
+    {"yocou_jax.model", "yocou_jax.data"},
+    {"yocou_jax.inference", "yocou_jax.pretrained"},
+    {"yocou_jax.training"},
+    {"benchmarks"},
+    {"experiments"},
+)
+PACKAGES = ("yocou_jax", "pallas_kernels", "benchmarks", "experiments", "configs")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports anywhere, but for what only a type checker reads."""
+    tree, found = ast.parse(path.read_text()), set()
+    hints = [
+        n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)
+    ]
+    skipped = {id(node) for hint in hints for node in ast.walk(hint)}
+    for node in ast.walk(tree):
+        if id(node) not in skipped and isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {n if n in MODULES else node.module for n in names}
+        elif id(node) not in skipped and isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & MODULES.keys()
+
+
+def floor(module: str) -> int:
+    fitting = [
+        (len(name), i)
+        for i, names in enumerate(FLOORS)
+        for name in names
+        if f"{module}.".startswith(f"{name}.")
+    ]
+    return max(fitting)[1]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_its_floor_or_below(module):
+    above = [name for name in imports(MODULES[module]) if floor(name) > floor(module)]
+    assert not above
+
+
+def test_nothing_imports_itself_in_a_circle():
+    graph = {module: imports(path) - {module} for module, path in MODULES.items()}
+    # A package's __init__ imports its modules, which import each other and not the package.
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_module_stands_on_a_floor_of_its_own_name():
+    for module in MODULES:
+        assert module.count(".") == 0 or floor(module) > 0 or module in FLOORS[0], module

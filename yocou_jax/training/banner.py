@@ -1,0 +1,84 @@
+"""What a run is, section by section, before its first step."""
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from pallas_kernels import api
+from yocou_jax import accounting
+from yocou_jax.config import Config
+from yocou_jax.data.pipeline import DataBundle
+from yocou_jax.errors import UserError
+from yocou_jax.mixers import MIXERS
+from yocou_jax.model import compute_dtype
+
+
+def banner(
+    config: Config, data: DataBundle, mesh: Mesh, attention: dict[str, str], workdir: Path
+) -> dict[str, dict]:
+    """Everything a person wants to know before the first step, section by section.
+
+    attention: what `attention_choices` has answered.
+    """
+    model, length = config.model, config.data.sequence_length
+    device, parts = jax.devices()[0], accounting.parameters(model)
+    flops = accounting.train_flops_per_token(model, length)
+    tokens = config.run.steps * config.data.batch_size * length
+    dtype = compute_dtype(model)
+    kv = accounting.kv_bytes(model, length, dtype.itemsize) / accounting.MIB
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return {
+        "device": {
+            "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+            "mesh": axes,
+            "compute": f"{dtype.name}, parameters in float32",
+            **attention,
+        },
+        "model": {"program": str(model.program)} | parts,
+        "compute": {
+            "training FLOPs per token": f"{flops:.4g}",
+            "training FLOPs in all": f"{flops * tokens:.4g}",
+            "KV cache per sequence": f"{kv:.3f} MiB at {length} tokens, {dtype.name}",
+        },
+        "data": {
+            "source": config.data.source,
+            "corpus": f"{data.num_documents:,} documents, {data.num_tokens:,} tokens, "
+            f"{data.bytes_per_token:.3f} bytes per token, sha256 {data.fingerprint[:12]}",
+            "left out": f"{data.num_duplicates} copies; {data.num_skipped} rows without text; "
+            f"{data.num_invalid} documents repaired (invalid UTF-8)",
+            **({"tokenizer": data.tokenizer.loss} if data.tokenizer.loss else {}),
+            "validation": f"{data.validation.num_sequences} sequences, "
+            f"{data.validation.num_tokens:,} tokens",
+            "batch": f"{config.data.batch_size} x {length} tokens",
+            "training": f"{config.run.steps:,} steps, {tokens:,} tokens, "
+            f"{tokens / parts['total']:.2f} per parameter, "
+            f"{tokens / data.num_tokens:.2f} epochs",
+        },
+        "run": {"workdir": str(workdir)},
+    }
+
+
+def attention_choices(config: Config) -> dict[str, str]:
+    """Which implementation runs each kind of attention of a training step, and why."""
+    m, length = config.model, config.data.sequence_length
+    rows = config.data.batch_size // config.optimizer.accumulation_steps
+    choices = {}
+    for kernel in dict.fromkeys(MIXERS[stage.mixer].kernel(m) for stage in m.program.stages):
+        if kernel is None:
+            continue
+        try:
+            choice = api.choose_implementation(
+                kernel.operation,
+                implementation=m.attention,
+                q_shape=(rows, length, m.num_heads, m.head_dim),
+                k_shape=(rows, length + kernel.prefix, m.num_kv_heads, m.head_dim),
+                dtype=compute_dtype(m),
+                window=kernel.window,
+                segments=config.data.packing,
+                q_offset=kernel.prefix,
+            )
+        except ValueError as error:
+            raise UserError(f"model.attention='{m.attention}': {error}") from error
+        choices[kernel.operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
+    return choices

@@ -1,0 +1,31 @@
+"""Trees of arrays or settings with dotted names, and what differs between two."""
+
+from collections.abc import Mapping
+
+import jax
+
+from yocou_jax.typing import PyTree
+
+
+def named_leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
+    """(dotted path, leaf) in the order of jax.tree.leaves; files and hashes know arrays by it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves]
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted names."""
+    result = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        result |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return result
+
+
+def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> list[str]:
+    """`name: old -> new` for every name whose value differs or is absent on one side."""
+    shown = {}
+    for name in sorted((old.keys() | new.keys()) - set(ignore)):
+        if name not in old or name not in new or old[name] != new[name]:
+            shown[name] = [repr(side[name]) if name in side else "absent" for side in (old, new)]
+    return [f"{name}: {a} -> {b}" for name, (a, b) in shown.items()]
