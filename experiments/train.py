@@ -70,7 +70,7 @@ def main(_):
     workdir = resolve(WORKDIR.value or default_workdir(config_file))
     # Only process 0 speaks: the others would say the same.
     with Console(Terminal(quiet=jax.process_index() > 0)) as console:
-        summary = Run(config, workdir, console, INIT_FROM.value).train()
+        summary = Run(config, workdir, console, init_from=INIT_FROM.value).train()
         if summary is None:
             return EXIT_PREEMPTED
         # The Python that runs this, as a path to type: nobody may have put it on PATH.

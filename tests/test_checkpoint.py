@@ -81,13 +81,13 @@ def assert_same(a, b):
 
 
 def save(directory, *steps, **options):
-    with Checkpointer(directory, every=10, **options) as checkpointer:
+    with Checkpointer(directory, **options) as checkpointer:
         for step in steps:
             assert checkpointer.save(step, make_state(step))
 
 
 def restore(directory, **options):
-    with Checkpointer(directory, every=10, **options) as checkpointer:
+    with Checkpointer(directory, **options) as checkpointer:
         return checkpointer.restore_latest(abstract(make_state()))
 
 
@@ -95,12 +95,12 @@ def folders(directory):
     return sorted(p.name for p in Path(directory).iterdir())
 
 
-def test_saves_what_is_due_and_keeps_the_newest(tmp_path):
-    with Checkpointer(tmp_path, every=10, keep=2) as checkpointer:
-        saved = [s for s in range(35) if checkpointer.save(s, make_state(s))]
-        assert saved == [10, 20, 30]
-        assert checkpointer.save(34, make_state(34), force=True)
-        assert not checkpointer.save(34, make_state(34), force=True)  # it is there already
+def test_the_newest_are_kept(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (10, 20, 30):
+            assert checkpointer.save(step, make_state(step))
+        assert checkpointer.save(34, make_state(34))
+        assert not checkpointer.save(34, make_state(34))  # it is there already
     assert [int(f) for f in folders(tmp_path) if f.isdigit()] == [30, 34]
     state, step = restore(tmp_path)
     assert step == 34
@@ -113,17 +113,16 @@ def test_nothing_to_restore(tmp_path):
         load_params(tmp_path / "new", abstract(make_state()).params)
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"every": 10, "keep": 1}])
-def test_impossible_options(tmp_path, options):
-    with pytest.raises(UserError, match="or more"):
-        Checkpointer(tmp_path, **options)
+def test_a_single_checkpoint_is_too_few(tmp_path):
+    with pytest.raises(UserError, match="2 or more"):
+        Checkpointer(tmp_path, keep=1)
 
 
 @pytest.mark.parametrize("shape", [(1,), (4,), (2, 4)])
 def test_restores_onto_another_mesh(tmp_path, shape):
     save(tmp_path, 10)
     target = abstract(make_state(), on=mesh(*shape))
-    with Checkpointer(tmp_path, every=10) as checkpointer:
+    with Checkpointer(tmp_path) as checkpointer:
         state, _ = checkpointer.restore_latest(target)
     assert_same(state, make_state(10))
     jax.tree.map(
@@ -152,7 +151,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
     def advance(state):
         return jax.tree.map(lambda x: x * 2 + 1, state)
 
-    with Checkpointer(tmp_path, every=1, keep=5) as checkpointer:
+    with Checkpointer(tmp_path, keep=5) as checkpointer:
         state, expected = make_state(), {}
         for step in range(1, 5):
             state = advance(state)
@@ -199,7 +198,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, saved, caplog, pat
     damage(victim, how)
     if pattern == "inventory.json" and how == "flipped":
         victim.write_text(victim.read_text().replace("layout", "layouu"))
-    with Checkpointer(directory, every=10) as checkpointer:
+    with Checkpointer(directory) as checkpointer:
         state, step = checkpointer.restore_latest(abstract(make_state()))
         assert step == 10
         assert_same(state, make_state(10))
@@ -213,9 +212,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, saved, caplog, pat
 def test_the_steps_after_a_damaged_checkpoint_can_be_saved_again(tmp_path, saved):
     directory = shutil.copytree(saved, tmp_path / "c")
     damage(directory / "20/layout/metadata", "halved")
-    with Checkpointer(directory, every=10) as checkpointer:
+    with Checkpointer(directory) as checkpointer:
         assert checkpointer.restore_latest(abstract(make_state()))[1] == 10
-        assert checkpointer.save(15, make_state(15), force=True)
+        assert checkpointer.save(15, make_state(15))
         assert checkpointer.save(20, make_state(20))
     assert folders(directory) == ["15", "20", "passed-over-20"]
     state, step = restore(directory)
@@ -242,7 +241,7 @@ def test_only_an_unfinished_checkpoint_starts_anew_but_only_damaged_ones_stop(tm
     assert folders(directory) == ["10", "20"]
     for step in ("10", "20"):
         (directory / step / "inventory.json").unlink()
-    with Checkpointer(directory, every=10) as checkpointer:
+    with Checkpointer(directory) as checkpointer:
         assert checkpointer.newest_whole() is None
         assert checkpointer.save(10, make_state(10))
     assert folders(directory) == ["10", "passed-over-10", "passed-over-20"]
@@ -252,7 +251,7 @@ def test_another_model_is_refused_by_name(saved):
     other = make_state()
     other = other.replace(params={**other.params, "embed": jnp.zeros((128, 65))})
     with (
-        Checkpointer(saved, every=10) as checkpointer,
+        Checkpointer(saved) as checkpointer,
         pytest.raises(
             UserError, match=r"params.embed: \[\[128, 64\], 'float32'\] -> \[\[128, 65\]"
         ),
@@ -280,7 +279,7 @@ def test_killed_while_saving(tmp_path, moment):
     """SIGKILL while the arrays are written, and between their commit and the inventory."""
     code = """
         import orbax.checkpoint, yocou_jax.checkpoint
-        checkpointer = Checkpointer(directory, every=10)
+        checkpointer = Checkpointer(directory)
         checkpointer.save(10, make_state(10))
         checkpointer._raise_error_of_last_save(wait=True)
         def kill(*_, **__):
@@ -310,7 +309,7 @@ def test_killed_while_saving(tmp_path, moment):
 def test_a_full_disk_is_one_sentence(tmp_path):
     """A limit on the size of files stands for the full disk: writes fail in the same place."""
     code = """
-        checkpointer = Checkpointer(directory, every=10)
+        checkpointer = Checkpointer(directory)
         checkpointer.save(10, make_state(10))
         checkpointer._raise_error_of_last_save(wait=True)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -318,7 +317,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
         try:
             checkpointer.save(20, make_state(20))
             checkpointer._seal.join()
-            checkpointer.save(21, make_state(21))  # not due, yet it says what happened
+            checkpointer.save(21, make_state(21))
         except UserError as error:
             print(error)
         try:
@@ -341,7 +340,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used: Not a directory"):
-        Checkpointer(tmp_path / "file" / "checkpoints", every=10).save(10, make_state())
+        Checkpointer(tmp_path / "file" / "checkpoints").save(10, make_state())
 
 
 @pytest.fixture
@@ -413,10 +412,10 @@ def test_a_refused_resume_changes_nothing_on_disk(tmp_path, saved):
     other = make_state()
     other = other.replace(params={**other.params, "embed": jnp.zeros((128, 65))})
     before = folders(directory)
-    with pytest.raises(UserError), Checkpointer(directory, every=10) as checkpointer:
+    with pytest.raises(UserError), Checkpointer(directory) as checkpointer:
         checkpointer.restore_latest(abstract(other))
     assert folders(directory) == before
-    with Checkpointer(tmp_path / "new", every=10) as checkpointer:
+    with Checkpointer(tmp_path / "new") as checkpointer:
         assert checkpointer.restore_latest(abstract(other)) is None
     assert not (tmp_path / "new").exists()
 

@@ -60,7 +60,7 @@ def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
     tokenizer = one.tokenizer.fingerprint
     write(path, describe(config.to_dict(), tokenizer=tokenizer, program=program))
     (path / "tokenizer.json").write_text(one.tokenizer.to_json())
-    with Checkpointer(path / "checkpoints", every=1) as checkpointer:
+    with Checkpointer(path / "checkpoints") as checkpointer:
         for step in steps:
             params = jax.tree.map(jnp.asarray, one.params)
             moments = jax.tree.map(lambda x: 2 * x, params)  # not to be mistaken for the parameters
@@ -443,7 +443,7 @@ def test_the_end_of_text_and_a_lossy_tokenizer_belong_to_the_model(tmp_path, kin
 def test_a_step_can_be_chosen(tmp_path):
     path = workdir(tmp_path, model(step=1), 1)
     newer = model(seed=1, step=3)
-    with Checkpointer(path / "checkpoints", every=1) as checkpointer:
+    with Checkpointer(path / "checkpoints") as checkpointer:
         params = jax.tree.map(jnp.asarray, newer.params)
         checkpointer.save(3, TrainState(jnp.int32(3), params, params))
     assert_same(model(step=1), load(path, step=1))

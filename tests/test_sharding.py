@@ -277,12 +277,12 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
     batches = [tiny.batch(seed=seed) for seed in (1, 2)]
     with jax.set_mesh(first.mesh):
         state, _ = first.step(first.init(), batches[0])
-        with Checkpointer(tmp_path, every=1) as checkpointer:
+        with Checkpointer(tmp_path) as checkpointer:
             checkpointer.save(1, state)
         saved = jax.device_get(state)
         expected, metrics = first.step(state, batches[1])
     with jax.set_mesh(second.mesh):
-        with Checkpointer(tmp_path, every=1) as checkpointer:
+        with Checkpointer(tmp_path) as checkpointer:
             state, step = checkpointer.restore_latest(second.abstract_state)
         assert step == 1
         for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(saved), strict=True):

@@ -38,22 +38,20 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves the training state every `every` steps and keeps the newest `keep` checkpoints.
+    """Saves training states and keeps the newest `keep`; when to save is the training loop's own.
 
     The state is a pytree of jax arrays; the same tree of `jax.ShapeDtypeStruct` with shardings
     restores it, onto any mesh. `save` copies the arrays and writes them behind the training: an
     error of that write is raised, as a UserError, by the next `save` or by `close`.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, every: int, keep: int = 2):
-        if every < 1:
-            raise UserError(f"A checkpoint every {every} steps is impossible: give 1 or more.")
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         if keep < 2:
             raise UserError(
                 f"Keeping {keep} checkpoint is too few: give 2 or more, so that a damaged newest "
                 "one can be passed over for the one before it."
             )
-        self.directory, self.every = Path(directory).absolute(), every
+        self.directory = Path(directory).absolute()
         self._manager: ocp.CheckpointManager | None = None
         self._keep, self._closed = keep, False
         self._whole: tuple[int | None, dict[int, str]] | None = None
@@ -97,11 +95,10 @@ class Checkpointer:
                 raise
             log.warning("%s", failure)  # the error that ended the run is the one to raise
 
-    def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
-        """Begins to save if `step` is due or forced; True if so. `state` may be donated after."""
+    def save(self, step: int, state: PyTree) -> bool:
+        """Begins to save; False if this step has a checkpoint. `state` may be donated after."""
         self._raise_error_of_last_save(wait=False)
-        due = force or (step > 0 and step % self.every == 0)
-        if not due or step in self._open().all_steps():
+        if step in self._open().all_steps():
             return False
         self._raise_error_of_last_save(wait=True)
         self._saving = step

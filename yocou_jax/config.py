@@ -37,10 +37,16 @@ def _require(ok: bool, sentence: str):
 
 # --- What one field may be ------------------------------------------------------------------------
 # Each returns a field without a default whose metadata has a rule: from a value to what is wrong
-# with it, as the end of a sentence, or to None.
+# with it, as the end of a sentence, or to None. `resume` says whether it may change when a run goes
+# on: no (None); FREE, as it changes how a run is computed, shown, saved or laid out, and not the
+# mathematics; END, as it says when and how a run ends, which no past update may depend on.
+
+FREE, END = "free", "end"
 
 
-def number(low: float, high: float, *, above: bool = False, below: bool = False) -> Any:
+def number(
+    low: float, high: float, *, above: bool = False, below: bool = False, resume: str | None = None
+) -> Any:
     """A field from `low` to `high`; `above` leaves out low itself, and `below` high."""
 
     def rule(value: float) -> str | None:
@@ -52,19 +58,24 @@ def number(low: float, high: float, *, above: bool = False, below: bool = False)
             return f"must be {'less than' if below else 'at most'} {high}"
         return None
 
-    return dataclasses.field(metadata={"rule": rule})
+    return dataclasses.field(metadata={"rule": rule, "resume": resume})
 
 
-def one_of(*choices: str) -> Any:
+def truth(*, resume: str | None = None) -> Any:
+    """A field that is true or false."""
+    return dataclasses.field(metadata={"resume": resume})
+
+
+def one_of(*choices: str, resume: str | None = None) -> Any:
     """A field with one of a few names."""
 
     def rule(value: str) -> str | None:
         return None if value in choices else f"is not one of {', '.join(choices)}"
 
-    return dataclasses.field(metadata={"rule": rule})
+    return dataclasses.field(metadata={"rule": rule, "resume": resume})
 
 
-def text(*, empty: bool = False, longest: int = MAX_TEXT) -> Any:
+def text(*, empty: bool = False, longest: int = MAX_TEXT, resume: str | None = None) -> Any:
     """A field with a text that files and terminals can hold, by default not an empty one."""
 
     def rule(value: str) -> str | None:
@@ -82,7 +93,7 @@ def text(*, empty: bool = False, longest: int = MAX_TEXT) -> Any:
             )
         return None
 
-    return dataclasses.field(metadata={"rule": rule})
+    return dataclasses.field(metadata={"rule": rule, "resume": resume})
 
 
 def _check_fields(config) -> None:
@@ -109,10 +120,10 @@ class ModelConfig:
     d_ff: int = number(1, MAX_SIZE)
     window: int = number(1, 2**30)
     rope_theta: float = number(1, 1e12)
-    cross_rope: bool
-    qk_norm: bool
+    cross_rope: bool = truth()
+    qk_norm: bool = truth()
     norm_eps: float = number(1e-30, 1)
-    tie_embeddings: bool
+    tie_embeddings: bool = truth()
     num_experts: int = number(0, 65_536)
     experts_per_token: int = number(1, 65_536)
     num_shared_experts: int = number(0, 1024)
@@ -122,9 +133,9 @@ class ModelConfig:
     prefix_length: int = number(0, 65_536)
     gate_floor: float = number(0, 1, below=True)
     dtype: str = one_of("auto", "float32", "bfloat16")
-    attention: str = one_of(*ATTENTION)
-    remat: str = one_of("none", "attention", "full")
-    scan: bool
+    attention: str = one_of(*ATTENTION, resume=FREE)
+    remat: str = one_of("none", "attention", "full", resume=FREE)
+    scan: bool = truth(resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
@@ -184,10 +195,10 @@ class OptimizerConfig:
     name: str = one_of("adamw", "muon")
     # Positive numbers have a least one: float32 on the device rounds smaller ones to 0.
     learning_rate: float = number(1e-30, 1000)
-    schedule: str = one_of("cosine", "wsd", "constant")
+    schedule: str = one_of("cosine", "wsd", "constant", resume=END)
     warmup_steps: int = number(0, MAX_INT32)
-    decay_fraction: float = number(0, 1, above=True)
-    final_fraction: float = number(0, 1)
+    decay_fraction: float = number(0, 1, above=True, resume=END)
+    final_fraction: float = number(0, 1, resume=END)
     # Not 1 - 1e-8 either, which float32 rounds to 1: the bias correction would divide by 0.
     beta1: float = number(0, 0.999_999)
     beta2: float = number(0, 0.999_999)
@@ -197,7 +208,7 @@ class OptimizerConfig:
     clip_norm: float = number(1e-30, 1e12)
     z_loss: float = number(0, 1000)
     accumulation_steps: int = number(1, MAX_SIZE)
-    max_skipped_updates: int = number(1, 2**30)
+    max_skipped_updates: int = number(1, 2**30, resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
@@ -210,15 +221,15 @@ class DataConfig:
     bad_rows: str = one_of("refuse", "skip")
     tokenizer: str = text()
     end_of_text: str = text(empty=True)
-    allow_lossy_tokenizer: bool
+    allow_lossy_tokenizer: bool = truth()
     vocab_size: int = number(1, 10_000_000)
-    packing: bool
+    packing: bool = truth()
     batch_size: int = number(1, MAX_SIZE)
     sequence_length: int = number(1, 2**24)
     validation_fraction: float = number(0, 1, above=True, below=True)
-    validation_sequences: int = number(1, MAX_INT32)
+    validation_sequences: int = number(1, MAX_INT32, resume=FREE)
     seed: int = number(0, MAX_INT32)  # components of a mixture take the next ones, below 2^32
-    cache_dir: str = text()
+    cache_dir: str = text(resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
@@ -232,9 +243,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = number(-1, MAX_SIZE)
-    fsdp: int = number(-1, MAX_SIZE)
-    tensor: int = number(-1, MAX_SIZE)
+    data: int = number(-1, MAX_SIZE, resume=FREE)
+    fsdp: int = number(-1, MAX_SIZE, resume=FREE)
+    tensor: int = number(-1, MAX_SIZE, resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
@@ -247,16 +258,16 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    steps: int = number(1, MAX_INT32)
+    steps: int = number(1, MAX_INT32, resume=END)
     seed: int = number(0, 2**32 - 1)  # jax.random.key takes 32 bits and drops the others
-    log_every: int = number(1, MAX_INT32)
-    eval_every: int = number(1, MAX_INT32)
-    sample_every: int = number(1, MAX_INT32)
-    sample_prompt: str = text(empty=True, longest=MAX_LONG_TEXT)
-    sample_tokens: int = number(1, MAX_SIZE)
-    checkpoint_every: int = number(1, MAX_INT32)
-    keep_checkpoints: int = number(2, MAX_INT32)
-    profile_steps: int = number(0, MAX_INT32)
+    log_every: int = number(1, MAX_INT32, resume=FREE)
+    eval_every: int = number(1, MAX_INT32, resume=FREE)
+    sample_every: int = number(1, MAX_INT32, resume=FREE)
+    sample_prompt: str = text(empty=True, longest=MAX_LONG_TEXT, resume=FREE)
+    sample_tokens: int = number(1, MAX_SIZE, resume=FREE)
+    checkpoint_every: int = number(1, MAX_INT32, resume=FREE)
+    keep_checkpoints: int = number(2, MAX_INT32, resume=FREE)
+    profile_steps: int = number(0, MAX_INT32, resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
@@ -319,6 +330,16 @@ def _kinds(cls=Config, prefix: str = "") -> dict[str, tuple[type, ...]]:
 
 
 FIELDS = _kinds()  # dotted names and the types that their values may have
+
+
+def resumable(how: str) -> tuple[str, ...]:
+    """Dotted names of the fields that may change in this way (FREE, END) when a run goes on."""
+    return tuple(
+        f"{group.name}.{field.name}"
+        for group in dataclasses.fields(Config)
+        for field in dataclasses.fields(typing.get_type_hints(Config)[group.name])
+        if field.metadata.get("resume") == how
+    )
 
 
 def unknown_field(name: str) -> UserError:

@@ -314,7 +314,7 @@ def test_a_prompt_file_is_read_as_training_reads_text(tmp_path, monkeypatch, std
 def test_a_step_other_than_the_newest(tmp_path, capsys):
     old, new = model(step=1), model(seed=1, step=2)
     path = workdir(tmp_path / "run", old, 1)
-    with Checkpointer(path / "checkpoints", every=1) as checkpointer:
+    with Checkpointer(path / "checkpoints") as checkpointer:
         params = jax.tree.map(jnp.asarray, new.params)
         checkpointer.save(2, TrainState(jnp.int32(2), params, params))
     options = [f"--workdir={path}", "--prompt=a", "--max_new_tokens=5", "--temperature=0"]

@@ -15,6 +15,7 @@ from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.errors import UserError
 from yocou_jax.training import metrics
 from yocou_jax.training.console import Console
+from yocou_jax.training.evaluators import Sample
 from yocou_jax.training.loop import Run
 from yocou_jax.training.resume import going_on, new_end
 
@@ -106,7 +107,7 @@ def make_run(tmp_path):
             optimizer={"warmup_steps": 0, "max_skipped_updates": 3, "schedule": "constant"},
             **({"vocab_size": 300} | dict(model)),
         )
-        return Run(small, tmp_path / folder, console, init_from)
+        return Run(small, tmp_path / folder, console, init_from=init_from)
 
     return make
 
@@ -120,7 +121,7 @@ def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
         saved.append((step, sorted((run.workdir / "checkpoints").glob(f"{step}*")) != []))
         raise RuntimeError("out of memory\nand much more")
 
-    monkeypatch.setattr(Run, "_show_sample", fail)
+    monkeypatch.setattr(Sample, "show", fail)
     summary = run.train()
     assert saved == [(1, True), (2, True)]
     assert caplog.text.count("No sample at step") == 2
@@ -187,7 +188,7 @@ def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
     assert make_run(steps=2).train() == old
     path.write_text(json.dumps(old | {"final_params_sha256": "another"}))
     assert make_run(steps=2).train()["final_params_sha256"] == old["final_params_sha256"]
-    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", every=1)
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
     longer = make_run(steps=4)
     with jax.set_mesh(longer.setup.mesh), checkpointer:
         longer._load_data()
@@ -202,7 +203,7 @@ def test_what_stops_a_run_is_saved_before_anything_is_shown(make_run, monkeypatc
     def look(self, params, step):
         saved.append(sorted((run.workdir / "checkpoints").glob(f"{step}*")) != [])
 
-    monkeypatch.setattr(Run, "_show_sample", look)
+    monkeypatch.setattr(Sample, "show", look)
     run.train()
     assert saved == [True]
 

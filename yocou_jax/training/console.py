@@ -14,7 +14,8 @@ import rich.panel
 import rich.table
 import rich.text
 
-from yocou_jax.training.metrics import BPB, LOSS, MFU, TOKENS_PER_S
+from yocou_jax.training.metrics import BPB, LOSS, MFU, TOKENS_PER_S, VAL_BPB, VAL_LOSS
+from yocou_jax.training.reporter import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def _never_ends_a_run(show: Callable) -> Callable:
     return guarded
 
 
-class Console:
+class Console(Reporter):
     """The terminal of a run: a banner, one live line, and notices and samples that do not break it.
 
     On a terminal the line is redrawn in place. Elsewhere (a log file, CI) it is printed as a plain
@@ -96,6 +97,15 @@ class Console:
         elif step >= self._total or now - self._printed_at >= self._plain_every_s:
             self._printed_at = now
             self._print(line)
+
+    @_never_ends_a_run
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """A line above the live line for the validation, which all runs have."""
+        if VAL_LOSS in values:
+            self._print(
+                f"step {step}: validation loss {values[VAL_LOSS]:.4f} nats/token, "
+                f"{values[VAL_BPB]:.4f} bits/byte"
+            )
 
     @_never_ends_a_run
     def notice(self, text: str) -> None:

@@ -10,10 +10,10 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from yocou_jax import accounting
 from yocou_jax.checkpoint import Checkpointer, params_sha256
@@ -21,7 +21,6 @@ from yocou_jax.config import PROFILE_FROM, Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve, write_atomically
-from yocou_jax.inference import Sampling, generate, prepare
 from yocou_jax.manifest import check_resume, describe
 from yocou_jax.manifest import read as read_manifest
 from yocou_jax.manifest import write as write_manifest
@@ -29,9 +28,10 @@ from yocou_jax.model import compute_dtype
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.banner import attention_choices, banner
-from yocou_jax.training.console import Console
+from yocou_jax.training.evaluators import Evaluator, Sample, Validation
 from yocou_jax.training.lock import WorkdirLock
 from yocou_jax.training.preemption import StopRequest
+from yocou_jax.training.reporter import Reporter
 from yocou_jax.training.resume import END_FIELDS, FREE_FIELDS, going_on, load_source
 from yocou_jax.training.step import Setup, TrainState, set_up
 
@@ -72,6 +72,8 @@ class Stopwatch:
 class Run:
     """One training run in its workdir; `train()` does all of it. Every process makes one.
 
+    reporter: is told what happens; by default nobody is, and the library prints nothing.
+    evaluators: what looks at the model now and then, each made from this run once it has data.
     init_from: a workdir or an exported folder whose parameters a new run starts with, its optimiser
     and step count fresh (fine-tuning). A run that has a checkpoint goes on from that.
     """
@@ -80,10 +82,12 @@ class Run:
         self,
         config: Config,
         workdir: Path,
-        console: Console,
+        reporter: Reporter | None = None,
+        evaluators: Sequence[Callable[["Run"], Evaluator]] = (Validation, Sample),
         init_from: str | Path | None = None,
     ):
-        self.config, self.workdir, self.console = config, resolve(workdir), console
+        self.config, self.workdir = config, resolve(workdir)
+        self.reporter, self._make_evaluators = reporter or Reporter(), evaluators
         try:
             str(self.workdir).encode()
         except UnicodeEncodeError as error:  # Orbax takes no others
@@ -113,9 +117,7 @@ class Run:
         with (
             WorkdirLock(self.workdir) as self.lock,
             jax.set_mesh(self.setup.mesh),
-            Checkpointer(
-                self.workdir / "checkpoints", every=run.checkpoint_every, keep=run.keep_checkpoints
-            ) as checkpointer,
+            Checkpointer(self.workdir / "checkpoints", keep=run.keep_checkpoints) as checkpointer,
             self._profiling,
         ):
             self._load_data()
@@ -127,7 +129,7 @@ class Run:
                 state, done = self._loop(state, first, batches, checkpointer, stop)
                 if done < run.steps:
                     checkpointer.close()
-                    self.console.notice(
+                    self.reporter.notice(
                         f"Stopped on request; step {done} is saved, the same command resumes."
                     )
                     return None
@@ -147,9 +149,7 @@ class Run:
                 f"The tokenizer has {needed} entries, but model.vocab_size={rows}; "
                 f"set --config.model.vocab_size={needed} or more."
             )
-        # No more sequences at once than a microbatch has: what fits there fits here.
-        size = config.data.batch_size // config.optimizer.accumulation_steps
-        self.validation = list(self.data.validation.batches(self.sharding, size))
+        self.evaluators = [make(self) for make in self._make_evaluators]
 
     def _begin(self, checkpointer: Checkpointer) -> tuple[TrainState, int]:
         """A restored or a fresh state. All that can refuse comes before all that writes."""
@@ -189,7 +189,7 @@ class Run:
             write_atomically(self.workdir / "tokenizer.json", data.tokenizer.to_json())
             self.writer.text("config", _as_text(config), first)
             self.writer.hparams(config.to_dict())
-        self.console.banner(
+        self.reporter.banner(
             f"YOCO-U in JAX: {config.model.program}",
             banner(config, data, self.setup.mesh, self.attention, self.workdir),
         )
@@ -199,8 +199,8 @@ class Run:
                 f"No profile: it begins after {PROFILE_FROM} steps, and {left} are left."
             )
         for notice in notices:
-            self.console.notice(notice)
-        self.console.start(config.run.steps)
+            self.reporter.notice(notice)
+        self.reporter.start(config.run.steps)
         return state, first
 
     def _fresh(self, manifest: dict, notices: list[str]) -> TrainState:
@@ -229,21 +229,21 @@ class Run:
             done += 1
             pending = (done, out)
             stopping = stop.reached(done)
-            evaluating = done % run.eval_every == 0 or done == run.steps
-            sampling = done % run.sample_every == 0 or done == run.steps
-            saving = done % run.checkpoint_every == 0
-            if evaluating or sampling or saving or stopping:
+            ending = done == run.steps
+            due = [e for e in self.evaluators if ending or done % e.every == 0]
+            saving = stopping or ending or done % run.checkpoint_every == 0
+            if due or saving:
                 # The stopwatch must count this step, and not what comes after it.
                 jax.block_until_ready(out)
                 # Rows are written before the checkpoint of their step, or a kill could lose them.
-                self._read(done, out, self.evaluate(state.params) if evaluating else None)
+                self._read(done, out, self._evaluate(due, state.params, done))
                 pending = None
                 with self.stopwatch.paused():
-                    if saving or stopping or done == run.steps:
+                    if saving:
                         self.lock.check()
-                        checkpointer.save(done, state, force=True)
-                    if sampling and not stopping:
-                        self._try_sample(state.params, done)
+                        checkpointer.save(done, state)
+                    for evaluator in () if stopping else due:
+                        self._try_show(evaluator, state.params, done)
             if stopping:
                 break
         return state, done
@@ -253,7 +253,7 @@ class Run:
         start = time.perf_counter()
         batch = self.data.abstract_batch(self.sharding)
         step = self.setup.step.lower(state, batch).compile()
-        self.console.notice(f"Compiled the train step in {time.perf_counter() - start:.1f} s.")
+        self.reporter.notice(f"Compiled the train step in {time.perf_counter() - start:.1f} s.")
         return step
 
     def _read(self, step: int, out: dict[str, jax.Array], evaluated: dict | None = None) -> None:
@@ -282,49 +282,25 @@ class Run:
             self.values = values | (evaluated or {})
             if self.writer:
                 self.writer.write(step, self.values)
-        self.console.update(step, self.values | values)
+        self.reporter.update(step, self.values | values)
         if evaluated:
-            self.console.notice(
-                f"step {step}: validation loss {evaluated[metrics.VAL_LOSS]:.4f} nats/token, "
-                f"{evaluated[metrics.VAL_BPB]:.4f} bits/byte"
-            )
+            self.reporter.evaluated(step, evaluated)
 
-    def evaluate(self, params) -> dict[str, float]:
-        """Loss (nats per token) and bits per byte on the fixed validation set."""
+    def _evaluate(self, evaluators: Sequence[Evaluator], params, step: int) -> dict[str, float]:
+        """The metrics of all evaluators together."""
         with self.stopwatch.paused():
-            sums = [self.setup.evaluate(params, batch) for batch in self.validation]
-            nll = float(np.sum([jax.device_get(s.nll) for s in sums], dtype=np.float64))
-        validation = self.data.validation
-        return {
-            metrics.VAL_LOSS: nll / validation.num_tokens,
-            metrics.VAL_BPB: nll / math.log(2) / validation.num_bytes,
-        }
+            found = [evaluator.measure(params, step) for evaluator in evaluators]
+        return {name: value for metrics in found for name, value in metrics.items()}
 
-    def _try_sample(self, params, step: int) -> None:
-        """Shows a sample; what goes wrong with it is told, and the run goes on."""
+    def _try_show(self, evaluator: Evaluator, params, step: int) -> None:
+        """Lets an evaluator show something; what goes wrong is told, and the run goes on."""
         try:
-            self._show_sample(params, step)
+            evaluator.show(params, step)
         except Exception as error:
             if jax.process_count() > 1:  # the others may still be in it: nobody goes on alone
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            log.warning("No sample at step %d: %s", step, reason)
-
-    def _show_sample(self, params, step: int) -> None:
-        run, tokenizer = self.config.run, self.data.tokenizer
-        prompt = [tokenizer.eot_id, *tokenizer.encode(run.sample_prompt)]
-        out = generate(
-            prepare(params, self.config.model),
-            [prompt],
-            max_new_tokens=run.sample_tokens,
-            sampling=Sampling(temperature=0.8),
-            seeds=step,
-            stop_tokens=[tokenizer.eot_id],
-        )
-        text = tokenizer.decode([*prompt, *out.tokens[0, : out.lengths[0]]])
-        self.console.sample(text, f"step {step}: a sample")
-        if self.writer:
-            self.writer.text("sample", text, step)
+            log.warning("No %s at step %d: %s", evaluator.name, step, reason)
 
     def _profile(self, step: int) -> None:
         """A profiler trace of run.profile_steps steps from the tenth on, for TensorBoard."""
@@ -345,14 +321,13 @@ class Run:
                 before = json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
                 if (before.get("tokens"), before.get("final_params_sha256")) == (tokens, sha256):
                     return before
-            self.values |= self.evaluate(state.params)
+            self.values |= self._evaluate(self.evaluators, state.params, config.run.steps)
         return {
             "program": str(config.model.program),
             "params": accounting.parameters(config.model)["total"],
             "tokens": tokens,
             "train_flops": tokens * self.flops_per_token,
-            "val_loss": self.values[metrics.VAL_LOSS],
-            "val_bpb": self.values[metrics.VAL_BPB],
+            **{name: self.values.get(name) for name in (metrics.VAL_LOSS, metrics.VAL_BPB)},
             "tokens_per_s": stopwatch.total_tokens / max(stopwatch.total_seconds, 1e-9),
             "wall_s": time.perf_counter() - self.started,
             "kv_bytes_per_sequence": accounting.kv_bytes(

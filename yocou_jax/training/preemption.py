@@ -20,7 +20,7 @@ class StopRequest:
 
         with StopRequest() as stop:
             ...
-            if stop.reached(step): save with force=True, close, exit with EXIT_PREEMPTED
+            if stop.reached(step): save, close, exit with EXIT_PREEMPTED
 
     The first signal is answered at once on stderr, and a later Ctrl-C ends the process at once:
     Python itself runs a handler only between two of its own instructions, and a step or a

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from yocou_jax import pretrained
-from yocou_jax.config import Config, ModelConfig
+from yocou_jax.config import END, FREE, Config, ModelConfig, resumable
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.training.optimizer import decay_starts, make_schedule
@@ -14,36 +14,7 @@ from yocou_jax.training.step import Setup
 from yocou_jax.trees import differences, flat, named_leaves
 from yocou_jax.typing import PyTree
 
-# What may differ when a run is resumed: it changes how it is computed, what is shown, saved or laid
-# out, not the mathematics.
-FREE_FIELDS = (
-    "data.cache_dir",
-    "data.validation_sequences",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "model.attention",
-    "model.remat",
-    "model.scan",
-    "optimizer.max_skipped_updates",
-    "run.log_every",
-    "run.eval_every",
-    "run.sample_every",
-    "run.sample_prompt",
-    "run.sample_tokens",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.profile_steps",
-)
-
-# What says when and how a run ends. It may change while no past update depends on it, and, with the
-# learning rate jumping, for the schedules that are constant before their end.
-END_FIELDS = (
-    "run.steps",
-    "optimizer.schedule",
-    "optimizer.decay_fraction",
-    "optimizer.final_fraction",
-)
+FREE_FIELDS, END_FIELDS = resumable(FREE), resumable(END)
 
 
 def going_on(
