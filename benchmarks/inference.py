@@ -24,7 +24,7 @@ from pallas_kernels import api
 from yocou_jax import accounting, inference
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
-from yocou_jax.model import abstract_params, compute_dtype
+from yocou_jax.model import Compute, abstract_params, resolve
 from yocou_jax.model.memory import Memory
 from yocou_jax.program import ARCHITECTURES
 
@@ -99,6 +99,11 @@ class Cell(NamedTuple):
     length: int
     batch: int
     piece: int
+    asked: Compute | None = None  # how it is run; None: as the device does best
+
+    @property
+    def compute(self) -> Compute:
+        return self.asked or resolve()
 
     @property
     def capacity(self) -> int:
@@ -111,17 +116,17 @@ class Cell(NamedTuple):
 
 
 @functools.cache
-def abstract_model(config: ModelConfig) -> inference.PreparedModel:
+def abstract_model(config: ModelConfig, compute: Compute) -> inference.PreparedModel:
     """Shapes and types of what `inference.prepare` returns."""
     params = nn.unbox(abstract_params(config))
-    return jax.eval_shape(lambda params: inference.prepare(params, config), params)
+    return jax.eval_shape(lambda params: inference.prepare(params, config, compute), params)
 
 
 @functools.cache
-def abstract_memory(config: ModelConfig, batch: int, capacity: int) -> Memory:
+def abstract_memory(config: ModelConfig, compute: Compute, batch: int, capacity: int) -> Memory:
     """Shapes and types of what `inference.new_memory` returns."""
     new = functools.partial(inference.new_memory, batch=batch, capacity=capacity)
-    return jax.eval_shape(new, abstract_model(config))
+    return jax.eval_shape(new, abstract_model(config, compute))
 
 
 def memory(cell: Cell) -> int:
@@ -130,9 +135,11 @@ def memory(cell: Cell) -> int:
     width = (c.experts_per_token + c.num_shared_experts) * c.expert_width
     width = c.d_model + (width if c.num_experts else c.d_ff) + c.num_heads * c.head_dim
     positions = cell.batch * c.program.streams * (cell.piece if cell.kind == "prefill" else 1)
-    scratch = 8 * positions * width * compute_dtype(c).itemsize + 4 * cell.batch * c.vocab_size
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_model(c)))
-    return weights + abstract_memory(c, cell.batch, cell.capacity).nbytes + scratch
+    scratch = 8 * positions * width * cell.compute.dtype.itemsize + 4 * cell.batch * c.vocab_size
+    weights = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_model(c, cell.compute))
+    )
+    return weights + abstract_memory(c, cell.compute, cell.batch, cell.capacity).nbytes + scratch
 
 
 def device_memory() -> float:
@@ -141,7 +148,11 @@ def device_memory() -> float:
 
 
 def cells_at(
-    length: int, configs: dict[str, ModelConfig], sizes: Sizes, room: float
+    length: int,
+    configs: dict[str, ModelConfig],
+    sizes: Sizes,
+    room: float,
+    compute: Compute | None = None,
 ) -> tuple[list[Cell], list[dict]]:
     """The cells of one length, those that the aims need first, each with its batch halved until it
     fits into MEMORY_SHARE of `room` bytes; and rows of those of which not even one row fits."""
@@ -151,7 +162,7 @@ def cells_at(
     for kind, rows, piece in (("prefill", prompts, chunk), ("decode", sizes.batch, sizes.steps)):
         fitting = {}
         for name, config in configs.items():
-            cell = Cell(kind, name, config, length, rows, piece)
+            cell = Cell(kind, name, config, length, rows, piece, compute)
             while memory(cell) > MEMORY_SHARE * room and cell.batch > 1:
                 cell = cell._replace(batch=cell.batch // 2)
             if memory(cell) <= MEMORY_SHARE * room:
@@ -205,11 +216,11 @@ def decode_block(model, cache, tokens, start, *, steps):
 def lowered(cell: Cell) -> list[jax.stages.Lowered]:
     """The large programs of a cell, with the arguments that they are called with: once they are
     compiled, jax finds them again (a test makes sure)."""
-    config, B, model = cell.config, cell.batch, abstract_model(cell.config)
+    B, model = cell.batch, abstract_model(cell.config, cell.compute)
     if cell.kind == "prefill":
         programs = inference.programs(model, B, cell.capacity, cell.piece)
         return [programs[name]() for name in ("prefill_chunk", "next_logits")]
-    kept = abstract_memory(config, B, cell.capacity)
+    kept = abstract_memory(cell.config, cell.compute, B, cell.capacity)
     rows, scalar = jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     return [decode_block.lower(model, kept, rows, scalar, steps=cell.piece)]
 
@@ -232,7 +243,7 @@ def compile_ahead(cells: list[Cell]) -> dict[Cell, str]:
 
 def run_prefill(cell: Cell) -> float:
     """Seconds of one prefill of the cell's prompts, after one of their first chunk."""
-    model = random_like(abstract_model(cell.config), std=0.02)
+    model = random_like(abstract_model(cell.config, cell.compute), std=0.02)
     shape = (cell.batch, cell.length)
     tokens = np.random.default_rng(0).integers(0, cell.config.vocab_size, shape).astype(np.int32)
     run = functools.partial(inference.prefill, model, capacity=cell.capacity, chunk=cell.piece)
@@ -245,8 +256,10 @@ def run_prefill(cell: Cell) -> float:
 def run_decode(cell: Cell) -> float:
     """Seconds of one block of decode steps, the last of which fills the cell's length, after the
     same block for practice."""
-    model = random_like(abstract_model(cell.config), std=0.02)
-    cache = random_like(abstract_memory(cell.config, cell.batch, cell.capacity), std=1.0)
+    model = random_like(abstract_model(cell.config, cell.compute), std=0.02)
+    cache = random_like(
+        abstract_memory(cell.config, cell.compute, cell.batch, cell.capacity), std=1.0
+    )
     tokens, begin = jnp.zeros((cell.batch,), jnp.int32), np.int32(cell.length - cell.piece)
     cache, tokens = decode_block(model, cache, tokens, begin, steps=cell.piece)
     jax.block_until_ready((cache, tokens))
@@ -260,9 +273,10 @@ RUN = {"prefill": run_prefill, "decode": run_decode}
 
 def _row(cell: Cell, status: str, reason: str | None = None) -> dict[str, Any]:
     """status: measured, failed, "no time" or "no memory" (the last three with a reason)."""
-    row = {key: value for key, value in cell._asdict().items() if key != "config"}
+    row = {key: value for key, value in cell._asdict().items() if key not in ("config", "asked")}
     row |= {"status": status, "reason": reason}
-    return row | {"paper": paper.figure(cell.kind, cell.architecture, cell.config, cell.length)}
+    known = (cell.kind, cell.architecture, cell.config, cell.length)
+    return row | {"paper": paper.figure(*known, cell.compute.dtype.itemsize)}
 
 
 def _measured(cell: Cell, samples: list[float], copy: float) -> dict[str, Any]:
@@ -272,7 +286,7 @@ def _measured(cell: Cell, samples: list[float], copy: float) -> dict[str, Any]:
     row["tokens_per_s"] = cell.tokens / seconds
     if cell.kind == "prefill":
         return row | {"flops_per_token": accounting.prefill_flops_per_token(config, cell.length)}
-    context, itemsize = cell.length - cell.piece // 2, compute_dtype(config).itemsize
+    context, itemsize = cell.length - cell.piece // 2, cell.compute.dtype.itemsize
     read = accounting.decode_bytes_per_step(config, cell.batch, context, itemsize)
     rate = read * cell.piece / seconds
     return row | {"gb_per_step": read / 1e9, "gb_per_s": rate / 1e9, "of_copy": rate / copy}
@@ -350,18 +364,21 @@ def measure(
     budget_s: float,
     keep: Callable[[dict], None] = lambda report: None,
     say: Callable[[str], None] = lambda line: None,
+    compute: Compute | None = None,
 ) -> dict[str, Any]:
     """Everything that fits into the budget, as the report that is shown, drawn and written. keep:
     given the report as it is after each length; say: a line about what is done."""
     start = time.perf_counter()
     base = device.measure(sizes.probe)
     room = device_memory()
-    plan = [cells_at(length, configs, sizes, room) for length in sizes.lengths]
+    plan = [cells_at(length, configs, sizes, room, compute) for length in sizes.lengths]
     # What the aims are about first, while there is time.
     groups = sorted(
         [c for c, _ in plan if c], key=lambda cells: cells[0].length != paper.AIM_LENGTH
     )
-    known = [row for _, left_out in plan for row in left_out] + kv_rows(configs, sizes.lengths)
+    known = [row for _, left_out in plan for row in left_out] + kv_rows(
+        configs, sizes.lengths, compute
+    )
     config = next(iter(configs.values()))
 
     def report(measured):
@@ -371,7 +388,7 @@ def measure(
             "memory_gib": room / 2**30,
             "date": device.today(),
             "versions": device.versions(),
-            "dtype": str(compute_dtype(config)),
+            "dtype": str((compute or resolve()).dtype),
             "model": {k: v for k, v in dataclasses.asdict(config).items() if k in SMALL},
             "programs": {name: str(config.program) for name, config in configs.items()},
             "parameters": {n: accounting.parameters(c)["total"] for n, c in configs.items()},
@@ -380,7 +397,7 @@ def measure(
             "lengths": list(sizes.lengths),
             "budget_s": budget_s,
             "seconds": time.perf_counter() - start,
-            "papers_model": paper.is_the_papers(config),
+            "papers_model": paper.is_the_papers(config, (compute or resolve()).dtype.itemsize),
             "rows": rows,
             "ratios": comparison.ratios(rows, list(configs)),
         }
@@ -394,12 +411,15 @@ def measure(
         return report(measured)
 
 
-def kv_rows(configs: dict[str, ModelConfig], lengths) -> list[dict]:
+def kv_rows(configs: dict[str, ModelConfig], lengths, compute: Compute | None = None) -> list[dict]:
     """Bytes of the arrays of one sequence's cache, in MiB."""
-    cells = [Cell("kv", name, c, n, 1, n) for n in lengths for name, c in configs.items()]
+    cells = [Cell("kv", name, c, n, 1, n, compute) for n in lengths for name, c in configs.items()]
     return [
         _row(cell, "measured")
-        | {"mib": abstract_memory(cell.config, 1, cell.length).nbytes / accounting.MIB}
+        | {
+            "mib": abstract_memory(cell.config, cell.compute, 1, cell.length).nbytes
+            / accounting.MIB
+        }
         for cell in cells
     ]
 

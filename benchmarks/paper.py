@@ -3,7 +3,6 @@
 import dataclasses
 
 from yocou_jax.config import ModelConfig
-from yocou_jax.model import compute_dtype
 
 # The 1.3B model in bf16: tokens/s of prefill (Table 8) and of decode, all 32 rows together (Table
 # 9), on one H100; KV cache in MiB per sequence (Table 10).
@@ -30,18 +29,20 @@ TABLES = {
 }
 
 
-def is_the_papers(config: ModelConfig) -> bool:
+def is_the_papers(config: ModelConfig, itemsize: int = 2) -> bool:
     """Whether the paper's figures are those of this model: of its sizes, loops and 2-byte type."""
     sizes = config.program.layers, config.d_model, config.num_kv_heads * config.head_dim
     same = (*sizes, config.window, config.num_experts) == (20, 2560, 512, 512, 0)
     loops = config.program == dataclasses.replace(config, num_loops=None).program
-    return same and loops and compute_dtype(config).itemsize == 2
+    return same and loops and itemsize == 2
 
 
-def figure(kind: str, architecture: str, config: ModelConfig, length: int) -> float | None:
-    """The paper's figure, None where it has none for this model."""
+def figure(
+    kind: str, architecture: str, config: ModelConfig, length: int, itemsize: int = 2
+) -> float | None:
+    """The paper's figure, None where it has none for this model in a type of that many bytes."""
     row = TABLES[kind].get(architecture)
-    if row is None or length not in LENGTHS or not is_the_papers(config):
+    if row is None or length not in LENGTHS or not is_the_papers(config, itemsize):
         return None
     return row[LENGTHS.index(length)]
 

@@ -14,7 +14,7 @@ from pallas_kernels.blocks import Blocks
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import load_data
 from yocou_jax.errors import UserError
-from yocou_jax.model import compute_dtype
+from yocou_jax.model import resolve
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.step import set_up
@@ -29,7 +29,7 @@ def losses(
     """The training loss of each step, nats per token."""
     fields = fields.copy_and_resolve_references()
     with fields.unlocked():
-        fields.model.attention, fields.run.steps = implementation, steps
+        fields.compute.attention, fields.run.steps = implementation, steps
         fields.optimizer.warmup_steps = min(fields.optimizer.warmup_steps, steps // 2)
     config = Config.from_dict(fields)
     setup = set_up(config)
@@ -85,7 +85,7 @@ def why_not(implementation: str, config: Config) -> str | None:
     facts = {
         "q_shape": (B, N, m.num_heads, m.head_dim),
         "k_shape": (B, N, m.num_kv_heads, m.head_dim),
-        "dtype": compute_dtype(m),
+        "dtype": resolve(config.compute).dtype,
         "segments": config.data.packing,
     }
     for operation, window in (("window_attention", m.window), ("cross_attention", None)):

@@ -35,10 +35,13 @@ def get_config() -> ConfigDict:
     m.router_z_weight = 0.001  # of the squared log-partition of the router, mean over layers
     m.prefix_length = 48  # learned K/V entries per layer and stream (ParScale's 48)
     m.gate_floor = 0.1  # least share of the stream mix, spread evenly (ParScale's epsilon)
-    m.dtype = "auto"  # of activations: bfloat16 on accelerators, float32 on a CPU
-    m.attention = "auto"  # a name of pallas_kernels.api, or auto: the best for the device
-    m.remat = "none"  # what backward recomputes: none | attention (keeps its output) | full
-    m.scan = True  # False unrolls layers and loops in Python, to debug
+
+    # How the model is run: a checkpoint means the same whatever is said here.
+    k = c.compute = ConfigDict()
+    k.dtype = "auto"  # of activations: bfloat16 on accelerators, float32 on a CPU
+    k.attention = "auto"  # a name of pallas_kernels.api, or auto: the best for the device
+    k.remat = "none"  # what backward recomputes: none | attention (keeps its output) | full
+    k.scan = True  # False unrolls layers and loops in Python, to debug
 
     o = c.optimizer = ConfigDict()
     o.name = "adamw"  # or muon, for the hidden matrices

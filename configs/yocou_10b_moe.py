@@ -19,7 +19,8 @@ from configs import yocou_1b
 def get_config(architecture: str = "yoco_u"):
     c = yocou_1b.get_config(architecture)
     c.model.update(num_experts=64, experts_per_token=8, num_shared_experts=1, expert_width=1024)
-    c.model.update(vocab_size=151_936, remat="full")
+    c.model.vocab_size = 151_936
+    c.compute.remat = "full"
     c.optimizer.accumulation_steps = 8
     c.data.update(batch_size=512)
     c.run.update(steps=75_000)

@@ -21,8 +21,8 @@ def get_config(architecture: str = "yoco_u"):
         head_dim=64,
         d_ff=2048,
         window=512,
-        remat="attention",
     )
+    c.compute.remat = "attention"
     c.optimizer.update(learning_rate=1e-3, warmup_steps=500)
     c.data.update(
         source="hf:HuggingFaceFW/fineweb-edu/sample-10BT", batch_size=64, sequence_length=2048

@@ -34,8 +34,8 @@ def get_config(architecture: str = "yoco_u"):
         head_dim=128,
         d_ff=6656,
         window=512,
-        remat="attention",
     )
+    c.compute.remat = "attention"
     c.optimizer.update(
         learning_rate=1e-3, schedule="constant", warmup_steps=0, accumulation_steps=8
     )

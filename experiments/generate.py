@@ -206,6 +206,7 @@ class Writer:
     def __init__(self, mesh):
         from yocou_jax import inference, pretrained
         from yocou_jax.inference import sampling
+        from yocou_jax.model import resolve
 
         self.inference = inference
         self.sampling = sampling.Sampling(
@@ -216,12 +217,13 @@ class Writer:
         self.stops = stops()
         loaded = pretrained.load(WORKDIR.value, mesh, STEP.value)
         self.tokenizer = loaded.tokenizer
-        config = dataclasses.replace(loaded.config, attention=ATTENTION.value)
+        config = loaded.config
+        compute = dataclasses.replace(loaded.compute, attention=ATTENTION.value)
         if NUM_LOOPS.value is not None:
             config.program.with_loops(NUM_LOOPS.value)  # refuses what makes no sense
             config = dataclasses.replace(config, num_loops=NUM_LOOPS.value)
             note_loops(loaded.config.program, NUM_LOOPS.value)
-        self.model = inference.prepare(loaded.params, config)
+        self.model = inference.prepare(loaded.params, config, resolve(compute))
         self.compiled: set[tuple] = set()
         step = "" if loaded.step is None else f", step {loaded.step:,}"
         _note(f"{WORKDIR.value}: {config.program}{step}")

@@ -52,6 +52,7 @@ from benchmarks import comparison, inference
 from benchmarks.report import console, output_file, table, write_json
 from experiments import cli
 from yocou_jax.config import Config
+from yocou_jax.model import resolve
 
 
 def show(report: dict, out: Console) -> None:
@@ -90,8 +91,8 @@ def main(_):
     if on_cpu:
         cli.keep_freed_memory()
     sizes = inference.CPU if on_cpu else inference.ACCELERATOR
-    config = Config.from_dict(CONFIG.value).model
-    configs, notes = inference.choose_configs(config, ARCHITECTURE_NAMES.value, on_cpu)
+    config = Config.from_dict(CONFIG.value)
+    configs, notes = inference.choose_configs(config.model, ARCHITECTURE_NAMES.value, on_cpu)
     # Before minutes of measuring.
     plot_path = output_file("plot", PLOT.value, Figure().canvas.get_supported_filetypes())
     out_path = output_file("out", OUT.value, ("json",))
@@ -108,7 +109,8 @@ def main(_):
 
     budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value
     say = functools.partial(print, file=sys.stderr)
-    report = inference.measure(configs, sizes, budget_s, keep, say) | {"notes": notes}
+    compute = resolve(config.compute)
+    report = inference.measure(configs, sizes, budget_s, keep, say, compute) | {"notes": notes}
     keep(report)
     if JSON.value:
         print(json.dumps(report))

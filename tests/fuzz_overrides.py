@@ -84,9 +84,9 @@ def write_files(folder: Path) -> list[str]:
 SHORT = {"int": "1 2 3 4 7 8 10 16 64 128 512 600 1000", "float": "0 0.1 0.5 0.9 1 1e-3 2e-2 3"}
 TEXTS = {
     "model.architecture": ["yoco_u", "rins", "transformer", "full*4", "window*2@3 | cross*2"],
-    "model.dtype": ["auto", "float32", "bfloat16"],
-    "model.attention": ["auto", "xla", "reference", "pallas_tpu"],
-    "model.remat": ["none", "attention", "full"],
+    "compute.dtype": ["auto", "float32", "bfloat16"],
+    "compute.attention": ["auto", "xla", "reference", "pallas_tpu"],
+    "compute.remat": ["none", "attention", "full"],
     "optimizer.name": ["adamw", "muon"],
     "optimizer.schedule": ["cosine", "wsd", "constant"],
     "data.bad_rows": ["refuse", "skip"],
@@ -248,7 +248,7 @@ def set_up_failure(config: Config) -> str | None:
     from yocou_jax.training.step import set_up
 
     program = config.model.program
-    if len(program.stages) > 10 or (not config.model.scan and program.depth > 20):
+    if len(program.stages) > 10 or (not config.compute.scan and program.depth > 20):
         return None  # minutes to trace
     try:
         jax.eval_shape(set_up(config, jax.devices()[:1]).init)

@@ -35,12 +35,12 @@ def test_the_oracle_tells_what_was_typed():
         "-config.data.packing",
         "--config.run.seed=1",
     ]
-    words += ["--noconfig.model.scan", "--config.run.seed=2", "--", "--config.run.steps=3"]
+    words += ["--noconfig.compute.scan", "--config.run.seed=2", "--", "--config.run.steps=3"]
     assert fuzz_overrides.typed(words) == {
         "run.steps": "7",
         "data.packing": "true",
         "run.seed": "2",
-        "model.scan": "false",
+        "compute.scan": "false",
     }
     for text, value in (("1e-3", 0.001), ("007", 7), ("1_000", 1000), ("None", None), ("0", False)):
         assert fuzz_overrides.means(text, value)

@@ -14,6 +14,7 @@ import pytest
 
 from tests import oracle, tiny
 from yocou_jax import inference
+from yocou_jax.model import resolve
 from yocou_jax.training import metrics
 from yocou_jax.training.step import TrainState, set_up, train_step
 
@@ -107,7 +108,9 @@ RECORDER = optax.GradientTransformation(lambda params: Recorded(params, 0, 0), _
 def recorded_step(params, batch, config):
     """The gradients that the train step hands to its optimiser, and its metrics."""
     state = TrainState(jnp.int32(0), params, RECORDER.init(params))
-    state, out = train_step(state, batch, config=config, optimizer=RECORDER)
+    state, out = train_step(
+        state, batch, config=config, compute=resolve(config.compute), optimizer=RECORDER
+    )
     return state.opt_state.grads, out
 
 

@@ -49,13 +49,13 @@ def small(architecture="yoco_u", **fields):
 
 
 def model(architecture="yoco_u", step=7, seed=0, **fields) -> Pretrained:
-    config = small(architecture, **fields).model
-    return Pretrained(tiny.params(config, seed), config, BYTES, step)
+    config = small(architecture, **fields)
+    return Pretrained(tiny.params(config.model, seed), config.model, config.compute, BYTES, step)
 
 
 def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
     """What a training run leaves behind, as far as a reader is concerned."""
-    config = dataclasses.replace(small(), model=one.config)
+    config = dataclasses.replace(small(), model=one.config, compute=one.compute)
     program = str(one.config.program)
     tokenizer = one.tokenizer.fingerprint
     write(path, describe(config.to_dict(), tokenizer=tokenizer, program=program))
@@ -122,15 +122,34 @@ def test_the_kernel_of_the_training_device_does_not_come_along(tmp_path):
     one = model(attention="reference")  # any that is not auto; those of a TPU cannot be traced here
     path = workdir(tmp_path / "run", one, 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["config"]["model"]["attention"] = "pallas_tpu"
+    manifest["config"]["compute"]["attention"] = "pallas_tpu"
     (path / "manifest.json").write_text(json.dumps(manifest))
     for _ in range(2):
         loaded = load(path)
-        assert loaded.config == dataclasses.replace(one.config, attention="auto")
+        assert loaded.config == one.config
+        assert loaded.compute == dataclasses.replace(one.compute, attention="auto")
         assert params_sha256(loaded.params) == params_sha256(one.params)
         path = tmp_path / "exported"
         if not path.exists():
             export(path, loaded)
+
+
+def without_compute(fields: dict) -> None:
+    """The settings of before there was a group `compute`."""
+    fields["model"] |= fields.pop("compute")
+
+
+def test_what_was_written_before_there_was_a_group_compute(tmp_path):
+    """Exported folders of version 2, and workdirs of that time."""
+    one = model(dtype="bfloat16", step=1)
+    export(tmp_path / "exported", one)
+    edit(tmp_path / "exported/config.json", lambda c: without_compute(c) or c.update(version=2))
+    path = workdir(tmp_path / "run", one, 1)
+    edit(path / "manifest.json", lambda m: without_compute(m["config"]))
+    for folder in (tmp_path / "exported", path):
+        loaded = load(folder)
+        assert (loaded.config, loaded.compute) == (one.config, one.compute)
+        assert params_sha256(loaded.params) == params_sha256(one.params)
 
 
 def test_the_names_in_the_file_are_paths_and_the_config_is_readable(tmp_path):
@@ -142,9 +161,10 @@ def test_the_names_in_the_file_are_paths_and_the_config_is_readable(tmp_path):
         scale, one.params["stage_1_cross"]["layers"]["attention_norm"]["scale"]
     )
     config = json.loads((tmp_path / "a/config.json").read_text())
-    assert (config["format"], config["version"], config["step"]) == ("yocou_jax", 2, None)
+    assert (config["format"], config["version"], config["step"]) == ("yocou_jax", 3, None)
     assert config["program"] == "window*2@3 | cross*2"
     assert config["model"] == dataclasses.asdict(one.config)
+    assert config["compute"] == dataclasses.asdict(one.compute)
     weights = (tmp_path / "a/model.safetensors").read_bytes()
     assert config["weights"] == hashlib.sha256(weights).hexdigest()
     assert config["tokenizer"] == one.tokenizer.fingerprint
@@ -500,27 +520,29 @@ def test_a_manifest_of_another_model(run_folder):
 CONFIGS = [
     (
         lambda c: c.update(format="torch"),
-        "is of format 'torch', version 2; only format 'yocou_jax'",
+        "is of format 'torch', version 3; only format 'yocou_jax'",
     ),
     (
         lambda c: c.update(version=1),
-        "is of format 'yocou_jax', version 1; only format 'yocou_jax', version 2 can be read, so "
-        "export the model again.",
+        "is of format 'yocou_jax', version 1; only format 'yocou_jax', version 2 or 3 can be read, "
+        "so export the model again.",
     ),
     (lambda c: {"model_type": "llama"}, "is of format None, version None; only format 'yocou_jax'"),
     (
         lambda c: c.update(more=1),
-        "has the fields end_of_text, format, model, more, program, step, tokenizer, version, "
-        "weights, but should have end_of_text, ",
+        "has the fields compute, end_of_text, format, model, more, program, step, tokenizer, "
+        "version, weights, but should have compute, ",
     ),
     (
         lambda c: c.pop("step") and None,
-        "has the fields end_of_text, format, model, program, tokenizer, version, weights, but",
+        "has the fields compute, end_of_text, format, model, program, tokenizer, version, weights,",
     ),
     (lambda c: c.update(end_of_text=7), "has end_of_text=7 and tokenizer="),
     (lambda c: c.update(tokenizer=[]), "and tokenizer=[], which must be texts."),
     (lambda c: c.update(step=1.5), "has step=1.5, which must be a whole number or null."),
     (lambda c: c.update(model=3), "has no fields under 'model', but 3."),
+    (lambda c: c.update(compute=3), "has no fields under 'compute', but 3."),
+    (lambda c: c["compute"].update(dtype="x"), "cannot be used: compute.dtype='x' is not one of"),
     (
         lambda c: c["model"].update(windw=3),
         "cannot be used: The config has no field 'model.windw'. Did you mean 'model.window'?",

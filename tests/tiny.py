@@ -10,7 +10,7 @@ import numpy as np
 from configs import base
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
-from yocou_jax.model import LanguageModel, abstract_params, head_matrix
+from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve
 from yocou_jax.training.loss import cross_entropy
 from yocou_jax.training.step import TrainState
 
@@ -31,8 +31,10 @@ MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "exper
 def config(
     architecture="yoco_u", *, optimizer=None, data=None, mesh=None, run=None, **model
 ) -> Config:
-    """configs/base.py made tiny, with `model` fields by name and the other groups as dicts."""
+    """configs/base.py made tiny, with fields of `model` and `compute` by name and the other groups
+    as dicts."""
     c = base.get_config()
+    c.compute.update({name: model.pop(name) for name in tuple(model) if name in c.compute})
     c.model.update(architecture=architecture, **(MODEL | model))
     c.optimizer.update({"warmup_steps": 2} | (optimizer or {}))
     c.data.update({"batch_size": 8, "sequence_length": 16} | (data or {}))
@@ -43,6 +45,11 @@ def config(
 
 def model(architecture="yoco_u", **fields) -> ModelConfig:
     return config(architecture, **fields).model
+
+
+def compute(**fields) -> Compute:
+    """How a model is run, resolved; the fields of `config.compute` that differ from base.py's."""
+    return resolve(config(**fields).compute)
 
 
 @functools.cache
@@ -101,20 +108,29 @@ def packed_batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_loops"))
-def hidden(params, config: ModelConfig, tokens, positions=None, segment_ids=None, num_loops=None):
-    output = LanguageModel(config).apply(
+@functools.partial(jax.jit, static_argnames=("config", "num_loops", "compute"))
+def hidden(
+    params,
+    config: ModelConfig,
+    tokens,
+    positions=None,
+    segment_ids=None,
+    num_loops=None,
+    compute: Compute | None = None,
+):
+    output = LanguageModel(config, compute or resolve()).apply(
         {"params": params}, tokens, positions, segment_ids, num_loops=num_loops
     )
     return output.hidden
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def value_and_grad(params, config: ModelConfig, tokens):
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def value_and_grad(params, config: ModelConfig, tokens, compute: Compute | None = None):
     """Mean loss of predicting each next token, and its gradients."""
 
     def loss(params):
-        output = LanguageModel(config).apply({"params": params}, tokens[:, :-1])
+        model = LanguageModel(config, compute or resolve())
+        output = model.apply({"params": params}, tokens[:, :-1])
         total, _ = cross_entropy(output.hidden, head_matrix(params, config), tokens[:, 1:])
         return total / tokens[:, 1:].size
 

@@ -132,10 +132,6 @@ class ModelConfig:
     router_z_weight: float = number(0, 1000)
     prefix_length: int = number(0, 65_536)
     gate_floor: float = number(0, 1, below=True)
-    dtype: str = one_of("auto", "float32", "bfloat16")
-    attention: str = one_of(*ATTENTION, resume=FREE)
-    remat: str = one_of("none", "attention", "full", resume=FREE)
-    scan: bool = truth(resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
@@ -188,6 +184,24 @@ class ModelConfig:
     def program(self) -> Program:
         program = Program.from_architecture(self.architecture, self.num_layers)
         return program if self.num_loops is None else program.with_loops(self.num_loops)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How a model is run; the parameters of a checkpoint mean the same whatever it says."""
+
+    dtype: str = one_of("auto", "float32", "bfloat16")
+    attention: str = one_of(*ATTENTION, resume=FREE)
+    remat: str = one_of("none", "attention", "full", resume=FREE)
+    scan: bool = truth(resume=FREE)
+
+    def __post_init__(self):
+        _check_fields(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ComputeConfig":
+        """Builds this group alone, as `Config.from_dict` does for all settings."""
+        return _build(cls, fields, "compute.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +297,7 @@ class Config:
     """Everything that a run depends on, checked field by field and then together."""
 
     model: ModelConfig
+    compute: ComputeConfig
     optimizer: OptimizerConfig
     data: DataConfig
     mesh: MeshConfig
@@ -313,6 +328,18 @@ class Config:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)
+
+
+def with_compute(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings that were written before there was a group `compute`, whose fields were `model`'s;
+    any others as they are."""
+    model = fields.get("model")
+    if "compute" in fields or not isinstance(model, Mapping):
+        return fields
+    moved = {field.name for field in dataclasses.fields(ComputeConfig)}
+    compute = {name: value for name, value in model.items() if name in moved}
+    model = {name: value for name, value in model.items() if name not in moved}
+    return {**fields, "model": model, "compute": compute}
 
 
 # --- From a ConfigDict ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from yocou_jax.config import with_compute
 from yocou_jax.errors import UserError
 from yocou_jax.files import write_atomically
 from yocou_jax.trees import differences, flat
@@ -49,6 +50,7 @@ def read(workdir: Path) -> dict | None:
     path = workdir / FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["config"] = with_compute(manifest["config"])
         flat(manifest["config"])
         return manifest | {key: manifest[key] for key in ("created", "corpus")}
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:

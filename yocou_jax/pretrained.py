@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from yocou_jax.checkpoint import load_params
-from yocou_jax.config import ModelConfig
+from yocou_jax.config import ComputeConfig, ModelConfig, with_compute
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.files import resolve
@@ -37,10 +37,11 @@ from yocou_jax.sharding import check_split, tree_shardings
 from yocou_jax.trees import differences, named_leaves
 from yocou_jax.typing import PyTree
 
-FORMAT, VERSION = "yocou_jax", 2  # of an exported folder; another meaning is another version
+FORMAT, VERSION = "yocou_jax", 3  # of an exported folder; another meaning is another version
+READABLE = (2, 3)  # in version 2 the fields of "compute" were those of "model"
 CONFIG, WEIGHTS, TOKENIZER = FILES = ("config.json", "model.safetensors", "tokenizer.json")
 CONFIG_FIELDS = {
-    *("format", "version", "program", "step", "model"),
+    *("format", "version", "program", "step", "model", "compute"),
     *("tokenizer", "end_of_text", "weights"),  # its fingerprint, a name, sha256 of the file
 }
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names in safetensors and jax
@@ -54,12 +55,13 @@ class Pretrained:
 
     params: unboxed, as `LanguageModel(config).apply({"params": params}, ...)` takes them; float32
         from a workdir, of any floating type of DTYPES from an exported folder.
-    config: with attention="auto", whatever kernel the model was trained with.
+    compute: with attention="auto", whatever kernel the model was trained with.
     step: training steps behind it; None if nobody knows.
     """
 
     params: PyTree = dataclasses.field(repr=False)
     config: ModelConfig
+    compute: ComputeConfig
     tokenizer: Tokenizer
     step: int | None
 
@@ -115,6 +117,7 @@ def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
         "program": str(config.program),
         "step": pretrained.step,
         "model": dataclasses.asdict(config),
+        "compute": dataclasses.asdict(pretrained.compute),
         "tokenizer": pretrained.tokenizer.fingerprint,
         "end_of_text": pretrained.tokenizer.end_of_text,
     }
@@ -145,28 +148,30 @@ def _load_workdir(path: Path, mesh: Mesh | None, step: int | None) -> Pretrained
     file = path / "manifest.json"
     manifest = _read_json(file)
     try:
-        fields, program = manifest["config"]["model"], manifest["program"]
+        fields, program = with_compute(manifest["config"]), manifest["program"]
+        model, compute = fields["model"], fields["compute"]
         end_of_text = manifest["config"]["data"].get("end_of_text", "")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is not the manifest of a training run: it lacks config.model, config.data or "
             "program."
         ) from error
-    config = _model_config(file, fields, program)
+    config, compute = _model_config(file, model, program), _compute_config(file, compute)
     tokenizer = _read_tokenizer(file, end_of_text, manifest.get("tokenizer"))
     params, step = load_params(path / "checkpoints", _placed(config, mesh), step)
-    return Pretrained(params, config, tokenizer, step)
+    return Pretrained(params, config, compute, tokenizer, step)
 
 
 def _load_exported(path: Path, mesh: Mesh | None, asked: int | None) -> Pretrained:
     file = path / CONFIG
     stored = _read_json(file)
     kind = stored.get("format"), stored.get("version")
-    if kind != (FORMAT, VERSION):
+    if kind[0] != FORMAT or kind[1] not in READABLE:
         raise UserError(
             f"{file} is of format {kind[0]!r}, version {kind[1]!r}; only format {FORMAT!r}, "
-            f"version {VERSION} can be read, so export the model again."
+            f"version {' or '.join(map(str, READABLE))} can be read, so export the model again."
         )
+    stored = with_compute(stored) if kind[1] == 2 else stored
     if stored.keys() != CONFIG_FIELDS:
         raise UserError(
             f"{file} has the fields {', '.join(sorted(stored))}, but should have "
@@ -178,9 +183,10 @@ def _load_exported(path: Path, mesh: Mesh | None, asked: int | None) -> Pretrain
     if asked not in (None, step):
         raise UserError(f"There is no step {asked} in {path}: an export has one, here {step}.")
     config = _model_config(file, stored["model"], stored["program"])
+    compute = _compute_config(file, stored["compute"])
     tokenizer = _read_tokenizer(file, stored["end_of_text"], stored["tokenizer"])
     params = _read_arrays(_file_of(path, WEIGHTS), _placed(config, mesh), stored["weights"])
-    return Pretrained(params, config, tokenizer, step)
+    return Pretrained(params, config, compute, tokenizer, step)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -206,8 +212,18 @@ def _model_config(file: Path, fields: Any, program: Any) -> ModelConfig:
             f"{file} is of the program {program!r}, but here model.architecture="
             f"'{config.architecture}' means '{config.program}'."
         )
+    return config
+
+
+def _compute_config(file: Path, fields: Any) -> ComputeConfig:
+    if not isinstance(fields, Mapping):
+        raise UserError(f"{file} has no fields under 'compute', but {fields!r}.")
+    try:
+        compute = ComputeConfig.from_dict(fields)
+    except UserError as error:
+        raise UserError(f"{file} cannot be used: {error}") from error
     # The kernel belongs to the device that trained, not to the model.
-    return dataclasses.replace(config, attention="auto")
+    return dataclasses.replace(compute, attention="auto")
 
 
 def _file_of(path: Path, name: str) -> str:

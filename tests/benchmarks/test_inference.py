@@ -24,7 +24,8 @@ PROBE = cases.CPU._replace(copy_bytes=4096, matmul=16, heads=(2, 1), head_widths
 TINY = inference.CPU._replace(
     lengths=(8, 32), batch=2, prefill_tokens=16, chunk_tokens=16, steps=2, turns=2, probe=PROBE
 )
-BIG = dataclasses.replace(Config.from_dict(yocou_1b.get_config()).model, dtype="bfloat16")
+BIG = Config.from_dict(yocou_1b.get_config()).model
+HALF = tiny.compute(dtype="bfloat16")
 H200 = 104 * 2**30  # 75% of 139 GiB, which jax takes by default
 
 
@@ -34,11 +35,12 @@ def siblings(config, names=("transformer", "yoco", "rins", "yoco_u")):
 
 def test_the_papers_kv_is_that_of_the_accounting_and_of_the_arrays():
     for name, config in siblings(BIG).items():
-        for row in inference.kv_rows({name: config}, paper.LENGTHS):
+        for row in inference.kv_rows({name: config}, paper.LENGTHS, HALF):
             assert row["mib"] == row["paper"] == accounting.kv_bytes(config, row["length"]) / 2**20
     assert paper.is_the_papers(BIG)
-    for change in ({"window": 256}, {"num_loops": 5}, {"dtype": "float32"}):
+    for change in ({"window": 256}, {"num_loops": 5}):
         assert not paper.is_the_papers(dataclasses.replace(BIG, **change))
+    assert not paper.is_the_papers(BIG, itemsize=4)
 
 
 # Tables 8 and 9 of arXiv 2604.01220, by column: transformer, yoco, rins, yoco_u.
@@ -98,7 +100,7 @@ def test_ratios_stand_beside_the_papers_at_each_of_its_lengths():
 def test_what_is_measured_fits_and_the_rest_is_named(gib):
     for length in inference.ACCELERATOR.lengths:
         cells, left_out = inference.cells_at(
-            length, siblings(BIG), inference.ACCELERATOR, gib * 2**30
+            length, siblings(BIG), inference.ACCELERATOR, gib * 2**30, HALF
         )
         assert len(set(cells)) == len(cells)
         assert all(inference.memory(cell) <= 0.92 * gib * 2**30 for cell in cells)
@@ -115,7 +117,7 @@ def test_what_is_measured_fits_and_the_rest_is_named(gib):
 
 def test_an_h200_measures_every_pair_at_a_batch_in_common():
     cells = {
-        n: inference.cells_at(n, siblings(BIG), inference.ACCELERATOR, H200)[0]
+        n: inference.cells_at(n, siblings(BIG), inference.ACCELERATOR, H200, HALF)[0]
         for n in (65_536, 262_144)
     }
     assert {(c.batch, c.piece, c.capacity) for c in cells[262_144] if c.kind == "prefill"} == {
@@ -245,7 +247,7 @@ def test_nothing_is_begun_after_the_deadline(monkeypatch):
 
 def test_what_cannot_be_compiled_fails_alone(monkeypatch):
     good = inference.Cell("decode", "yoco", tiny.model("yoco"), 32, 2, 2)
-    bad = good._replace(config=tiny.model("yoco", attention="pallas_tpu"))
+    bad = good._replace(asked=tiny.compute(attention="pallas_tpu"))
     monkeypatch.setitem(inference.RUN, "decode", lambda cell: 0.1)
     rows = inference.measure_cells([[bad, good]], TINY, 1e9, time.perf_counter() + 1000)
     assert [row["status"] for row in rows] == ["failed", "measured"]
@@ -299,7 +301,7 @@ def test_the_papers_own_speeds_reach_the_aims(monkeypatch, tmp_path):
             lambda cell: cell.tokens / paper.figure(cell.kind, cell.architecture, BIG, cell.length),
         )
     sizes = inference.ACCELERATOR._replace(lengths=(8192, 262_144), probe=PROBE)
-    report = inference.measure(siblings(BIG), sizes, budget_s=1000)
+    report = inference.measure(siblings(BIG), sizes, budget_s=1000, compute=HALF)
     assert [aim["verdict"] for aim in report["aims"]] == ["reached"] * 4
     assert [aim["batch"] for aim in report["aims"]] == [1, 8, 1, 32]
     text = " ".join(shown(report).split())

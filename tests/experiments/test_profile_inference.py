@@ -1,6 +1,5 @@
 """What `--help` expects of a run, by the accounting and the paper."""
 
-import dataclasses
 import re
 
 import numpy as np
@@ -11,7 +10,7 @@ from experiments import profile_inference
 from yocou_jax import accounting
 from yocou_jax.config import Config
 
-BIG = dataclasses.replace(Config.from_dict(yocou_1b.get_config()).model, dtype="bfloat16")
+BIG = Config.from_dict(yocou_1b.get_config()).model
 
 
 def _line(start: str) -> list[float]:

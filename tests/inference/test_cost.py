@@ -84,37 +84,38 @@ def i32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def described(config, capacity, batch=1):
-    """A model, and a cache and a residual stream that are only described."""
-    model = prepare(tiny.params(config), config)
+def described(config, capacity, batch=1, attention="auto"):
+    """A model, and a memory and a residual stream that are only described."""
+    model = prepare(tiny.params(config), config, tiny.compute(attention=attention))
     cache = jax.eval_shape(lambda: empty_memory(config, batch, capacity, jnp.float32))
     return model, cache, jax.ShapeDtypeStruct((batch, 1, config.d_model), jnp.float32)
 
 
-def chunk_flops(config, chunk, capacity, program="prefill_chunk"):
-    model, _, _ = described(config, capacity)
+def chunk_flops(config, chunk, capacity, program="prefill_chunk", attention="auto"):
+    model, _, _ = described(config, capacity, attention=attention)
     lower = inference.programs(model, 1, capacity, chunk)[program]
     return product_flops(lower().compile().as_text())
 
 
-def next_flops(config, capacity):
-    return chunk_flops(config, 1, capacity, "next_logits")
+def next_flops(config, capacity, attention="reference"):
+    return chunk_flops(config, 1, capacity, "next_logits", attention)
 
 
 def test_prefill_runs_the_cross_decoder_for_one_position_only():
     """To the last FLOP, with dense attention, whose products are easy to count: all keys."""
     N, S = 48, 64
-    c = tiny.model("window*2@3 | cross*2", attention="reference")
+    c = tiny.model("window*2@3 | cross*2")
     window, cross = c.program.stages
     heads = c.num_heads * c.head_dim
     self_decoder = 2 * N * accounting._layer_matmul_params(c, window) + 4 * N * heads * (
         c.window + N
     )
     global_kv = 2 * N * accounting._kv_writer_params(c)
-    assert chunk_flops(c, N, S) == 6 * self_decoder + global_kv
+    chunk = chunk_flops(c, N, S, attention="reference")
+    assert chunk == 6 * self_decoder + global_kv
     one_position = 2 * accounting._layer_matmul_params(c, cross) + 4 * heads * S
     assert next_flops(c, S) == 2 * one_position + 2 * c.d_model * c.vocab_size
-    everywhere = chunk_flops(c, N, S, "score_chunk") - chunk_flops(c, N, S)
+    everywhere = chunk_flops(c, N, S, "score_chunk", "reference") - chunk
     assert everywhere > N * next_flops(c, S)
 
 
@@ -131,11 +132,12 @@ def exponent(lengths, costs):
     ],
 )
 def test_the_cost_of_prefill_in_the_length_of_the_prompt(name, attention, low, high):
-    config = tiny.model(name, num_layers=2, window=16, attention=attention)
+    config = tiny.model(name, num_layers=2, window=16)
     lengths = [256, 512, 1024, 2048]
     # The last position's attention by the dense code: xla's loop ends where the prompt does.
-    dense = dataclasses.replace(config, attention="reference")
-    costs = [chunk_flops(config, n, n) + next_flops(dense, n) for n in lengths]
+    costs = [
+        chunk_flops(config, n, n, attention=attention) + next_flops(config, n) for n in lengths
+    ]
     assert low <= exponent(lengths, costs) <= high
     assert np.all(
         np.asarray(costs) > [n * accounting.prefill_flops_per_token(config, n) for n in lengths]
@@ -144,12 +146,10 @@ def test_the_cost_of_prefill_in_the_length_of_the_prompt(name, attention, low, h
 
 def test_a_chunk_costs_the_same_however_long_the_prompt():
     """In a YOCO; a full layer's chunk meets all that was before."""
-    yoco, full = (
-        tiny.model(name, num_layers=2, window=16, attention="reference")
-        for name in ("yoco_u", "transformer")
-    )
-    assert chunk_flops(yoco, 64, 256) == chunk_flops(yoco, 64, 4096)
-    assert chunk_flops(full, 64, 4096) > 5 * chunk_flops(full, 64, 256)
+    yoco, full = (tiny.model(name, num_layers=2, window=16) for name in ("yoco_u", "transformer"))
+    flops = functools.partial(chunk_flops, attention="reference")
+    assert flops(yoco, 64, 256) == flops(yoco, 64, 4096)
+    assert flops(full, 64, 4096) > 5 * flops(full, 64, 256)
 
 
 def test_the_memory_of_a_chunk_does_not_grow_with_the_prompt():

@@ -34,7 +34,7 @@ from yocou_jax.sharding import make_mesh
 LENGTHS = np.array([3, 4, 5, 17])
 TEXT = 24  # prompts and what is decoded behind the longest of them
 
-full_logits = jax.jit(forward, static_argnames=("config", "num_loops"))
+full_logits = jax.jit(forward, static_argnames=("config", "num_loops", "compute"))
 
 
 @functools.cache
@@ -185,10 +185,10 @@ def test_rows_that_are_not_active_stay_as_they_are():
 def test_in_bfloat16_it_is_as_exact_as_training(name):
     """The error against float32 is at most half again that of the training forward pass."""
     config = tiny.model(name, num_layers=2, **(tiny.MOE if name == "yoco_u" else {}))
-    half = dataclasses.replace(config, dtype="bfloat16")
+    half = tiny.compute(dtype="bfloat16")
     want, tokens = expected(config), tiny.tokens(len(LENGTHS), TEXT)
-    training = np.asarray(full_logits(tiny.params(half), half, tokens))
-    run = prepare(tiny.params(half), half)
+    training = np.asarray(full_logits(tiny.params(config), config, tokens, half))
+    run = prepare(tiny.params(config), config, half)
     assert {str(x.dtype) for x in jax.tree.leaves(run.params)} == {"bfloat16", "float32"}
     cache, _, found = score(run, tokens, chunk=7)
     kept = jax.tree.leaves((cache.stages, cache.global_kv))
@@ -204,9 +204,9 @@ def test_in_bfloat16_it_is_as_exact_as_training(name):
 )
 def test_prepared_parameters_are_what_training_computes_with(name, fields):
     """Rounded where the forward pass rounds them, and nowhere else: put back, nothing changes."""
-    config = tiny.model(name, num_layers=2, dtype="bfloat16", **fields)
+    config, half = tiny.model(name, num_layers=2, **fields), tiny.compute(dtype="bfloat16")
     params = tiny.params(config)
-    prepared = dict(prepare(params, config).params)
+    prepared = dict(prepare(params, config, half).params)
     head = prepared.pop("head")
     if "head" in params:
         prepared["head"] = head
@@ -215,7 +215,7 @@ def test_prepared_parameters_are_what_training_computes_with(name, fields):
     back = jax.tree.map(lambda x: np.asarray(x, np.float32), prepared)
     tokens = tiny.tokens(2, 9)
     np.testing.assert_array_equal(
-        full_logits(back, config, tokens), full_logits(params, config, tokens)
+        full_logits(back, config, tokens, half), full_logits(params, config, tokens, half)
     )
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (back, params)), strict=True))
 

@@ -1,7 +1,5 @@
 """Prefill and decode of a whole model on the accelerators' kernels, in their interpreters."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +23,12 @@ KERNELS = [
 def test_a_ragged_prefill_and_decode_are_the_forward_pass_in_plain_xla(implementation, name):
     """Rings, a cache that is not full behind a chunk of queries, lengths of each row."""
     plain = tiny.model(name, num_layers=2, num_loops=2 if name == "yoco_u" else None)
-    kernels = dataclasses.replace(plain, attention=implementation)
+    kernels = tiny.compute(attention=implementation)
     tokens, lengths, rows = np.asarray(tiny.tokens(2, 16)), np.array([13, 6]), np.arange(2)
     full = jax.jit(forward, static_argnames="config")
     want = np.asarray(full(tiny.params(plain), plain, jnp.asarray(tokens)))
     with interpret():
-        model = prepare(tiny.params(plain), kernels)
+        model = prepare(tiny.params(plain), plain, kernels)
         cache, _, found = score(model, tokens[:, :13], lengths, capacity=20, chunk=6)
         for row, length in enumerate(lengths):
             logps = tiny.logprobs(want, tokens)[row, : length - 1]

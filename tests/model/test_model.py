@@ -28,7 +28,8 @@ def sensitivities(params, config, tokens, segment_ids):
     def outputs(embedding):
         changed = params | {"embedding": embedding}
         ids = None if segment_ids is None else segment_ids[None]
-        output = LanguageModel(config).apply({"params": changed}, tokens[None], None, ids)
+        model = LanguageModel(config, tiny.compute())
+        output = model.apply({"params": changed}, tokens[None], None, ids)
         return output.hidden[0] @ direction
 
     return jnp.abs(jax.jacrev(outputs)(params["embedding"])).sum(-1)[:, tokens]
@@ -152,32 +153,30 @@ def test_num_loops_of_a_call_needs_a_looped_stage():
     ids=["unrolled", "unrolled experts", "remat attention", "remat full"],
 )
 def test_scan_unrolled_and_remat_agree(fields, extra):
-    plain, other = tiny.model(**extra), tiny.model(**extra, **fields)
-    params, tokens = tiny.params(plain), tiny.tokens(2, 13)
-    tiny.assert_close(tiny.params(other), params, tolerance=0)
-    tiny.assert_close(
-        tiny.value_and_grad(params, other, tokens), tiny.value_and_grad(params, plain, tokens)
-    )
+    config, compute = tiny.model(**extra), tiny.compute(**fields)
+    params, tokens = tiny.params(config), tiny.tokens(2, 13)
+    plain = tiny.value_and_grad(params, config, tokens)
+    tiny.assert_close(tiny.value_and_grad(params, config, tokens, compute), plain)
 
 
-def _gradient_jaxpr(config, length=12) -> str:
-    tokens = tiny.tokens(2, length)
-    traced = jax.make_jaxpr(lambda p: tiny.value_and_grad(p, config, tokens))(tiny.params(config))
-    return str(traced)
+def _gradient_jaxpr(config, length=12, **fields) -> str:
+    tokens, compute = tiny.tokens(2, length), tiny.compute(**fields)
+    traced = jax.make_jaxpr(lambda p: tiny.value_and_grad(p, config, tokens, compute))
+    return str(traced(tiny.params(config)))
 
 
 def test_remat_recomputes_and_attention_is_spared():
     """The number of matrix products in the program tells what runs twice."""
     products = {
-        remat: _gradient_jaxpr(tiny.model(remat=remat)).count("dot_general")
+        remat: _gradient_jaxpr(tiny.model(), remat=remat).count("dot_general")
         for remat in ("none", "attention", "full")
     }
     assert products["none"] < products["attention"] < products["full"]
 
 
 def test_the_program_to_compile_does_not_grow_with_loops_or_layers():
-    def size(**fields):
-        return len(_gradient_jaxpr(tiny.model(**fields)).splitlines())
+    def size(scan=True, **fields):
+        return len(_gradient_jaxpr(tiny.model(**fields), scan=scan).splitlines())
 
     small = size(num_layers=4, num_loops=2)
     assert size(num_layers=4, num_loops=8) == small
@@ -292,15 +291,15 @@ def test_logits_are_the_hidden_state_times_the_head():
 
 @pytest.mark.parametrize("extra", [{}, tiny.MOE], ids=["dense", "experts"])
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(extra):
-    full, half = tiny.model(**extra), tiny.model(**extra, dtype="bfloat16")
-    params, tokens = tiny.params(half), tiny.tokens(2, 12)
+    config, half = tiny.model(**extra), tiny.compute(dtype="bfloat16")
+    params, tokens = tiny.params(config), tiny.tokens(2, 12)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    _, grads = jax.eval_shape(lambda p: tiny.value_and_grad(p, half, tokens), params)
+    _, grads = jax.eval_shape(lambda p: tiny.value_and_grad(p, config, tokens, half), params)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-    got = tiny.hidden(params, half, tokens)
+    got = tiny.hidden(params, config, tokens, compute=half)
     assert got.dtype == jnp.bfloat16
     if not extra:  # rounding may send a token to another expert
-        error = np.abs(got.astype(jnp.float32) - tiny.hidden(params, full, tokens)).max()
+        error = np.abs(got.astype(jnp.float32) - tiny.hidden(params, config, tokens)).max()
         assert 0 < error < 0.1
 
 

@@ -112,7 +112,7 @@ def test_initial_parameters_have_the_size_of_their_fan_in(program, fields):
     wide = {"d_model": 64, "d_ff": 96, "vocab_size": 128, "prefix_length": 16, "expert_width": 48}
     config = tiny.model(program, **(fields | wide))
     streams = config.program.streams
-    init = jax.jit(LanguageModel(config).init)
+    init = jax.jit(LanguageModel(config, tiny.compute()).init)
     params = nn.unbox(init(jax.random.key(3), jnp.zeros((streams, 2), jnp.int32)))["params"]
     axes = logical_axes(abstract_params(config))
     for (path, x), names in zip(

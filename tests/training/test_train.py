@@ -81,7 +81,9 @@ def test_the_loss_is_that_of_the_evaluation():
     """The same batch: mean over the targets in training, sums in the evaluation."""
     config = tiny.config("window*1 | cross*1")
     params, batch = tiny.params(config.model), tiny.packed_batch()
-    sums = jax.jit(functools.partial(eval_step, config=config.model))(params, batch)
+    sums = jax.jit(functools.partial(eval_step, config=config.model, compute=tiny.compute()))(
+        params, batch
+    )
     _, out = step_from(config, params, batch)
     assert float(sums.weight) == batch.loss_weights.sum()
     np.testing.assert_allclose(sums.nll / sums.weight, out[metrics.LOSS], rtol=1e-5)
@@ -90,7 +92,11 @@ def test_the_loss_is_that_of_the_evaluation():
 def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     config = tiny.config("window*1 | cross*1")
     setup, params = one_device(config), tiny.params(config.model)
-    step = jax.jit(functools.partial(train_step, config=config, optimizer=setup.optimizer))
+    step = jax.jit(
+        functools.partial(
+            train_step, config=config, compute=setup.compute, optimizer=setup.optimizer
+        )
+    )
     state = tiny.fresh_state(setup, params)
     batch = tiny.packed_batch()
     bad = dataclasses.replace(batch, loss_weights=np.full_like(batch.loss_weights, np.inf))

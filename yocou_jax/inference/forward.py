@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.inference import request
 from yocou_jax.inference.request import Prompts
 from yocou_jax.inference.weights import PreparedModel
-from yocou_jax.model import Block, compute_dtype, empty_memory, to_logits
+from yocou_jax.model import Block, empty_memory, to_logits
 from yocou_jax.model.attention import MODULES, Context
 from yocou_jax.model.memory import Memory, NewPositions
+from yocou_jax.program import Visit
 from yocou_jax.sharding import constrain
 from yocou_jax.typing import Array, Bool, Float, Int
 
@@ -34,7 +34,7 @@ RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual str
 def new_memory(model: PreparedModel, batch: int, capacity: int) -> Memory:
     """An empty memory in the compute type, with what is learned (prefixes) in its place."""
     config = model.config
-    memory = empty_memory(config, batch, capacity, compute_dtype(config))
+    memory = empty_memory(config, batch, capacity, model.compute.dtype)
     stages = {
         name: tuple(
             MODULES[stage.mixer].begin(part, model.params[name][i % stage.layers]["attention"])
@@ -49,18 +49,22 @@ def new_memory(model: PreparedModel, batch: int, capacity: int) -> Memory:
 def _no_residual(model: PreparedModel, batch: int) -> Float[Array, "PB 1 D"]:
     config = model.config
     shape = (config.program.streams * batch, 1, config.d_model)
-    return constrain(jnp.zeros(shape, compute_dtype(config)), *RESIDUAL)
+    return constrain(jnp.zeros(shape, model.compute.dtype), *RESIDUAL)
 
 
 # --- The two halves -------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mixer"))
-def _layer(params, x, context: Context, memory, *, config: ModelConfig, mixer: str):
+@functools.partial(jax.jit, static_argnames="block")
+def _layer(params, x, context: Context, memory, *, block: Block):
     """One layer, and its memory with the new positions. A jit of its own, so that unrolled layers
     are traced and lowered only once."""
-    x, out = Block(config, mixer).apply({"params": params}, x, context, memory)
+    x, out = block.apply({"params": params}, x, context, memory)
     return x, None if memory is None else memory.commit(out.new, context.at)
+
+
+def _block(model: PreparedModel, visit: Visit) -> Block:
+    return Block(model.config, model.compute, visit.stage.mixer)
 
 
 def self_decoder(
@@ -79,7 +83,7 @@ def self_decoder(
         if visit.stage.reads_global:
             break
         params, part = model.params[visit.name][visit.layer], memory.stages[visit.name][visit.index]
-        x, part = _layer(params, x, context, part, config=config, mixer=visit.stage.mixer)
+        x, part = _layer(params, x, context, part, block=_block(model, visit))
         stages[visit.name].append(part)
     global_kv = memory.global_kv
     if global_kv is not None:
@@ -99,7 +103,7 @@ def cross_decoder(
     for visit in config.program.visits():
         if visit.stage.reads_global:
             params = model.params[visit.name][visit.layer]
-            x, _ = _layer(params, x, context, None, config=config, mixer=visit.stage.mixer)
+            x, _ = _layer(params, x, context, None, block=_block(model, visit))
     return to_logits(model.apply("read_out", x), model.params["head"])
 
 
@@ -189,7 +193,7 @@ def prefill(
         a memory of another model.
     """
     sizes = {"new_tokens": new_tokens, "capacity": capacity, "chunk": chunk}
-    prompts = request.check_prefill(model.config, tokens, lengths, memory, **sizes)
+    prompts = request.check_prefill(model, tokens, lengths, memory, **sizes)
     return run_prefill(model, prompts, memory)
 
 
@@ -235,7 +239,7 @@ def score(
       after the end of a row.
     """
     sizes = {"new_tokens": new_tokens, "capacity": capacity, "chunk": chunk}
-    prompts = request.check_prefill(model.config, tokens, lengths, memory, **sizes)
+    prompts = request.check_prefill(model, tokens, lengths, memory, **sizes)
     B, V = len(prompts.lengths), model.config.vocab_size
     if logits is None:
         logits = jnp.full((B, V), jnp.nan)

@@ -169,7 +169,7 @@ def generate(
     longest, limits = int(lengths.max()), request.limit.reshape(-1, num_samples).max(axis=1)
     new = int(limits.max())
     capacity, chunk = default_sizes(len(prompts), longest, new, capacity=capacity, chunk=chunk)
-    requests.check_room(lengths, capacity if requests.has_capacity(config) else None, limits)
+    requests.check_room(lengths, capacity if requests.has_capacity(model) else None, limits)
     seen = np.zeros((len(rows), config.vocab_size), bool)
     for row, prompt in enumerate(rows if sampling_lib.needs_seen(request.sampling) else ()):
         seen[row, prompts[prompt]] = True
@@ -219,7 +219,7 @@ def generate_from(
     request = requests.check_request(
         model.config, B, max_new_tokens, sampling, seeds, stop_tokens, logprobs, on_tokens, block
     )
-    requests.check_memory(model.config, memory, np.zeros(B, np.int64), request.limit)
+    requests.check_memory(model, memory, np.zeros(B, np.int64), request.limit)
     requests.check_shape("logits", logits, (B, V))
     if seen is not None:
         requests.check_shape("seen", seen, (B, V))

@@ -11,7 +11,8 @@ from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.inference.sampling import Sampling
 from yocou_jax.inference.sampling import check as check_sampling
-from yocou_jax.model import compute_dtype, empty_memory
+from yocou_jax.inference.weights import PreparedModel
+from yocou_jax.model import empty_memory
 from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import batch_ways
 
@@ -66,19 +67,19 @@ def default_sizes(
 
 
 def check_prefill(
-    config: ModelConfig, tokens, lengths, memory: Memory | None, *, new_tokens, capacity, chunk
+    model: PreparedModel, tokens, lengths, memory: Memory | None, *, new_tokens, capacity, chunk
 ) -> Prompts:
     """A request of `prefill` or `score`. Raises UserError as they say."""
-    tokens, lengths = check_prompts(config, tokens, lengths)
+    tokens, lengths = check_prompts(model.config, tokens, lengths)
     room, chunk = default_sizes(*tokens.shape, new_tokens, capacity=capacity, chunk=chunk)
     if memory is None:
-        check_room(lengths, room if has_capacity(config) else None)
+        check_room(lengths, room if has_capacity(model) else None)
     else:
         if capacity is not None:
             raise UserError(
                 f"capacity={capacity} cannot be given with a memory, which has its own."
             )
-        check_memory(config, memory, lengths)
+        check_memory(model, memory, lengths)
     return Prompts(tokens, lengths, room, chunk)
 
 
@@ -109,9 +110,9 @@ def check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np.
     return np.where(exists, tokens, 0).astype(np.int32), lengths.astype(np.int32)
 
 
-def has_capacity(config: ModelConfig) -> bool:
+def has_capacity(model: PreparedModel) -> bool:
     """Whether anything is kept that can fill."""
-    return empty_memory_like(config, 1, 1).capacity is not None
+    return empty_memory_like(model, 1, 1).capacity is not None
 
 
 def check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | int = 0) -> None:
@@ -134,14 +135,14 @@ def check_alive(memory: Memory) -> None:
         )
 
 
-def empty_memory_like(config: ModelConfig, batch: int, capacity: int) -> Memory:
+def empty_memory_like(model: PreparedModel, batch: int, capacity: int) -> Memory:
     """The description of a memory of this model in its compute type; allocates nothing."""
-    like = functools.partial(empty_memory, config, batch, capacity, compute_dtype(config))
+    like = functools.partial(empty_memory, model.config, batch, capacity, model.compute.dtype)
     return jax.eval_shape(like)
 
 
 def check_memory(
-    config: ModelConfig, memory: Memory, lengths: np.ndarray, new_tokens: np.ndarray | int = 0
+    model: PreparedModel, memory: Memory, lengths: np.ndarray, new_tokens: np.ndarray | int = 0
 ) -> None:
     """Whether `lengths` positions and new tokens may be appended to the memory."""
     check_alive(memory)
@@ -151,13 +152,13 @@ def check_memory(
             f"A cache of {before.shape[0]} rows cannot go on with {lengths.shape[0]} prompts."
         )
     room = memory.capacity
-    like = empty_memory_like(config, len(before), room or 1)
+    like = empty_memory_like(model, len(before), room or 1)
     same = jax.tree.structure(like) == jax.tree.structure(memory)
     kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(m)] for m in (like, memory)]
     if not same or kinds[0] != kinds[1]:
         raise UserError(
-            f"The cache is not one of this model, '{config.program}': it has other layers, loops "
-            "or sizes."
+            f"The cache is not one of this model, '{model.config.program}': it has other layers, "
+            "loops or sizes."
         )
     check_room(before + lengths, room, new_tokens)
 

@@ -5,9 +5,10 @@ import functools
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
-from yocou_jax.model import LanguageModel, abstract_params, compute_dtype, head_matrix
+from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve
 from yocou_jax.model.layers import ExactPartitioned
 from yocou_jax.typing import PyTree
 
@@ -19,21 +20,26 @@ class PreparedModel:
 
     params: PyTree
     config: ModelConfig = flax.struct.field(pytree_node=False)
+    compute: Compute = flax.struct.field(pytree_node=False)
 
     def apply(self, method: str, *args):
         """A part of `LanguageModel` that is no stage."""
-        return LanguageModel(self.config).apply({"params": self.params}, *args, method=method)
+        model = LanguageModel(self.config, self.compute)
+        return model.apply({"params": self.params}, *args, method=method)
 
 
-def prepare(params: PyTree, config: ModelConfig) -> PreparedModel:
+def prepare(params: PyTree, config: ModelConfig, compute: Compute | None = None) -> PreparedModel:
     """The trained parameters (see `LanguageModel`) made ready; the results are those of training's
-    forward pass, to the bit of every cast. Copies: let go of `params` if memory is short."""
-    return PreparedModel(_prepared(params, config), config)
+    forward pass, to the bit of every cast. Copies: let go of `params` if memory is short.
+
+    compute: by default what the device does best.
+    """
+    compute = compute or resolve()
+    return PreparedModel(_prepared(params, config, compute.dtype), config, compute)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _prepared(params: PyTree, config: ModelConfig) -> PyTree:
-    dtype = compute_dtype(config)
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _prepared(params: PyTree, config: ModelConfig, dtype: jnp.dtype) -> PyTree:
     exact = jax.tree.map(
         lambda box: isinstance(box, ExactPartitioned),
         abstract_params(config),

@@ -1,11 +1,11 @@
 """What a model computes: layers, mixers, experts, what inference keeps, and the whole."""
 
+from yocou_jax.model.compute import Compute, resolve
 from yocou_jax.model.language_model import (
     Block,
     LanguageModel,
     ModelOutput,
     abstract_params,
-    compute_dtype,
     empty_memory,
     head_matrix,
     logits,
@@ -14,12 +14,13 @@ from yocou_jax.model.language_model import (
 
 __all__ = [
     "Block",
+    "Compute",
     "LanguageModel",
     "ModelOutput",
     "abstract_params",
-    "compute_dtype",
     "empty_memory",
     "head_matrix",
     "logits",
+    "resolve",
     "to_logits",
 ]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import SegmentIds, api
 from yocou_jax.config import ModelConfig
+from yocou_jax.model.compute import Compute
 from yocou_jax.model.layers import Linear, RMSNorm, rope
 from yocou_jax.model.memory import KV_AXES, Cache, KeyValue, NewPositions, Ring
 from yocou_jax.sharding import attention_partition, constrain
@@ -83,8 +84,8 @@ class Output(nn.Module):
         return constrain(y, "batch", "length", "activation")
 
 
-def attention_options(config: ModelConfig) -> dict:
-    return {"implementation": config.attention, "partition": attention_partition()}
+def attention_options(compute: Compute) -> dict:
+    return {"implementation": compute.attention, "partition": attention_partition()}
 
 
 def attend_to_ring(
@@ -135,7 +136,11 @@ class MixerModule(nn.Module):
     """
 
     config: ModelConfig
-    dtype: jnp.dtype
+    compute: Compute
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.compute.dtype
 
     @staticmethod
     def empty(config: ModelConfig, rows: int, capacity: int, dtype):
@@ -172,7 +177,7 @@ class WindowAttention(SelfAttention):
         return Ring.zeros(config, rows, config.window, dtype)
 
     def _attend(self, q, kv: KeyValue, context: Context, ring: Ring | None):
-        options = attention_options(self.config)
+        options = attention_options(self.compute)
         if ring is not None:
             return attend_to_ring(q, kv, ring, context.at, **options)
         return api.window_attention(
@@ -197,7 +202,7 @@ class FullAttention(SelfAttention):
         return memory.updated(lambda x, n: jax.lax.dynamic_update_slice_in_dim(x, n, 0, 1), first)
 
     def _attend(self, q, kv: KeyValue, context: Context, cache: Cache | None):
-        options, prefix = attention_options(self.config), self.config.kv_prefix
+        options, prefix = attention_options(self.compute), self.config.kv_prefix
         if cache is not None:
             return attend_to_cache(q, kv, cache.commit(kv, context.at), context.at, **options)
         if prefix:
@@ -256,7 +261,7 @@ class CrossAttention(MixerModule):
         q = Query(c, self.dtype, name="query")(x)
         if c.cross_rope:
             q = rope(q, context.positions, c.rope_theta)
-        kv, options = context.global_kv, attention_options(c)
+        kv, options = context.global_kv, attention_options(self.compute)
         if context.at is not None:
             y = attend_to_cache(q, kv, context.global_cache, context.at, **options)
         else:

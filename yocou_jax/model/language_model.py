@@ -19,9 +19,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import target_device
 from yocou_jax.config import ModelConfig
 from yocou_jax.model.attention import MODULES, Context, GlobalKeyValue
+from yocou_jax.model.compute import Compute, resolve
 from yocou_jax.model.layers import Linear, RMSNorm, SwiGLU, exact, fan_in_init
 from yocou_jax.model.memory import Cache, KeyValue, Memory
 from yocou_jax.model.moe import MixtureOfExperts, RouterStats
@@ -37,13 +37,6 @@ REMAT = {
 }
 
 
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The type of activations and matrix products; parameters are float32 always."""
-    if config.dtype == "auto":
-        return jnp.dtype("float32" if target_device().platform == "cpu" else "bfloat16")
-    return jnp.dtype(config.dtype)
-
-
 @flax.struct.dataclass
 class BlockOutput:
     """What a layer returns besides x: its routing (None without experts) and, in inference, what
@@ -57,15 +50,16 @@ class Block(nn.Module):
     """One pre-norm layer: x + Mixer(RMSNorm(x)), then x + FeedForward(RMSNorm(x))."""
 
     config: ModelConfig
+    compute: Compute
     mixer: str
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B N D"], context: Context, memory: PyTree = None
     ) -> tuple[Float[Array, "B N D"], BlockOutput]:
-        c, dtype = self.config, compute_dtype(self.config)
+        c, dtype = self.config, self.compute.dtype
         h = RMSNorm(c.norm_eps, name="attention_norm")(x)
-        y, new = MODULES[self.mixer](c, dtype, name="attention")(h, context, memory)
+        y, new = MODULES[self.mixer](c, self.compute, name="attention")(h, context, memory)
         x = x + y
         h = RMSNorm(c.norm_eps, name="feed_forward_norm")(x)
         if c.num_experts:
@@ -84,13 +78,14 @@ class StageStack(nn.Module):
     """
 
     config: ModelConfig
+    compute: Compute
     stage: Stage
 
     def setup(self):
         block = Block
-        if self.config.remat != "none":
+        if self.compute.remat != "none":
             # A scan's body needs no barrier against common-subexpression elimination.
-            block = nn.remat(Block, policy=REMAT[self.config.remat], prevent_cse=False)
+            block = nn.remat(Block, policy=REMAT[self.compute.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -101,12 +96,12 @@ class StageStack(nn.Module):
             # A check that traces the layer once more. Initialisation keeps it: it is what brings
             # shared parameters out of a loop, and without it they would be drawn differently.
             check_constancy_invariants=self.is_initializing(),
-        )(self.config, self.stage.mixer)
+        )(self.config, self.compute, self.stage.mixer)
 
     def __call__(
         self, x: Float[Array, "B N D"], context: Context, num_loops: int
     ) -> tuple[Float[Array, "B N D"], RouterStats | None]:
-        if not self.config.scan and not self.is_initializing():
+        if not self.compute.scan and not self.is_initializing():
             return self._unrolled(x, context, num_loops)
         if self.stage.loops is None:
             x, out = self.layers(x, context)
@@ -125,7 +120,7 @@ class StageStack(nn.Module):
     def _unrolled(self, x, context, num_loops):
         """The same in plain Python, to debug: a print or breakpoint in Block sees each layer."""
         stacked = self.layers.variables["params"]
-        block = Block(self.config, self.stage.mixer, parent=None)
+        block = Block(self.config, self.compute, self.stage.mixer, parent=None)
         stats = []
         for _ in range(num_loops):
             for layer in range(self.stage.layers):
@@ -150,19 +145,21 @@ class LanguageModel(nn.Module):
     """A program with its embedding and head. Parameters: see `accounting.parameters`."""
 
     config: ModelConfig
+    compute: Compute
 
     def setup(self):
-        c, dtype = self.config, compute_dtype(self.config)
+        c, dtype = self.config, self.compute.dtype
         init = exact(fan_in_init(c.d_model), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
         self.stages = {
-            name: StageStack(c, stage, name=name) for name, stage in c.program.named_stages
+            name: StageStack(c, self.compute, stage, name=name)
+            for name, stage in c.program.named_stages
         }
         if c.program.has_cross:
             self.global_kv = GlobalKeyValue(c, dtype)
         if c.program.streams > 1:
             axes = ("streams", "embed", None)
-            self.stream_gate = Linear((c.program.streams,), axes, jnp.float32)
+            self.stream_gate = Linear((c.program.streams,), axes, jnp.float32, exact=True)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             init = nn.with_logical_partitioning(fan_in_init(c.d_model), ("embed", "vocab"))
@@ -205,7 +202,7 @@ class LanguageModel(nn.Module):
         c = self.config
         # Scaled to unit variance (as in YOCO's code): at D^-0.5 the first sublayers would drown it.
         x = c.d_model**0.5 * jnp.take(self.embedding, tokens, axis=0)
-        x = constrain(x.astype(compute_dtype(c)), "batch", "length", "activation")
+        x = constrain(x.astype(self.compute.dtype), "batch", "length", "activation")
         return jnp.tile(x, (c.program.streams, 1, 1)) if c.program.streams > 1 else x
 
     def write_global_kv(self, x: Float[Array, "B N D"], context: Context) -> KeyValue:
@@ -233,7 +230,7 @@ class LanguageModel(nn.Module):
 def abstract_params(config: ModelConfig) -> PyTree:
     """Shapes of all parameters, boxed with their logical axes; allocates nothing."""
     tokens = jnp.zeros((config.program.streams, 2), jnp.int32)
-    model = LanguageModel(config)
+    model = LanguageModel(config, Compute(jnp.dtype("float32")))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
 
 
@@ -260,10 +257,15 @@ def head_matrix(params: PyTree, config: ModelConfig) -> Float[Array, "D V"]:
 
 
 def logits(
-    params: PyTree, config: ModelConfig, tokens: Int[Array, "B N"], **kwargs
+    params: PyTree,
+    config: ModelConfig,
+    tokens: Int[Array, "B N"],
+    compute: Compute | None = None,
+    **kwargs,
 ) -> Float[Array, "B N V"]:
     """All logits at once in float32: for tests, analysis and short texts (training chunks them)."""
-    hidden = LanguageModel(config).apply({"params": params}, tokens, **kwargs).hidden
+    model = LanguageModel(config, compute or resolve())
+    hidden = model.apply({"params": params}, tokens, **kwargs).hidden
     return to_logits(hidden, head_matrix(params, config))
 
 

@@ -41,6 +41,7 @@ class Linear(nn.Module):
     axes: tuple[str, ...]  # logical axes of W, inputs first
     dtype: jnp.dtype
     init_scale: float = 1.0
+    exact: bool = False  # of a router or a gate, which is float32 whatever the compute type
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -49,14 +50,13 @@ class Linear(nn.Module):
         fan_in = 1
         for size in inputs:
             fan_in *= size
-        # Whoever asks for float32 (a router, a gate) means it.
-        float32 = self.dtype == jnp.float32
-        box = exact if float32 else nn.with_logical_partitioning
+        box = exact if self.exact else nn.with_logical_partitioning
         init = box(fan_in_init(fan_in, self.init_scale), self.axes)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
         kernel = kernel.astype(self.dtype).reshape(fan_in, -1)
         leading = x.shape[: x.ndim - num_in]
-        precision = jax.lax.Precision.HIGHEST if float32 else None  # TPUs would use bfloat16 passes
+        # Whoever asks for float32 means it: TPUs would use bfloat16 passes.
+        precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         y = jnp.matmul(x.reshape(-1, fan_in), kernel, precision=precision)
         return y.reshape(*leading, *self.features)
 

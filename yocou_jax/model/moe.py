@@ -70,9 +70,9 @@ class MixtureOfExperts(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> tuple[Float[Array, "B N D"], RouterStats]:
         c, d, scale = self.config, x.shape[-1], self.config.residual_scale
-        logits = Linear((c.num_experts,), ("embed", "experts"), jnp.float32, name="router")(
-            x.astype(jnp.float32)
-        )
+        axes = ("embed", "experts")
+        router = Linear((c.num_experts,), axes, jnp.float32, exact=True, name="router")
+        logits = router(x.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, chosen = jax.lax.top_k(probabilities, c.experts_per_token)
         weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(self.dtype)

@@ -11,7 +11,7 @@ from yocou_jax.config import Config
 from yocou_jax.data.pipeline import DataBundle
 from yocou_jax.errors import UserError
 from yocou_jax.mixers import MIXERS
-from yocou_jax.model import compute_dtype
+from yocou_jax.model import resolve
 
 
 def banner(
@@ -25,7 +25,7 @@ def banner(
     device, parts = jax.devices()[0], accounting.parameters(model)
     flops = accounting.train_flops_per_token(model, length)
     tokens = config.run.steps * config.data.batch_size * length
-    dtype = compute_dtype(model)
+    dtype = resolve(config.compute).dtype
     kv = accounting.kv_bytes(model, length, dtype.itemsize) / accounting.MIB
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return {
@@ -70,15 +70,15 @@ def attention_choices(config: Config) -> dict[str, str]:
         try:
             choice = api.choose_implementation(
                 kernel.operation,
-                implementation=m.attention,
+                implementation=config.compute.attention,
                 q_shape=(rows, length, m.num_heads, m.head_dim),
                 k_shape=(rows, length + kernel.prefix, m.num_kv_heads, m.head_dim),
-                dtype=compute_dtype(m),
+                dtype=resolve(config.compute).dtype,
                 window=kernel.window,
                 segments=config.data.packing,
                 q_offset=kernel.prefix,
             )
         except ValueError as error:
-            raise UserError(f"model.attention='{m.attention}': {error}") from error
+            raise UserError(f"compute.attention='{config.compute.attention}': {error}") from error
         choices[kernel.operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
     return choices

@@ -65,7 +65,7 @@ class Sample(Evaluator):
         run, tokenizer = self.run, self.run.data.tokenizer
         prompt = [tokenizer.eot_id, *tokenizer.encode(run.config.run.sample_prompt)]
         out = generate(
-            prepare(params, run.config.model),
+            prepare(params, run.config.model, run.setup.compute),
             [prompt],
             max_new_tokens=run.config.run.sample_tokens,
             sampling=Sampling(temperature=0.8),

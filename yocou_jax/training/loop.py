@@ -24,7 +24,6 @@ from yocou_jax.files import resolve, write_atomically
 from yocou_jax.manifest import check_resume, describe
 from yocou_jax.manifest import read as read_manifest
 from yocou_jax.manifest import write as write_manifest
-from yocou_jax.model import compute_dtype
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.banner import attention_choices, banner
@@ -333,7 +332,7 @@ class Run:
             "kv_bytes_per_sequence": accounting.kv_bytes(
                 config.model,
                 config.data.sequence_length,
-                compute_dtype(config.model).itemsize,
+                self.setup.compute.dtype.itemsize,
             ),
             "final_params_sha256": sha256,
         }

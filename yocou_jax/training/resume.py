@@ -108,7 +108,7 @@ def load_source(path: Path, setup: Setup, config: ModelConfig, tokenizer: Tokeni
     step = "" if source.step is None else f", step {source.step}"
     notices = [f"Started from the parameters of {path}{step}."]
     sizes = [flat({"model": vars(c)}) for c in (source.config, config)]
-    if changed := differences(*sizes, ignore=FREE_FIELDS):
+    if changed := differences(*sizes):
         notices.append(f"Its model differs: {'; '.join(changed)}.")
     # `load` has placed them as training does.
     params = jax.tree.map(lambda x, like: x.astype(like.dtype), source.params, wanted)

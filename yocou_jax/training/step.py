@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError
-from yocou_jax.model import LanguageModel, abstract_params, head_matrix
+from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve
 from yocou_jax.sharding import batch_sharding, batch_ways, check_split, make_mesh, tree_shardings
 from yocou_jax.training import metrics
 from yocou_jax.training.loss import LossSums, cross_entropy
@@ -36,14 +36,14 @@ class TrainState:
     opt_state: PyTree
 
 
-def loss_fn(params: PyTree, batch: Batch, config: Config, num_targets: Array):
+def loss_fn(params: PyTree, batch: Batch, config: Config, compute: Compute, num_targets: Array):
     """The objective of one microbatch, as its share of the mean over `num_targets` targets.
 
     Returns (objective, (LossSums, RouterStats or None)). With experts the auxiliary losses are
     means over layers and microbatches, weighted as the config says.
     """
     model = config.model
-    output = LanguageModel(model).apply(
+    output = LanguageModel(model, compute).apply(
         {"params": params}, batch.tokens, batch.positions, batch.segment_ids
     )
     total, sums = cross_entropy(
@@ -63,7 +63,12 @@ def loss_fn(params: PyTree, batch: Batch, config: Config, num_targets: Array):
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, config: Config, optimizer: optax.GradientTransformation
+    state: TrainState,
+    batch: Batch,
+    *,
+    config: Config,
+    compute: Compute,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update from one global batch, in `accumulation_steps` microbatches.
 
@@ -71,18 +76,19 @@ def train_step(
     """
     weights = batch.loss_weights
     num_targets = jnp.float32(batch.targets.size) if weights is None else jnp.sum(weights)
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+    objective = functools.partial(loss_fn, config=config, compute=compute, num_targets=num_targets)
+    grad_fn = jax.grad(objective, has_aux=True)
     steps = config.optimizer.accumulation_steps
     if steps == 1:
-        grads, (sums, router) = grad_fn(state.params, batch, config, num_targets)
+        grads, (sums, router) = grad_fn(state.params, batch)
     else:
         micro = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def accumulate(total, one):
-            return jax.tree.map(jnp.add, total, grad_fn(state.params, one, config, num_targets)), ()
+            return jax.tree.map(jnp.add, total, grad_fn(state.params, one)), ()
 
         one = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(lambda: grad_fn(state.params, one, config, num_targets))
+        shapes = jax.eval_shape(lambda: grad_fn(state.params, one))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, (sums, router)), _ = jax.lax.scan(accumulate, zeros, micro)
         router = jax.tree.map(lambda x: x / steps, router)
@@ -105,9 +111,9 @@ def train_step(
     return new, out
 
 
-def eval_step(params: PyTree, batch: Batch, *, config: ModelConfig) -> LossSums:
+def eval_step(params: PyTree, batch: Batch, *, config: ModelConfig, compute: Compute) -> LossSums:
     """Sums of one validation batch, to be added up on the host."""
-    output = LanguageModel(config).apply(
+    output = LanguageModel(config, compute).apply(
         {"params": params}, batch.tokens, batch.positions, batch.segment_ids
     )
     head = head_matrix(params, config)
@@ -156,14 +162,17 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state from run.seed; jit it with out_shardings so that no device holds all of it."""
     tokens = jnp.zeros((config.model.program.streams, 2), jnp.int32)
-    variables = LanguageModel(config.model).init(jax.random.key(config.run.seed), tokens)
+    model = LanguageModel(config.model, resolve(config.compute))
+    variables = model.init(jax.random.key(config.run.seed), tokens)
     params = nn.unbox(variables)["params"]
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 class Setup(NamedTuple):
-    """What a run is made of once its config is known: mesh, optimiser, jitted functions."""
+    """What a run is made of once its config is known: how it is computed, mesh, optimiser, jitted
+    functions."""
 
+    compute: Compute
     mesh: Mesh
     optimizer: optax.GradientTransformation
     abstract_state: TrainState
@@ -188,7 +197,9 @@ def set_up(config: Config, devices=None) -> Setup:
     abstract, shardings = state_shardings(config, optimizer, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = batch_sharding(mesh)
+    compute = resolve(config.compute)
     return Setup(
+        compute=compute,
         mesh=mesh,
         optimizer=optimizer,
         abstract_state=jax.tree.map(
@@ -196,13 +207,13 @@ def set_up(config: Config, devices=None) -> Setup:
         ),
         init=jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings),
         step=jax.jit(
-            functools.partial(train_step, config=config, optimizer=optimizer),
+            functools.partial(train_step, config=config, compute=compute, optimizer=optimizer),
             in_shardings=(shardings, batch),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
-            functools.partial(eval_step, config=config.model),
+            functools.partial(eval_step, config=config.model, compute=compute),
             in_shardings=(shardings.params, batch),
             out_shardings=replicated,
         ),

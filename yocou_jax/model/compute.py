@@ -1,0 +1,28 @@
+"""How a model is run on the device at hand: `config.compute`, resolved once."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels import target_device
+from yocou_jax.config import ComputeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """dtype: of activations and matrix products; parameters are float32 always. attention: the name
+    of an implementation of pallas_kernels, or "auto". remat, scan: see configs/base.py."""
+
+    dtype: jnp.dtype
+    attention: str = "auto"
+    remat: str = "none"
+    scan: bool = True
+
+
+def resolve(config: ComputeConfig | None = None) -> Compute:
+    """What a config asks for, "auto" answered by the device; None asks for nothing."""
+    dtype = "auto" if config is None else config.dtype
+    if dtype == "auto":
+        dtype = "float32" if target_device().platform == "cpu" else "bfloat16"
+    rest = {} if config is None else dataclasses.asdict(config)
+    return Compute(**rest | {"dtype": jnp.dtype(dtype)})
