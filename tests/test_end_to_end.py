@@ -252,7 +252,7 @@ def test_a_finished_run_is_not_run_again(home, whole):
 @pytest.mark.slow
 def test_how_a_run_is_computed_may_change(home, whole):
     shutil.copytree(whole, home / "recomputed")
-    changed = {"model__remat": "full", "model__attention": "reference", "model__scan": False}
+    changed = {"compute__remat": "full", "compute__attention": "reference", "compute__scan": False}
     output = run(command(home, "recomputed", data__validation_sequences=4, **changed))
     assert f"Resumed from the checkpoint of step {STEPS}" in output
     for words in ("remat: 'none' -> 'full'", "scan: True -> False", "sequences: 8 -> 4"):
