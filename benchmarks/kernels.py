@@ -19,7 +19,8 @@ from benchmarks import cases, device, timing
 from benchmarks.cases import Case, Sizes, inputs
 from benchmarks.report import Grid, page, write_json
 from benchmarks.timing import Pace, first_line
-from pallas_kernels import api, reference
+from pallas_kernels import api
+from pallas_kernels.attention import reference
 from pallas_kernels.device import target_device
 from yocou_jax.files import write_atomically
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pallas_kernels import api, interpret, xla
-from pallas_kernels.blocks import Blocks
+from pallas_kernels import api, interpret
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.blocks import Blocks
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import load_data
 from yocou_jax.errors import UserError

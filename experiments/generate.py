@@ -191,7 +191,7 @@ def stops() -> list[str]:
 
 def check_attention() -> None:
     """Whether there is such a kernel for this device, before a large model is read."""
-    from pallas_kernels.api import OPERATIONS, choose_implementation
+    from pallas_kernels import OPERATIONS, choose_implementation
 
     try:
         for operation in OPERATIONS:

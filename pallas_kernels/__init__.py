@@ -1,6 +1,7 @@
 """Attention for Universal YOCO: four operations, one contract, several implementations."""
 
-from pallas_kernels.api import (
+from pallas_kernels.attention import api
+from pallas_kernels.attention.api import (
     IMPLEMENTATIONS,
     OPERATIONS,
     Choice,
@@ -10,8 +11,8 @@ from pallas_kernels.api import (
     decode_window,
     window_attention,
 )
+from pallas_kernels.attention.mask import MASKED, SegmentIds
 from pallas_kernels.device import interpret, target_device
-from pallas_kernels.mask import MASKED, SegmentIds
 from pallas_kernels.sharding import Partition
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Choice",
     "Partition",
     "SegmentIds",
+    "api",
     "choose_implementation",
     "cross_attention",
     "decode_cross",

@@ -12,7 +12,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from benchmarks.aot import logs, targets, verdict
-from pallas_kernels import api, triton
+from pallas_kernels import api
+from pallas_kernels.attention import triton
 from pallas_kernels.device import Device
 
 UTILIZATION = """== CAPACTIY:

@@ -1,7 +1,7 @@
 import pytest
 
-from pallas_kernels import xla
-from pallas_kernels.blocks import Blocks
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.blocks import Blocks
 
 
 @pytest.fixture

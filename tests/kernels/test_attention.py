@@ -12,11 +12,10 @@ from pallas_kernels import (
     SegmentIds,
     api,
     cross_attention,
-    flash,
     window_attention,
-    xla,
 )
-from pallas_kernels import mask as masks
+from pallas_kernels.attention import flash, xla
+from pallas_kernels.attention import mask as masks
 from tests.kernels.cases import (
     Shape,
     assert_matches_reference,

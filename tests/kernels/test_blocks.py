@@ -2,7 +2,7 @@
 
 import itertools
 
-from pallas_kernels.blocks import xla_blocks
+from pallas_kernels.attention.blocks import xla_blocks
 
 
 def test_a_band_holds_every_key_that_a_block_of_queries_sees():

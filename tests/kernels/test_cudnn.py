@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import api, choose_implementation, cudnn, interpret, reference
+from pallas_kernels import api, choose_implementation, interpret
+from pallas_kernels.attention import cudnn, reference
 from pallas_kernels.device import Device
 from tests.kernels.cases import Shape, inputs
 

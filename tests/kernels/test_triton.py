@@ -23,10 +23,10 @@ from pallas_kernels import (
     cross_attention,
     decode_cross,
     decode_window,
-    triton,
     window_attention,
 )
-from pallas_kernels.blocks import TritonBlocks
+from pallas_kernels.attention import triton
+from pallas_kernels.attention.blocks import TritonBlocks
 from pallas_kernels.device import Device
 from tests.kernels.cases import (
     Shape,

@@ -37,9 +37,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.blocks import TRITON_DECODE_PROGRAMS, TritonBlocks, triton_blocks
+from pallas_kernels.attention.blocks import TRITON_DECODE_PROGRAMS, TritonBlocks, triton_blocks
+from pallas_kernels.attention.flash import Spec
 from pallas_kernels.device import Device, interpretation, target_device
-from pallas_kernels.flash import Spec
 
 _HEAD_WIDTHS = (64, 128, 256)
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
@@ -120,7 +120,7 @@ def _kernels(interpreted: bool = False):
     so there are two copies."""
     import triton
 
-    name = "pallas_kernels.triton_kernels"
+    name = "pallas_kernels.attention.triton_kernels"
     if not interpreted:
         return importlib.import_module(name)
     spec = importlib.util.find_spec(name)

@@ -18,9 +18,9 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mask as masks
-from pallas_kernels.blocks import XLA_DECODE_KEYS, xla_blocks
-from pallas_kernels.flash import LOG2E, Spec
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import XLA_DECODE_KEYS, xla_blocks
+from pallas_kernels.attention.flash import LOG2E, Spec
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import mask as masks
 from pallas_kernels import sharding
+from pallas_kernels.attention import mask as masks
 from pallas_kernels.device import interpretation
 
 LOG2E = math.log2(math.e)

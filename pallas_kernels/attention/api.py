@@ -5,7 +5,7 @@ heads, K key/value heads (Q a multiple of K: head q reads key head q // (Q/K)), 
 W window = the number of visible keys **including self**.
 
 `implementation` is "auto" or a name; a name runs or raises ValueError with the reason. Choices are
-made here and nowhere else, logged once per operation (logger "pallas_kernels.api").
+made here and nowhere else, logged once per operation (logger "pallas_kernels.attention.api").
 """
 
 import functools
@@ -17,19 +17,20 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import (
+from pallas_kernels.attention import (
     cudnn,
     flash,
-    pallas_gpu,
-    pallas_gpu_decode,
-    pallas_tpu,
+    gpu,
+    gpu_decode,
     reference,
+    tpu,
+    tpu_decode,
     triton,
     xla,
 )
+from pallas_kernels.attention.flash import Kernels
+from pallas_kernels.attention.mask import SegmentIds
 from pallas_kernels.device import Device, on_device, target_device
-from pallas_kernels.flash import Kernels
-from pallas_kernels.mask import SegmentIds
 from pallas_kernels.sharding import Partition
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -
 
 # In the order in which "auto" tries them; reference is only ever run by name.
 _REGISTRY = {
-    "pallas_tpu": _blocked(pallas_tpu, "tpu", head_widths=(64, 128, 256)),
-    "pallas_gpu": _blocked(pallas_gpu, "gpu", pallas_gpu_decode, head_widths=(64, 128)),
+    "pallas_tpu": _blocked(tpu, "tpu", tpu_decode, head_widths=(64, 128, 256)),
+    "pallas_gpu": _blocked(gpu, "gpu", gpu_decode, head_widths=(64, 128)),
     "triton": _blocked(triton, "gpu", head_widths=(64, 128, 256)),
     "cudnn": Implementation(
         cudnn.unsupported_reason, cudnn.attention, cudnn.decode, platform="gpu"

@@ -16,11 +16,11 @@ from pallas_kernels import (
     decode_cross,
     decode_window,
     interpret,
-    pallas_tpu,
     window_attention,
 )
-from pallas_kernels.blocks import TpuBlocks
-from pallas_kernels.pallas_tpu import _Bands
+from pallas_kernels.attention import tpu, tpu_decode
+from pallas_kernels.attention.blocks import TpuBlocks
+from pallas_kernels.attention.tpu_bands import Bands
 from tests.kernels.cases import (
     Shape,
     assert_matches_reference,
@@ -31,7 +31,7 @@ from tests.kernels.cases import (
     outputs_and_gradients,
 )
 
-tpu = functools.partial(assert_matches_reference, implementation="pallas_tpu")
+matches_reference = functools.partial(assert_matches_reference, implementation="pallas_tpu")
 
 SHAPES = {
     "full, odd, groups of 3": Shape(150, 150, Q=3, K=1, H=64, B=1),
@@ -48,13 +48,13 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape):
-    tpu(shape)
+    matches_reference(shape)
 
 
 @pytest.mark.parametrize("window", [None, 60])
 def test_segments_and_rows_that_see_nothing(window):
     shape = Shape(150, 150, window, Q=2, K=2, H=64)
-    got = tpu(shape, segment_ids=documents(shape, 70, 90))
+    got = matches_reference(shape, segment_ids=documents(shape, 70, 90))
     empty = np.asarray(got["lse"]) == np.float32(MASKED)
     assert empty.any()
     assert not empty.all()
@@ -67,10 +67,10 @@ def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(wind
     """Tiles of 128 x 128, documents of 256, 128 and 144, the third with an id of the first. A value
     that is not a number spoils what multiplies it, by 0 too: it must not reach the second."""
     blocks = TpuBlocks(128, 128, 128)
-    monkeypatch.setattr(pallas_tpu, "tpu_blocks", lambda *_: blocks)
+    monkeypatch.setattr(tpu, "tpu_blocks", lambda *_: blocks)
     shape = Shape(528, 528, window, Q=1, K=1, H=64, B=1)
     ids = jnp.repeat(jnp.array([[7, 3, 7]]), jnp.array([256, 128, 144]), axis=1)
-    tpu(shape, segment_ids=ids)
+    matches_reference(shape, segment_ids=ids)
     q, k, v, *_ = inputs(shape)
     v = v.at[:, :256].set(jnp.nan)
     with interpret():
@@ -83,9 +83,9 @@ def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(wind
 def test_kv_lengths():
     """None, exactly a block, all; and more than there are, with queries beyond the end."""
     beyond = Shape(150, 130, Q=2, K=2, H=64, q_offset=60)
-    tpu(beyond, kv_lengths=jnp.array([131, 1300]))
+    matches_reference(beyond, kv_lengths=jnp.array([131, 1300]))
     shape = Shape(150, 150, Q=2, K=2, H=64, B=3)
-    got = tpu(shape, kv_lengths=jnp.array([0, 128, 150]))
+    got = matches_reference(shape, kv_lengths=jnp.array([0, 128, 150]))
     assert empty_rows(got["lse"]) == shape.N * shape.Q
     assert not got["dk"][1, 128:].any()
 
@@ -93,8 +93,8 @@ def test_kv_lengths():
 def test_a_chunk_of_queries_behind_a_cache_that_is_not_full():
     """As prefill has it: every key may be seen, and each row has some of them."""
     shape = Shape(40, 2300, Q=2, K=1, H=64, B=4, q_offset=2300)
-    tpu(shape, kv_lengths=jnp.array([0, 700, 1024, 2300]))
-    bands = _Bands.plan(128, 512, 2560, 2300, None, 0)
+    matches_reference(shape, kv_lengths=jnp.array([0, 700, 1024, 2300]))
+    bands = Bands.plan(128, 512, 2560, 2300, None, 0)
     for limit, blocks in ((0, 1), (1, 1), (512, 1), (513, 2), (1024, 2), (2304, 5)):
         starts = [int(bands.start(0, j, limit)) for j in range(bands.steps)]
         assert len(set(starts)) == blocks  # a start that stays the same is not read again
@@ -106,7 +106,7 @@ def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(
     H, sums_on_mxu, monkeypatch
 ):
     """At most 1.5 times, root mean square, both against the fp32 reference on fp32 inputs."""
-    monkeypatch.setattr(pallas_tpu, "tpu_sums_on_mxu", lambda kind: sums_on_mxu)
+    monkeypatch.setattr(tpu, "tpu_sums_on_mxu", lambda kind: sums_on_mxu)
     shape = Shape(256, 256, 100, Q=2, K=1, H=H, B=1)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     args = inputs(shape, jnp.bfloat16)
@@ -161,7 +161,7 @@ def test_no_race():
 def test_decode(G, monkeypatch):
     """Lengths of 0, 1, exactly a block, and full; what lies behind them is never read."""
     lengths = jnp.array([0, 1, 128, 300])
-    monkeypatch.setattr(pallas_tpu, "tpu_decode_rows", lambda H: 256)
+    monkeypatch.setattr(tpu_decode, "tpu_decode_rows", lambda H: 256)
     q, k, v, *_ = inputs(Shape(1, 300, Q=2 * G, K=2, H=64, B=4))
     want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
     beyond = (jnp.arange(300) >= lengths[:, None])[:, :, None, None]
@@ -185,7 +185,7 @@ def test_decode_over_a_ring():
 @pytest.mark.parametrize("q_offset", [0, 3, 500])
 def test_a_band_holds_every_visible_key_and_one_step_reads_it(window, q_offset):
     block, length = 256, 1536
-    bands = _Bands.plan(block, 0, length, q_offset, window - 1, 0)
+    bands = Bands.plan(block, 0, length, q_offset, window - 1, 0)
     assert bands.steps == 1
     assert bands.size < window + block + 2 * 128
     for i in range(4):

@@ -10,7 +10,7 @@ they are transposed, so that p and ds are the left factors of its products.
 import triton
 import triton.language as tl
 
-from pallas_kernels import mask
+from pallas_kernels.attention import mask
 
 MASKED = tl.constexpr(mask.MASKED)
 LOG2E = tl.constexpr(1.4426950408889634)

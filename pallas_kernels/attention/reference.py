@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mask as masks
+from pallas_kernels.attention import mask as masks
 
 
 def _softmax_average(scores, seen, v, spec: str):

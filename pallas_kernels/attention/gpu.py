@@ -32,12 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import hopper
-from pallas_kernels import mask as masks
-from pallas_kernels.blocks import gpu_blocks
+from pallas_kernels.attention import hopper
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import gpu_blocks
+from pallas_kernels.attention.flash import LOG2E, Spec
+from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
 from pallas_kernels.device import interpretation
-from pallas_kernels.flash import LOG2E, Spec
-from pallas_kernels.hopper import CONSUMERS, pl, plgpu
 
 
 def unsupported_reason(call) -> str | None:

@@ -12,7 +12,7 @@ which wgmma wants 64 of: wasted arithmetic, a third of the time that the bytes t
 block leaves its average in fp32 with the log of its sum, and XLA combines them. The ring buffer of
 the window needs no kernel of its own: softmax does not care in which order the keys lie.
 
-How it rounds and what it runs on: as pallas_gpu.py. Expected limit on an H200: 85% of 4.3 TB/s over
+How it rounds and what it runs on: as gpu.py. Expected limit on an H200: 85% of 4.3 TB/s over
 a long cache; over a ring of 512 keys the two launches (kernel, combination) outweigh the bytes.
 """
 
@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
-from pallas_kernels import mask as masks
-from pallas_kernels.blocks import gpu_blocks
-from pallas_kernels.flash import LOG2E
-from pallas_kernels.hopper import CONSUMERS, pl, plgpu
+from pallas_kernels.attention import hopper
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import gpu_blocks
+from pallas_kernels.attention.flash import LOG2E
+from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
 
 MULTIPROCESSORS = 132  # H100 SXM, H200
 STARTUP = 4  # what a thread block costs beside its keys, in blocks of keys (a guess)
