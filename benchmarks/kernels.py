@@ -19,7 +19,7 @@ from benchmarks import cases, device, timing
 from benchmarks.cases import Case, Sizes, inputs
 from benchmarks.report import Grid, page, write_json
 from benchmarks.timing import Pace, first_line
-from pallas_kernels import api
+from pallas_kernels import Call, api
 from pallas_kernels.attention import reference
 from pallas_kernels.device import target_device
 from yocou_jax.files import write_atomically
@@ -96,7 +96,7 @@ def subjects(case: Case, dtype) -> dict[str, Subject]:
     """Everything that can run the case here: our implementations, then the baselines."""
     found, target = {}, target_device()
     shape = (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H)
-    call = api.Call(
+    call = Call(
         case.operation,
         target,
         q_shape=shape,

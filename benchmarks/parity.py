@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pallas_kernels import api, interpret
+from pallas_kernels import Call, api, interpret, target_device
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.blocks import Blocks
 from yocou_jax.config import Config
@@ -90,7 +90,7 @@ def why_not(implementation: str, config: Config) -> str | None:
         "segments": config.data.packing,
     }
     for operation, window in (("window_attention", m.window), ("cross_attention", None)):
-        call = api.Call(operation, api.target_device(), **facts, window=window)
+        call = Call(operation, target_device(), **facts, window=window)
         if reason := api.unsupported_reason(implementation, call):
             return reason
     return None

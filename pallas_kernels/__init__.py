@@ -12,6 +12,7 @@ from pallas_kernels.attention.api import (
     window_attention,
 )
 from pallas_kernels.attention.mask import MASKED, SegmentIds
+from pallas_kernels.call import Call, UnsupportedCall
 from pallas_kernels.device import interpret, target_device
 from pallas_kernels.sharding import Partition
 
@@ -19,9 +20,11 @@ __all__ = [
     "IMPLEMENTATIONS",
     "MASKED",
     "OPERATIONS",
+    "Call",
     "Choice",
     "Partition",
     "SegmentIds",
+    "UnsupportedCall",
     "api",
     "choose_implementation",
     "cross_attention",

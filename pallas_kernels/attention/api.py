@@ -4,8 +4,8 @@ Layout [batch, positions, heads, head width]: B batch, N query positions, S key 
 heads, K key/value heads (Q a multiple of K: head q reads key head q // (Q/K)), H head width,
 W window = the number of visible keys **including self**.
 
-`implementation` is "auto" or a name; a name runs or raises ValueError with the reason. Choices are
-made here and nowhere else, logged once per operation (logger "pallas_kernels.attention.api").
+`implementation` is "auto" or a name; a name runs or raises UnsupportedCall with the reason. Choices
+are made here and nowhere else, logged once per operation (logger "pallas_kernels.attention.api").
 """
 
 import functools
@@ -30,28 +30,13 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.attention.flash import Kernels
 from pallas_kernels.attention.mask import SegmentIds
-from pallas_kernels.device import Device, on_device, target_device
+from pallas_kernels.call import Call, UnsupportedCall
+from pallas_kernels.device import on_device, target_device
 from pallas_kernels.sharding import Partition
 
 logger = logging.getLogger(__name__)
 
 OPERATIONS = ("window_attention", "cross_attention", "decode_window", "decode_cross")
-
-
-class Call(NamedTuple):
-    """What an implementation may decide on. Shapes and dtype are None when a banner asks before
-    there are arrays; a reason that does not depend on them must be given all the same."""
-
-    operation: str
-    device: Device
-    q_shape: tuple[int, ...] | None = None
-    k_shape: tuple[int, ...] | None = None
-    dtype: jnp.dtype | None = None
-    window: int | None = None
-    segments: bool = False
-    lengths: bool = False
-    q_offset: int = 0
-    return_lse: bool = False
 
 
 class Implementation(NamedTuple):
@@ -109,9 +94,9 @@ def unsupported_reason(implementation: str, call: Call) -> str | None:
     """Why `implementation` cannot run `call`, as a full sentence, or None if it can."""
     if implementation not in _REGISTRY:
         known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation={implementation!r} is not one of: {known}.")
+        raise UnsupportedCall(f"implementation={implementation!r} is not one of: {known}.")
     found = _REGISTRY[implementation]
-    if call.q_shape is not None and not call.operation.startswith("decode"):
+    if call.q_shape is not None and not call.decodes:
         H = flash.padded_width(call.q_shape[-1], found.head_widths)
         call = call._replace(q_shape=(*call.q_shape[:-1], H))
     return found.unsupported_reason(call)
@@ -122,14 +107,15 @@ def choose_implementation(operation: str, *, implementation: str = "auto", **fac
     as they are known.
 
     Raises:
-      ValueError: unknown operation or implementation, or the one named cannot run this call.
+      UnsupportedCall: an unknown implementation, or the one named cannot run this call.
+      ValueError: an unknown operation.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation={operation!r} is not one of: {', '.join(OPERATIONS)}.")
     call = Call(operation, **{"device": target_device(), **facts})
     if implementation != "auto":
         if reason := unsupported_reason(implementation, call):
-            raise ValueError(f"{operation} cannot run with {implementation=}: {reason}")
+            raise UnsupportedCall(f"{operation} cannot run with {implementation=}: {reason}")
         return Choice(operation, implementation, "asked for by name")
     reasons = ["auto"]
     for name, implementation in _REGISTRY.items():
@@ -292,7 +278,8 @@ def window_attention(
       finite) and no gradient.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, window < 1, an implementation that cannot run.
+      UnsupportedCall: the implementation named cannot run this call.
+      ValueError: shapes or dtypes that do not fit, window < 1.
     """
     window = operator.index(window)
     _require(window >= 1, f"window_attention needs {window=} to be at least 1 (it counts self).")

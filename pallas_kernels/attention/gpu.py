@@ -37,10 +37,11 @@ from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import gpu_blocks
 from pallas_kernels.attention.flash import LOG2E, Spec
 from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
+from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation
 
 
-def unsupported_reason(call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """See api.Implementation. Interpreted kernels take any head width, and float32 too."""
     if plgpu is None:
         return f"pallas_gpu needs Pallas's Mosaic GPU dialect: {hopper.IMPORT_ERROR}."
@@ -58,18 +59,15 @@ def unsupported_reason(call) -> str | None:
         what = "has no interpreter for it" if interpreted else "has another interface"
         return f"pallas_gpu needs jax 0.11 or newer; this is {jax.__version__}, which {what}."
     dtypes = ("bfloat16", "float16") + (("float32",) if interpreted else ())
-    if call.dtype is not None and jnp.dtype(call.dtype).name not in dtypes:
-        return f"pallas_gpu takes {' and '.join(dtypes)}; got {jnp.dtype(call.dtype).name}."
-    if call.q_shape is None:
+    if call.dtype_name not in (None, *dtypes):
+        return f"pallas_gpu takes {' and '.join(dtypes)}; got {call.dtype_name}."
+    if (H := call.head_width) is None:
         return None
-    H = call.q_shape[-1]
     if not interpreted and H not in (64, 128):
         return f"pallas_gpu takes heads of 64 and 128; got {H}."
     rows = gpu_blocks(H).rows
-    if call.operation.startswith("decode") and call.k_shape is not None:
-        G = call.q_shape[-2] // call.k_shape[-2]
-        if rows < G:
-            return f"pallas_gpu decodes at most {rows} query heads a key/value head; got {G}."
+    if call.decodes and call.k_shape is not None and rows < call.group:
+        return f"pallas_gpu decodes at most {rows} query heads a key/value head; got {call.group}."
     return None
 
 

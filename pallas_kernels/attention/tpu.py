@@ -28,6 +28,7 @@ from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import TPU_LANES, TPU_VMEM, tpu_blocks, tpu_sums_on_mxu
 from pallas_kernels.attention.flash import LOG2E, Spec
 from pallas_kernels.attention.tpu_bands import Bands, Scalars, Tiles, column, round_up
+from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation, target_device
 
 _HEAD_WIDTHS = (64, 128, 256)
@@ -46,7 +47,7 @@ def dot(a, b, dims=NN):
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def unsupported_reason(call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """See api.Implementation. Interpreted kernels take any head width."""
     interpreted = interpretation() is not None
     if not interpreted:
@@ -55,30 +56,30 @@ def unsupported_reason(call) -> str | None:
         if call.device.kind not in TPU_VMEM:
             known = ", ".join(TPU_VMEM)
             return f"The TPU kernels were compiled for {known} only; this is {call.device.kind}."
-    if call.dtype is not None and str(jnp.dtype(call.dtype)) not in _DTYPES:
-        return f"The TPU kernels take {' or '.join(_DTYPES)}; got {jnp.dtype(call.dtype)}."
+    if call.dtype_name not in (None, *_DTYPES):
+        return f"The TPU kernels take {' or '.join(_DTYPES)}; got {call.dtype_name}."
     if interpreted or call.q_shape is None:
         return None
-    H = call.q_shape[-1]
+    H = call.head_width
     if H not in _HEAD_WIDTHS:
         widths = ", ".join(map(str, _HEAD_WIDTHS))
         return f"The TPU kernels take heads of width {widths}; got {H}."
-    if call.k_shape is not None and call.dtype is not None and len(call.q_shape) == 4:
+    if call.k_shape is not None and call.dtype is not None and not call.decodes:
         need, have = _vmem(call), TPU_VMEM[call.device.kind]
         if need > have:
             return (
                 f"The TPU kernels would need some {need >> 20} MB of VMEM for "
                 + (f"a window of {call.window}" if call.window else "full attention")
-                + f" and {call.q_shape[2] // call.k_shape[2]} heads of {H} a group; "
+                + f" and {call.group} heads of {H} a group; "
                 f"{call.device.kind} leaves them {have >> 20} MB."
             )
     return None
 
 
-def _vmem(call) -> int:
+def _vmem(call: Call) -> int:
     """Roughly the bytes of VMEM of the largest kernel: blocks, twice for the copies ahead, sums and
     a tile's temporaries."""
-    G, H = call.q_shape[2] // call.k_shape[2], call.q_shape[3]
+    G, H = call.group, call.head_width
     item = jnp.dtype(call.dtype).itemsize
     largest = 0
     for kernel in ("forward", "dq", "dkv"):

@@ -39,6 +39,7 @@ import numpy as np
 
 from pallas_kernels.attention.blocks import TRITON_DECODE_PROGRAMS, TritonBlocks, triton_blocks
 from pallas_kernels.attention.flash import Spec
+from pallas_kernels.call import Call
 from pallas_kernels.device import Device, interpretation, target_device
 
 _HEAD_WIDTHS = (64, 128, 256)
@@ -47,11 +48,10 @@ _OLDEST = 80  # the first compute capability with bf16 products and cp.async
 _INSTALL = "`pip install -r requirements-gpu.txt` installs versions that fit each other"
 
 
-def unsupported_reason(call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     device = call.device
-    dtype = None if call.dtype is None else str(jnp.dtype(call.dtype))
     if interpretation() is not None:
-        if dtype == "bfloat16":
+        if call.dtype_name == "bfloat16":
             return "Triton's interpreter cuts bfloat16 off instead of rounding it; use float16."
         return _missing_triton()
     if device.platform != "gpu":
@@ -66,11 +66,11 @@ def unsupported_reason(call) -> str | None:
             f"The Triton kernels need compute capability 8.0 (A100) or newer; {device.kind} has "
             f"{device.compute_capability / 10}."
         )
-    if call.q_shape is not None and call.q_shape[-1] not in _HEAD_WIDTHS:
+    if call.head_width not in (None, *_HEAD_WIDTHS):
         widths = ", ".join(map(str, _HEAD_WIDTHS))
-        return f"The Triton kernels take heads of width {widths}; got {call.q_shape[-1]}."
-    if dtype not in (None, "bfloat16", "float16"):
-        return f"The Triton kernels take bfloat16 or float16; got {dtype}."
+        return f"The Triton kernels take heads of width {widths}; got {call.head_width}."
+    if call.dtype_name not in (None, "bfloat16", "float16"):
+        return f"The Triton kernels take bfloat16 or float16; got {call.dtype_name}."
     return _missing_triton() or _misfit()
 
 

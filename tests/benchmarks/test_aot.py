@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from benchmarks.aot import logs, targets, verdict
-from pallas_kernels import api
+from pallas_kernels import Call, api
 from pallas_kernels.attention import triton
 from pallas_kernels.device import Device
 
@@ -176,7 +176,7 @@ def test_every_case_is_one_that_its_implementation_takes(name, monkeypatch):
     target = targets.TARGETS[name]
     device = Device("tpu" if target.platform == "tpu" else "gpu", target.device_kind)
     for case in targets.cases(target.platform):
-        call = api.Call(
+        call = Call(
             case.operation,
             device,
             (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H),

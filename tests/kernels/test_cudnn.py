@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import api, choose_implementation, interpret
+from pallas_kernels import Call, api, choose_implementation, interpret
 from pallas_kernels.attention import cudnn, reference
 from pallas_kernels.device import Device
 from tests.kernels.cases import Shape, inputs
@@ -78,9 +78,9 @@ def test_what_it_cannot_do_is_said_in_a_sentence(sentence, monkeypatch):
 
 
 def test_it_needs_the_gpu_itself():
-    reason = api.unsupported_reason("cudnn", api.Call("decode_cross", H100))
+    reason = api.unsupported_reason("cudnn", Call("decode_cross", H100))
     assert "NVIDIA H100 80GB HBM3 is only named here, not present." in reason
     with interpret():
         assert "cannot be interpreted" in api.unsupported_reason(
-            "cudnn", api.Call("decode_cross", H100)
+            "cudnn", Call("decode_cross", H100)
         )

@@ -13,8 +13,8 @@ import pytest
 
 from pallas_kernels import (
     MASKED,
+    Call,
     SegmentIds,
-    api,
     decode_cross,
     decode_window,
     interpret,
@@ -205,7 +205,7 @@ def test_it_says_why_it_cannot_run():
     hopper_gpu = Device("gpu", "NVIDIA H200")
 
     def reason(device=hopper_gpu, operation="window_attention", **facts):
-        return gpu.unsupported_reason(api.Call(operation, device, **facts))
+        return gpu.unsupported_reason(Call(operation, device, **facts))
 
     reasons = [
         reason(Device("cpu", "cpu")),
