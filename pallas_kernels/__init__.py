@@ -11,6 +11,7 @@ from pallas_kernels.attention.api import (
     decode_window,
     window_attention,
 )
+from pallas_kernels.attention.join import join
 from pallas_kernels.attention.mask import MASKED, SegmentIds
 from pallas_kernels.call import Call, UnsupportedCall
 from pallas_kernels.device import interpret, target_device
@@ -31,6 +32,7 @@ __all__ = [
     "decode_cross",
     "decode_window",
     "interpret",
+    "join",
     "target_device",
     "window_attention",
 ]

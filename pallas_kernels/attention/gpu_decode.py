@@ -27,6 +27,7 @@ from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import gpu_blocks
 from pallas_kernels.attention.flash import LOG2E
 from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
+from pallas_kernels.attention.join import join_splits
 
 MULTIPROCESSORS = 132  # H100 SXM, H200
 STARTUP = 4  # what a thread block costs beside its keys, in blocks of keys (a guess)
@@ -185,7 +186,5 @@ def decode(q, k, v, valid, *, scale):
         },
         cost=(4 * B * Q * S * H, B * Q * S),
     )
-    out, lse2 = out[:, :, :, :G], lse2[:, :, :, :G]
-    weights = jnp.exp2(lse2 - lse2.max(2, keepdims=True))[..., None]
-    out = (out * weights).sum(2) / weights.sum(2)
+    out = join_splits(out[:, :, :, :G], lse2[:, :, :, :G], axis=2)
     return out.reshape(q.shape).astype(q.dtype)

@@ -39,6 +39,7 @@ import numpy as np
 
 from pallas_kernels.attention.blocks import TRITON_DECODE_PROGRAMS, TritonBlocks, triton_blocks
 from pallas_kernels.attention.flash import Spec
+from pallas_kernels.attention.join import join_splits
 from pallas_kernels.call import Call
 from pallas_kernels.device import Device, interpretation, target_device
 
@@ -315,9 +316,7 @@ def decode(q, k, v, valid, *, scale):
     )
     arrays = [q, k.astype(q.dtype), v.astype(q.dtype), valid.astype(jnp.int32)]
     out, lse2 = _launch(what, arrays, device)
-    weight = jnp.exp2(lse2 - lse2.max(1, keepdims=True))  # without any key: 1 for parts that are 0
-    out = (out * weight[..., None]).sum(1) / weight.sum(1)[..., None]
-    return out.astype(q.dtype)
+    return join_splits(out, lse2, axis=1).astype(q.dtype)
 
 
 # --- What the compiler makes of it ----------------------------------------------------------------

@@ -1,6 +1,7 @@
 """xla against the dense reference: values and every gradient."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from pallas_kernels import (
     SegmentIds,
     api,
     cross_attention,
+    join,
     window_attention,
 )
 from pallas_kernels.attention import flash, xla
@@ -165,14 +167,31 @@ def test_scale(small_blocks):
     np.testing.assert_allclose(cross_attention(q, k, v), cross_attention(q, k, v, scale=0.5))
 
 
-def test_lse_merges_two_halves_of_the_keys(small_blocks):
-    """What a ring over devices needs: out = sum_i exp(lse_i - lse) out_i, also where one half is
-    empty."""
-    q, k, v, *_ = inputs(Shape(12, 16, q_offset=4))
-    whole = cross_attention(q, k, v, q_offset=4)
-    left, a = cross_attention(q, k[:, :8], v[:, :8], q_offset=4, return_lse=True)
-    segments = SegmentIds(jnp.zeros((2, 12), int), jnp.repeat(jnp.array([[1, 0]] * 2), 8, axis=1))
-    right, b = cross_attention(q, k, v, q_offset=4, segment_ids=segments, return_lse=True)
-    assert empty_rows(b) == 2 * 4 * 2
-    weight = jax.nn.sigmoid(b - a)[..., None]
-    np.testing.assert_allclose(left * (1 - weight) + right * weight, whole, atol=1e-5)
+def test_parts_of_the_keys_are_joined(small_blocks):
+    """What a cache and a ring over devices need, also where a part is empty for some rows."""
+    q, k, v, *_ = inputs(Shape(12, 24, q_offset=12))
+    whole = cross_attention(q, k, v, q_offset=12, return_lse=True)
+
+    def part(n):
+        ids = jnp.broadcast_to(jnp.arange(24) // 8 == n, (2, 24)).astype(int)
+        segments = SegmentIds(jnp.ones((2, 12), int), ids)
+        return cross_attention(q, k, v, q_offset=12, segment_ids=segments, return_lse=True)
+
+    parts = [part(n) for n in range(3)]
+    assert empty_rows(parts[2][1]) == 2 * 4 * 2
+    for order in itertools.permutations(parts):
+        for got, want in zip(join(*order), whole, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    nothing = jnp.zeros_like(q), jnp.full(q.shape[:3], MASKED)
+    for got, want in zip(join(nothing, nothing), nothing, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_two_parts_are_joined_as_before_to_the_bit():
+    """In bfloat16 too: the sigmoid of the difference is the first one's share."""
+    (q, k, *_), rng = inputs(Shape(12, 12), jnp.bfloat16), np.random.default_rng(1)
+    a, b = (jnp.asarray(rng.standard_normal(q.shape[:3]), jnp.float32) for _ in range(2))
+    share = jax.nn.sigmoid(a - b)[..., None]
+    out, _ = join((q, a), (k, b))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, (share * q + (1 - share) * k).astype(jnp.bfloat16))
