@@ -11,6 +11,7 @@ from pallas_kernels.attention.api import (
     decode_window,
     window_attention,
 )
+from pallas_kernels.attention.blocks import block_sizes
 from pallas_kernels.attention.join import join
 from pallas_kernels.attention.mask import MASKED, SegmentIds
 from pallas_kernels.call import Call, UnsupportedCall
@@ -27,6 +28,7 @@ __all__ = [
     "SegmentIds",
     "UnsupportedCall",
     "api",
+    "block_sizes",
     "choose_implementation",
     "cross_attention",
     "decode_cross",

@@ -28,6 +28,7 @@ from pallas_kernels.attention import (
     triton,
     xla,
 )
+from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, TPU_HEAD_WIDTHS, TRITON_HEAD_WIDTHS
 from pallas_kernels.attention.flash import Kernels
 from pallas_kernels.attention.mask import SegmentIds
 from pallas_kernels.call import Call, UnsupportedCall
@@ -78,9 +79,9 @@ def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -
 
 # In the order in which "auto" tries them; reference is only ever run by name.
 _REGISTRY = {
-    "pallas_tpu": _blocked(tpu, "tpu", tpu_decode, head_widths=(64, 128, 256)),
-    "pallas_gpu": _blocked(gpu, "gpu", gpu_decode, head_widths=(64, 128)),
-    "triton": _blocked(triton, "gpu", head_widths=(64, 128, 256)),
+    "pallas_tpu": _blocked(tpu, "tpu", tpu_decode, TPU_HEAD_WIDTHS),
+    "pallas_gpu": _blocked(gpu, "gpu", gpu_decode, GPU_HEAD_WIDTHS),
+    "triton": _blocked(triton, "gpu", head_widths=TRITON_HEAD_WIDTHS),
     "cudnn": Implementation(
         cudnn.unsupported_reason, cudnn.attention, cudnn.decode, platform="gpu"
     ),

@@ -34,7 +34,7 @@ from jax import lax
 
 from pallas_kernels.attention import hopper
 from pallas_kernels.attention import mask as masks
-from pallas_kernels.attention.blocks import gpu_blocks
+from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, gpu_blocks
 from pallas_kernels.attention.flash import LOG2E, Spec
 from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
 from pallas_kernels.call import Call
@@ -63,8 +63,9 @@ def unsupported_reason(call: Call) -> str | None:
         return f"pallas_gpu takes {' and '.join(dtypes)}; got {call.dtype_name}."
     if (H := call.head_width) is None:
         return None
-    if not interpreted and H not in (64, 128):
-        return f"pallas_gpu takes heads of 64 and 128; got {H}."
+    if not interpreted and H not in GPU_HEAD_WIDTHS:
+        widths = " and ".join(map(str, GPU_HEAD_WIDTHS))
+        return f"pallas_gpu takes heads of {widths}; got {H}."
     rows = gpu_blocks(H).rows
     if call.decodes and call.k_shape is not None and rows < call.group:
         return f"pallas_gpu decodes at most {rows} query heads a key/value head; got {call.group}."

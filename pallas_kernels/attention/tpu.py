@@ -25,13 +25,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import mask as masks
-from pallas_kernels.attention.blocks import TPU_LANES, TPU_VMEM, tpu_blocks, tpu_sums_on_mxu
+from pallas_kernels.attention.blocks import (
+    TPU_HEAD_WIDTHS,
+    TPU_LANES,
+    TPU_VMEM,
+    tpu_blocks,
+    tpu_sums_on_mxu,
+)
 from pallas_kernels.attention.flash import LOG2E, Spec
 from pallas_kernels.attention.tpu_bands import Bands, Scalars, Tiles, column, round_up
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation, target_device
 
-_HEAD_WIDTHS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float32")
 NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
 NN = (((1,), (0,)), ((), ()))
@@ -61,8 +66,8 @@ def unsupported_reason(call: Call) -> str | None:
     if interpreted or call.q_shape is None:
         return None
     H = call.head_width
-    if H not in _HEAD_WIDTHS:
-        widths = ", ".join(map(str, _HEAD_WIDTHS))
+    if H not in TPU_HEAD_WIDTHS:
+        widths = ", ".join(map(str, TPU_HEAD_WIDTHS))
         return f"The TPU kernels take heads of width {widths}; got {H}."
     if call.k_shape is not None and call.dtype is not None and not call.decodes:
         need, have = _vmem(call), TPU_VMEM[call.device.kind]

@@ -37,13 +37,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.blocks import TRITON_DECODE_PROGRAMS, TritonBlocks, triton_blocks
+from pallas_kernels.attention.blocks import (
+    TRITON_DECODE_PROGRAMS,
+    TRITON_HEAD_WIDTHS,
+    TritonBlocks,
+    triton_blocks,
+)
 from pallas_kernels.attention.flash import Spec
 from pallas_kernels.attention.join import join_splits
 from pallas_kernels.call import Call
 from pallas_kernels.device import Device, interpretation, target_device
 
-_HEAD_WIDTHS = (64, 128, 256)
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
 _OLDEST = 80  # the first compute capability with bf16 products and cp.async
 _INSTALL = "`pip install -r requirements-gpu.txt` installs versions that fit each other"
@@ -67,8 +71,8 @@ def unsupported_reason(call: Call) -> str | None:
             f"The Triton kernels need compute capability 8.0 (A100) or newer; {device.kind} has "
             f"{device.compute_capability / 10}."
         )
-    if call.head_width not in (None, *_HEAD_WIDTHS):
-        widths = ", ".join(map(str, _HEAD_WIDTHS))
+    if call.head_width not in (None, *TRITON_HEAD_WIDTHS):
+        widths = ", ".join(map(str, TRITON_HEAD_WIDTHS))
         return f"The Triton kernels take heads of width {widths}; got {call.head_width}."
     if call.dtype_name not in (None, "bfloat16", "float16"):
         return f"The Triton kernels take bfloat16 or float16; got {call.dtype_name}."

@@ -15,6 +15,7 @@ from pallas_kernels import (
     MASKED,
     Call,
     SegmentIds,
+    block_sizes,
     decode_cross,
     decode_window,
     interpret,
@@ -41,9 +42,9 @@ SMALL = blocks.GpuBlocks(
 
 
 @pytest.fixture(autouse=True)
-def small_gpu_blocks(monkeypatch):
-    for module in (gpu, gpu_decode):
-        monkeypatch.setattr(module, "gpu_blocks", lambda H: SMALL)
+def small_gpu_blocks():
+    with block_sizes(gpu_blocks=lambda H: SMALL):
+        yield
 
 
 def both(shape: Shape, args, races: bool = False, **options):

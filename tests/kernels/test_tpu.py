@@ -12,13 +12,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from pallas_kernels import (
     MASKED,
     Partition,
+    block_sizes,
     cross_attention,
     decode_cross,
     decode_window,
     interpret,
     window_attention,
 )
-from pallas_kernels.attention import tpu, tpu_decode
 from pallas_kernels.attention.blocks import TpuBlocks
 from pallas_kernels.attention.tpu_bands import Bands
 from tests.kernels.cases import (
@@ -63,17 +63,17 @@ def test_segments_and_rows_that_see_nothing(window):
 
 
 @pytest.mark.parametrize("window", [None, 200])
-def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(window, monkeypatch):
+def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(window):
     """Tiles of 128 x 128, documents of 256, 128 and 144, the third with an id of the first. A value
     that is not a number spoils what multiplies it, by 0 too: it must not reach the second."""
     blocks = TpuBlocks(128, 128, 128)
-    monkeypatch.setattr(tpu, "tpu_blocks", lambda *_: blocks)
     shape = Shape(528, 528, window, Q=1, K=1, H=64, B=1)
     ids = jnp.repeat(jnp.array([[7, 3, 7]]), jnp.array([256, 128, 144]), axis=1)
-    matches_reference(shape, segment_ids=ids)
+    with block_sizes(tpu_blocks=lambda *_: blocks):
+        matches_reference(shape, segment_ids=ids)
     q, k, v, *_ = inputs(shape)
     v = v.at[:, :256].set(jnp.nan)
-    with interpret():
+    with interpret(), block_sizes(tpu_blocks=lambda *_: blocks):
         attend = operation(shape, implementation="pallas_tpu", segment_ids=ids)
         out = jax.jit(attend)(q, k, v)
     assert np.isnan(out[:, :256]).all()
@@ -102,16 +102,13 @@ def test_a_chunk_of_queries_behind_a_cache_that_is_not_full():
 
 
 @pytest.mark.parametrize(("H", "sums_on_mxu"), [(64, True), (64, False), (128, True)])
-def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(
-    H, sums_on_mxu, monkeypatch
-):
+def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(H, sums_on_mxu):
     """At most 1.5 times, root mean square, both against the fp32 reference on fp32 inputs."""
-    monkeypatch.setattr(tpu, "tpu_sums_on_mxu", lambda kind: sums_on_mxu)
     shape = Shape(256, 256, 100, Q=2, K=1, H=H, B=1)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     args = inputs(shape, jnp.bfloat16)
     bf16 = outputs_and_gradients(operation(shape, implementation="reference"), args)
-    with interpret():
+    with interpret(), block_sizes(tpu_sums_on_mxu=lambda kind: sums_on_mxu):
         attend = operation(shape, implementation="pallas_tpu")
         got, again = (outputs_and_gradients(attend, args) for _ in range(2))
 
@@ -158,15 +155,14 @@ def test_no_race():
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_decode(G, monkeypatch):
+def test_decode(G):
     """Lengths of 0, 1, exactly a block, and full; what lies behind them is never read."""
     lengths = jnp.array([0, 1, 128, 300])
-    monkeypatch.setattr(tpu_decode, "tpu_decode_rows", lambda H: 256)
     q, k, v, *_ = inputs(Shape(1, 300, Q=2 * G, K=2, H=64, B=4))
     want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
     beyond = (jnp.arange(300) >= lengths[:, None])[:, :, None, None]
     k, v = (jnp.where(beyond, jnp.nan, x) for x in (k, v))
-    with interpret():
+    with interpret(), block_sizes(tpu_decode_rows=lambda H: 256):
         got = decode_cross(q[:, 0], k, v, lengths, implementation="pallas_tpu")
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert not got[0].any()

@@ -130,9 +130,10 @@ def test_nothing_imports_triton_before_it_is_needed():
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
+def small_blocks():
     """A handful of positions then runs through both edges and the blocks between them."""
-    monkeypatch.setattr(triton, "triton_blocks", lambda *_: TritonBlocks(16, 8, 1, 1))
+    with pallas_kernels.block_sizes(triton_blocks=lambda *_: TritonBlocks(16, 8, 1, 1)):
+        yield
 
 
 def run(shape: Shape, args, **options):
