@@ -19,7 +19,7 @@ from benchmarks import cases, device, timing
 from benchmarks.cases import Case, Sizes, inputs
 from benchmarks.report import Grid, page, write_json
 from benchmarks.timing import Pace, first_line
-from pallas_kernels import Call, api
+from pallas_kernels import Call, Mask, api
 from pallas_kernels.attention import reference
 from pallas_kernels.device import target_device
 from yocou_jax.files import write_atomically
@@ -183,8 +183,7 @@ def _dense(case: Case, q, k, v, lengths=None):
     scale = case.H**-0.5
     if case.decodes:
         return reference.decode(q, k, v, lengths, scale=scale)
-    options = {"q_offset": 0, "segments": None, "kv_lengths": None, "scale": scale}
-    return reference.attention(q, k, v, window=case.window, **options)[0]
+    return reference.attention(q, k, v, Mask(case.window), scale=scale)[0]
 
 
 # --- Times ----------------------------------------------------------------------------------------

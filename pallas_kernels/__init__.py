@@ -13,7 +13,7 @@ from pallas_kernels.attention.api import (
 )
 from pallas_kernels.attention.blocks import block_sizes
 from pallas_kernels.attention.join import join
-from pallas_kernels.attention.mask import MASKED, SegmentIds
+from pallas_kernels.attention.mask import MASKED, Mask, SegmentIds
 from pallas_kernels.call import Call, UnsupportedCall
 from pallas_kernels.device import interpret, target_device
 from pallas_kernels.sharding import Partition
@@ -24,6 +24,7 @@ __all__ = [
     "OPERATIONS",
     "Call",
     "Choice",
+    "Mask",
     "Partition",
     "SegmentIds",
     "UnsupportedCall",

@@ -30,7 +30,7 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, TPU_HEAD_WIDTHS, TRITON_HEAD_WIDTHS
 from pallas_kernels.attention.flash import Kernels
-from pallas_kernels.attention.mask import SegmentIds
+from pallas_kernels.attention.mask import Mask, SegmentIds
 from pallas_kernels.call import Call, UnsupportedCall
 from pallas_kernels.device import on_device, target_device
 from pallas_kernels.sharding import Partition
@@ -225,6 +225,7 @@ def _attention(
     if window is not None:
         window = min(window, q_offset + q.shape[1])  # no query is older
     segments = _segments(operation, segment_ids, q, k)
+    mask = Mask(window, q_offset, kv_lengths, segments)
     call = Call(
         operation,
         target_device(q),
@@ -241,10 +242,7 @@ def _attention(
         q,
         k,
         v,
-        window=window,
-        q_offset=q_offset,
-        segments=segments,
-        kv_lengths=kv_lengths,
+        mask,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         partition=partition,
     )

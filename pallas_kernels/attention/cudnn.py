@@ -16,6 +16,7 @@ given are tested on the CPU, where jax.nn runs its own implementation on them.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.mask import Mask
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation
 
@@ -62,17 +63,17 @@ def unsupported_reason(call: Call) -> str | None:
     return None
 
 
-def attention(q, k, v, *, window, q_offset, segments, kv_lengths, scale, partition=None):
+def attention(q, k, v, mask: Mask, *, scale, partition=None):
     """Same contract as `reference.attention`, except that lse is None. jax partitions cuDNN's
     calls by itself, so `partition` is not needed."""
     out = _attend(
         q,
         k,
         v,
-        kv_lengths,
+        mask.lengths,
         scale,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
     )
     return out, None
 

@@ -29,7 +29,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.attention import hopper
@@ -441,7 +440,7 @@ def _pad(x, multiple: int, axis: int = 1):
     return jnp.pad(x, [(0, pad * (i == axis)) for i in range(x.ndim)]) if pad else x
 
 
-def _prepare(spec: Spec, q, k, v, segments, lengths):
+def _prepare(spec: Spec, q, k, v, mask: masks.Mask):
     """The plan, the block sizes, and the operands padded to whole blocks."""
     _, N, Q, H = q.shape
     S, K = k.shape[1:3]
@@ -449,8 +448,9 @@ def _prepare(spec: Spec, q, k, v, segments, lengths):
     tile = CONSUMERS * blocks.rows
     q_multiple = math.lcm(tile, blocks.dkv_q)
     k_multiple = math.lcm(tile, blocks.kv, blocks.dq_kv)
+    segments, lengths = mask.segments, mask.lengths
     bounded = lengths is not None or S % k_multiple != 0
-    plan = _Plan(N, S, Q // K, spec.window, spec.q_offset, spec.scale, bounded)
+    plan = _Plan(N, S, Q // K, mask.window, mask.q_offset, spec.scale, bounded)
     if segments is not None:
         q_ids, kv_ids = (x.astype(jnp.int32) for x in segments)
         segments = masks.SegmentIds(_pad(q_ids, q_multiple), _pad(kv_ids, k_multiple))
@@ -467,16 +467,15 @@ def _name(plan: _Plan, what: str) -> str:
 def _cost(plan: _Plan, B: int, Q: int, H: int, products: int) -> tuple[int, int]:
     """flops and exponentials of `products` products over the pairs that causality and the window
     let see each other."""
-    positions = plan.q_offset + np.arange(plan.N)
-    low = 0 if plan.window is None else np.maximum(positions - plan.window + 1, 0)
-    pairs = B * Q * int(np.maximum(np.minimum(positions + 1, plan.S) - low, 0).sum())
+    pairs = B * Q * masks.Mask(plan.window, plan.q_offset).pairs(plan.N, plan.S)
     return 2 * products * pairs * H, pairs
 
 
-def forward(spec: Spec, q, k, v, segments, lengths):
+def forward(spec: Spec, q, k, v, mask: masks.Mask):
     """See flash.Kernels."""
     B, N, Q, H = q.shape
-    plan, blocks, _, operands = _prepare(spec, q, k, v, segments, lengths)
+    plan, blocks, _, operands = _prepare(spec, q, k, v, mask)
+    segments = mask.segments
     q = operands[0]
     rows, stages = blocks.rows, blocks.stages
     kv = plgpu.SMEM((stages, blocks.kv, H), k.dtype)
@@ -508,11 +507,12 @@ def forward(spec: Spec, q, k, v, segments, lengths):
     return out[:, :N], lse[:, :, :N]
 
 
-def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     """See flash.Kernels."""
     B, N, Q, H = q.shape
     S, K = k.shape[1:3]
-    plan, blocks, q_multiple, operands = _prepare(spec, q, k, v, segments, lengths)
+    plan, blocks, q_multiple, operands = _prepare(spec, q, k, v, mask)
+    segments = mask.segments
     q, k = operands[:2]
     lse2, delta = (_pad(x, q_multiple, 2) for x in (lse2, delta))
     operands += lse2, delta, _pad(d_out, q_multiple)

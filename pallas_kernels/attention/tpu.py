@@ -142,7 +142,7 @@ def _forward_kernel(tiles, bands, bc, *refs):
     i, j = pl.program_id(2), pl.program_id(3)
     G, bq, H = q_ref.shape
     R, width = acc.shape
-    q_first = tiles.spec.q_offset + i * bq
+    q_first = tiles.q_offset + i * bq
     limit = tiles.limit(scalars)
     start = bands.start(i, j, limit if tiles.lengths else None)
 
@@ -157,7 +157,7 @@ def _forward_kernel(tiles, bands, bc, *refs):
         k_first = start + c * bc
 
         def body(masked):
-            s = dot(q_ref[...].reshape(R, H), k_ref[here], NT) * (tiles.spec.scale * LOG2E)
+            s = dot(q_ref[...].reshape(R, H), k_ref[here], NT) * (tiles.scale * LOG2E)
             if masked:
                 ids = tiles.columns_and_rows(q_ids_ref, slice(None), k_ids_ref, here)
                 s = _masked(s, tiles.seen(q_first, k_first, (bq, bc), 0, limit, *ids))
@@ -211,7 +211,7 @@ def _dq_kernel(tiles, bands, bc, *refs):
     scalars = Scalars(*refs[:3], pl.program_id(0))
     i, j = pl.program_id(2), pl.program_id(3)
     G, bq = q_ref.shape[:2]
-    q_first = tiles.spec.q_offset + i * bq
+    q_first = tiles.q_offset + i * bq
     limit = tiles.limit(scalars)
     start = bands.start(i, j, limit if tiles.lengths else None)
 
@@ -231,7 +231,7 @@ def _dq_kernel(tiles, bands, bc, *refs):
                 return dot(k, q_ref[g, queries], NT), dot(v, d_out_ref[g, queries], NT)
 
             def rest(queries, s, dp):
-                s = s * (tiles.spec.scale * LOG2E)
+                s = s * (tiles.scale * LOG2E)
                 if masked:
                     ids = tiles.rows_and_columns(q_ids_ref, queries, k_ids_ref, here)
                     first = q_first + queries.start
@@ -252,7 +252,7 @@ def _dq_kernel(tiles, bands, bc, *refs):
     @pl.when(j == bands.steps - 1)
     def _():
         for g in range(G):
-            dq_ref[g] = (acc[g] * tiles.spec.scale).T.astype(dq_ref.dtype)
+            dq_ref[g] = (acc[g] * tiles.scale).T.astype(dq_ref.dtype)
 
 
 def _dkv_kernel(tiles, bands, bc, *refs):
@@ -275,7 +275,7 @@ def _dkv_kernel(tiles, bands, bc, *refs):
     def tile(n, _):
         c, g = n // G, n % G
         here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
-        q_first = tiles.spec.q_offset + start + c * bc
+        q_first = tiles.q_offset + start + c * bc
 
         def body(masked):
             q, d_out = q_ref[g, here], d_out_ref[g, here]
@@ -286,7 +286,7 @@ def _dkv_kernel(tiles, bands, bc, *refs):
                 return dot(q[rows], k_ref[...], NT), dot(d_out[rows], v_ref[...], NT)
 
             def rest(rows, s, dp):
-                s = s * (tiles.spec.scale * LOG2E)
+                s = s * (tiles.scale * LOG2E)
                 if masked:
                     q_ids = pl.ds(c * bc + rows.start, rows.stop - rows.start)
                     ids = tiles.columns_and_rows(q_ids_ref, q_ids, k_ids_ref, slice(None))
@@ -308,7 +308,7 @@ def _dkv_kernel(tiles, bands, bc, *refs):
 
     @pl.when(j == bands.steps - 1)
     def _():
-        dk_ref[...] = (dk[...] * tiles.spec.scale).T.astype(dk_ref.dtype)
+        dk_ref[...] = (dk[...] * tiles.scale).T.astype(dk_ref.dtype)
         dv_ref[...] = dv[...].T.astype(dv_ref.dtype)
 
 
@@ -341,35 +341,40 @@ def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cos
 class _Operands:
     """The arrays of one call in the kernels' layout, padded, and the specs to read them by."""
 
-    def __init__(self, spec: Spec, kernel: str, q, k, segments, lengths):
+    def __init__(self, spec: Spec, kernel: str, q, k, mask: masks.Mask):
         self.B, self.N, Q, self.H = q.shape
         self.S, self.K = k.shape[1:3]
         self.G = Q // self.K
-        self.window = spec.window
+        self.mask = mask
         self.outer = "keys" if kernel == "dkv" else "queries"
-        blocks = tpu_blocks(kernel, self.G, spec.window)
+        blocks = tpu_blocks(kernel, self.G, mask.window)
         bq = min(blocks.q, round_up(self.N, TPU_LANES))
         bk = min(blocks.kv, round_up(self.S, TPU_LANES))
         # The inner axis is cut into blocks only where there is no window.
         inner, ahead = (bk if self.outer == "queries" else bq), None
-        if spec.window is not None:
-            inner, ahead = TPU_LANES, spec.window - 1
+        if mask.window is not None:
+            inner, ahead = TPU_LANES, mask.window - 1
         if self.outer == "queries":
             self.N_pad, self.S_pad = round_up(self.N, bq), round_up(self.S, inner)
             self.blocks = self.N_pad // bq
-            self.bands = Bands.plan(bq, inner, self.S_pad, spec.q_offset, ahead, 0)
+            self.bands = Bands.plan(bq, inner, self.S_pad, mask.q_offset, ahead, 0)
         else:
             self.N_pad, self.S_pad = round_up(self.N, inner), round_up(self.S, bk)
             self.blocks = self.S_pad // bk
-            self.bands = Bands.plan(bk, inner, self.N_pad, -spec.q_offset, 0, ahead)
+            self.bands = Bands.plan(bk, inner, self.N_pad, -mask.q_offset, 0, ahead)
         self.bc = next(
             size for size in range(blocks.compute, 0, -TPU_LANES) if self.bands.size % size == 0
         )
         self.grid = (self.B, self.K, self.blocks, self.bands.steps)
-        padded = self.S_pad > self.S and spec.q_offset + self.N > self.S
-        self.tiles = Tiles(spec, self.S, padded, segments is not None, lengths is not None)
-        self.lengths = jnp.zeros(self.B, jnp.int32) if lengths is None else lengths
-        self.segments = segments
+        self.tiles = Tiles(
+            mask.window,
+            mask.q_offset,
+            spec.scale,
+            self.S,
+            padded=self.S_pad > self.S and mask.q_offset + self.N > self.S,
+            segments=mask.segments is not None,
+            lengths=mask.lengths is not None,
+        )
 
     def queries(self, x):
         """[B N Q H] -> [B K G N H]"""
@@ -390,22 +395,24 @@ class _Operands:
 
     def ids(self):
         """[B 1 N] and [B 1 S], or two Nones."""
-        if self.segments is None:
+        if self.mask.segments is None:
             return None, None
-        q_ids, k_ids = (x[:, None].astype(jnp.int32) for x in self.segments)
+        q_ids, k_ids = (x[:, None].astype(jnp.int32) for x in self.mask.segments)
         return _pad(q_ids, 2, self.N_pad), _pad(k_ids, 2, self.S_pad)
 
     def scalars(self):
         """lengths and the ranges of segment ids, for Scalars."""
-        if self.segments is None:
+        lengths = self.mask.lengths
+        lengths = jnp.zeros(self.B, jnp.int32) if lengths is None else lengths
+        if self.mask.segments is None:
             nothing = jnp.zeros((1, 1), jnp.int32)
-            return self.lengths, nothing, nothing
+            return lengths, nothing, nothing
 
         def ranges(ids):
             blocks = ids.reshape(self.B, -1, TPU_LANES)
             return jnp.stack([blocks.min(2), blocks.max(2)], 1).reshape(2 * self.B, -1)
 
-        return self.lengths, *(ranges(ids) for ids in self.ids())
+        return lengths, *(ranges(ids) for ids in self.ids())
 
     def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
         """Blocks of the outer axis, or bands of the inner one, between whole other axes."""
@@ -431,15 +438,16 @@ class _Operands:
         return self._spec("queries", (self.G,), ())
 
     def ids_specs(self):
-        if self.segments is None:
+        if self.mask.segments is None:
             return None, None
         return tuple(self._spec(x, (1,), (), heads=False) for x in ("queries", "keys"))
 
     def cost(self, products: int, arrays) -> pl.CostEstimate:
-        """`products` matrix products per visible pair of query and key."""
+        """`products` matrix products per pair of query and key in the blocks that are visited."""
         bands = self.bands
         pairs = self.blocks * bands.block * bands.size * bands.steps
-        pairs //= 1 if self.window is not None else 2  # about half of them lie above the diagonal
+        if self.mask.window is None:
+            pairs //= 2  # about half of them lie above the diagonal
         heads = self.B * self.K * self.G
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
         return pl.CostEstimate(
@@ -449,13 +457,13 @@ class _Operands:
         )
 
 
-def _name(spec: Spec, what: str) -> str:
-    return f"yocou_{'window' if spec.window is not None else 'cross'}_attention_{what}"
+def _name(mask: masks.Mask, what: str) -> str:
+    return f"yocou_{'window' if mask.window is not None else 'cross'}_attention_{what}"
 
 
-def forward(spec: Spec, q, k, v, segments, lengths):
+def forward(spec: Spec, q, k, v, mask: masks.Mask):
     """See flash.Kernels."""
-    o = _Operands(spec, "forward", q, k, segments, lengths)
+    o = _Operands(spec, "forward", q, k, mask)
     R = o.G * o.bands.block
     width = round_up(o.H + 1, TPU_LANES) if tpu_sums_on_mxu(target_device(q).kind) else o.H
     args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
@@ -465,7 +473,7 @@ def forward(spec: Spec, q, k, v, segments, lengths):
     )
     out, lse = call_kernel(
         functools.partial(_forward_kernel, o.tiles, o.bands, o.bc),
-        _name(spec, "forward"),
+        _name(mask, "forward"),
         o.grid,
         (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs()),
         (o.query_spec(), o.stat_spec()),
@@ -478,18 +486,18 @@ def forward(spec: Spec, q, k, v, segments, lengths):
     return o.queries_back(out), lse[..., : o.N].reshape(o.B, -1, o.N)
 
 
-def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     """See flash.Kernels."""
 
     def gradients(kernel, name, products, out_shapes, out_spec, acc_shape):
-        o = _Operands(spec, name, q, k, segments, lengths)
+        o = _Operands(spec, name, q, k, mask)
         args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
         args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
         rows = (o.query_spec(), o.stat_spec(), o.stat_spec())
         out_shape = out_shapes(*args[:2])
         out = call_kernel(
             functools.partial(kernel, o.tiles, o.bands, o.bc),
-            _name(spec, name),
+            _name(mask, name),
             o.grid,
             (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs(), *rows),
             (out_spec(o),) * len(out_shape),

@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import TPU_LANES
-from pallas_kernels.attention.flash import Spec
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -94,7 +93,9 @@ class Scalars(NamedTuple):
 class Tiles:
     """What the kernels need to know about a tile of queries x keys: who sees whom."""
 
-    spec: Spec
+    window: int | None
+    q_offset: int
+    scale: float
     S: int  # keys that exist; the array may be longer
     padded: bool  # whether a query could see a key beyond S
     segments: bool
@@ -107,7 +108,7 @@ class Tiles:
         """Runs body(masked: bool) for the tile of queries at positions q_first.. and keys k_first..
         not at all if nobody sees anybody, without a mask if all see all. Packed documents: a tile
         is skipped if the ranges of ids are apart, and needs no mask if all ids are one."""
-        window = self.spec.window
+        window = self.window
         youngest, oldest = q_first - (k_first + bk - 1), q_first + bq - 1 - k_first
         some, every = oldest >= 0, youngest >= 0
         if window is not None:
@@ -115,7 +116,7 @@ class Tiles:
         if self.padded or self.lengths:
             some, every = some & (k_first < limit), every & (k_first + bk <= limit)
         if self.segments:
-            q_low, q_high = scalars.ids(scalars.q_ids, q_first - self.spec.q_offset, bq)
+            q_low, q_high = scalars.ids(scalars.q_ids, q_first - self.q_offset, bq)
             k_low, k_high = scalars.ids(scalars.k_ids, k_first, bk)
             some = some & (q_low <= k_high) & (k_low <= q_high)
             every = every & (q_low == k_high) & (k_low == q_high)
@@ -132,7 +133,7 @@ class Tiles:
             zero, k_pos = q_first, k_pos + (k_first - q_first)
         else:
             zero, q_pos = k_first, q_pos + (q_first - k_first)
-        seen = masks.visible_int32(q_pos, k_pos, self.spec.window)
+        seen = masks.visible_int32(q_pos, k_pos, self.window)
         if self.padded or self.lengths:
             seen = seen & (k_pos < limit - zero)
         if self.segments:

@@ -45,6 +45,7 @@ from pallas_kernels.attention.blocks import (
 )
 from pallas_kernels.attention.flash import Spec
 from pallas_kernels.attention.join import join_splits
+from pallas_kernels.attention.mask import Mask
 from pallas_kernels.call import Call
 from pallas_kernels.device import Device, interpretation, target_device
 
@@ -248,43 +249,37 @@ def _constants(kernel, blocks, N, S, Q, K, H, *, window, scale, segments, length
 _PRODUCTS = {"forward": 2, "backward_q": 3, "backward_kv": 4}
 
 
-def _pairs(N: int, S: int, spec: Spec) -> int:
-    """Pairs of a query and a key that it may see, per head, segments and lengths aside."""
-    p = spec.q_offset + np.arange(N)
-    first = 0 if spec.window is None else np.maximum(p + 1 - spec.window, 0)
-    return int(np.maximum(np.minimum(p + 1, S) - first, 0).sum())
-
-
-def _attend(kernel: str, spec: Spec, q, k, v, segments, lengths, *rest, outs):
+def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
     (B, N, Q, H), (S, K) = q.shape, k.shape[1:3]
     device = target_device(q)
+    segments, lengths = mask.segments, mask.lengths
     blocks = _blocks(kernel, H, segments is not None, device)
     constants = _constants(
-        kernel, blocks, N, S, Q, K, H, window=spec.window, scale=spec.scale,
+        kernel, blocks, N, S, Q, K, H, window=mask.window, scale=spec.scale,
         segments=segments is not None, lengths=lengths is not None,
     )  # fmt: skip
     # What is absent is never read; any array will do in its place.
     ids = [q, q] if segments is None else [x.astype(jnp.int32) for x in segments]
     valid = q if lengths is None else lengths.astype(jnp.int32)
     grid = _grid(kernel, blocks, B, N, S, Q, K)
-    flops = 2 * _PRODUCTS[kernel] * B * Q * H * _pairs(N, S, spec)
-    what = _Launch(kernel, [N, S, spec.q_offset], outs, grid, constants, blocks, flops)
+    flops = 2 * _PRODUCTS[kernel] * B * Q * H * mask.pairs(N, S)
+    what = _Launch(kernel, [N, S, mask.q_offset], outs, grid, constants, blocks, flops)
     return _launch(what, [q, k, v, *ids, valid, *rest], device)
 
 
-def forward(spec: Spec, q, k, v, segments, lengths):
+def forward(spec: Spec, q, k, v, mask: Mask):
     """See flash.Kernels."""
     B, N, Q, _ = q.shape
     outs = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((B, Q, N), jnp.float32),
     ]
-    return tuple(_attend("forward", spec, q, k, v, segments, lengths, outs=outs))
+    return tuple(_attend("forward", spec, q, k, v, mask, outs=outs))
 
 
-def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
     """See flash.Kernels."""
-    arguments = (spec, q, k, v, segments, lengths, lse2, delta, d_out.astype(q.dtype))
+    arguments = (spec, q, k, v, mask, lse2, delta, d_out.astype(q.dtype))
     outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     (dq,) = _attend("backward_q", *arguments, outs=outs)
     outs = [jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype)] * 2

@@ -177,8 +177,8 @@ def test_kernels_get_lengths_within_the_array_and_windows_within_the_text(monkey
     """A ring of W slots has seen more than W positions; no kernel has to know."""
     got = []
 
-    def attention(q, k, v, *, window, kv_lengths, **_):
-        got.append((window, None if kv_lengths is None else kv_lengths.tolist()))
+    def attention(q, k, v, mask, **_):
+        got.append((mask.window, None if mask.lengths is None else mask.lengths.tolist()))
         return q, q[..., 0]
 
     def decode(q, k, v, valid, **_):

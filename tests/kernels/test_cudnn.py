@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Call, api, choose_implementation, interpret
+from pallas_kernels import Call, Mask, api, choose_implementation, interpret
 from pallas_kernels.attention import cudnn, reference
 from pallas_kernels.device import Device
 from tests.kernels.cases import Shape, inputs
@@ -31,12 +31,11 @@ def no_cudnn(monkeypatch):
 )
 def test_values_and_gradients(window, lengths, no_cudnn):
     args = inputs(Shape(11, 11, Q=4))[:4]
-    options = dict(window=window, q_offset=0, segments=None, scale=0.3)
-    options["kv_lengths"] = None if lengths is None else jnp.array(lengths)
+    mask = Mask(window, lengths=None if lengths is None else jnp.array(lengths))
 
     def run(attention):
         def gradients(q, k, v, d_out):
-            out, vjp = jax.vjp(lambda *x: attention(*x, **options)[0], q, k, v)
+            out, vjp = jax.vjp(lambda *x: attention(*x, mask, scale=0.3)[0], q, k, v)
             return out, *vjp(d_out)
 
         return jax.jit(gradients)(*args)
