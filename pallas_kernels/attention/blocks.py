@@ -203,12 +203,12 @@ _TRITON_BLOCKS = {
     ("forward", 64): TritonBlocks(128, 64, 8, 3),
     ("forward", 128): TritonBlocks(128, 64, 8, 3),
     ("forward", 256): TritonBlocks(64, 32, 8, 2),
-    ("backward_q", 64): TritonBlocks(128, 64, 8, 3),
-    ("backward_q", 128): TritonBlocks(128, 32, 8, 2),
-    ("backward_q", 256): TritonBlocks(64, 16, 8, 2),
-    ("backward_kv", 64): TritonBlocks(32, 128, 8, 2),
-    ("backward_kv", 128): TritonBlocks(64, 64, 8, 2),
-    ("backward_kv", 256): TritonBlocks(32, 32, 8, 2),
+    ("dq", 64): TritonBlocks(128, 64, 8, 3),
+    ("dq", 128): TritonBlocks(128, 32, 8, 2),
+    ("dq", 256): TritonBlocks(64, 16, 8, 2),
+    ("dkv", 64): TritonBlocks(32, 128, 8, 2),
+    ("dkv", 128): TritonBlocks(64, 64, 8, 2),
+    ("dkv", 256): TritonBlocks(32, 32, 8, 2),
     ("decode", 64): TritonBlocks(1, 128, 4, 3),
     ("decode", 128): TritonBlocks(1, 64, 4, 3),
     ("decode", 256): TritonBlocks(1, 32, 4, 2),
@@ -220,13 +220,13 @@ TRITON_HEAD_WIDTHS = tuple(sorted({width for _, width in _TRITON_BLOCKS}))
 
 @_replaceable
 def triton_blocks(compute_capability: int, kernel: str, H: int, segments: bool) -> TritonBlocks:
-    """kernel: forward, backward_q, backward_kv or decode; H up to the next width of the table."""
+    """kernel: forward, dq, dkv or decode; H up to the next width of the table."""
     width = _next(H, TRITON_HEAD_WIDTHS)
     if (kernel, width) == ("forward", 64) and compute_capability in (80, 90) and not segments:
         # 32 rows a warp halve what is read from shared memory; elsewhere they would spill.
         return TritonBlocks(128, 64, 4, 3)
     if (kernel, width) == ("forward", 128) and compute_capability not in (80, 90):
         return TritonBlocks(128, 32, 8, 3)
-    if (kernel, width) == ("backward_kv", 128) and compute_capability >= 90:
+    if (kernel, width) == ("dkv", 128) and compute_capability >= 90:
         return TritonBlocks(32, 64, 8, 2)  # wgmma's operands leave fewer registers
     return _TRITON_BLOCKS[kernel, width]

@@ -48,6 +48,13 @@ class Spec:
     where: sharding.Layout | None = None
 
 
+def kernel_name(what: str, implementation: str, window: int | None = None) -> str:
+    """The name of a kernel in profiles and compilers' reports. what: forward, dq, dkv, backward
+    where one kernel has all gradients, or decode, which serves the window and the whole cache."""
+    kind = "" if what == "decode" else "full_" if window is None else "window_"
+    return f"attention_{kind}{what}_{implementation}"
+
+
 def _run_forward(spec: Spec, q, k, v, mask: Mask):
     where = spec.where
     if where is None:

@@ -34,7 +34,7 @@ from jax import lax
 from pallas_kernels.attention import hopper
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, gpu_blocks
-from pallas_kernels.attention.flash import LOG2E, Spec
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name
 from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation
@@ -460,10 +460,6 @@ def _prepare(spec: Spec, q, k, v, mask: masks.Mask):
     return plan, blocks, q_multiple, operands
 
 
-def _name(plan: _Plan, what: str) -> str:
-    return f"yocou_{'cross' if plan.window is None else 'window'}_attention_{what}"
-
-
 def _cost(plan: _Plan, B: int, Q: int, H: int, products: int) -> tuple[int, int]:
     """flops and exponentials of `products` products over the pairs that causality and the window
     let see each other."""
@@ -494,7 +490,7 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
     }
     out, lse = hopper.run(
         functools.partial(_forward_kernel, plan),
-        _name(plan, "forward"),
+        kernel_name("forward", "pallas_gpu", plan.window),
         *operands,
         grid=(B, q.shape[1] // (CONSUMERS * rows), Q),
         out_type=[
@@ -535,7 +531,7 @@ def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     }
     dq = hopper.run(
         functools.partial(_dq_kernel, plan),
-        _name(plan, "dq"),
+        kernel_name("dq", "pallas_gpu", plan.window),
         *operands,
         grid=(B, q.shape[1] // (CONSUMERS * rows), Q),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -561,7 +557,7 @@ def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     }
     dk, dv = hopper.run(
         functools.partial(_dkv_kernel, plan),
-        _name(plan, "dkv"),
+        kernel_name("dkv", "pallas_gpu", plan.window),
         *operands,
         grid=(B, k.shape[1] // (CONSUMERS * rows), K),
         out_type=[jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype)] * 2,

@@ -25,7 +25,7 @@ from jax import lax
 from pallas_kernels.attention import hopper
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import gpu_blocks
-from pallas_kernels.attention.flash import LOG2E
+from pallas_kernels.attention.flash import LOG2E, kernel_name
 from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
 from pallas_kernels.attention.join import join_splits
 
@@ -160,7 +160,7 @@ def decode(q, k, v, valid, *, scale):
     per_row = plgpu.SMEM((blocks.rows,), jnp.float32)
     out, lse2 = hopper.run(
         functools.partial(_kernel, splits, scale * LOG2E),
-        "yocou_decode",
+        kernel_name("decode", "pallas_gpu"),
         q_rows,
         k,
         v,

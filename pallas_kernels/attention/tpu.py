@@ -32,7 +32,7 @@ from pallas_kernels.attention.blocks import (
     tpu_blocks,
     tpu_sums_on_mxu,
 )
-from pallas_kernels.attention.flash import LOG2E, Spec
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name
 from pallas_kernels.attention.tpu_bands import Bands, Scalars, Tiles, column, round_up
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation, target_device
@@ -457,10 +457,6 @@ class _Operands:
         )
 
 
-def _name(mask: masks.Mask, what: str) -> str:
-    return f"yocou_{'window' if mask.window is not None else 'cross'}_attention_{what}"
-
-
 def forward(spec: Spec, q, k, v, mask: masks.Mask):
     """See flash.Kernels."""
     o = _Operands(spec, "forward", q, k, mask)
@@ -473,7 +469,7 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
     )
     out, lse = call_kernel(
         functools.partial(_forward_kernel, o.tiles, o.bands, o.bc),
-        _name(mask, "forward"),
+        kernel_name("forward", "pallas_tpu", mask.window),
         o.grid,
         (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs()),
         (o.query_spec(), o.stat_spec()),
@@ -497,7 +493,7 @@ def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
         out_shape = out_shapes(*args[:2])
         out = call_kernel(
             functools.partial(kernel, o.tiles, o.bands, o.bc),
-            _name(mask, name),
+            kernel_name(name, "pallas_tpu", mask.window),
             o.grid,
             (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs(), *rows),
             (out_spec(o),) * len(out_shape),

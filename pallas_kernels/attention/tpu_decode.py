@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import TPU_LANES, tpu_decode_rows
-from pallas_kernels.attention.flash import LOG2E
+from pallas_kernels.attention.flash import LOG2E, kernel_name
 from pallas_kernels.attention.tpu import NT, call_kernel, dot, lanes
 
 
@@ -69,7 +69,7 @@ def decode(q, k, v, valid, *, scale):
     kv_spec = pl.BlockSpec((pl.squeezed, size * K, H), block)
     return call_kernel(
         functools.partial(_decode_kernel, scale, K),
-        "yocou_decode",
+        kernel_name("decode", "pallas_tpu"),
         (B, pl.cdiv(S, size)),
         (q_spec, kv_spec, kv_spec),
         q_spec,

@@ -43,7 +43,7 @@ from pallas_kernels.attention.blocks import (
     TritonBlocks,
     triton_blocks,
 )
-from pallas_kernels.attention.flash import Spec
+from pallas_kernels.attention.flash import Spec, kernel_name
 from pallas_kernels.attention.join import join_splits
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.call import Call
@@ -172,9 +172,9 @@ def _on_gpu(what: _Launch, arrays, compute_capability: int):
     return jax_triton.triton_call(
         *arrays,
         *what.scalars,
-        kernel=getattr(_kernels(), what.kernel),
+        kernel=getattr(_kernels(), f"{what.kernel}_kernel"),
         grid=what.grid,
-        name=f"yocou_{what.kernel}",
+        name=kernel_name(what.kernel, "triton", what.constants.get("WINDOW")),
         num_warps=what.blocks.warps,
         num_stages=what.blocks.stages,
         compute_capability=compute_capability,
@@ -220,7 +220,7 @@ def _interpret(what: _Launch, *arrays):
     results = [np.full(x.shape, np.nan, x.dtype) for x in what.outs]
     inputs, outputs = ([_HostArray(x) for x in xs] for xs in (arrays, results))
     with _one_at_a_time:
-        kernel = getattr(_kernels(interpreted=True), what.kernel)
+        kernel = getattr(_kernels(interpreted=True), f"{what.kernel}_kernel")
         kernel[what.grid](*inputs, *what.scalars, *outputs, **what.constants)
     return results
 
@@ -233,20 +233,20 @@ def _blocks(kernel: str, H: int, segments: bool, device) -> TritonBlocks:
 
 
 def _grid(kernel: str, blocks: TritonBlocks, B, N, S, Q, K) -> tuple[int, int, int]:
-    if kernel == "backward_kv":
+    if kernel == "dkv":
         return (-(-S // blocks.kv), K, B)
     return (-(-N // blocks.q) * (Q // K), K, B)
 
 
 def _constants(kernel, blocks, N, S, Q, K, H, *, window, scale, segments, lengths) -> dict:
-    ragged = N % blocks.q if kernel == "backward_kv" else S % blocks.kv or lengths
+    ragged = N % blocks.q if kernel == "dkv" else S % blocks.kv or lengths
     return dict(
         Q=Q, K=K, H=H, WINDOW=window, SCALE=scale, SEGMENTS=segments, LENGTHS=lengths,
         GUARD=bool(ragged), BQ=blocks.q, BK=blocks.kv,
     )  # fmt: skip
 
 
-_PRODUCTS = {"forward": 2, "backward_q": 3, "backward_kv": 4}
+_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
 
 
 def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
@@ -281,9 +281,9 @@ def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
     """See flash.Kernels."""
     arguments = (spec, q, k, v, mask, lse2, delta, d_out.astype(q.dtype))
     outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    (dq,) = _attend("backward_q", *arguments, outs=outs)
+    (dq,) = _attend("dq", *arguments, outs=outs)
     outs = [jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype)] * 2
-    dk, dv = _attend("backward_kv", *arguments, outs=outs)
+    dk, dv = _attend("dkv", *arguments, outs=outs)
     return dq, dk, dv
 
 
@@ -340,7 +340,7 @@ def compile_report(compute_capability: int, shapes: Iterable[Mapping]) -> list[d
             continue
         segments = shape.get("segments", False)
         window = shape["window"]
-        for kernel in ("forward", "backward_q", "backward_kv"):
+        for kernel in ("forward", "dq", "dkv"):
             blocks = triton_blocks(compute_capability, kernel, H, segments)
             constants = _constants(
                 kernel, blocks, N, S, Q, K, H, window=window, scale=H**-0.5, segments=segments,
@@ -360,7 +360,7 @@ def _compile(compute_capability: int, kernel: str, constants: dict, blocks: Trit
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(_kernels(), kernel)
+    function = getattr(_kernels(), f"{kernel}_kernel")
     names = [name for name in function.arg_names if name not in constants]
     fp32 = ("lse_ptr", "delta_ptr", "dk_ptr", "dv_ptr", *(["out_ptr"] * (kernel == "decode")))
     int32 = ("q_ids_ptr", "kv_ids_ptr", "lengths_ptr")

@@ -15,12 +15,13 @@ p^T do as written is 2-3 times slower than (do^T) p, hence the transposed gradie
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import XLA_DECODE_KEYS, xla_blocks
-from pallas_kernels.attention.flash import LOG2E, Spec
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name
 from pallas_kernels.attention.mask import Mask
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -185,7 +186,8 @@ def forward(spec: Spec, q, k, v, mask: Mask):
     """See flash.Kernels."""
     N = q.shape[1]
     plan, pad, mask = _plan(spec, q, k, mask)
-    out, lse = _forward(plan, _pad(q, pad), k, v, mask)
+    with jax.named_scope(kernel_name("forward", "xla", mask.window)):
+        out, lse = _forward(plan, _pad(q, pad), k, v, mask)
     return out[:, :N], lse[:, :N].swapaxes(1, 2)
 
 
@@ -195,10 +197,12 @@ def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
     plan, pad, mask = _plan(spec, q, k, mask)
     rows = [_pad(x, pad) for x in (q, lse2.swapaxes(1, 2), delta.swapaxes(1, 2), d_out)]
     q, lse2, delta, d_out = rows
-    dq, dk, dv = _backward(plan, q, k, v, mask, lse2, delta, d_out, spec.kv_grad_dtype)
+    with jax.named_scope(kernel_name("backward", "xla", mask.window)):
+        dq, dk, dv = _backward(plan, q, k, v, mask, lse2, delta, d_out, spec.kv_grad_dtype)
     return dq[:, :N], dk, dv
 
 
+@jax.named_scope(kernel_name("decode", "xla"))
 def decode(q, k, v, valid, *, scale):
     """Same contract as `reference.decode`, with a running softmax over chunks of keys, none of them
     beyond the longest row.

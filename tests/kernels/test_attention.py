@@ -150,6 +150,15 @@ def test_heads_of_any_width_are_padded(monkeypatch):
         np.testing.assert_allclose(got[name], x, atol=2e-5, rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(("window", "kind"), [(6, "window"), (19, "full"), (None, "full")])
+def test_profiles_show_which_attention_an_operation_belongs_to(window, kind):
+    shape = Shape(19, 19, window)
+    run = jax.grad(lambda *x: operation(shape)(*x).sum())
+    text = jax.jit(run).lower(*inputs(shape)[:3]).as_text(debug_info=True)
+    for what in ("forward", "backward"):
+        assert f"attention_{kind}_{what}_xla" in text
+
+
 def test_scale(small_blocks):
     q, k, v, *_ = inputs(Shape(19, 19))
     got = cross_attention(q, k, v, scale=0.25)

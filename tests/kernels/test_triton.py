@@ -279,7 +279,7 @@ def test_the_compiler_spills_nothing():
     shape = {"N": 1024, "S": 1024, "Q": 12, "K": 4, "H": 64, "window": 512}
     kernels = triton.compile_report(89, [shape])
     names = [kernel["name"].split()[0] for kernel in kernels]
-    assert names == [f"yocou_window_{x}" for x in ("forward", "backward_q", "backward_kv")]
+    assert names == [f"attention_window_{x}_triton" for x in ("forward", "dq", "dkv")]
     for kernel in kernels:
         assert kernel["spills"] == 0
         assert 0 < kernel["registers"] <= 255
