@@ -128,6 +128,20 @@ def padded_width(H: int, head_widths: tuple[int, ...]) -> int:
     return next((width for width in head_widths if width >= H), H)
 
 
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def padded(x, axis: int, size: int):
+    """x with zeros after it, `size` along the axis. Rows of zeros get gradients of zero; keys of
+    zeros are masked."""
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
 def _check_context(opaque: bool, q, where) -> None:
     if (opaque or where is not None) and getattr(jax.typeof(q), "vma", None):
         raise ValueError(
@@ -140,9 +154,7 @@ def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, h
     """Same contract as `reference.attention`, by the kernels given, under the mesh in use. Heads
     are padded with zeros, which change nothing, to the next of head_widths."""
     H = q.shape[-1]
-    pad = padded_width(H, head_widths) - H
-    if pad:
-        q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, pad),)) for x in (q, k, v))
+    q, k, v = (padded(x, 3, padded_width(H, head_widths)) for x in (q, k, v))
     if mask.window is not None and mask.window >= mask.q_offset + q.shape[1]:
         mask = dataclasses.replace(mask, window=None)  # it cuts nothing off
     where = sharding.layout(partition, q.shape[0], q.shape[2], k.shape[2])

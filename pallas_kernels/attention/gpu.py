@@ -34,7 +34,7 @@ from jax import lax
 from pallas_kernels.attention import hopper
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, gpu_blocks
-from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
 from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation
@@ -434,30 +434,24 @@ def _dkv_kernel(
     hopper.specialise(producer, consumer)
 
 
-def _pad(x, multiple: int, axis: int = 1):
-    """Zeros behind x; rows of zeros get gradients of zero, keys beyond the limit are masked."""
-    pad = -x.shape[axis] % multiple
-    return jnp.pad(x, [(0, pad * (i == axis)) for i in range(x.ndim)]) if pad else x
-
-
 def _prepare(spec: Spec, q, k, v, mask: masks.Mask):
     """The plan, the block sizes, and the operands padded to whole blocks."""
     _, N, Q, H = q.shape
     S, K = k.shape[1:3]
     blocks = gpu_blocks(H)
     tile = CONSUMERS * blocks.rows
-    q_multiple = math.lcm(tile, blocks.dkv_q)
-    k_multiple = math.lcm(tile, blocks.kv, blocks.dq_kv)
+    N_pad = round_up(N, math.lcm(tile, blocks.dkv_q))
+    S_pad = round_up(S, math.lcm(tile, blocks.kv, blocks.dq_kv))
     segments, lengths = mask.segments, mask.lengths
-    bounded = lengths is not None or S % k_multiple != 0
+    bounded = lengths is not None or S_pad > S
     plan = _Plan(N, S, Q // K, mask.window, mask.q_offset, spec.scale, bounded)
     if segments is not None:
         q_ids, kv_ids = (x.astype(jnp.int32) for x in segments)
-        segments = masks.SegmentIds(_pad(q_ids, q_multiple), _pad(kv_ids, k_multiple))
+        segments = masks.SegmentIds(padded(q_ids, 1, N_pad), padded(kv_ids, 1, S_pad))
     if lengths is not None:
         lengths = lengths.astype(jnp.int32)
-    operands = _pad(q, q_multiple), _pad(k, k_multiple), _pad(v, k_multiple), segments, lengths
-    return plan, blocks, q_multiple, operands
+    q, k, v = padded(q, 1, N_pad), padded(k, 1, S_pad), padded(v, 1, S_pad)
+    return plan, blocks, (q, k, v, segments, lengths)
 
 
 def _cost(plan: _Plan, B: int, Q: int, H: int, products: int) -> tuple[int, int]:
@@ -470,7 +464,7 @@ def _cost(plan: _Plan, B: int, Q: int, H: int, products: int) -> tuple[int, int]
 def forward(spec: Spec, q, k, v, mask: masks.Mask):
     """See flash.Kernels."""
     B, N, Q, H = q.shape
-    plan, blocks, _, operands = _prepare(spec, q, k, v, mask)
+    plan, blocks, operands = _prepare(spec, q, k, v, mask)
     segments = mask.segments
     q = operands[0]
     rows, stages = blocks.rows, blocks.stages
@@ -507,11 +501,11 @@ def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     """See flash.Kernels."""
     B, N, Q, H = q.shape
     S, K = k.shape[1:3]
-    plan, blocks, q_multiple, operands = _prepare(spec, q, k, v, mask)
+    plan, blocks, operands = _prepare(spec, q, k, v, mask)
     segments = mask.segments
     q, k = operands[:2]
-    lse2, delta = (_pad(x, q_multiple, 2) for x in (lse2, delta))
-    operands += lse2, delta, _pad(d_out, q_multiple)
+    lse2, delta = (padded(x, 2, q.shape[1]) for x in (lse2, delta))
+    operands += lse2, delta, padded(d_out, 1, q.shape[1])
     rows = blocks.rows
     own = plgpu.SMEM((CONSUMERS, rows, H), q.dtype)
 

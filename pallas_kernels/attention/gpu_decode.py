@@ -25,7 +25,7 @@ from jax import lax
 from pallas_kernels.attention import hopper
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import gpu_blocks
-from pallas_kernels.attention.flash import LOG2E, kernel_name
+from pallas_kernels.attention.flash import LOG2E, kernel_name, padded, round_up
 from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
 from pallas_kernels.attention.join import join_splits
 
@@ -150,11 +150,9 @@ def decode(q, k, v, valid, *, scale):
     G = Q // K
     blocks = gpu_blocks(H)
     size, stages = blocks.decode_kv, blocks.decode_stages
-    if k.shape[1] < size:
-        k, v = (jnp.pad(x, [(0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)]) for x in (k, v))
-    S, R = k.shape[1], -(-G // 8) * 8
-    k, v = k.astype(q.dtype), v.astype(q.dtype)
-    q_rows = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, R - G), (0, 0)])
+    S, R = max(k.shape[1], size), round_up(G, 8)
+    k, v = (padded(x, 1, S).astype(q.dtype) for x in (k, v))
+    q_rows = padded(q.reshape(B, K, G, H), 2, R)
     splits = _splits(B * K, S, size)
     kv = plgpu.SMEM((stages, size, H), k.dtype)
     per_row = plgpu.SMEM((blocks.rows,), jnp.float32)

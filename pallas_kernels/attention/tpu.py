@@ -32,8 +32,8 @@ from pallas_kernels.attention.blocks import (
     tpu_blocks,
     tpu_sums_on_mxu,
 )
-from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name
-from pallas_kernels.attention.tpu_bands import Bands, Scalars, Tiles, column, round_up
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
+from pallas_kernels.attention.tpu_bands import Bands, Scalars, Tiles, column
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation, target_device
 
@@ -98,12 +98,6 @@ def _vmem(call: Call) -> int:
         tile = 12 * min(rows if kernel == "forward" else 512, rows) * min(blocks.compute, inner)
         largest = max(largest, arrays + sums + tile)
     return largest
-
-
-def _pad(x, axis: int, size: int):
-    if x is None or x.shape[axis] == size:
-        return x
-    return jnp.pad(x, [(0, (size - n) * (a == axis)) for a, n in enumerate(x.shape)])
 
 
 def _chunks(n: int, size: int) -> list[slice]:
@@ -379,7 +373,7 @@ class _Operands:
     def queries(self, x):
         """[B N Q H] -> [B K G N H]"""
         x = x.reshape(self.B, self.N, self.K, self.G, self.H).transpose(0, 2, 3, 1, 4)
-        return _pad(x, 3, self.N_pad)
+        return padded(x, 3, self.N_pad)
 
     def queries_back(self, x):
         x = x[:, :, :, : self.N].transpose(0, 3, 1, 2, 4)
@@ -387,18 +381,18 @@ class _Operands:
 
     def keys(self, x):
         """[B S K H] -> [B K S H]"""
-        return _pad(x.swapaxes(1, 2), 2, self.S_pad)
+        return padded(x.swapaxes(1, 2), 2, self.S_pad)
 
     def stats(self, x):
         """[B Q N] -> [B K G N]"""
-        return _pad(x.reshape(self.B, self.K, self.G, self.N), 3, self.N_pad)
+        return padded(x.reshape(self.B, self.K, self.G, self.N), 3, self.N_pad)
 
     def ids(self):
         """[B 1 N] and [B 1 S], or two Nones."""
         if self.mask.segments is None:
             return None, None
         q_ids, k_ids = (x[:, None].astype(jnp.int32) for x in self.mask.segments)
-        return _pad(q_ids, 2, self.N_pad), _pad(k_ids, 2, self.S_pad)
+        return padded(q_ids, 2, self.N_pad), padded(k_ids, 2, self.S_pad)
 
     def scalars(self):
         """lengths and the ranges of segment ids, for Scalars."""

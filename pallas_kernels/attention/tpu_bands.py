@@ -14,10 +14,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import TPU_LANES
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+from pallas_kernels.attention.flash import round_up
 
 
 def _clip(x, low, high):

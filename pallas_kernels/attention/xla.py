@@ -21,7 +21,7 @@ from jax import lax
 
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import XLA_DECODE_KEYS, xla_blocks
-from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
 from pallas_kernels.attention.mask import Mask
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -166,37 +166,32 @@ def _backward(plan: _Plan, q, k, v, mask: Mask, lse, delta, d_out, kv_grad_dtype
 
 
 def _plan(spec: Spec, q, k, mask: Mask):
-    """The plan, how many rows N must be padded by, and the mask with padded segments."""
+    """The plan, whose N is a multiple of the block's, and the mask for so many queries."""
     B, N, Q = q.shape[:3]
     S, K = k.shape[1:3]
     bq, bk = xla_blocks(B, Q, N, S, mask.window)
-    pad = -N % bq
+    N = round_up(N, bq)
     if mask.segments is not None:
-        segments = mask.segments._replace(q=_pad(mask.segments.q, pad))
+        segments = mask.segments._replace(q=padded(mask.segments.q, 1, N))
         mask = dataclasses.replace(mask, segments=segments)
-    return _Plan(N + pad, S, K, mask.window, mask.q_offset, spec.scale, bq, bk), pad, mask
-
-
-def _pad(x, pad: int, axis: int = 1):
-    """Rows of zeros: their gradients come in as zeros and go out as zeros."""
-    return jnp.pad(x, [(0, pad * (i == axis)) for i in range(x.ndim)]) if pad else x
+    return _Plan(N, S, K, mask.window, mask.q_offset, spec.scale, bq, bk), mask
 
 
 def forward(spec: Spec, q, k, v, mask: Mask):
     """See flash.Kernels."""
     N = q.shape[1]
-    plan, pad, mask = _plan(spec, q, k, mask)
+    plan, mask = _plan(spec, q, k, mask)
     with jax.named_scope(kernel_name("forward", "xla", mask.window)):
-        out, lse = _forward(plan, _pad(q, pad), k, v, mask)
+        out, lse = _forward(plan, padded(q, 1, plan.N), k, v, mask)
     return out[:, :N], lse[:, :N].swapaxes(1, 2)
 
 
 def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
     """See flash.Kernels."""
     N = q.shape[1]
-    plan, pad, mask = _plan(spec, q, k, mask)
-    rows = [_pad(x, pad) for x in (q, lse2.swapaxes(1, 2), delta.swapaxes(1, 2), d_out)]
-    q, lse2, delta, d_out = rows
+    plan, mask = _plan(spec, q, k, mask)
+    rows = q, lse2.swapaxes(1, 2), delta.swapaxes(1, 2), d_out
+    q, lse2, delta, d_out = (padded(x, 1, plan.N) for x in rows)
     with jax.named_scope(kernel_name("backward", "xla", mask.window)):
         dq, dk, dv = _backward(plan, q, k, v, mask, lse2, delta, d_out, spec.kv_grad_dtype)
     return dq[:, :N], dk, dv
