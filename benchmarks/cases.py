@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import Mask
+
 WINDOW = 512
 
 
@@ -88,8 +90,7 @@ class Case(NamedTuple):
         """Visible pairs of query and key, of one head and row."""
         if self.decodes:
             return self.S
-        W = min(self.window or self.N, self.N)
-        return W * (W + 1) // 2 + (self.N - W) * W
+        return Mask(self.window).pairs(self.N, self.S)
 
     @property
     def flops(self) -> int:

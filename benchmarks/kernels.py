@@ -19,7 +19,8 @@ from benchmarks import cases, device, timing
 from benchmarks.cases import Case, Sizes, inputs
 from benchmarks.report import Grid, page, write_json
 from benchmarks.timing import Pace, first_line
-from pallas_kernels import api, reference
+from pallas_kernels import Call, Mask, api
+from pallas_kernels.attention import reference
 from pallas_kernels.device import target_device
 from yocou_jax.files import write_atomically
 
@@ -95,7 +96,7 @@ def subjects(case: Case, dtype) -> dict[str, Subject]:
     """Everything that can run the case here: our implementations, then the baselines."""
     found, target = {}, target_device()
     shape = (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H)
-    call = api.Call(
+    call = Call(
         case.operation,
         target,
         q_shape=shape,
@@ -182,8 +183,7 @@ def _dense(case: Case, q, k, v, lengths=None):
     scale = case.H**-0.5
     if case.decodes:
         return reference.decode(q, k, v, lengths, scale=scale)
-    options = {"q_offset": 0, "segments": None, "kv_lengths": None, "scale": scale}
-    return reference.attention(q, k, v, window=case.window, **options)[0]
+    return reference.attention(q, k, v, Mask(case.window), scale=scale)[0]
 
 
 # --- Times ----------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pallas_kernels import api, interpret, xla
-from pallas_kernels.blocks import Blocks
+from pallas_kernels import Call, api, block_sizes, interpret, target_device
+from pallas_kernels.attention.blocks import Blocks, xla_blocks
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import load_data
 from yocou_jax.errors import UserError
@@ -43,21 +43,11 @@ def losses(
     return np.asarray(jax.device_get(found), np.float64)
 
 
-@contextlib.contextmanager
-def other_blocks():
-    """Inside, xla traces with blocks of half the size, and so sums in another order."""
-    usual = xla.xla_blocks
-
-    def smaller(batch, heads, N, S, window):
-        blocks = usual(batch, heads, N, S, window)
-        q = max(1, blocks.q // 2)
-        return Blocks(q, max(1, blocks.kv // 2) if window is None else min(S, q + window - 1))
-
-    xla.xla_blocks = smaller
-    try:
-        yield
-    finally:
-        xla.xla_blocks = usual
+def smaller_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Blocks:
+    """Blocks of half the size for xla, which then sums in another order."""
+    blocks = xla_blocks(batch, heads, N, S, window)
+    q = max(1, blocks.q // 2)
+    return Blocks(q, max(1, blocks.kv // 2) if window is None else min(S, q + window - 1))
 
 
 def compare(run: np.ndarray, other: np.ndarray) -> dict[str, float]:
@@ -89,7 +79,7 @@ def why_not(implementation: str, config: Config) -> str | None:
         "segments": config.data.packing,
     }
     for operation, window in (("window_attention", m.window), ("cross_attention", None)):
-        call = api.Call(operation, api.target_device(), **facts, window=window)
+        call = Call(operation, target_device(), **facts, window=window)
         if reason := api.unsupported_reason(implementation, call):
             return reason
     return None
@@ -128,7 +118,7 @@ def measure(
     seconds, runs = {}, {}
     for label, implementation, context in (
         ("xla", "xla", as_is),
-        ("control", "xla", other_blocks()),
+        ("control", "xla", block_sizes(xla_blocks=smaller_blocks)),
         (name, name, interpret() if interpreted else as_is),
     ):
         start = time.perf_counter()

@@ -35,8 +35,8 @@ them; a small cache may only be brought into VMEM. It fails nothing.
 
 GPU. Mosaic GPU kernels are assembled by the ptxas in jaxlib's CUDA plugin against a written-down
 target (H200 below); registers, spills and warnings are those of each kernel's own ptxas log.
-Triton kernels are compiled by Triton itself (pallas_kernels.triton.compile_report), which is asked
-for bf16 without lengths only: float16 and lengths are not compiled for a100.
+Triton kernels are compiled by Triton itself (compile_report of pallas_kernels/attention/triton.py),
+which is asked for bf16 without lengths only: float16 and lengths are not compiled for a100.
 """
 
 import json

@@ -191,12 +191,12 @@ def stops() -> list[str]:
 
 def check_attention() -> None:
     """Whether there is such a kernel for this device, before a large model is read."""
-    from pallas_kernels.api import OPERATIONS, choose_implementation
+    from pallas_kernels import OPERATIONS, UnsupportedCall, choose_implementation
 
     try:
         for operation in OPERATIONS:
             choose_implementation(operation, implementation=ATTENTION.value)
-    except ValueError as error:
+    except UnsupportedCall as error:
         raise UserError(f"--attention={ATTENTION.value}: {error}") from error
 
 
@@ -229,11 +229,11 @@ class Writer:
         _note(f"{WORKDIR.value}: {config.program}{step}")
 
     def __call__(self, texts: list[str]) -> None:
+        from pallas_kernels import UnsupportedCall
+
         try:
             self._write(texts)
-        except ValueError as error:  # a kernel that is not for these sizes
-            if "implementation" not in str(error):
-                raise
+        except UnsupportedCall as error:  # a kernel that is not for these sizes
             raise UserError(f"--attention={ATTENTION.value}: {error}") from error
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             words = "RESOURCE_EXHAUSTED", "out of memory", "Out of memory"

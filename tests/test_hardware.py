@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels.blocks import TPU_VMEM
+from pallas_kernels.attention.blocks import TPU_VMEM
 from pallas_kernels.device import Device
 from yocou_jax import hardware
 

@@ -2,7 +2,7 @@
 
 from benchmarks.aot.targets import MODELS, OTHERS, Target, cases
 from benchmarks.timing import first_line
-from pallas_kernels import triton
+from pallas_kernels.attention import triton
 from yocou_jax import hardware
 
 

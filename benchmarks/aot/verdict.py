@@ -16,7 +16,7 @@ def compare_with_splash(jobs: list[dict]) -> list[dict]:
     rows = []
     for what, kernel in zip(("forward", "dq", "dkv"), splash, strict=False):
         (theirs,) = kernel["tiles"]
-        mine = [tile for k in ours if k["kernel"].endswith(what) for tile in k["tiles"]]
+        mine = [tile for k in ours if f"_{what}_" in k["kernel"] for tile in k["tiles"]]
         known = [tile for tile in mine if tile["tile_cycles"] is not None]
         slowest = max(known, key=lambda tile: tile["tile_cycles"], default=None)
         ratio = slowest["tile_cycles"] / theirs["tile_cycles"] if slowest else None

@@ -12,7 +12,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from benchmarks.aot import logs, targets, verdict
-from pallas_kernels import api, triton
+from pallas_kernels import Call, api
+from pallas_kernels.attention import triton
 from pallas_kernels.device import Device
 
 UTILIZATION = """== CAPACTIY:
@@ -124,7 +125,7 @@ def test_a_slower_tile_or_a_failed_program_fails_the_command():
     tile = {"tile_cycles": 800, "stretch_cycles": 900, "mxu": 0.5, "valu": 0.5}
     splash = [{"kernel": f"splash_{n}", "tiles": [tile]} for n in ("fwd", "dq", "dkv")]
     slow = tile | {"tile_cycles": 808}
-    ours = [{"kernel": "x_forward", "tiles": [tile]}, {"kernel": "x_dq", "tiles": [tile, slow]}]
+    ours = [{"kernel": "x_forward_y", "tiles": [tile]}, {"kernel": "x_dq_y", "tiles": [tile, slow]}]
     jobs = [
         {"model": "tile", "operation": name, "error": None, "kernels": kernels}
         for name, kernels in (("splash", splash), ("pallas_tpu", ours))
@@ -175,7 +176,7 @@ def test_every_case_is_one_that_its_implementation_takes(name, monkeypatch):
     target = targets.TARGETS[name]
     device = Device("tpu" if target.platform == "tpu" else "gpu", target.device_kind)
     for case in targets.cases(target.platform):
-        call = api.Call(
+        call = Call(
             case.operation,
             device,
             (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H),
@@ -256,7 +257,7 @@ def run(q, k, v, d_out):
 
 with jax.set_mesh(mesh):
     text = jax.jit(run).lower(x, x, x, x).compile().as_text()
-print(*sorted(set(re.findall("yocou_[a-z_]+attention_(?:forward|dq|dkv)", text))))
+print(*sorted(set(re.findall("attention_(?:full|window)_(?:forward|dq|dkv)_pallas_tpu", text))))
 print(*re.findall("all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute", text))
 """
 
@@ -271,8 +272,8 @@ def test_auto_for_a_tpu_topology_compiles_the_tpu_kernels_without_a_collective(t
     )
     kernels, collectives = [*done.stdout.splitlines(), "", "none printed"][:2]
     assert kernels.split() == [
-        f"yocou_{what}_attention_{kernel}"
-        for what in ("cross", "window")
+        f"attention_{what}_{kernel}_pallas_tpu"
+        for what in ("full", "window")
         for kernel in ("dkv", "dq", "forward")
     ], done.stderr[-2000:]
     assert collectives == ""

@@ -1,15 +1,16 @@
 import pytest
 
-from pallas_kernels import xla
-from pallas_kernels.blocks import Blocks
+from pallas_kernels import block_sizes
+from pallas_kernels.attention.blocks import Blocks
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
+def small_blocks():
     """Blocks of 8, so that a handful of positions runs through many blocks and both edges."""
 
     def blocks(batch, heads, N, S, window):
         q = min(8, N)
         return Blocks(q, min(S, 8 if window is None else q + window + 1))
 
-    monkeypatch.setattr(xla, "xla_blocks", blocks)
+    with block_sizes(xla_blocks=blocks):
+        yield

@@ -10,7 +10,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from pallas_kernels import (
     IMPLEMENTATIONS,
     OPERATIONS,
+    Call,
     SegmentIds,
+    UnsupportedCall,
     api,
     choose_implementation,
     cross_attention,
@@ -84,7 +86,7 @@ def test_a_wrong_call_is_answered_with_a_sentence(sentence):
     }.items(),
 )
 def test_a_named_implementation_runs_or_raises(name, why):
-    with pytest.raises(ValueError, match=f"cannot run with implementation='{name}': .*{why}"):
+    with pytest.raises(UnsupportedCall, match=f"cannot run with implementation='{name}': .*{why}"):
         window_attention(q, k, k, window=2, implementation=name)
 
 
@@ -106,7 +108,7 @@ def test_a_named_implementation_runs_or_raises(name, why):
 )
 def test_what_the_tpu_kernels_do_not_take(facts, why):
     device = Device("tpu", "TPU v6 lite")
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(UnsupportedCall, match=why):
         choose_implementation(
             "cross_attention", implementation="pallas_tpu", device=device, **facts
         )
@@ -138,7 +140,7 @@ def test_every_implementation_answers_for_every_operation():
     for name in IMPLEMENTATIONS[1:]:
         for operation in OPERATIONS:
             for device in DEVICES:
-                reason = api.unsupported_reason(name, api.Call(operation, device))
+                reason = api.unsupported_reason(name, Call(operation, device))
                 assert reason is None or reason.endswith(".")
 
 
@@ -167,7 +169,7 @@ def test_an_implementation_that_is_added_is_chosen_by_auto(monkeypatch):
     monkeypatch.setitem(api._REGISTRY, "pallas_tpu", fake)
     assert (window_attention(q, k, k, window=2) == 42).all()
     assert not (cross_attention(q, k, k) == 42).any()
-    with pytest.raises(ValueError, match="It only does windows"):
+    with pytest.raises(UnsupportedCall, match="It only does windows"):
         cross_attention(q, k, k, implementation="pallas_tpu")
 
 
@@ -175,8 +177,8 @@ def test_kernels_get_lengths_within_the_array_and_windows_within_the_text(monkey
     """A ring of W slots has seen more than W positions; no kernel has to know."""
     got = []
 
-    def attention(q, k, v, *, window, kv_lengths, **_):
-        got.append((window, None if kv_lengths is None else kv_lengths.tolist()))
+    def attention(q, k, v, mask, **_):
+        got.append((mask.window, None if mask.lengths is None else mask.lengths.tolist()))
         return q, q[..., 0]
 
     def decode(q, k, v, valid, **_):

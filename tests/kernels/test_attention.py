@@ -1,6 +1,7 @@
 """xla against the dense reference: values and every gradient."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,10 @@ from pallas_kernels import (
     SegmentIds,
     api,
     cross_attention,
-    flash,
+    join,
     window_attention,
-    xla,
 )
-from pallas_kernels import mask as masks
+from pallas_kernels.attention import flash, xla
 from tests.kernels.cases import (
     Shape,
     assert_matches_reference,
@@ -129,15 +129,6 @@ def test_scores_of_any_size_stay_finite(implementation, small_blocks):
     assert np.abs(got["out"]).sum(-1).min() > 0
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 2**31 - 1])
-def test_one_comparison_sees_what_two_see(window):
-    q_pos, k_pos = jnp.arange(-9, 40)[:, None], jnp.arange(-20, 60)[None, :]
-    want = masks.visible(q_pos, k_pos, window)
-    np.testing.assert_array_equal(masks.visible_int32(q_pos, k_pos, window), want)
-    assert want.any()
-    assert not want.all()
-
-
 def test_heads_of_any_width_are_padded(monkeypatch):
     """Device kernels know some widths only; zeros beside a head change nothing."""
     shape = Shape(19, 19, 6, H=5)
@@ -159,6 +150,15 @@ def test_heads_of_any_width_are_padded(monkeypatch):
         np.testing.assert_allclose(got[name], x, atol=2e-5, rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(("window", "kind"), [(6, "window"), (19, "full"), (None, "full")])
+def test_profiles_show_which_attention_an_operation_belongs_to(window, kind):
+    shape = Shape(19, 19, window)
+    run = jax.grad(lambda *x: operation(shape)(*x).sum())
+    text = jax.jit(run).lower(*inputs(shape)[:3]).as_text(debug_info=True)
+    for what in ("forward", "backward"):
+        assert f"attention_{kind}_{what}_xla" in text
+
+
 def test_scale(small_blocks):
     q, k, v, *_ = inputs(Shape(19, 19))
     got = cross_attention(q, k, v, scale=0.25)
@@ -166,14 +166,31 @@ def test_scale(small_blocks):
     np.testing.assert_allclose(cross_attention(q, k, v), cross_attention(q, k, v, scale=0.5))
 
 
-def test_lse_merges_two_halves_of_the_keys(small_blocks):
-    """What a ring over devices needs: out = sum_i exp(lse_i - lse) out_i, also where one half is
-    empty."""
-    q, k, v, *_ = inputs(Shape(12, 16, q_offset=4))
-    whole = cross_attention(q, k, v, q_offset=4)
-    left, a = cross_attention(q, k[:, :8], v[:, :8], q_offset=4, return_lse=True)
-    segments = SegmentIds(jnp.zeros((2, 12), int), jnp.repeat(jnp.array([[1, 0]] * 2), 8, axis=1))
-    right, b = cross_attention(q, k, v, q_offset=4, segment_ids=segments, return_lse=True)
-    assert empty_rows(b) == 2 * 4 * 2
-    weight = jax.nn.sigmoid(b - a)[..., None]
-    np.testing.assert_allclose(left * (1 - weight) + right * weight, whole, atol=1e-5)
+def test_parts_of_the_keys_are_joined(small_blocks):
+    """What a cache and a ring over devices need, also where a part is empty for some rows."""
+    q, k, v, *_ = inputs(Shape(12, 24, q_offset=12))
+    whole = cross_attention(q, k, v, q_offset=12, return_lse=True)
+
+    def part(n):
+        ids = jnp.broadcast_to(jnp.arange(24) // 8 == n, (2, 24)).astype(int)
+        segments = SegmentIds(jnp.ones((2, 12), int), ids)
+        return cross_attention(q, k, v, q_offset=12, segment_ids=segments, return_lse=True)
+
+    parts = [part(n) for n in range(3)]
+    assert empty_rows(parts[2][1]) == 2 * 4 * 2
+    for order in itertools.permutations(parts):
+        for got, want in zip(join(*order), whole, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    nothing = jnp.zeros_like(q), jnp.full(q.shape[:3], MASKED)
+    for got, want in zip(join(nothing, nothing), nothing, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_two_parts_are_joined_as_before_to_the_bit():
+    """In bfloat16 too: the sigmoid of the difference is the first one's share."""
+    (q, k, *_), rng = inputs(Shape(12, 12), jnp.bfloat16), np.random.default_rng(1)
+    a, b = (jnp.asarray(rng.standard_normal(q.shape[:3]), jnp.float32) for _ in range(2))
+    share = jax.nn.sigmoid(a - b)[..., None]
+    out, _ = join((q, a), (k, b))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, (share * q + (1 - share) * k).astype(jnp.bfloat16))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import api, choose_implementation, cudnn, interpret, reference
+from pallas_kernels import Call, Mask, api, choose_implementation, interpret
+from pallas_kernels.attention import cudnn, reference
 from pallas_kernels.device import Device
 from tests.kernels.cases import Shape, inputs
 
@@ -30,12 +31,11 @@ def no_cudnn(monkeypatch):
 )
 def test_values_and_gradients(window, lengths, no_cudnn):
     args = inputs(Shape(11, 11, Q=4))[:4]
-    options = dict(window=window, q_offset=0, segments=None, scale=0.3)
-    options["kv_lengths"] = None if lengths is None else jnp.array(lengths)
+    mask = Mask(window, lengths=None if lengths is None else jnp.array(lengths))
 
     def run(attention):
         def gradients(q, k, v, d_out):
-            out, vjp = jax.vjp(lambda *x: attention(*x, **options)[0], q, k, v)
+            out, vjp = jax.vjp(lambda *x: attention(*x, mask, scale=0.3)[0], q, k, v)
             return out, *vjp(d_out)
 
         return jax.jit(gradients)(*args)
@@ -77,9 +77,9 @@ def test_what_it_cannot_do_is_said_in_a_sentence(sentence, monkeypatch):
 
 
 def test_it_needs_the_gpu_itself():
-    reason = api.unsupported_reason("cudnn", api.Call("decode_cross", H100))
+    reason = api.unsupported_reason("cudnn", Call("decode_cross", H100))
     assert "NVIDIA H100 80GB HBM3 is only named here, not present." in reason
     with interpret():
         assert "cannot be interpreted" in api.unsupported_reason(
-            "cudnn", api.Call("decode_cross", H100)
+            "cudnn", Call("decode_cross", H100)
         )

@@ -7,13 +7,13 @@ import pytest
 
 from pallas_kernels import interpret
 from tests import tiny
-from tests.kernels import test_pallas_gpu, test_triton
+from tests.kernels import test_gpu, test_triton
 from yocou_jax.inference import decode_step, prepare, score
 from yocou_jax.model import logits as forward
 
 KERNELS = [
     "pallas_tpu",
-    pytest.param("pallas_gpu", marks=test_pallas_gpu.interpreted),
+    pytest.param("pallas_gpu", marks=test_gpu.interpreted),
     pytest.param("triton", marks=test_triton.needs_triton),
 ]
 

@@ -23,10 +23,10 @@ from pallas_kernels import (
     cross_attention,
     decode_cross,
     decode_window,
-    triton,
     window_attention,
 )
-from pallas_kernels.blocks import TritonBlocks
+from pallas_kernels.attention import triton
+from pallas_kernels.attention.blocks import TritonBlocks
 from pallas_kernels.device import Device
 from tests.kernels.cases import (
     Shape,
@@ -130,9 +130,10 @@ def test_nothing_imports_triton_before_it_is_needed():
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
+def small_blocks():
     """A handful of positions then runs through both edges and the blocks between them."""
-    monkeypatch.setattr(triton, "triton_blocks", lambda *_: TritonBlocks(16, 8, 1, 1))
+    with pallas_kernels.block_sizes(triton_blocks=lambda *_: TritonBlocks(16, 8, 1, 1)):
+        yield
 
 
 def run(shape: Shape, args, **options):
@@ -278,7 +279,7 @@ def test_the_compiler_spills_nothing():
     shape = {"N": 1024, "S": 1024, "Q": 12, "K": 4, "H": 64, "window": 512}
     kernels = triton.compile_report(89, [shape])
     names = [kernel["name"].split()[0] for kernel in kernels]
-    assert names == [f"yocou_window_{x}" for x in ("forward", "backward_q", "backward_kv")]
+    assert names == [f"attention_window_{x}_triton" for x in ("forward", "dq", "dkv")]
     for kernel in kernels:
         assert kernel["spills"] == 0
         assert 0 < kernel["registers"] <= 255

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import SegmentIds, api
+from pallas_kernels import SegmentIds, api, join
 from yocou_jax.config import ModelConfig
 from yocou_jax.model.compute import Compute
 from yocou_jax.model.layers import Linear, RMSNorm, rope
@@ -110,7 +110,7 @@ def attend_to_cache(
     read for a single one).
 
     Several positions attend to what was there before, all of which each of them sees, and to each
-    other; the two results are joined by their log-sum-exps. So a chunk needs no static offset, and
+    other; the two results are joined. So a chunk needs no static offset, and
     rows may be of different lengths.
     """
     at = cache.slots(at)
@@ -118,13 +118,12 @@ def attend_to_cache(
         return api.decode_cross(q[:, 0], cache.k, cache.v, at.end, **options)[:, None]
     B, S = cache.k.shape[:2]
     before = jnp.broadcast_to(at.start, (B,))
-    old, old_lse = api.cross_attention(
+    old = api.cross_attention(
         q, cache.k, cache.v, q_offset=S, kv_lengths=before, return_lse=True, **options
     )
     new = jax.tree.map(lambda x: x.astype(cache.k.dtype), new)
-    own, own_lse = api.cross_attention(q, new.k, new.v, return_lse=True, **options)
-    share = jax.nn.sigmoid(old_lse - own_lse)[..., None]
-    return (share * old + (1 - share) * own).astype(q.dtype)
+    own = api.cross_attention(q, new.k, new.v, return_lse=True, **options)
+    return join(old, own)[0]
 
 
 class MixerModule(nn.Module):

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from pallas_kernels import api
+from pallas_kernels import UnsupportedCall, api
 from yocou_jax import accounting
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import DataBundle
@@ -78,7 +78,7 @@ def attention_choices(config: Config) -> dict[str, str]:
                 segments=config.data.packing,
                 q_offset=kernel.prefix,
             )
-        except ValueError as error:
+        except UnsupportedCall as error:
             raise UserError(f"compute.attention='{config.compute.attention}': {error}") from error
         choices[kernel.operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
     return choices

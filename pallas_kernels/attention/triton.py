@@ -37,21 +37,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.blocks import TRITON_DECODE_PROGRAMS, TritonBlocks, triton_blocks
+from pallas_kernels.attention.blocks import (
+    TRITON_DECODE_PROGRAMS,
+    TRITON_HEAD_WIDTHS,
+    TritonBlocks,
+    triton_blocks,
+)
+from pallas_kernels.attention.flash import Spec, kernel_name
+from pallas_kernels.attention.join import join_splits
+from pallas_kernels.attention.mask import Mask
+from pallas_kernels.call import Call
 from pallas_kernels.device import Device, interpretation, target_device
-from pallas_kernels.flash import Spec
 
-_HEAD_WIDTHS = (64, 128, 256)
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
 _OLDEST = 80  # the first compute capability with bf16 products and cp.async
 _INSTALL = "`pip install -r requirements-gpu.txt` installs versions that fit each other"
 
 
-def unsupported_reason(call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     device = call.device
-    dtype = None if call.dtype is None else str(jnp.dtype(call.dtype))
     if interpretation() is not None:
-        if dtype == "bfloat16":
+        if call.dtype_name == "bfloat16":
             return "Triton's interpreter cuts bfloat16 off instead of rounding it; use float16."
         return _missing_triton()
     if device.platform != "gpu":
@@ -66,11 +72,11 @@ def unsupported_reason(call) -> str | None:
             f"The Triton kernels need compute capability 8.0 (A100) or newer; {device.kind} has "
             f"{device.compute_capability / 10}."
         )
-    if call.q_shape is not None and call.q_shape[-1] not in _HEAD_WIDTHS:
-        widths = ", ".join(map(str, _HEAD_WIDTHS))
-        return f"The Triton kernels take heads of width {widths}; got {call.q_shape[-1]}."
-    if dtype not in (None, "bfloat16", "float16"):
-        return f"The Triton kernels take bfloat16 or float16; got {dtype}."
+    if call.head_width not in (None, *TRITON_HEAD_WIDTHS):
+        widths = ", ".join(map(str, TRITON_HEAD_WIDTHS))
+        return f"The Triton kernels take heads of width {widths}; got {call.head_width}."
+    if call.dtype_name not in (None, "bfloat16", "float16"):
+        return f"The Triton kernels take bfloat16 or float16; got {call.dtype_name}."
     return _missing_triton() or _misfit()
 
 
@@ -120,7 +126,7 @@ def _kernels(interpreted: bool = False):
     so there are two copies."""
     import triton
 
-    name = "pallas_kernels.triton_kernels"
+    name = "pallas_kernels.attention.triton_kernels"
     if not interpreted:
         return importlib.import_module(name)
     spec = importlib.util.find_spec(name)
@@ -166,9 +172,9 @@ def _on_gpu(what: _Launch, arrays, compute_capability: int):
     return jax_triton.triton_call(
         *arrays,
         *what.scalars,
-        kernel=getattr(_kernels(), what.kernel),
+        kernel=getattr(_kernels(), f"{what.kernel}_kernel"),
         grid=what.grid,
-        name=f"yocou_{what.kernel}",
+        name=kernel_name(what.kernel, "triton", what.constants.get("WINDOW")),
         num_warps=what.blocks.warps,
         num_stages=what.blocks.stages,
         compute_capability=compute_capability,
@@ -214,7 +220,7 @@ def _interpret(what: _Launch, *arrays):
     results = [np.full(x.shape, np.nan, x.dtype) for x in what.outs]
     inputs, outputs = ([_HostArray(x) for x in xs] for xs in (arrays, results))
     with _one_at_a_time:
-        kernel = getattr(_kernels(interpreted=True), what.kernel)
+        kernel = getattr(_kernels(interpreted=True), f"{what.kernel}_kernel")
         kernel[what.grid](*inputs, *what.scalars, *outputs, **what.constants)
     return results
 
@@ -227,63 +233,57 @@ def _blocks(kernel: str, H: int, segments: bool, device) -> TritonBlocks:
 
 
 def _grid(kernel: str, blocks: TritonBlocks, B, N, S, Q, K) -> tuple[int, int, int]:
-    if kernel == "backward_kv":
+    if kernel == "dkv":
         return (-(-S // blocks.kv), K, B)
     return (-(-N // blocks.q) * (Q // K), K, B)
 
 
 def _constants(kernel, blocks, N, S, Q, K, H, *, window, scale, segments, lengths) -> dict:
-    ragged = N % blocks.q if kernel == "backward_kv" else S % blocks.kv or lengths
+    ragged = N % blocks.q if kernel == "dkv" else S % blocks.kv or lengths
     return dict(
         Q=Q, K=K, H=H, WINDOW=window, SCALE=scale, SEGMENTS=segments, LENGTHS=lengths,
         GUARD=bool(ragged), BQ=blocks.q, BK=blocks.kv,
     )  # fmt: skip
 
 
-_PRODUCTS = {"forward": 2, "backward_q": 3, "backward_kv": 4}
+_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
 
 
-def _pairs(N: int, S: int, spec: Spec) -> int:
-    """Pairs of a query and a key that it may see, per head, segments and lengths aside."""
-    p = spec.q_offset + np.arange(N)
-    first = 0 if spec.window is None else np.maximum(p + 1 - spec.window, 0)
-    return int(np.maximum(np.minimum(p + 1, S) - first, 0).sum())
-
-
-def _attend(kernel: str, spec: Spec, q, k, v, segments, lengths, *rest, outs):
+def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
     (B, N, Q, H), (S, K) = q.shape, k.shape[1:3]
     device = target_device(q)
+    segments, lengths = mask.segments, mask.lengths
     blocks = _blocks(kernel, H, segments is not None, device)
     constants = _constants(
-        kernel, blocks, N, S, Q, K, H, window=spec.window, scale=spec.scale,
+        kernel, blocks, N, S, Q, K, H, window=mask.window, scale=spec.scale,
         segments=segments is not None, lengths=lengths is not None,
     )  # fmt: skip
     # What is absent is never read; any array will do in its place.
     ids = [q, q] if segments is None else [x.astype(jnp.int32) for x in segments]
     valid = q if lengths is None else lengths.astype(jnp.int32)
     grid = _grid(kernel, blocks, B, N, S, Q, K)
-    flops = 2 * _PRODUCTS[kernel] * B * Q * H * _pairs(N, S, spec)
-    what = _Launch(kernel, [N, S, spec.q_offset], outs, grid, constants, blocks, flops)
+    flops = 2 * _PRODUCTS[kernel] * B * Q * H * mask.pairs(N, S)
+    what = _Launch(kernel, [N, S, mask.q_offset], outs, grid, constants, blocks, flops)
     return _launch(what, [q, k, v, *ids, valid, *rest], device)
 
 
-def forward(spec: Spec, q, k, v, segments, lengths):
+def forward(spec: Spec, q, k, v, mask: Mask):
     """See flash.Kernels."""
     B, N, Q, _ = q.shape
     outs = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((B, Q, N), jnp.float32),
     ]
-    return tuple(_attend("forward", spec, q, k, v, segments, lengths, outs=outs))
+    return tuple(_attend("forward", spec, q, k, v, mask, outs=outs))
 
 
-def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
     """See flash.Kernels."""
-    arguments = (spec, q, k, v, segments, lengths, lse2, delta, d_out.astype(q.dtype))
+    arguments = (spec, q, k, v, mask, lse2, delta, d_out.astype(q.dtype))
     outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    (dq,) = _attend("backward_q", *arguments, outs=outs)
+    (dq,) = _attend("dq", *arguments, outs=outs)
     outs = [jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype)] * 2
-    dk, dv = _attend("backward_kv", *arguments, outs=outs)
+    dk, dv = _attend("dkv", *arguments, outs=outs)
     return dq, dk, dv
 
 
@@ -315,9 +315,7 @@ def decode(q, k, v, valid, *, scale):
     )
     arrays = [q, k.astype(q.dtype), v.astype(q.dtype), valid.astype(jnp.int32)]
     out, lse2 = _launch(what, arrays, device)
-    weight = jnp.exp2(lse2 - lse2.max(1, keepdims=True))  # without any key: 1 for parts that are 0
-    out = (out * weight[..., None]).sum(1) / weight.sum(1)[..., None]
-    return out.astype(q.dtype)
+    return join_splits(out, lse2, axis=1).astype(q.dtype)
 
 
 # --- What the compiler makes of it ----------------------------------------------------------------
@@ -342,7 +340,7 @@ def compile_report(compute_capability: int, shapes: Iterable[Mapping]) -> list[d
             continue
         segments = shape.get("segments", False)
         window = shape["window"]
-        for kernel in ("forward", "backward_q", "backward_kv"):
+        for kernel in ("forward", "dq", "dkv"):
             blocks = triton_blocks(compute_capability, kernel, H, segments)
             constants = _constants(
                 kernel, blocks, N, S, Q, K, H, window=window, scale=H**-0.5, segments=segments,
@@ -362,7 +360,7 @@ def _compile(compute_capability: int, kernel: str, constants: dict, blocks: Trit
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(_kernels(), kernel)
+    function = getattr(_kernels(), f"{kernel}_kernel")
     names = [name for name in function.arg_names if name not in constants]
     fp32 = ("lse_ptr", "delta_ptr", "dk_ptr", "dv_ptr", *(["out_ptr"] * (kernel == "decode")))
     int32 = ("q_ids_ptr", "kv_ids_ptr", "lengths_ptr")

@@ -8,19 +8,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mask as masks
+from pallas_kernels.attention.mask import MASKED, Mask
 
 
 def _softmax_average(scores, seen, v, spec: str):
     """Averages v over the visible keys. Returns the average, 0 where nothing is visible, and
     the natural log of the sum of exponentials, MASKED there."""
-    scores = jnp.where(seen, scores, masks.MASKED)
+    scores = jnp.where(seen, scores, MASKED)
     top = lax.stop_gradient(scores.max(-1, keepdims=True))
     p = jnp.where(seen, jnp.exp(scores - top), 0.0)
     total = p.sum(-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)  # inside the where, so that the gradient is 0, not NaN
-    lse = jnp.where(empty, masks.MASKED, top + jnp.log(total))[..., 0]
+    lse = jnp.where(empty, MASKED, top + jnp.log(total))[..., 0]
     return jnp.einsum(spec, p / total, v), lse
 
 
@@ -34,22 +34,15 @@ def attention(
     q: Float[Array, "B N Q H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    mask: Mask,
     *,
-    window: int | None,
-    q_offset: int,
-    segments: masks.SegmentIds | None,
-    kv_lengths: Int[Array, " B"] | None,
     scale: float,
     partition=None,  # left to XLA, which can split plain operations by itself
 ) -> tuple[Float[Array, "B N Q H"], Float[Array, "B N Q"]]:
     B, N, Q, H = q.shape
     S, K = k.shape[1:3]
     k, v = (_as_read(x, q.dtype) for x in (k, v))
-    seen = masks.visible_dense(N, S, window, q_offset)[None]
-    if segments is not None:
-        seen = seen & masks.same_segment(segments.q, segments.kv)
-    if kv_lengths is not None:
-        seen = seen & (jnp.arange(S) < kv_lengths[:, None])[:, None, :]
+    seen = mask.as_array(N, S)
     grouped = q.astype(jnp.float32).reshape(B, N, K, Q // K, H)
     scores = jnp.einsum("bnkgh,bskh->bkgns", grouped, k) * scale
     out, lse = _softmax_average(scores, seen[:, None, None], v, "bkgns,bskh->bnkgh")

@@ -15,12 +15,14 @@ p^T do as written is 2-3 times slower than (do^T) p, hence the transposed gradie
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mask as masks
-from pallas_kernels.blocks import XLA_DECODE_KEYS, xla_blocks
-from pallas_kernels.flash import LOG2E, Spec
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import XLA_DECODE_KEYS, xla_blocks
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
+from pallas_kernels.attention.mask import Mask
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -73,7 +75,7 @@ def _loop(n, body, carry):
     return body(0, carry) if isinstance(n, int) and n == 1 else lax.fori_loop(0, n, body, carry)
 
 
-def _scores(plan, q, k, seg, lengths, i, j, low):
+def _scores(plan, q, k, mask: Mask, i, j, low):
     """Masked scores in base 2 of query block i and the chunk of keys at `low`: [B K R bk] fp32."""
     s = _einsum("bkrh,bksh->bkrs", q, k) * (plan.scale * LOG2E)
     q_pos = plan.q_offset + i * plan.bq + lax.broadcasted_iota(jnp.int32, (plan.bq, plan.bk), 0)
@@ -82,29 +84,29 @@ def _scores(plan, q, k, seg, lengths, i, j, low):
     if plan.window is None and plan.S % plan.bk:
         seen = seen & (k_pos >= j * plan.bk)  # the last chunk was moved back over its neighbour
     seen = seen[None]
-    if seg is not None:
-        seg_q = lax.dynamic_slice_in_dim(seg.q, i * plan.bq, plan.bq, 1)
-        seg_k = lax.dynamic_slice_in_dim(seg.kv, low, plan.bk, 1)
+    if mask.segments is not None:
+        seg_q = lax.dynamic_slice_in_dim(mask.segments.q, i * plan.bq, plan.bq, 1)
+        seg_k = lax.dynamic_slice_in_dim(mask.segments.kv, low, plan.bk, 1)
         seen = seen & masks.same_segment(seg_q, seg_k)
-    if lengths is not None:
-        seen = seen & (k_pos < lengths[:, None, None])
+    if mask.lengths is not None:
+        seen = seen & (k_pos < mask.lengths[:, None, None])
     grouped = s.reshape(*s.shape[:2], -1, plan.bq, plan.bk)
     return jnp.where(seen[:, None, None], grouped, masks.MASKED).reshape(s.shape)
 
 
-def _forward(plan: _Plan, q, k, v, seg, lengths):
+def _forward(plan: _Plan, q, k, v, mask: Mask):
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def block(i, carry):
         out, lse = carry
         qi = plan.rows(q, i)
-        num, start = _visits(plan, i, lengths)
+        num, start = _visits(plan, i, mask.lengths)
 
         def chunk(j, state):
             top, total, acc = state
             low = start(j)
             kj, vj = plan.keys(k, low), plan.keys(v, low)
-            s = _scores(plan, qi, kj, seg, lengths, i, j, low)
+            s = _scores(plan, qi, kj, mask, i, j, low)
             new = jnp.maximum(top, s.max(-1))
             # A row that has seen nothing yet is shifted by 0, so that its exponentials are 0.
             shift = jnp.where(new < masks.MASKED / 2, 0.0, new)
@@ -127,20 +129,20 @@ def _forward(plan: _Plan, q, k, v, seg, lengths):
     return _loop(plan.N // plan.bq, block, carry)
 
 
-def _backward(plan: _Plan, q, k, v, seg, lengths, lse, delta, d_out, kv_grad_dtype):
+def _backward(plan: _Plan, q, k, v, mask: Mask, lse, delta, d_out, kv_grad_dtype):
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def block(i, carry):
         dq, dk, dv = carry
         qi, di = plan.rows(q, i), plan.rows(d_out, i)
         li, deltai = plan.rows(lse, i), plan.rows(delta, i)
-        num, start = _visits(plan, i, lengths)
+        num, start = _visits(plan, i, mask.lengths)
 
         def chunk(j, state):
             dqi, dk, dv = state
             low = start(j)
             kj, vj = plan.keys(k, low), plan.keys(v, low)
-            p = jnp.exp2(_scores(plan, qi, kj, seg, lengths, i, j, low) - li[..., None])
+            p = jnp.exp2(_scores(plan, qi, kj, mask, i, j, low) - li[..., None])
             dp = _einsum("bkrh,bksh->bkrs", di, vj)
             ds = (p * (dp - deltai[..., None])).astype(q.dtype)
             dvj = _einsum("bkrh,bkrs->bkhs", di, p.astype(v.dtype))
@@ -163,40 +165,39 @@ def _backward(plan: _Plan, q, k, v, seg, lengths, lse, delta, d_out, kv_grad_dty
     return dq, dk, dv.transpose(0, 3, 1, 2).astype(kv_grad_dtype)
 
 
-def _plan(spec: Spec, q, k, segments):
-    """The plan, how many rows N must be padded by, and the segments, padded."""
+def _plan(spec: Spec, q, k, mask: Mask):
+    """The plan, whose N is a multiple of the block's, and the mask for so many queries."""
     B, N, Q = q.shape[:3]
     S, K = k.shape[1:3]
-    bq, bk = xla_blocks(B, Q, N, S, spec.window)
-    pad = -N % bq
-    if segments is not None:
-        segments = segments._replace(q=_pad(segments.q, pad))
-    return _Plan(N + pad, S, K, spec.window, spec.q_offset, spec.scale, bq, bk), pad, segments
+    bq, bk = xla_blocks(B, Q, N, S, mask.window)
+    N = round_up(N, bq)
+    if mask.segments is not None:
+        segments = mask.segments._replace(q=padded(mask.segments.q, 1, N))
+        mask = dataclasses.replace(mask, segments=segments)
+    return _Plan(N, S, K, mask.window, mask.q_offset, spec.scale, bq, bk), mask
 
 
-def _pad(x, pad: int, axis: int = 1):
-    """Rows of zeros: their gradients come in as zeros and go out as zeros."""
-    return jnp.pad(x, [(0, pad * (i == axis)) for i in range(x.ndim)]) if pad else x
-
-
-def forward(spec: Spec, q, k, v, segments, lengths):
+def forward(spec: Spec, q, k, v, mask: Mask):
     """See flash.Kernels."""
     N = q.shape[1]
-    plan, pad, segments = _plan(spec, q, k, segments)
-    out, lse = _forward(plan, _pad(q, pad), k, v, segments, lengths)
+    plan, mask = _plan(spec, q, k, mask)
+    with jax.named_scope(kernel_name("forward", "xla", mask.window)):
+        out, lse = _forward(plan, padded(q, 1, plan.N), k, v, mask)
     return out[:, :N], lse[:, :N].swapaxes(1, 2)
 
 
-def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
     """See flash.Kernels."""
     N = q.shape[1]
-    plan, pad, segments = _plan(spec, q, k, segments)
-    rows = [_pad(x, pad) for x in (q, lse2.swapaxes(1, 2), delta.swapaxes(1, 2), d_out)]
-    q, lse2, delta, d_out = rows
-    dq, dk, dv = _backward(plan, q, k, v, segments, lengths, lse2, delta, d_out, spec.kv_grad_dtype)
+    plan, mask = _plan(spec, q, k, mask)
+    rows = q, lse2.swapaxes(1, 2), delta.swapaxes(1, 2), d_out
+    q, lse2, delta, d_out = (padded(x, 1, plan.N) for x in rows)
+    with jax.named_scope(kernel_name("backward", "xla", mask.window)):
+        dq, dk, dv = _backward(plan, q, k, v, mask, lse2, delta, d_out, spec.kv_grad_dtype)
     return dq[:, :N], dk, dv
 
 
+@jax.named_scope(kernel_name("decode", "xla"))
 def decode(q, k, v, valid, *, scale):
     """Same contract as `reference.decode`, with a running softmax over chunks of keys, none of them
     beyond the longest row.

@@ -3,27 +3,25 @@ no requirement.
 
 Every kernel reads the [batch, positions, heads, head width] arrays where they lie: a program works
 on one head, whose rows are `Q * H` or `K * H` elements apart. Names in capitals are compile-time
-constants; lengths and q_offset are not. Scores are [queries, keys], except in `backward_kv`, where
+constants; lengths and q_offset are not. Scores are [queries, keys], except in `dkv_kernel`, where
 they are transposed, so that p and ds are the left factors of its products.
 """
 
 import triton
 import triton.language as tl
 
-from pallas_kernels import mask
+from pallas_kernels.attention import mask
+from pallas_kernels.attention.flash import kernel_name
 
 MASKED = tl.constexpr(mask.MASKED)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def _named(operation: str):
-    """The name in profiles and in the compiler's reports: yocou_window_forward and so on."""
+    """The name in profiles and in the compiler's reports, see `flash.kernel_name`."""
 
     def name(specialization):
-        if operation == "decode":
-            return "yocou_decode"
-        window = specialization.constants.get("WINDOW")
-        return f"yocou_{'cross' if window is None else 'window'}_{operation}"
+        return kernel_name(operation, "triton", specialization.constants.get("WINDOW"))
 
     return triton.jit(repr=name)
 
@@ -137,7 +135,7 @@ def _attend(
 
 
 @_named("forward")
-def forward(
+def forward_kernel(
     q_ptr, k_ptr, v_ptr, q_ids_ptr, kv_ids_ptr, lengths_ptr, N, S, q_offset, out_ptr, lse_ptr,
     Q: tl.constexpr, K: tl.constexpr, H: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
@@ -224,8 +222,8 @@ def _collect_q(
     return dq
 
 
-@_named("backward_q")
-def backward_q(
+@_named("dq")
+def dq_kernel(
     q_ptr, k_ptr, v_ptr, q_ids_ptr, kv_ids_ptr, lengths_ptr, lse_ptr, delta_ptr, do_ptr,
     N, S, q_offset, dq_ptr,
     Q: tl.constexpr, K: tl.constexpr, H: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
@@ -312,8 +310,8 @@ def _collect_kv(
     return dk, dv
 
 
-@_named("backward_kv")
-def backward_kv(
+@_named("dkv")
+def dkv_kernel(
     q_ptr, k_ptr, v_ptr, q_ids_ptr, kv_ids_ptr, lengths_ptr, lse_ptr, delta_ptr, do_ptr,
     N, S, q_offset, dk_ptr, dv_ptr,
     Q: tl.constexpr, K: tl.constexpr, H: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
@@ -392,7 +390,7 @@ def backward_kv(
 
 
 @_named("decode")
-def decode(
+def decode_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, S, keys_per_part, out_ptr, lse_ptr,
     Q: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr,
@@ -436,7 +434,7 @@ def decode(
     tl.store(lse_ptr + place + rows, lse2, mask=rows < heads + G)
 
 
-@_named("probe")
-def probe(x_ptr, out_ptr):
+@triton.jit
+def probe_kernel(x_ptr, out_ptr):
     """Copies a number: the smallest kernel that shows whether jax-triton works at all."""
     tl.store(out_ptr, tl.load(x_ptr))

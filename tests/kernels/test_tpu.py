@@ -12,15 +12,15 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from pallas_kernels import (
     MASKED,
     Partition,
+    block_sizes,
     cross_attention,
     decode_cross,
     decode_window,
     interpret,
-    pallas_tpu,
     window_attention,
 )
-from pallas_kernels.blocks import TpuBlocks
-from pallas_kernels.pallas_tpu import _Bands
+from pallas_kernels.attention.blocks import TpuBlocks
+from pallas_kernels.attention.tpu_bands import Bands
 from tests.kernels.cases import (
     Shape,
     assert_matches_reference,
@@ -31,7 +31,7 @@ from tests.kernels.cases import (
     outputs_and_gradients,
 )
 
-tpu = functools.partial(assert_matches_reference, implementation="pallas_tpu")
+matches_reference = functools.partial(assert_matches_reference, implementation="pallas_tpu")
 
 SHAPES = {
     "full, odd, groups of 3": Shape(150, 150, Q=3, K=1, H=64, B=1),
@@ -48,13 +48,13 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape):
-    tpu(shape)
+    matches_reference(shape)
 
 
 @pytest.mark.parametrize("window", [None, 60])
 def test_segments_and_rows_that_see_nothing(window):
     shape = Shape(150, 150, window, Q=2, K=2, H=64)
-    got = tpu(shape, segment_ids=documents(shape, 70, 90))
+    got = matches_reference(shape, segment_ids=documents(shape, 70, 90))
     empty = np.asarray(got["lse"]) == np.float32(MASKED)
     assert empty.any()
     assert not empty.all()
@@ -63,17 +63,17 @@ def test_segments_and_rows_that_see_nothing(window):
 
 
 @pytest.mark.parametrize("window", [None, 200])
-def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(window, monkeypatch):
+def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(window):
     """Tiles of 128 x 128, documents of 256, 128 and 144, the third with an id of the first. A value
     that is not a number spoils what multiplies it, by 0 too: it must not reach the second."""
     blocks = TpuBlocks(128, 128, 128)
-    monkeypatch.setattr(pallas_tpu, "tpu_blocks", lambda *_: blocks)
     shape = Shape(528, 528, window, Q=1, K=1, H=64, B=1)
     ids = jnp.repeat(jnp.array([[7, 3, 7]]), jnp.array([256, 128, 144]), axis=1)
-    tpu(shape, segment_ids=ids)
+    with block_sizes(tpu_blocks=lambda *_: blocks):
+        matches_reference(shape, segment_ids=ids)
     q, k, v, *_ = inputs(shape)
     v = v.at[:, :256].set(jnp.nan)
-    with interpret():
+    with interpret(), block_sizes(tpu_blocks=lambda *_: blocks):
         attend = operation(shape, implementation="pallas_tpu", segment_ids=ids)
         out = jax.jit(attend)(q, k, v)
     assert np.isnan(out[:, :256]).all()
@@ -83,9 +83,9 @@ def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(wind
 def test_kv_lengths():
     """None, exactly a block, all; and more than there are, with queries beyond the end."""
     beyond = Shape(150, 130, Q=2, K=2, H=64, q_offset=60)
-    tpu(beyond, kv_lengths=jnp.array([131, 1300]))
+    matches_reference(beyond, kv_lengths=jnp.array([131, 1300]))
     shape = Shape(150, 150, Q=2, K=2, H=64, B=3)
-    got = tpu(shape, kv_lengths=jnp.array([0, 128, 150]))
+    got = matches_reference(shape, kv_lengths=jnp.array([0, 128, 150]))
     assert empty_rows(got["lse"]) == shape.N * shape.Q
     assert not got["dk"][1, 128:].any()
 
@@ -93,8 +93,8 @@ def test_kv_lengths():
 def test_a_chunk_of_queries_behind_a_cache_that_is_not_full():
     """As prefill has it: every key may be seen, and each row has some of them."""
     shape = Shape(40, 2300, Q=2, K=1, H=64, B=4, q_offset=2300)
-    tpu(shape, kv_lengths=jnp.array([0, 700, 1024, 2300]))
-    bands = _Bands.plan(128, 512, 2560, 2300, None, 0)
+    matches_reference(shape, kv_lengths=jnp.array([0, 700, 1024, 2300]))
+    bands = Bands.plan(128, 512, 2560, 2300, None, 0)
     for limit, blocks in ((0, 1), (1, 1), (512, 1), (513, 2), (1024, 2), (2304, 5)):
         starts = [int(bands.start(0, j, limit)) for j in range(bands.steps)]
         assert len(set(starts)) == blocks  # a start that stays the same is not read again
@@ -102,16 +102,13 @@ def test_a_chunk_of_queries_behind_a_cache_that_is_not_full():
 
 
 @pytest.mark.parametrize(("H", "sums_on_mxu"), [(64, True), (64, False), (128, True)])
-def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(
-    H, sums_on_mxu, monkeypatch
-):
+def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(H, sums_on_mxu):
     """At most 1.5 times, root mean square, both against the fp32 reference on fp32 inputs."""
-    monkeypatch.setattr(pallas_tpu, "tpu_sums_on_mxu", lambda kind: sums_on_mxu)
     shape = Shape(256, 256, 100, Q=2, K=1, H=H, B=1)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     args = inputs(shape, jnp.bfloat16)
     bf16 = outputs_and_gradients(operation(shape, implementation="reference"), args)
-    with interpret():
+    with interpret(), block_sizes(tpu_sums_on_mxu=lambda kind: sums_on_mxu):
         attend = operation(shape, implementation="pallas_tpu")
         got, again = (outputs_and_gradients(attend, args) for _ in range(2))
 
@@ -158,15 +155,14 @@ def test_no_race():
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_decode(G, monkeypatch):
+def test_decode(G):
     """Lengths of 0, 1, exactly a block, and full; what lies behind them is never read."""
     lengths = jnp.array([0, 1, 128, 300])
-    monkeypatch.setattr(pallas_tpu, "tpu_decode_rows", lambda H: 256)
     q, k, v, *_ = inputs(Shape(1, 300, Q=2 * G, K=2, H=64, B=4))
     want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
     beyond = (jnp.arange(300) >= lengths[:, None])[:, :, None, None]
     k, v = (jnp.where(beyond, jnp.nan, x) for x in (k, v))
-    with interpret():
+    with interpret(), block_sizes(tpu_decode_rows=lambda H: 256):
         got = decode_cross(q[:, 0], k, v, lengths, implementation="pallas_tpu")
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert not got[0].any()
@@ -185,7 +181,7 @@ def test_decode_over_a_ring():
 @pytest.mark.parametrize("q_offset", [0, 3, 500])
 def test_a_band_holds_every_visible_key_and_one_step_reads_it(window, q_offset):
     block, length = 256, 1536
-    bands = _Bands.plan(block, 0, length, q_offset, window - 1, 0)
+    bands = Bands.plan(block, 0, length, q_offset, window - 1, 0)
     assert bands.steps == 1
     assert bands.size < window + block + 2 * 128
     for i in range(4):
@@ -213,6 +209,6 @@ def test_a_cpu_host_that_compiles_for_a_tpu_gets_the_tpu_kernels(shape):
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(jax.grad(run)).trace(x, x, x).lower(lowering_platforms=("tpu",))
     text = lowered.as_text()
-    for what in ("window", "cross"):
+    for what in ("window", "full"):
         for kernel in ("forward", "dq"):
-            assert f"yocou_{what}_attention_{kernel}" in text
+            assert f"attention_{what}_{kernel}_pallas_tpu" in text

@@ -29,18 +29,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pallas_kernels import hopper
-from pallas_kernels import mask as masks
-from pallas_kernels.blocks import gpu_blocks
+from pallas_kernels.attention import hopper
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, gpu_blocks
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
+from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
+from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation
-from pallas_kernels.flash import LOG2E, Spec
-from pallas_kernels.hopper import CONSUMERS, pl, plgpu
 
 
-def unsupported_reason(call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """See api.Implementation. Interpreted kernels take any head width, and float32 too."""
     if plgpu is None:
         return f"pallas_gpu needs Pallas's Mosaic GPU dialect: {hopper.IMPORT_ERROR}."
@@ -58,18 +58,16 @@ def unsupported_reason(call) -> str | None:
         what = "has no interpreter for it" if interpreted else "has another interface"
         return f"pallas_gpu needs jax 0.11 or newer; this is {jax.__version__}, which {what}."
     dtypes = ("bfloat16", "float16") + (("float32",) if interpreted else ())
-    if call.dtype is not None and jnp.dtype(call.dtype).name not in dtypes:
-        return f"pallas_gpu takes {' and '.join(dtypes)}; got {jnp.dtype(call.dtype).name}."
-    if call.q_shape is None:
+    if call.dtype_name not in (None, *dtypes):
+        return f"pallas_gpu takes {' and '.join(dtypes)}; got {call.dtype_name}."
+    if (H := call.head_width) is None:
         return None
-    H = call.q_shape[-1]
-    if not interpreted and H not in (64, 128):
-        return f"pallas_gpu takes heads of 64 and 128; got {H}."
+    if not interpreted and H not in GPU_HEAD_WIDTHS:
+        widths = " and ".join(map(str, GPU_HEAD_WIDTHS))
+        return f"pallas_gpu takes heads of {widths}; got {H}."
     rows = gpu_blocks(H).rows
-    if call.operation.startswith("decode") and call.k_shape is not None:
-        G = call.q_shape[-2] // call.k_shape[-2]
-        if rows < G:
-            return f"pallas_gpu decodes at most {rows} query heads a key/value head; got {G}."
+    if call.decodes and call.k_shape is not None and rows < call.group:
+        return f"pallas_gpu decodes at most {rows} query heads a key/value head; got {call.group}."
     return None
 
 
@@ -436,48 +434,38 @@ def _dkv_kernel(
     hopper.specialise(producer, consumer)
 
 
-def _pad(x, multiple: int, axis: int = 1):
-    """Zeros behind x; rows of zeros get gradients of zero, keys beyond the limit are masked."""
-    pad = -x.shape[axis] % multiple
-    return jnp.pad(x, [(0, pad * (i == axis)) for i in range(x.ndim)]) if pad else x
-
-
-def _prepare(spec: Spec, q, k, v, segments, lengths):
+def _prepare(spec: Spec, q, k, v, mask: masks.Mask):
     """The plan, the block sizes, and the operands padded to whole blocks."""
     _, N, Q, H = q.shape
     S, K = k.shape[1:3]
     blocks = gpu_blocks(H)
     tile = CONSUMERS * blocks.rows
-    q_multiple = math.lcm(tile, blocks.dkv_q)
-    k_multiple = math.lcm(tile, blocks.kv, blocks.dq_kv)
-    bounded = lengths is not None or S % k_multiple != 0
-    plan = _Plan(N, S, Q // K, spec.window, spec.q_offset, spec.scale, bounded)
+    N_pad = round_up(N, math.lcm(tile, blocks.dkv_q))
+    S_pad = round_up(S, math.lcm(tile, blocks.kv, blocks.dq_kv))
+    segments, lengths = mask.segments, mask.lengths
+    bounded = lengths is not None or S_pad > S
+    plan = _Plan(N, S, Q // K, mask.window, mask.q_offset, spec.scale, bounded)
     if segments is not None:
         q_ids, kv_ids = (x.astype(jnp.int32) for x in segments)
-        segments = masks.SegmentIds(_pad(q_ids, q_multiple), _pad(kv_ids, k_multiple))
+        segments = masks.SegmentIds(padded(q_ids, 1, N_pad), padded(kv_ids, 1, S_pad))
     if lengths is not None:
         lengths = lengths.astype(jnp.int32)
-    operands = _pad(q, q_multiple), _pad(k, k_multiple), _pad(v, k_multiple), segments, lengths
-    return plan, blocks, q_multiple, operands
-
-
-def _name(plan: _Plan, what: str) -> str:
-    return f"yocou_{'cross' if plan.window is None else 'window'}_attention_{what}"
+    q, k, v = padded(q, 1, N_pad), padded(k, 1, S_pad), padded(v, 1, S_pad)
+    return plan, blocks, (q, k, v, segments, lengths)
 
 
 def _cost(plan: _Plan, B: int, Q: int, H: int, products: int) -> tuple[int, int]:
     """flops and exponentials of `products` products over the pairs that causality and the window
     let see each other."""
-    positions = plan.q_offset + np.arange(plan.N)
-    low = 0 if plan.window is None else np.maximum(positions - plan.window + 1, 0)
-    pairs = B * Q * int(np.maximum(np.minimum(positions + 1, plan.S) - low, 0).sum())
+    pairs = B * Q * masks.Mask(plan.window, plan.q_offset).pairs(plan.N, plan.S)
     return 2 * products * pairs * H, pairs
 
 
-def forward(spec: Spec, q, k, v, segments, lengths):
+def forward(spec: Spec, q, k, v, mask: masks.Mask):
     """See flash.Kernels."""
     B, N, Q, H = q.shape
-    plan, blocks, _, operands = _prepare(spec, q, k, v, segments, lengths)
+    plan, blocks, operands = _prepare(spec, q, k, v, mask)
+    segments = mask.segments
     q = operands[0]
     rows, stages = blocks.rows, blocks.stages
     kv = plgpu.SMEM((stages, blocks.kv, H), k.dtype)
@@ -496,7 +484,7 @@ def forward(spec: Spec, q, k, v, segments, lengths):
     }
     out, lse = hopper.run(
         functools.partial(_forward_kernel, plan),
-        _name(plan, "forward"),
+        kernel_name("forward", "pallas_gpu", plan.window),
         *operands,
         grid=(B, q.shape[1] // (CONSUMERS * rows), Q),
         out_type=[
@@ -509,14 +497,15 @@ def forward(spec: Spec, q, k, v, segments, lengths):
     return out[:, :N], lse[:, :, :N]
 
 
-def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     """See flash.Kernels."""
     B, N, Q, H = q.shape
     S, K = k.shape[1:3]
-    plan, blocks, q_multiple, operands = _prepare(spec, q, k, v, segments, lengths)
+    plan, blocks, operands = _prepare(spec, q, k, v, mask)
+    segments = mask.segments
     q, k = operands[:2]
-    lse2, delta = (_pad(x, q_multiple, 2) for x in (lse2, delta))
-    operands += lse2, delta, _pad(d_out, q_multiple)
+    lse2, delta = (padded(x, 2, q.shape[1]) for x in (lse2, delta))
+    operands += lse2, delta, padded(d_out, 1, q.shape[1])
     rows = blocks.rows
     own = plgpu.SMEM((CONSUMERS, rows, H), q.dtype)
 
@@ -536,7 +525,7 @@ def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
     }
     dq = hopper.run(
         functools.partial(_dq_kernel, plan),
-        _name(plan, "dq"),
+        kernel_name("dq", "pallas_gpu", plan.window),
         *operands,
         grid=(B, q.shape[1] // (CONSUMERS * rows), Q),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -562,7 +551,7 @@ def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
     }
     dk, dv = hopper.run(
         functools.partial(_dkv_kernel, plan),
-        _name(plan, "dkv"),
+        kernel_name("dkv", "pallas_gpu", plan.window),
         *operands,
         grid=(B, k.shape[1] // (CONSUMERS * rows), K),
         out_type=[jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype)] * 2,

@@ -16,12 +16,14 @@ given are tested on the CPU, where jax.nn runs its own implementation on them.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.mask import Mask
+from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation
 
 _LONGEST_HEAD = {True: 256, False: 128}  # from Hopper on, and before
 
 
-def unsupported_reason(call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     device = call.device
     if interpretation() is not None:
         return "cuDNN is a library for NVIDIA GPUs; it cannot be interpreted."
@@ -37,16 +39,16 @@ def unsupported_reason(call) -> str | None:
         )
     if capability < 80:
         return f"cuDNN's attention needs compute capability 8.0 (A100) or newer; got {device.kind}."
-    if call.dtype is not None and str(jnp.dtype(call.dtype)) not in ("bfloat16", "float16"):
-        return f"cuDNN's attention takes bfloat16 or float16; got {jnp.dtype(call.dtype)}."
-    if call.q_shape is not None:
-        H, longest = call.q_shape[-1], _LONGEST_HEAD[capability >= 90]
+    if call.dtype_name not in (None, "bfloat16", "float16"):
+        return f"cuDNN's attention takes bfloat16 or float16; got {call.dtype_name}."
+    if (H := call.head_width) is not None:
+        longest = _LONGEST_HEAD[capability >= 90]
         if longest < H or H % 8:
             return (
                 f"cuDNN's attention takes heads of a width up to {longest}, a multiple of 8, on "
                 f"{device.kind}; got {H}."
             )
-    if call.operation.startswith("decode"):
+    if call.decodes:
         return None
     if call.segments:
         return "cuDNN's attention is called without segment ids, which it would take only dense."
@@ -61,17 +63,17 @@ def unsupported_reason(call) -> str | None:
     return None
 
 
-def attention(q, k, v, *, window, q_offset, segments, kv_lengths, scale, partition=None):
+def attention(q, k, v, mask: Mask, *, scale, partition=None):
     """Same contract as `reference.attention`, except that lse is None. jax partitions cuDNN's
     calls by itself, so `partition` is not needed."""
     out = _attend(
         q,
         k,
         v,
-        kv_lengths,
+        mask.lengths,
         scale,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
     )
     return out, None
 

@@ -4,8 +4,8 @@ Layout [batch, positions, heads, head width]: B batch, N query positions, S key 
 heads, K key/value heads (Q a multiple of K: head q reads key head q // (Q/K)), H head width,
 W window = the number of visible keys **including self**.
 
-`implementation` is "auto" or a name; a name runs or raises ValueError with the reason. Choices are
-made here and nowhere else, logged once per operation (logger "pallas_kernels.api").
+`implementation` is "auto" or a name; a name runs or raises UnsupportedCall with the reason. Choices
+are made here and nowhere else, logged once per operation (logger "pallas_kernels.attention.api").
 """
 
 import functools
@@ -17,40 +17,27 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import (
+from pallas_kernels.attention import (
     cudnn,
     flash,
-    pallas_gpu,
-    pallas_gpu_decode,
-    pallas_tpu,
+    gpu,
+    gpu_decode,
     reference,
+    tpu,
+    tpu_decode,
     triton,
     xla,
 )
-from pallas_kernels.device import Device, on_device, target_device
-from pallas_kernels.flash import Kernels
-from pallas_kernels.mask import SegmentIds
+from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, TPU_HEAD_WIDTHS, TRITON_HEAD_WIDTHS
+from pallas_kernels.attention.flash import Kernels
+from pallas_kernels.attention.mask import Mask, SegmentIds
+from pallas_kernels.call import Call, UnsupportedCall
+from pallas_kernels.device import on_device, target_device
 from pallas_kernels.sharding import Partition
 
 logger = logging.getLogger(__name__)
 
 OPERATIONS = ("window_attention", "cross_attention", "decode_window", "decode_cross")
-
-
-class Call(NamedTuple):
-    """What an implementation may decide on. Shapes and dtype are None when a banner asks before
-    there are arrays; a reason that does not depend on them must be given all the same."""
-
-    operation: str
-    device: Device
-    q_shape: tuple[int, ...] | None = None
-    k_shape: tuple[int, ...] | None = None
-    dtype: jnp.dtype | None = None
-    window: int | None = None
-    segments: bool = False
-    lengths: bool = False
-    q_offset: int = 0
-    return_lse: bool = False
 
 
 class Implementation(NamedTuple):
@@ -92,9 +79,9 @@ def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -
 
 # In the order in which "auto" tries them; reference is only ever run by name.
 _REGISTRY = {
-    "pallas_tpu": _blocked(pallas_tpu, "tpu", head_widths=(64, 128, 256)),
-    "pallas_gpu": _blocked(pallas_gpu, "gpu", pallas_gpu_decode, head_widths=(64, 128)),
-    "triton": _blocked(triton, "gpu", head_widths=(64, 128, 256)),
+    "pallas_tpu": _blocked(tpu, "tpu", tpu_decode, TPU_HEAD_WIDTHS),
+    "pallas_gpu": _blocked(gpu, "gpu", gpu_decode, GPU_HEAD_WIDTHS),
+    "triton": _blocked(triton, "gpu", head_widths=TRITON_HEAD_WIDTHS),
     "cudnn": Implementation(
         cudnn.unsupported_reason, cudnn.attention, cudnn.decode, platform="gpu"
     ),
@@ -108,9 +95,9 @@ def unsupported_reason(implementation: str, call: Call) -> str | None:
     """Why `implementation` cannot run `call`, as a full sentence, or None if it can."""
     if implementation not in _REGISTRY:
         known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation={implementation!r} is not one of: {known}.")
+        raise UnsupportedCall(f"implementation={implementation!r} is not one of: {known}.")
     found = _REGISTRY[implementation]
-    if call.q_shape is not None and not call.operation.startswith("decode"):
+    if call.q_shape is not None and not call.decodes:
         H = flash.padded_width(call.q_shape[-1], found.head_widths)
         call = call._replace(q_shape=(*call.q_shape[:-1], H))
     return found.unsupported_reason(call)
@@ -121,14 +108,15 @@ def choose_implementation(operation: str, *, implementation: str = "auto", **fac
     as they are known.
 
     Raises:
-      ValueError: unknown operation or implementation, or the one named cannot run this call.
+      UnsupportedCall: an unknown implementation, or the one named cannot run this call.
+      ValueError: an unknown operation.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation={operation!r} is not one of: {', '.join(OPERATIONS)}.")
     call = Call(operation, **{"device": target_device(), **facts})
     if implementation != "auto":
         if reason := unsupported_reason(implementation, call):
-            raise ValueError(f"{operation} cannot run with {implementation=}: {reason}")
+            raise UnsupportedCall(f"{operation} cannot run with {implementation=}: {reason}")
         return Choice(operation, implementation, "asked for by name")
     reasons = ["auto"]
     for name, implementation in _REGISTRY.items():
@@ -237,6 +225,7 @@ def _attention(
     if window is not None:
         window = min(window, q_offset + q.shape[1])  # no query is older
     segments = _segments(operation, segment_ids, q, k)
+    mask = Mask(window, q_offset, kv_lengths, segments)
     call = Call(
         operation,
         target_device(q),
@@ -253,10 +242,7 @@ def _attention(
         q,
         k,
         v,
-        window=window,
-        q_offset=q_offset,
-        segments=segments,
-        kv_lengths=kv_lengths,
+        mask,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         partition=partition,
     )
@@ -291,7 +277,8 @@ def window_attention(
       finite) and no gradient.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, window < 1, an implementation that cannot run.
+      UnsupportedCall: the implementation named cannot run this call.
+      ValueError: shapes or dtypes that do not fit, window < 1.
     """
     window = operator.index(window)
     _require(window >= 1, f"window_attention needs {window=} to be at least 1 (it counts self).")

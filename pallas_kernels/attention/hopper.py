@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mask as masks
+from pallas_kernels.attention import mask as masks
 from pallas_kernels.device import interpretation
 
 try:

@@ -6,11 +6,14 @@ its own position and what lies before it; with a window it sees W keys, **its ow
 from `visible`.
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 # Stands for minus infinity in scores and in the lse of a row that sees nothing. Finite, because
 # (-inf) - (-inf) is NaN; half of it is the threshold below which a row counts as empty.
@@ -49,6 +52,42 @@ def same_segment(q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B S"]) -> jax.Arr
     return q_ids[:, :, None] == kv_ids[:, None, :]
 
 
-def visible_dense(N: int, S: int, window: int | None, q_offset: int) -> jax.Array:
-    """[N, S] booleans, for the reference and for tests; no fast path may build it."""
-    return visible(q_offset + jnp.arange(N)[:, None], jnp.arange(S)[None, :], window)
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("lengths", "segments"),
+    meta_fields=("window", "q_offset"),
+)
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Who sees whom in one call: what is static decides which blocks a kernel visits, the arrays
+    are its operands.
+
+    Args:
+      window: how many keys a query sees, its own included; None: all before it.
+      q_offset: position of the first query on the axis on which the first key stands at 0.
+      lengths: how many keys each row has; None: all of the array's.
+      segments: the documents that must not see each other.
+    """
+
+    window: int | None = None
+    q_offset: int = 0
+    lengths: Int[Array, " B"] | None = None
+    segments: SegmentIds | None = None
+
+    def as_array(self, N: int, S: int) -> Bool[Array, "rows N S"]:
+        """Dense, of B rows or of one for all; for the reference and for tests, no fast path may
+        build it."""
+        q_pos, k_pos = self.q_offset + jnp.arange(N)[:, None], jnp.arange(S)[None, :]
+        seen = visible(q_pos, k_pos, self.window)[None]
+        if self.segments is not None:
+            seen = seen & same_segment(*self.segments)
+        if self.lengths is not None:
+            seen = seen & (jnp.arange(S) < self.lengths[:, None])[:, None, :]
+        return seen
+
+    def pairs(self, N: int, S: int) -> int:
+        """Pairs of a query and a key that it sees, of one row and head, by causality and the window
+        alone: what the arrays hide is not known before the kernel runs."""
+        last = self.q_offset + np.arange(N)
+        first = 0 if self.window is None else np.maximum(last - self.window + 1, 0)
+        return int(np.maximum(np.minimum(last + 1, S) - first, 0).sum())

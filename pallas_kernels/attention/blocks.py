@@ -1,4 +1,6 @@
-"""The one table of block sizes.
+"""The one table of block sizes, and of the head widths that they are for.
+
+`with block_sizes(xla_blocks=...)` puts another function in the place of one of these.
 
 q: query positions handled at a time (times G heads = rows of one matrix product).
 kv: keys handled at a time; for a window the whole band of q + W - 1 keys, rounded up.
@@ -12,7 +14,56 @@ xla, measured in CPU time on XLA's CPU backend (2 cores, 2 MB of L2 each), forwa
 * decode: 512 keys were fastest or within 5% of it, of 128 to 4096, at S = 16384.
 """
 
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
+
+_stand_ins: contextvars.ContextVar[Mapping[str, Callable]] = contextvars.ContextVar(
+    "pallas_kernels_block_sizes", default=MappingProxyType({})
+)
+_REPLACEABLE = set()
+
+
+@contextlib.contextmanager
+def _set(stand_ins: Mapping[str, Callable]):
+    token = _stand_ins.set(stand_ins)
+    try:
+        yield
+    finally:
+        _stand_ins.reset(token)
+
+
+def block_sizes(**stand_ins: Callable):
+    """Inside, kernels get their block sizes from the functions given, by the names and with the
+    arguments of those in this file; a function given may ask the one that it stands in for. It is
+    read while tracing: a function that was compiled outside keeps what it had.
+
+    Raises:
+      ValueError: a name that is no such function.
+    """
+    if unknown := sorted(stand_ins.keys() - _REPLACEABLE):
+        known = ", ".join(sorted(_REPLACEABLE))
+        raise ValueError(f"block_sizes() replaces {known}; got {', '.join(unknown)}.")
+    return _set({**_stand_ins.get(), **stand_ins})
+
+
+def _replaceable(function: Callable) -> Callable:
+    name = function.__name__
+    _REPLACEABLE.add(name)
+
+    @functools.wraps(function)
+    def answer(*args):
+        stand_in = _stand_ins.get().get(name)
+        if stand_in is None:
+            return function(*args)
+        with _set({}):
+            return stand_in(*args)
+
+    return answer
+
 
 SCORES_IN_CACHE = 2**19  # fp32 elements: 2 MB
 XLA_DECODE_KEYS = 512
@@ -24,6 +75,7 @@ class Blocks(NamedTuple):
     kv: int
 
 
+@_replaceable
 def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Blocks:
     if window is None:
         size = 64 if N <= 256 else 128
@@ -36,6 +88,12 @@ def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Bl
     return Blocks(q, band)
 
 
+def _next(H: int, widths: tuple[int, ...]) -> int:
+    """The least of the widths that holds H; the largest if none does, as an interpreter may ask."""
+    return next((width for width in widths if width >= H), widths[-1])
+
+
+TPU_HEAD_WIDTHS = (64, 128, 256)
 TPU_LANES = 128  # blocks of positions are multiples of it
 # What a kernel may take of VMEM, of 128 MB (v7x: 64); XLA's default of 16 is too little for 8 heads
 # of 256. The kinds are those that the kernels were compiled for.
@@ -56,6 +114,7 @@ class TpuBlocks(NamedTuple):
     compute: int
 
 
+@_replaceable
 def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
     """kernel "forward", "dq" or "dkv"; G query heads per K/V head.
 
@@ -77,6 +136,7 @@ def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
     return TpuBlocks(512, 512, 512) if window is None else TpuBlocks(0, 256, 768)
 
 
+@_replaceable
 def tpu_sums_on_mxu(kind: str) -> bool:
     """Whether the forward kernel sums p in the matrix unit. Static cycles of a 512 x 512 tile and
     of its masked variant together, H = 128, with and without: v6e 1559 and 1659, v7x 2182 and 1692,
@@ -85,6 +145,7 @@ def tpu_sums_on_mxu(kind: str) -> bool:
     return "v6" in kind
 
 
+@_replaceable
 def tpu_decode_rows(H: int) -> int:
     """Slots x K/V heads per grid step: 1 MB of keys and as much of values in bf16, so that a step's
     copies take several times what a step costs (about 0.35 us)."""
@@ -107,17 +168,21 @@ class GpuBlocks(NamedTuple):
     decode_stages: int
 
 
-# By device kind and head width. Nothing here was measured on a device: these compiled for an H200
+# By head width. Nothing here was measured on a device: these compiled for an H200
 # without a spilled register, fill its 227 KB of shared memory, and follow FlashAttention-3.
 _GPU_BLOCKS = {
-    ("hopper", 64): GpuBlocks(64, 128, 4, 128, 4, 64, 6, 64, 10),
-    ("hopper", 128): GpuBlocks(64, 128, 2, 128, 2, 64, 3, 64, 5),
+    64: GpuBlocks(64, 128, 4, 128, 4, 64, 6, 64, 10),
+    128: GpuBlocks(64, 128, 2, 128, 2, 64, 3, 64, 5),
 }
 
 
-def gpu_blocks(H: int, kind: str = "hopper") -> GpuBlocks:
+GPU_HEAD_WIDTHS = tuple(_GPU_BLOCKS)
+
+
+@_replaceable
+def gpu_blocks(H: int) -> GpuBlocks:
     """Block sizes for head width H, up to the next width of the table."""
-    return _GPU_BLOCKS[kind, 64 if H <= 64 else 128]
+    return _GPU_BLOCKS[_next(H, GPU_HEAD_WIDTHS)]
 
 
 class TritonBlocks(NamedTuple):
@@ -138,26 +203,30 @@ _TRITON_BLOCKS = {
     ("forward", 64): TritonBlocks(128, 64, 8, 3),
     ("forward", 128): TritonBlocks(128, 64, 8, 3),
     ("forward", 256): TritonBlocks(64, 32, 8, 2),
-    ("backward_q", 64): TritonBlocks(128, 64, 8, 3),
-    ("backward_q", 128): TritonBlocks(128, 32, 8, 2),
-    ("backward_q", 256): TritonBlocks(64, 16, 8, 2),
-    ("backward_kv", 64): TritonBlocks(32, 128, 8, 2),
-    ("backward_kv", 128): TritonBlocks(64, 64, 8, 2),
-    ("backward_kv", 256): TritonBlocks(32, 32, 8, 2),
+    ("dq", 64): TritonBlocks(128, 64, 8, 3),
+    ("dq", 128): TritonBlocks(128, 32, 8, 2),
+    ("dq", 256): TritonBlocks(64, 16, 8, 2),
+    ("dkv", 64): TritonBlocks(32, 128, 8, 2),
+    ("dkv", 128): TritonBlocks(64, 64, 8, 2),
+    ("dkv", 256): TritonBlocks(32, 32, 8, 2),
     ("decode", 64): TritonBlocks(1, 128, 4, 3),
     ("decode", 128): TritonBlocks(1, 64, 4, 3),
     ("decode", 256): TritonBlocks(1, 32, 4, 2),
 }
 
 
+TRITON_HEAD_WIDTHS = tuple(sorted({width for _, width in _TRITON_BLOCKS}))
+
+
+@_replaceable
 def triton_blocks(compute_capability: int, kernel: str, H: int, segments: bool) -> TritonBlocks:
-    """kernel: forward, backward_q, backward_kv or decode; H up to the next width of the table."""
-    width = 64 if H <= 64 else 128 if H <= 128 else 256
+    """kernel: forward, dq, dkv or decode; H up to the next width of the table."""
+    width = _next(H, TRITON_HEAD_WIDTHS)
     if (kernel, width) == ("forward", 64) and compute_capability in (80, 90) and not segments:
         # 32 rows a warp halve what is read from shared memory; elsewhere they would spill.
         return TritonBlocks(128, 64, 4, 3)
     if (kernel, width) == ("forward", 128) and compute_capability not in (80, 90):
         return TritonBlocks(128, 32, 8, 3)
-    if (kernel, width) == ("backward_kv", 128) and compute_capability >= 90:
+    if (kernel, width) == ("dkv", 128) and compute_capability >= 90:
         return TritonBlocks(32, 64, 8, 2)  # wgmma's operands leave fewer registers
     return _TRITON_BLOCKS[kernel, width]

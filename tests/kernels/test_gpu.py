@@ -13,16 +13,14 @@ import pytest
 
 from pallas_kernels import (
     MASKED,
+    Call,
     SegmentIds,
-    api,
-    blocks,
+    block_sizes,
     decode_cross,
     decode_window,
-    hopper,
     interpret,
-    pallas_gpu,
-    pallas_gpu_decode,
 )
+from pallas_kernels.attention import blocks, gpu, gpu_decode, hopper
 from pallas_kernels.device import Device
 from tests.kernels.cases import (
     Shape,
@@ -44,9 +42,9 @@ SMALL = blocks.GpuBlocks(
 
 
 @pytest.fixture(autouse=True)
-def small_gpu_blocks(monkeypatch):
-    for module in (pallas_gpu, pallas_gpu_decode):
-        monkeypatch.setattr(module, "gpu_blocks", lambda H: SMALL)
+def small_gpu_blocks():
+    with block_sizes(gpu_blocks=lambda H: SMALL):
+        yield
 
 
 def both(shape: Shape, args, races: bool = False, **options):
@@ -176,7 +174,7 @@ def test_plan_visits_exactly_the_blocks_that_hold_visible_pairs(window, q_offset
     are not empty, and the inner ones need no mask. Queries and keys in blocks of other sizes."""
     N, S = 48, 40
     for limit in (0, 13, 40):
-        plan = pallas_gpu._Plan(N, S, 1, window, q_offset, 1.0, limit < S)
+        plan = gpu._Plan(N, S, 1, window, q_offset, 1.0, limit < S)
         age = q_offset + np.arange(N)[:, None] - np.arange(S)[None, :]
         seen = (age >= 0) & (age < (window or 1000)) & (np.arange(S) < limit)
         for axis, (outer, inner) in ((0, (16, 8)), (1, (8, 16))):
@@ -196,7 +194,7 @@ def test_plan_visits_exactly_the_blocks_that_hold_visible_pairs(window, q_offset
 
 
 def test_decode_splits_fill_the_device():
-    splits = pallas_gpu_decode._splits
+    splits = gpu_decode._splits
     assert splits(4, 131072, 64) == 33  # 132 thread blocks
     assert splits(32, 131072, 64) == 4
     assert splits(4, 512, 64) == 4  # two blocks of keys each: one a consumer
@@ -208,7 +206,7 @@ def test_it_says_why_it_cannot_run():
     hopper_gpu = Device("gpu", "NVIDIA H200")
 
     def reason(device=hopper_gpu, operation="window_attention", **facts):
-        return pallas_gpu.unsupported_reason(api.Call(operation, device, **facts))
+        return gpu.unsupported_reason(Call(operation, device, **facts))
 
     reasons = [
         reason(Device("cpu", "cpu")),
@@ -227,7 +225,7 @@ def test_it_says_why_it_cannot_run():
 
 
 def test_cost_estimate_counts_visible_pairs():
-    plan = pallas_gpu._Plan(29, 20, 1, 6, 3, 1.0, True)
+    plan = gpu._Plan(29, 20, 1, 6, 3, 1.0, True)
     age = 3 + np.arange(29)[:, None] - np.arange(20)[None, :]
     pairs = 2 * 4 * int(((age >= 0) & (age < 6)).sum())
-    assert pallas_gpu._cost(plan, B=2, Q=4, H=8, products=2) == (4 * pairs * 8, pairs)
+    assert gpu._cost(plan, B=2, Q=4, H=8, products=2) == (4 * pairs * 8, pairs)

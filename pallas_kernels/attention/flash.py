@@ -15,22 +15,22 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import mask as masks
 from pallas_kernels import sharding
+from pallas_kernels.attention.mask import MASKED, Mask
 from pallas_kernels.device import interpretation
 
 LOG2E = math.log2(math.e)
 
 
 class Kernels(NamedTuple):
-    """forward(spec, q, k, v, segments, lengths) -> out [B N Q H] in q's dtype, lse [B Q N] fp32:
-    the natural log of the sum of exponentials, MASKED where a row sees nothing (out is 0 there).
+    """forward(spec, q, k, v, mask) -> out [B N Q H] in q's dtype, lse [B Q N] fp32: the natural log
+    of the sum of exponentials, MASKED where a row sees nothing (out is 0 there).
 
-    backward(spec, q, k, v, segments, lengths, lse2, delta, d_out) -> dq, dk, dv: dq in q's dtype,
-    dk and dv in spec.kv_grad_dtype. lse2 [B Q N] is in base 2, and 0 for a row that sees nothing,
+    backward(spec, q, k, v, mask, lse2, delta, d_out) -> dq, dk, dv: dq in q's dtype, dk and dv in
+    spec.kv_grad_dtype. lse2 [B Q N] is in base 2, and 0 for a row that sees nothing,
     so that exp2(MASKED - lse2) is 0; delta [B Q N] = sum(out * d_out, H) - d_lse, both fp32.
 
-    k and v [B S K H] come in q's dtype; segments is SegmentIds or None, lengths [B] int32 or None.
+    k and v [B S K H] come in q's dtype; mask.lengths are int32 if there are any.
     """
 
     forward: Callable
@@ -40,43 +40,46 @@ class Kernels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is static about a call, besides shapes and dtypes."""
+    """What is static about a call, besides shapes, dtypes and the mask's static part."""
 
     kernels: Kernels
-    window: int | None
-    q_offset: int
     scale: float
     kv_grad_dtype: jnp.dtype
     where: sharding.Layout | None = None
 
 
-def _run_forward(spec: Spec, q, k, v, segments, lengths):
+def kernel_name(what: str, implementation: str, window: int | None = None) -> str:
+    """The name of a kernel in profiles and compilers' reports. what: forward, dq, dkv, backward
+    where one kernel has all gradients, or decode, which serves the window and the whole cache."""
+    kind = "" if what == "decode" else "full_" if window is None else "window_"
+    return f"attention_{kind}{what}_{implementation}"
+
+
+def _run_forward(spec: Spec, q, k, v, mask: Mask):
     where = spec.where
     if where is None:
-        return spec.kernels.forward(spec, q, k, v, segments, lengths)
+        return spec.kernels.forward(spec, q, k, v, mask)
 
-    def body(q, k, v, segments, lengths):
+    def body(q, k, v, mask):
         k, v = (where.my_kv_heads(x, q.shape[2]) for x in (k, v))
-        return spec.kernels.forward(spec, q, k, v, segments, lengths)
+        return spec.kernels.forward(spec, q, k, v, mask)
 
-    in_specs = where.specs("b.q.", "b.k.", "b.k.", "b.", "b")
+    in_specs = where.specs("b.q.", "b.k.", "b.k.", "b")  # the last is that of each array of mask
     run = sharding.on_each_device(body, where, in_specs, where.specs("b.q.", "bq."))
-    return run(q, k, v, segments, lengths)
+    return run(q, k, v, mask)
 
 
-def _run_backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+def _run_backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
     where = spec.where
     if where is None:
-        return spec.kernels.backward(spec, q, k, v, segments, lengths, lse2, delta, d_out)
+        return spec.kernels.backward(spec, q, k, v, mask, lse2, delta, d_out)
     replicated = where.kv_heads != where.heads
     local_spec = dataclasses.replace(spec, kv_grad_dtype=jnp.dtype("float32"))
     local_spec = local_spec if replicated else spec
 
-    def body(q, k, v, segments, lengths, lse2, delta, d_out):
+    def body(q, k, v, mask, lse2, delta, d_out):
         mine = [where.my_kv_heads(x, q.shape[2]) for x in (k, v)]
-        dq, *dkv = spec.kernels.backward(
-            local_spec, q, *mine, segments, lengths, lse2, delta, d_out
-        )
+        dq, *dkv = spec.kernels.backward(local_spec, q, *mine, mask, lse2, delta, d_out)
         if replicated:
             whole = jax.ShapeDtypeStruct(k.shape, jnp.float32)
             put_back = jax.linear_transpose(lambda x: where.my_kv_heads(x, q.shape[2]), whole)
@@ -84,35 +87,35 @@ def _run_backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
         return dq, *(x.astype(spec.kv_grad_dtype) for x in dkv)
 
     rows = ("b.q.", "b.k.", "b.k.")
-    in_specs = where.specs(*rows, "b.", "b", "bq.", "bq.", "b.q.")
+    in_specs = where.specs(*rows, "b", "bq.", "bq.", "b.q.")
     run = sharding.on_each_device(body, where, in_specs, where.specs(*rows))
-    return run(q, k, v, segments, lengths, lse2, delta, d_out)
+    return run(q, k, v, mask, lse2, delta, d_out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, q, k, v, segments, lengths):
-    return _forward(spec, q, k, v, segments, lengths)[0]
+def _attention(spec, q, k, v, mask):
+    return _forward(spec, q, k, v, mask)[0]
 
 
-def _forward(spec, q, k, v, segments, lengths):
+def _forward(spec, q, k, v, mask):
     # k and v may be fp32 beside a bf16 q: then they are read in bf16 and their gradients leave
     # the accumulators unrounded, so that a sum over layers that share them is one in fp32.
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    out, lse = _run_forward(spec, q, k, v, segments, lengths)
+    out, lse = _run_forward(spec, q, k, v, mask)
     # Named, so that a remat policy can keep them and not run attention again.
     out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return (out, lse), (q, k, v, segments, lengths, out, lse)
+    return (out, lse), (q, k, v, mask, out, lse)
 
 
 def _backward(spec, residuals, cotangents):
-    q, k, v, segments, lengths, out, lse = residuals
+    q, k, v, mask, out, lse = residuals
     d_out, d_lse = cotangents
     # ds = p (dp - delta), and d lse / d s = p, so the gradient of lse joins delta.
     products = out.astype(jnp.float32) * d_out.astype(jnp.float32)
     delta = products.sum(-1).swapaxes(1, 2) - d_lse
-    lse2 = jnp.where(lse < masks.MASKED / 2, 0.0, lse * LOG2E)
-    grads = _run_backward(spec, q, k, v, segments, lengths, lse2, delta, d_out)
-    return *grads, None, None
+    lse2 = jnp.where(lse < MASKED / 2, 0.0, lse * LOG2E)
+    grads = _run_backward(spec, q, k, v, mask, lse2, delta, d_out)
+    return *grads, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -125,6 +128,20 @@ def padded_width(H: int, head_widths: tuple[int, ...]) -> int:
     return next((width for width in head_widths if width >= H), H)
 
 
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def padded(x, axis: int, size: int):
+    """x with zeros after it, `size` along the axis. Rows of zeros get gradients of zero; keys of
+    zeros are masked."""
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
 def _check_context(opaque: bool, q, where) -> None:
     if (opaque or where is not None) and getattr(jax.typeof(q), "vma", None):
         raise ValueError(
@@ -133,32 +150,17 @@ def _check_context(opaque: bool, q, where) -> None:
         )
 
 
-def attention(
-    kernels: Kernels,
-    q,
-    k,
-    v,
-    *,
-    window,
-    q_offset,
-    segments,
-    kv_lengths,
-    scale,
-    partition=None,
-    head_widths=(),
-):
+def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, head_widths=()):
     """Same contract as `reference.attention`, by the kernels given, under the mesh in use. Heads
     are padded with zeros, which change nothing, to the next of head_widths."""
     H = q.shape[-1]
-    pad = padded_width(H, head_widths) - H
-    if pad:
-        q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, pad),)) for x in (q, k, v))
-    if window is not None and window >= q_offset + q.shape[1]:
-        window = None  # it cuts nothing off
+    q, k, v = (padded(x, 3, padded_width(H, head_widths)) for x in (q, k, v))
+    if mask.window is not None and mask.window >= mask.q_offset + q.shape[1]:
+        mask = dataclasses.replace(mask, window=None)  # it cuts nothing off
     where = sharding.layout(partition, q.shape[0], q.shape[2], k.shape[2])
     _check_context(kernels.opaque, q, where)
-    spec = Spec(kernels, window, q_offset, scale, jnp.dtype(k.dtype), where)
-    out, lse = _attention(spec, q, k, v, segments, kv_lengths)
+    spec = Spec(kernels, scale, jnp.dtype(k.dtype), where)
+    out, lse = _attention(spec, q, k, v, mask)
     return out[..., :H], lse.swapaxes(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Attention on TPUs: one template for the window and full causal attention, and a decode kernel.
+"""Attention on TPUs: one template for the window and full causal attention.
 
 Why it exists: XLA has no fused attention on TPUs, and jax's splash attention reads every K/V head
 once per query head, steps through a window block by block with a running softmax, and takes its
@@ -16,9 +16,7 @@ innermost axis, so that a head's block is one matrix. The transposes are left to
 choose layouts that make them free; whether it does in a model was not looked into.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,28 +24,35 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import mask as masks
-from pallas_kernels.blocks import TPU_LANES, TPU_VMEM, tpu_blocks, tpu_decode_rows, tpu_sums_on_mxu
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import (
+    TPU_HEAD_WIDTHS,
+    TPU_LANES,
+    TPU_VMEM,
+    tpu_blocks,
+    tpu_sums_on_mxu,
+)
+from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
+from pallas_kernels.attention.tpu_bands import Bands, Scalars, Tiles, column
+from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation, target_device
-from pallas_kernels.flash import LOG2E, Spec
 
-_HEAD_WIDTHS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float32")
-_NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
-_NN = (((1,), (0,)), ((), ()))
-_TN = (((0,), (0,)), ((), ()))  # a [k m], b [k n] -> [m n]
+NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
+NN = (((1,), (0,)), ((), ()))
+TN = (((0,), (0,)), ((), ()))  # a [k m], b [k n] -> [m n]
 # What the backward kernels handle at a time inside a tile (static cycles on v6e, H = 128).
 _DQ_CHUNK = 256  # queries; a tile of 256 x 768 took 601 cycles, in halves 686
 _DKV_CHUNK = 512 * 256  # scores; a tile of 768 x 256 took 757 cycles, in pieces of 256 x 256 881
 
 
-def _dot(a, b, dims=_NN):
+def dot(a, b, dims=NN):
     # fp32 inputs are a test's or a small model's: exact there, whatever the default precision is.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def unsupported_reason(call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """See api.Implementation. Interpreted kernels take any head width."""
     interpreted = interpretation() is not None
     if not interpreted:
@@ -56,30 +61,30 @@ def unsupported_reason(call) -> str | None:
         if call.device.kind not in TPU_VMEM:
             known = ", ".join(TPU_VMEM)
             return f"The TPU kernels were compiled for {known} only; this is {call.device.kind}."
-    if call.dtype is not None and str(jnp.dtype(call.dtype)) not in _DTYPES:
-        return f"The TPU kernels take {' or '.join(_DTYPES)}; got {jnp.dtype(call.dtype)}."
+    if call.dtype_name not in (None, *_DTYPES):
+        return f"The TPU kernels take {' or '.join(_DTYPES)}; got {call.dtype_name}."
     if interpreted or call.q_shape is None:
         return None
-    H = call.q_shape[-1]
-    if H not in _HEAD_WIDTHS:
-        widths = ", ".join(map(str, _HEAD_WIDTHS))
+    H = call.head_width
+    if H not in TPU_HEAD_WIDTHS:
+        widths = ", ".join(map(str, TPU_HEAD_WIDTHS))
         return f"The TPU kernels take heads of width {widths}; got {H}."
-    if call.k_shape is not None and call.dtype is not None and len(call.q_shape) == 4:
+    if call.k_shape is not None and call.dtype is not None and not call.decodes:
         need, have = _vmem(call), TPU_VMEM[call.device.kind]
         if need > have:
             return (
                 f"The TPU kernels would need some {need >> 20} MB of VMEM for "
                 + (f"a window of {call.window}" if call.window else "full attention")
-                + f" and {call.q_shape[2] // call.k_shape[2]} heads of {H} a group; "
+                + f" and {call.group} heads of {H} a group; "
                 f"{call.device.kind} leaves them {have >> 20} MB."
             )
     return None
 
 
-def _vmem(call) -> int:
+def _vmem(call: Call) -> int:
     """Roughly the bytes of VMEM of the largest kernel: blocks, twice for the copies ahead, sums and
     a tile's temporaries."""
-    G, H = call.q_shape[2] // call.k_shape[2], call.q_shape[3]
+    G, H = call.group, call.head_width
     item = jnp.dtype(call.dtype).itemsize
     largest = 0
     for kernel in ("forward", "dq", "dkv"):
@@ -95,146 +100,8 @@ def _vmem(call) -> int:
     return largest
 
 
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
-def _pad(x, axis: int, size: int):
-    if x is None or x.shape[axis] == size:
-        return x
-    return jnp.pad(x, [(0, (size - n) * (a == axis)) for a, n in enumerate(x.shape)])
-
-
-def _clip(x, low, high):
-    return jnp.maximum(jnp.minimum(x, high), low)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bands:
-    """Which positions of the other axis a block of `block` positions reads, in `steps` grid steps
-    of `size` positions each: one step for a window, every block up to (or from) the diagonal for
-    full attention. Starts are multiples of 128, and clipped to the array: a step whose start
-    does not change costs no copy, and positions are compared, never assumed.
-
-    shift: position of the outer axis' element 0 on the inner axis (q_offset for keys read by
-    queries, -q_offset for queries read by keys). back, ahead: how far behind its first and beyond
-    its last position a block reads; None: to the end of the array.
-    """
-
-    block: int
-    size: int
-    steps: int
-    length: int  # of the inner axis
-    shift: int
-    back: int | None
-    ahead: int | None
-
-    @classmethod
-    def plan(cls, block, size, length, shift, back, ahead):
-        if back is None or ahead is None:
-            return cls(block, size, length // size, length, shift, back, ahead)
-        reach = block + back + ahead + (shift - back) % TPU_LANES
-        size = min(length, _round_up(reach, TPU_LANES))
-        return cls(block, size, 1, length, shift, back, ahead)
-
-    def start(self, i, j, limit=None):
-        """First inner position of step j for outer block i, of a row of which `limit` exist."""
-        first = self.shift + i * self.block
-        last_start = self.length - self.size
-        if self.back is None:  # keys of a causal query block: 0 .. its last position
-            last = first + self.block - 1
-            last = last if limit is None else jnp.minimum(last, jnp.maximum(limit, 1) - 1)
-            start = jnp.minimum(j * self.size, last // self.size * self.size)
-        elif self.ahead is None:  # queries of a causal key block: its first position .. the end
-            start = jnp.maximum(j * self.size, first // self.size * self.size)
-        else:
-            start = (first - self.back) // TPU_LANES * TPU_LANES
-        return pl.multiple_of(_clip(start, 0, last_start), TPU_LANES)
-
-
-class _Scalars(NamedTuple):
-    """What is prefetched into scalar memory, and the batch row at hand. lengths [B]; q_ids, k_ids
-    [2 B, blocks of 128]: a row's lowest and its highest segment id in each block."""
-
-    lengths: Any
-    q_ids: Any
-    k_ids: Any
-    b: Any
-
-    def ids(self, ref, first, size: int):
-        """Lowest and highest id of elements first .. first + size, both multiples of 128."""
-        blocks = [first // TPU_LANES + n for n in range(size // TPU_LANES)]
-        low = functools.reduce(jnp.minimum, [ref[2 * self.b, n] for n in blocks])
-        high = functools.reduce(jnp.maximum, [ref[2 * self.b + 1, n] for n in blocks])
-        return low, high
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-    """What the kernels need to know about a tile of queries x keys: who sees whom."""
-
-    spec: Spec
-    S: int  # keys that exist; the array may be longer
-    padded: bool  # whether a query could see a key beyond S
-    segments: bool
-    lengths: bool
-
-    def limit(self, scalars):
-        return scalars.lengths[scalars.b] if self.lengths else self.S
-
-    def apply(self, scalars, q_first, k_first, bq, bk, limit, body):
-        """Runs body(masked: bool) for the tile of queries at positions q_first.. and keys k_first..
-        not at all if nobody sees anybody, without a mask if all see all. Packed documents: a tile
-        is skipped if the ranges of ids are apart, and needs no mask if all ids are one."""
-        window = self.spec.window
-        youngest, oldest = q_first - (k_first + bk - 1), q_first + bq - 1 - k_first
-        some, every = oldest >= 0, youngest >= 0
-        if window is not None:
-            some, every = some & (youngest < window), every & (oldest < window)
-        if self.padded or self.lengths:
-            some, every = some & (k_first < limit), every & (k_first + bk <= limit)
-        if self.segments:
-            q_low, q_high = scalars.ids(scalars.q_ids, q_first - self.spec.q_offset, bq)
-            k_low, k_high = scalars.ids(scalars.k_ids, k_first, bk)
-            some = some & (q_low <= k_high) & (k_low <= q_high)
-            every = every & (q_low == k_high) & (k_low == q_high)
-        pl.when(some & every)(functools.partial(body, False))
-        pl.when(some & ~every)(functools.partial(body, True))
-
-    def seen(self, q_first, k_first, shape, q_axis, limit, q_ids, k_ids):
-        """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it."""
-        q_pos = lax.broadcasted_iota(jnp.int32, shape, q_axis)
-        k_pos = lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
-        # Only the difference of the two counts; added to the positions along the lanes, of which
-        # there are fewer registers.
-        if q_axis == 0:
-            zero, k_pos = q_first, k_pos + (k_first - q_first)
-        else:
-            zero, q_pos = k_first, q_pos + (q_first - k_first)
-        seen = masks.visible_int32(q_pos, k_pos, self.spec.window)
-        if self.padded or self.lengths:
-            seen = seen & (k_pos < limit - zero)
-        if self.segments:
-            seen = seen & (q_ids == k_ids)
-        return seen
-
-    def columns_and_rows(self, q_ref, q_here, k_ref, k_here):
-        """Ids of the queries as a column, of the keys as a row; two Nones without segments."""
-        if not self.segments:
-            return None, None
-        return _column(q_ref[:, q_here])[:, :1], k_ref[:, k_here]
-
-    def rows_and_columns(self, q_ref, q_here, k_ref, k_here):
-        return self.columns_and_rows(k_ref, k_here, q_ref, q_here)[::-1]
-
-
 def _chunks(n: int, size: int) -> list[slice]:
     return [slice(low, min(low + size, n)) for low in range(0, n, size)]
-
-
-def _column(row, width=TPU_LANES):
-    """[1, n] -> [n, width], each value repeated along the lanes."""
-    return jnp.broadcast_to(row, (width, row.shape[1])).T
 
 
 def _masked(scores, seen):
@@ -244,7 +111,7 @@ def _masked(scores, seen):
     return jnp.where(seen[None], grouped, masks.MASKED).reshape(scores.shape)
 
 
-def _lanes(x, width: int):
+def lanes(x, width: int):
     """x [rows, 128] with equal lanes, as [rows, width]."""
     if width <= x.shape[1]:
         return x[:, :width]
@@ -265,11 +132,11 @@ def _forward_kernel(tiles, bands, bc, *refs):
     not, the row sums come out of the product p v for nothing, as columns of ones beside v; the
     vector unit, which this kernel waits for, is spared the adds (`tpu_sums_on_mxu`)."""
     q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref, top, total, acc = refs[3:]
-    scalars = _Scalars(*refs[:3], pl.program_id(0))
+    scalars = Scalars(*refs[:3], pl.program_id(0))
     i, j = pl.program_id(2), pl.program_id(3)
     G, bq, H = q_ref.shape
     R, width = acc.shape
-    q_first = tiles.spec.q_offset + i * bq
+    q_first = tiles.q_offset + i * bq
     limit = tiles.limit(scalars)
     start = bands.start(i, j, limit if tiles.lengths else None)
 
@@ -284,21 +151,21 @@ def _forward_kernel(tiles, bands, bc, *refs):
         k_first = start + c * bc
 
         def body(masked):
-            s = _dot(q_ref[...].reshape(R, H), k_ref[here], _NT) * (tiles.spec.scale * LOG2E)
+            s = dot(q_ref[...].reshape(R, H), k_ref[here], NT) * (tiles.scale * LOG2E)
             if masked:
                 ids = tiles.columns_and_rows(q_ids_ref, slice(None), k_ids_ref, here)
                 s = _masked(s, tiles.seen(q_first, k_first, (bq, bc), 0, limit, *ids))
             old = top[...]
             new = jnp.maximum(old, s.max(1, keepdims=True))
-            p = jnp.exp2(s - _lanes(new, bc))
-            keep = _lanes(jnp.exp2(old - new), max(width, TPU_LANES))
+            p = jnp.exp2(s - lanes(new, bc))
+            keep = lanes(jnp.exp2(old - new), max(width, TPU_LANES))
             v = v_ref[here]
             if width > H:
                 v = jnp.concatenate([v, jnp.ones((bc, width - H), v.dtype)], axis=1)
             else:  # whole registers are added here, their lanes at the end
                 sums = functools.reduce(jnp.add, jnp.split(p, bc // TPU_LANES, axis=1))
                 total[...] = total[...] * keep[:, :TPU_LANES] + sums
-            acc[...] = acc[...] * keep[:, :width] + _dot(p.astype(v.dtype), v)
+            acc[...] = acc[...] * keep[:, :width] + dot(p.astype(v.dtype), v)
             top[...] = new
 
         tiles.apply(scalars, q_first, k_first, bq, bc, limit, body)
@@ -310,12 +177,12 @@ def _forward_kernel(tiles, bands, bc, *refs):
     def _():
         empty = top[...] < masks.MASKED / 2
         if width > H:
-            sums = _lanes(acc[:, H:], TPU_LANES)
+            sums = lanes(acc[:, H:], TPU_LANES)
         else:
             sums = jnp.broadcast_to(total[...].sum(1, keepdims=True), total.shape)
         sums = jnp.where(empty, 1.0, sums)
         lse = jnp.where(empty, masks.MASKED, (top[...] + jnp.log2(sums)) / LOG2E)
-        out = acc[:, :H] * _lanes(jnp.where(empty, 0.0, 1.0 / sums), H)
+        out = acc[:, :H] * lanes(jnp.where(empty, 0.0, 1.0 / sums), H)
         out_ref[...] = out.reshape(G, bq, H).astype(out_ref.dtype)
         for g in range(G):
             lse_ref[g : g + 1] = lse[g * bq : (g + 1) * bq].T[:1]
@@ -335,10 +202,10 @@ def _dq_kernel(tiles, bands, bc, *refs):
     """Scores [keys, queries], so that lse and delta are rows of lanes as they lie in memory; dq is
     summed transposed, [H, queries], which keeps the matrix unit's columns full."""
     q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref, dq_ref, acc = refs[3:]
-    scalars = _Scalars(*refs[:3], pl.program_id(0))
+    scalars = Scalars(*refs[:3], pl.program_id(0))
     i, j = pl.program_id(2), pl.program_id(3)
     G, bq = q_ref.shape[:2]
-    q_first = tiles.spec.q_offset + i * bq
+    q_first = tiles.q_offset + i * bq
     limit = tiles.limit(scalars)
     start = bands.start(i, j, limit if tiles.lengths else None)
 
@@ -355,10 +222,10 @@ def _dq_kernel(tiles, bands, bc, *refs):
             k, v = k_ref[here], v_ref[here]
 
             def products(queries):
-                return _dot(k, q_ref[g, queries], _NT), _dot(v, d_out_ref[g, queries], _NT)
+                return dot(k, q_ref[g, queries], NT), dot(v, d_out_ref[g, queries], NT)
 
             def rest(queries, s, dp):
-                s = s * (tiles.spec.scale * LOG2E)
+                s = s * (tiles.scale * LOG2E)
                 if masked:
                     ids = tiles.rows_and_columns(q_ids_ref, queries, k_ids_ref, here)
                     first = q_first + queries.start
@@ -367,7 +234,7 @@ def _dq_kernel(tiles, bands, bc, *refs):
                     )
                 p = jnp.exp2(s - lse_ref[pl.ds(g, 1), queries])
                 ds = p * (dp - delta_ref[pl.ds(g, 1), queries])
-                acc[g, :, queries] += _dot(k, ds.astype(k.dtype), _TN)
+                acc[g, :, queries] += dot(k, ds.astype(k.dtype), TN)
 
             _pipelined(_chunks(bq, _DQ_CHUNK), products, rest)
 
@@ -379,7 +246,7 @@ def _dq_kernel(tiles, bands, bc, *refs):
     @pl.when(j == bands.steps - 1)
     def _():
         for g in range(G):
-            dq_ref[g] = (acc[g] * tiles.spec.scale).T.astype(dq_ref.dtype)
+            dq_ref[g] = (acc[g] * tiles.scale).T.astype(dq_ref.dtype)
 
 
 def _dkv_kernel(tiles, bands, bc, *refs):
@@ -387,7 +254,7 @@ def _dkv_kernel(tiles, bands, bc, *refs):
     band and the G heads of the group, in fp32."""
     q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref = refs[3:11]
     dk_ref, dv_ref, dk, dv = refs[11:]
-    scalars = _Scalars(*refs[:3], pl.program_id(0))
+    scalars = Scalars(*refs[:3], pl.program_id(0))
     i, j = pl.program_id(2), pl.program_id(3)
     G, bk = q_ref.shape[0], k_ref.shape[0]
     k_first = i * bk
@@ -402,18 +269,18 @@ def _dkv_kernel(tiles, bands, bc, *refs):
     def tile(n, _):
         c, g = n // G, n % G
         here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
-        q_first = tiles.spec.q_offset + start + c * bc
+        q_first = tiles.q_offset + start + c * bc
 
         def body(masked):
             q, d_out = q_ref[g, here], d_out_ref[g, here]
-            lse = _column(lse_ref[pl.ds(g, 1), here])
-            delta = _column(delta_ref[pl.ds(g, 1), here])
+            lse = column(lse_ref[pl.ds(g, 1), here])
+            delta = column(delta_ref[pl.ds(g, 1), here])
 
             def products(rows):
-                return _dot(q[rows], k_ref[...], _NT), _dot(d_out[rows], v_ref[...], _NT)
+                return dot(q[rows], k_ref[...], NT), dot(d_out[rows], v_ref[...], NT)
 
             def rest(rows, s, dp):
-                s = s * (tiles.spec.scale * LOG2E)
+                s = s * (tiles.scale * LOG2E)
                 if masked:
                     q_ids = pl.ds(c * bc + rows.start, rows.stop - rows.start)
                     ids = tiles.columns_and_rows(q_ids_ref, q_ids, k_ids_ref, slice(None))
@@ -421,10 +288,10 @@ def _dkv_kernel(tiles, bands, bc, *refs):
                     s = jnp.where(
                         tiles.seen(first, k_first, s.shape, 0, limit, *ids), s, masks.MASKED
                     )
-                p = jnp.exp2(s - _lanes(lse[rows], bk))
-                ds = p * (dp - _lanes(delta[rows], bk))
-                dv[...] += _dot(d_out[rows], p.astype(q.dtype), _TN)
-                dk[...] += _dot(q[rows], ds.astype(q.dtype), _TN)
+                p = jnp.exp2(s - lanes(lse[rows], bk))
+                ds = p * (dp - lanes(delta[rows], bk))
+                dv[...] += dot(d_out[rows], p.astype(q.dtype), TN)
+                dk[...] += dot(q[rows], ds.astype(q.dtype), TN)
 
             _pipelined(_chunks(bc, max(_DKV_CHUNK // bk, TPU_LANES)), products, rest)
 
@@ -435,11 +302,11 @@ def _dkv_kernel(tiles, bands, bc, *refs):
 
     @pl.when(j == bands.steps - 1)
     def _():
-        dk_ref[...] = (dk[...] * tiles.spec.scale).T.astype(dk_ref.dtype)
+        dk_ref[...] = (dk[...] * tiles.scale).T.astype(dk_ref.dtype)
         dv_ref[...] = dv[...].T.astype(dv_ref.dtype)
 
 
-def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, scalars, *args):
+def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, scalars, *args):
     mode = interpretation()
     interpret = mode is not None
     if mode is not None and mode.detect_races:
@@ -468,40 +335,45 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, sca
 class _Operands:
     """The arrays of one call in the kernels' layout, padded, and the specs to read them by."""
 
-    def __init__(self, spec: Spec, kernel: str, q, k, segments, lengths):
+    def __init__(self, spec: Spec, kernel: str, q, k, mask: masks.Mask):
         self.B, self.N, Q, self.H = q.shape
         self.S, self.K = k.shape[1:3]
         self.G = Q // self.K
-        self.window = spec.window
+        self.mask = mask
         self.outer = "keys" if kernel == "dkv" else "queries"
-        blocks = tpu_blocks(kernel, self.G, spec.window)
-        bq = min(blocks.q, _round_up(self.N, TPU_LANES))
-        bk = min(blocks.kv, _round_up(self.S, TPU_LANES))
+        blocks = tpu_blocks(kernel, self.G, mask.window)
+        bq = min(blocks.q, round_up(self.N, TPU_LANES))
+        bk = min(blocks.kv, round_up(self.S, TPU_LANES))
         # The inner axis is cut into blocks only where there is no window.
         inner, ahead = (bk if self.outer == "queries" else bq), None
-        if spec.window is not None:
-            inner, ahead = TPU_LANES, spec.window - 1
+        if mask.window is not None:
+            inner, ahead = TPU_LANES, mask.window - 1
         if self.outer == "queries":
-            self.N_pad, self.S_pad = _round_up(self.N, bq), _round_up(self.S, inner)
+            self.N_pad, self.S_pad = round_up(self.N, bq), round_up(self.S, inner)
             self.blocks = self.N_pad // bq
-            self.bands = _Bands.plan(bq, inner, self.S_pad, spec.q_offset, ahead, 0)
+            self.bands = Bands.plan(bq, inner, self.S_pad, mask.q_offset, ahead, 0)
         else:
-            self.N_pad, self.S_pad = _round_up(self.N, inner), _round_up(self.S, bk)
+            self.N_pad, self.S_pad = round_up(self.N, inner), round_up(self.S, bk)
             self.blocks = self.S_pad // bk
-            self.bands = _Bands.plan(bk, inner, self.N_pad, -spec.q_offset, 0, ahead)
+            self.bands = Bands.plan(bk, inner, self.N_pad, -mask.q_offset, 0, ahead)
         self.bc = next(
             size for size in range(blocks.compute, 0, -TPU_LANES) if self.bands.size % size == 0
         )
         self.grid = (self.B, self.K, self.blocks, self.bands.steps)
-        padded = self.S_pad > self.S and spec.q_offset + self.N > self.S
-        self.tiles = _Tiles(spec, self.S, padded, segments is not None, lengths is not None)
-        self.lengths = jnp.zeros(self.B, jnp.int32) if lengths is None else lengths
-        self.segments = segments
+        self.tiles = Tiles(
+            mask.window,
+            mask.q_offset,
+            spec.scale,
+            self.S,
+            padded=self.S_pad > self.S and mask.q_offset + self.N > self.S,
+            segments=mask.segments is not None,
+            lengths=mask.lengths is not None,
+        )
 
     def queries(self, x):
         """[B N Q H] -> [B K G N H]"""
         x = x.reshape(self.B, self.N, self.K, self.G, self.H).transpose(0, 2, 3, 1, 4)
-        return _pad(x, 3, self.N_pad)
+        return padded(x, 3, self.N_pad)
 
     def queries_back(self, x):
         x = x[:, :, :, : self.N].transpose(0, 3, 1, 2, 4)
@@ -509,30 +381,32 @@ class _Operands:
 
     def keys(self, x):
         """[B S K H] -> [B K S H]"""
-        return _pad(x.swapaxes(1, 2), 2, self.S_pad)
+        return padded(x.swapaxes(1, 2), 2, self.S_pad)
 
     def stats(self, x):
         """[B Q N] -> [B K G N]"""
-        return _pad(x.reshape(self.B, self.K, self.G, self.N), 3, self.N_pad)
+        return padded(x.reshape(self.B, self.K, self.G, self.N), 3, self.N_pad)
 
     def ids(self):
         """[B 1 N] and [B 1 S], or two Nones."""
-        if self.segments is None:
+        if self.mask.segments is None:
             return None, None
-        q_ids, k_ids = (x[:, None].astype(jnp.int32) for x in self.segments)
-        return _pad(q_ids, 2, self.N_pad), _pad(k_ids, 2, self.S_pad)
+        q_ids, k_ids = (x[:, None].astype(jnp.int32) for x in self.mask.segments)
+        return padded(q_ids, 2, self.N_pad), padded(k_ids, 2, self.S_pad)
 
     def scalars(self):
-        """lengths and the ranges of segment ids, for _Scalars."""
-        if self.segments is None:
+        """lengths and the ranges of segment ids, for Scalars."""
+        lengths = self.mask.lengths
+        lengths = jnp.zeros(self.B, jnp.int32) if lengths is None else lengths
+        if self.mask.segments is None:
             nothing = jnp.zeros((1, 1), jnp.int32)
-            return self.lengths, nothing, nothing
+            return lengths, nothing, nothing
 
         def ranges(ids):
             blocks = ids.reshape(self.B, -1, TPU_LANES)
             return jnp.stack([blocks.min(2), blocks.max(2)], 1).reshape(2 * self.B, -1)
 
-        return self.lengths, *(ranges(ids) for ids in self.ids())
+        return lengths, *(ranges(ids) for ids in self.ids())
 
     def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
         """Blocks of the outer axis, or bands of the inner one, between whole other axes."""
@@ -558,15 +432,16 @@ class _Operands:
         return self._spec("queries", (self.G,), ())
 
     def ids_specs(self):
-        if self.segments is None:
+        if self.mask.segments is None:
             return None, None
         return tuple(self._spec(x, (1,), (), heads=False) for x in ("queries", "keys"))
 
     def cost(self, products: int, arrays) -> pl.CostEstimate:
-        """`products` matrix products per visible pair of query and key."""
+        """`products` matrix products per pair of query and key in the blocks that are visited."""
         bands = self.bands
         pairs = self.blocks * bands.block * bands.size * bands.steps
-        pairs //= 1 if self.window is not None else 2  # about half of them lie above the diagonal
+        if self.mask.window is None:
+            pairs //= 2  # about half of them lie above the diagonal
         heads = self.B * self.K * self.G
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
         return pl.CostEstimate(
@@ -576,23 +451,19 @@ class _Operands:
         )
 
 
-def _name(spec: Spec, what: str) -> str:
-    return f"yocou_{'window' if spec.window is not None else 'cross'}_attention_{what}"
-
-
-def forward(spec: Spec, q, k, v, segments, lengths):
+def forward(spec: Spec, q, k, v, mask: masks.Mask):
     """See flash.Kernels."""
-    o = _Operands(spec, "forward", q, k, segments, lengths)
+    o = _Operands(spec, "forward", q, k, mask)
     R = o.G * o.bands.block
-    width = _round_up(o.H + 1, TPU_LANES) if tpu_sums_on_mxu(target_device(q).kind) else o.H
+    width = round_up(o.H + 1, TPU_LANES) if tpu_sums_on_mxu(target_device(q).kind) else o.H
     args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
     out_shape = (
         jax.ShapeDtypeStruct(args[0].shape, q.dtype),
         jax.ShapeDtypeStruct(args[0].shape[:-1], jnp.float32),
     )
-    out, lse = _call(
+    out, lse = call_kernel(
         functools.partial(_forward_kernel, o.tiles, o.bands, o.bc),
-        _name(spec, "forward"),
+        kernel_name("forward", "pallas_tpu", mask.window),
         o.grid,
         (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs()),
         (o.query_spec(), o.stat_spec()),
@@ -605,18 +476,18 @@ def forward(spec: Spec, q, k, v, segments, lengths):
     return o.queries_back(out), lse[..., : o.N].reshape(o.B, -1, o.N)
 
 
-def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
+def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     """See flash.Kernels."""
 
     def gradients(kernel, name, products, out_shapes, out_spec, acc_shape):
-        o = _Operands(spec, name, q, k, segments, lengths)
+        o = _Operands(spec, name, q, k, mask)
         args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
         args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
         rows = (o.query_spec(), o.stat_spec(), o.stat_spec())
         out_shape = out_shapes(*args[:2])
-        out = _call(
+        out = call_kernel(
             functools.partial(kernel, o.tiles, o.bands, o.bc),
-            _name(spec, name),
+            kernel_name(name, "pallas_tpu", mask.window),
             o.grid,
             (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs(), *rows),
             (out_spec(o),) * len(out_shape),
@@ -645,77 +516,3 @@ def backward(spec: Spec, q, k, v, segments, lengths, lse2, delta, d_out):
         lambda o: (o.H, o.bands.block),
     )
     return o.queries_back(dq), *(x[:, :, : o.S].swapaxes(1, 2) for x in dkv)
-
-
-def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
-    """All heads at once: rows of k and v are (slot, K/V head), and a score counts where the query
-    head belongs to the row's. The matrix unit, idle anyway, computes K times too many; to part the
-    heads would be a transposition of everything read."""
-    j = pl.program_id(1)
-    Q, H = q_ref.shape
-    rows = k_ref.shape[0]
-    valid = (valid_ref[pl.program_id(0)] - j * (rows // K)) * K  # rows of this block that exist
-
-    @pl.when(j == 0)
-    def _():
-        top[...] = jnp.full_like(top, masks.MASKED)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
-
-    @pl.when(valid > 0)
-    def _():
-        s = _dot(q_ref[...], k_ref[...], _NT) * (scale * LOG2E)
-        row = lax.broadcasted_iota(jnp.int32, s.shape, 1)
-        mine = lax.broadcasted_iota(jnp.int32, s.shape, 0) // (Q // K)
-        s = jnp.where((row % K == mine) & (row < valid), s, masks.MASKED)
-        old = top[...]
-        new = jnp.maximum(old, s.max(1, keepdims=True))
-        p = jnp.exp2(s - new[:, :1])
-        keep = jnp.exp2(old - new)
-        top[...], total[...] = new, total[...] * keep + p.sum(1, keepdims=True)
-        # What lies beyond the valid slots may be anything, NaN too.
-        exists = lax.broadcasted_iota(jnp.int32, v_ref.shape, 0) < valid
-        v = jnp.where(exists, v_ref[...], jnp.zeros((), v_ref.dtype))
-        acc[...] = acc[...] * _lanes(keep, H) + _dot(p.astype(v.dtype), v)
-
-    @pl.when(j == pl.num_programs(1) - 1)
-    def _():
-        sums = total[...]
-        sums = jnp.where(sums == 0, 1.0, sums)
-        out_ref[...] = (acc[...] / _lanes(sums, H)).astype(out_ref.dtype)
-
-
-def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Memory-bound: with H = 128 the cache is read as it lies,
-    each valid slot once for all heads, and nothing past the last valid block. With other widths XLA
-    first copies the cache to another layout (seen for H = 64 and 256): a known cost."""
-    B, Q, H = q.shape
-    S, K = k.shape[1:3]
-    # The last block may reach beyond the cache: padding would copy the cache at every step.
-    size = min(max(tpu_decode_rows(H) // K // 16, 1) * 16, S)
-    k, v = (x.astype(q.dtype).reshape(B, S * K, H) for x in (k, v))
-
-    def block(b, j, valid_ref):
-        # Beyond the last valid block the index stays where it is: no copy.
-        return b, jnp.minimum(j, jnp.maximum(valid_ref[b] - 1, 0) // size), 0
-
-    q_spec = pl.BlockSpec((pl.squeezed, Q, H), lambda b, j, valid_ref: (b, 0, 0))
-    kv_spec = pl.BlockSpec((pl.squeezed, size * K, H), block)
-    return _call(
-        functools.partial(_decode_kernel, scale, K),
-        "yocou_decode",
-        (B, pl.cdiv(S, size)),
-        (q_spec, kv_spec, kv_spec),
-        q_spec,
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        [(Q, TPU_LANES), (Q, TPU_LANES), (Q, H)],
-        pl.CostEstimate(
-            flops=4 * B * Q * K * S * H,
-            transcendentals=B * Q * K * S,
-            bytes_accessed=2 * B * K * S * H * q.dtype.itemsize,
-        ),
-        (valid,),
-        q,
-        k,
-        v,
-    )

@@ -12,7 +12,7 @@ which wgmma wants 64 of: wasted arithmetic, a third of the time that the bytes t
 block leaves its average in fp32 with the log of its sum, and XLA combines them. The ring buffer of
 the window needs no kernel of its own: softmax does not care in which order the keys lie.
 
-How it rounds and what it runs on: as pallas_gpu.py. Expected limit on an H200: 85% of 4.3 TB/s over
+How it rounds and what it runs on: as gpu.py. Expected limit on an H200: 85% of 4.3 TB/s over
 a long cache; over a ring of 512 keys the two launches (kernel, combination) outweigh the bytes.
 """
 
@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
-from pallas_kernels import mask as masks
-from pallas_kernels.blocks import gpu_blocks
-from pallas_kernels.flash import LOG2E
-from pallas_kernels.hopper import CONSUMERS, pl, plgpu
+from pallas_kernels.attention import hopper
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import gpu_blocks
+from pallas_kernels.attention.flash import LOG2E, kernel_name, padded, round_up
+from pallas_kernels.attention.hopper import CONSUMERS, pl, plgpu
+from pallas_kernels.attention.join import join_splits
 
 MULTIPROCESSORS = 132  # H100 SXM, H200
 STARTUP = 4  # what a thread block costs beside its keys, in blocks of keys (a guess)
@@ -149,17 +150,15 @@ def decode(q, k, v, valid, *, scale):
     G = Q // K
     blocks = gpu_blocks(H)
     size, stages = blocks.decode_kv, blocks.decode_stages
-    if k.shape[1] < size:
-        k, v = (jnp.pad(x, [(0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)]) for x in (k, v))
-    S, R = k.shape[1], -(-G // 8) * 8
-    k, v = k.astype(q.dtype), v.astype(q.dtype)
-    q_rows = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, R - G), (0, 0)])
+    S, R = max(k.shape[1], size), round_up(G, 8)
+    k, v = (padded(x, 1, S).astype(q.dtype) for x in (k, v))
+    q_rows = padded(q.reshape(B, K, G, H), 2, R)
     splits = _splits(B * K, S, size)
     kv = plgpu.SMEM((stages, size, H), k.dtype)
     per_row = plgpu.SMEM((blocks.rows,), jnp.float32)
     out, lse2 = hopper.run(
         functools.partial(_kernel, splits, scale * LOG2E),
-        "yocou_decode",
+        kernel_name("decode", "pallas_gpu"),
         q_rows,
         k,
         v,
@@ -185,7 +184,5 @@ def decode(q, k, v, valid, *, scale):
         },
         cost=(4 * B * Q * S * H, B * Q * S),
     )
-    out, lse2 = out[:, :, :, :G], lse2[:, :, :, :G]
-    weights = jnp.exp2(lse2 - lse2.max(2, keepdims=True))[..., None]
-    out = (out * weights).sum(2) / weights.sum(2)
+    out = join_splits(out[:, :, :, :G], lse2[:, :, :, :G], axis=2)
     return out.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,1 @@
+"""Attention: one contract (api.py), and a file for each implementation and what they share."""

@@ -1,0 +1,33 @@
+"""Partial results of attention over parts of the keys, joined into that over all of them.
+
+out = sum_i exp(lse_i - lse) out_i, where lse is the log of the sum of exponentials over all keys. A
+part in which a row sees nothing (out 0, lse MASKED) counts for nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# out [..., H], and lse [...] in fp32: what attention with return_lse returns.
+Part = tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]
+
+
+def join(first: Part, *others: Part) -> Part:
+    """Parts that were computed by calls of their own, in the natural log; out in the dtype of the
+    first, joined in fp32. The result may be joined with more."""
+    out, lse = first
+    dtype = out.dtype
+    for other, other_lse in others:
+        share = jax.nn.sigmoid(lse - other_lse)[..., None]
+        out = share * out + (1 - share) * other
+        lse = jnp.logaddexp(lse, other_lse)
+    return out.astype(dtype), lse
+
+
+def join_splits(
+    out: Float[Array, "..."], lse2: Float[Array, "..."], axis: int
+) -> Float[Array, "..."]:
+    """The parts along `axis` of what one kernel returned in fp32, their lse in base 2. A row that
+    sees nothing in any part gives 0."""
+    weights = jnp.exp2(lse2 - lse2.max(axis, keepdims=True))
+    return (out * weights[..., None]).sum(axis) / weights.sum(axis)[..., None]

@@ -1,0 +1,147 @@
+"""Which tiles of queries and keys the TPU kernels visit, and who sees whom inside one.
+
+`Bands` says which positions of the other axis a block reads, `Scalars` has what is prefetched into
+scalar memory, and `Tiles` runs a tile without a mask, with one, or not at all.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import TPU_LANES
+from pallas_kernels.attention.flash import round_up
+
+
+def _clip(x, low, high):
+    return jnp.maximum(jnp.minimum(x, high), low)
+
+
+def column(row, width=TPU_LANES):
+    """[1, n] -> [n, width], each value repeated along the lanes."""
+    return jnp.broadcast_to(row, (width, row.shape[1])).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Bands:
+    """Which positions of the other axis a block of `block` positions reads, in `steps` grid steps
+    of `size` positions each: one step for a window, every block up to (or from) the diagonal for
+    full attention. Starts are multiples of 128, and clipped to the array: a step whose start
+    does not change costs no copy, and positions are compared, never assumed.
+
+    shift: position of the outer axis' element 0 on the inner axis (q_offset for keys read by
+    queries, -q_offset for queries read by keys). back, ahead: how far behind its first and beyond
+    its last position a block reads; None: to the end of the array.
+    """
+
+    block: int
+    size: int
+    steps: int
+    length: int  # of the inner axis
+    shift: int
+    back: int | None
+    ahead: int | None
+
+    @classmethod
+    def plan(cls, block, size, length, shift, back, ahead):
+        if back is None or ahead is None:
+            return cls(block, size, length // size, length, shift, back, ahead)
+        reach = block + back + ahead + (shift - back) % TPU_LANES
+        size = min(length, round_up(reach, TPU_LANES))
+        return cls(block, size, 1, length, shift, back, ahead)
+
+    def start(self, i, j, limit=None):
+        """First inner position of step j for outer block i, of a row of which `limit` exist."""
+        first = self.shift + i * self.block
+        last_start = self.length - self.size
+        if self.back is None:  # keys of a causal query block: 0 .. its last position
+            last = first + self.block - 1
+            last = last if limit is None else jnp.minimum(last, jnp.maximum(limit, 1) - 1)
+            start = jnp.minimum(j * self.size, last // self.size * self.size)
+        elif self.ahead is None:  # queries of a causal key block: its first position .. the end
+            start = jnp.maximum(j * self.size, first // self.size * self.size)
+        else:
+            start = (first - self.back) // TPU_LANES * TPU_LANES
+        return pl.multiple_of(_clip(start, 0, last_start), TPU_LANES)
+
+
+class Scalars(NamedTuple):
+    """What is prefetched into scalar memory, and the batch row at hand. lengths [B]; q_ids, k_ids
+    [2 B, blocks of 128]: a row's lowest and its highest segment id in each block."""
+
+    lengths: Any
+    q_ids: Any
+    k_ids: Any
+    b: Any
+
+    def ids(self, ref, first, size: int):
+        """Lowest and highest id of elements first .. first + size, both multiples of 128."""
+        blocks = [first // TPU_LANES + n for n in range(size // TPU_LANES)]
+        low = functools.reduce(jnp.minimum, [ref[2 * self.b, n] for n in blocks])
+        high = functools.reduce(jnp.maximum, [ref[2 * self.b + 1, n] for n in blocks])
+        return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What the kernels need to know about a tile of queries x keys: who sees whom."""
+
+    window: int | None
+    q_offset: int
+    scale: float
+    S: int  # keys that exist; the array may be longer
+    padded: bool  # whether a query could see a key beyond S
+    segments: bool
+    lengths: bool
+
+    def limit(self, scalars):
+        return scalars.lengths[scalars.b] if self.lengths else self.S
+
+    def apply(self, scalars, q_first, k_first, bq, bk, limit, body):
+        """Runs body(masked: bool) for the tile of queries at positions q_first.. and keys k_first..
+        not at all if nobody sees anybody, without a mask if all see all. Packed documents: a tile
+        is skipped if the ranges of ids are apart, and needs no mask if all ids are one."""
+        window = self.window
+        youngest, oldest = q_first - (k_first + bk - 1), q_first + bq - 1 - k_first
+        some, every = oldest >= 0, youngest >= 0
+        if window is not None:
+            some, every = some & (youngest < window), every & (oldest < window)
+        if self.padded or self.lengths:
+            some, every = some & (k_first < limit), every & (k_first + bk <= limit)
+        if self.segments:
+            q_low, q_high = scalars.ids(scalars.q_ids, q_first - self.q_offset, bq)
+            k_low, k_high = scalars.ids(scalars.k_ids, k_first, bk)
+            some = some & (q_low <= k_high) & (k_low <= q_high)
+            every = every & (q_low == k_high) & (k_low == q_high)
+        pl.when(some & every)(functools.partial(body, False))
+        pl.when(some & ~every)(functools.partial(body, True))
+
+    def seen(self, q_first, k_first, shape, q_axis, limit, q_ids, k_ids):
+        """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it."""
+        q_pos = lax.broadcasted_iota(jnp.int32, shape, q_axis)
+        k_pos = lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
+        # Only the difference of the two counts; added to the positions along the lanes, of which
+        # there are fewer registers.
+        if q_axis == 0:
+            zero, k_pos = q_first, k_pos + (k_first - q_first)
+        else:
+            zero, q_pos = k_first, q_pos + (q_first - k_first)
+        seen = masks.visible_int32(q_pos, k_pos, self.window)
+        if self.padded or self.lengths:
+            seen = seen & (k_pos < limit - zero)
+        if self.segments:
+            seen = seen & (q_ids == k_ids)
+        return seen
+
+    def columns_and_rows(self, q_ref, q_here, k_ref, k_here):
+        """Ids of the queries as a column, of the keys as a row; two Nones without segments."""
+        if not self.segments:
+            return None, None
+        return column(q_ref[:, q_here])[:, :1], k_ref[:, k_here]
+
+    def rows_and_columns(self, q_ref, q_here, k_ref, k_here):
+        return self.columns_and_rows(k_ref, k_here, q_ref, q_here)[::-1]

@@ -1,0 +1,87 @@
+"""Decode on TPUs: one query a row over a cache, read as it lies, or over a ring."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import TPU_LANES, tpu_decode_rows
+from pallas_kernels.attention.flash import LOG2E, kernel_name
+from pallas_kernels.attention.tpu import NT, call_kernel, dot, lanes
+
+
+def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
+    """All heads at once: rows of k and v are (slot, K/V head), and a score counts where the query
+    head belongs to the row's. The matrix unit, idle anyway, computes K times too many; to part the
+    heads would be a transposition of everything read."""
+    j = pl.program_id(1)
+    Q, H = q_ref.shape
+    rows = k_ref.shape[0]
+    valid = (valid_ref[pl.program_id(0)] - j * (rows // K)) * K  # rows of this block that exist
+
+    @pl.when(j == 0)
+    def _():
+        top[...] = jnp.full_like(top, masks.MASKED)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(valid > 0)
+    def _():
+        s = dot(q_ref[...], k_ref[...], NT) * (scale * LOG2E)
+        row = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        mine = lax.broadcasted_iota(jnp.int32, s.shape, 0) // (Q // K)
+        s = jnp.where((row % K == mine) & (row < valid), s, masks.MASKED)
+        old = top[...]
+        new = jnp.maximum(old, s.max(1, keepdims=True))
+        p = jnp.exp2(s - new[:, :1])
+        keep = jnp.exp2(old - new)
+        top[...], total[...] = new, total[...] * keep + p.sum(1, keepdims=True)
+        # What lies beyond the valid slots may be anything, NaN too.
+        exists = lax.broadcasted_iota(jnp.int32, v_ref.shape, 0) < valid
+        v = jnp.where(exists, v_ref[...], jnp.zeros((), v_ref.dtype))
+        acc[...] = acc[...] * lanes(keep, H) + dot(p.astype(v.dtype), v)
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        sums = total[...]
+        sums = jnp.where(sums == 0, 1.0, sums)
+        out_ref[...] = (acc[...] / lanes(sums, H)).astype(out_ref.dtype)
+
+
+def decode(q, k, v, valid, *, scale):
+    """Same contract as `reference.decode`. Memory-bound: with H = 128 the cache is read as it lies,
+    each valid slot once for all heads, and nothing past the last valid block. With other widths XLA
+    first copies the cache to another layout (seen for H = 64 and 256): a known cost."""
+    B, Q, H = q.shape
+    S, K = k.shape[1:3]
+    # The last block may reach beyond the cache: padding would copy the cache at every step.
+    size = min(max(tpu_decode_rows(H) // K // 16, 1) * 16, S)
+    k, v = (x.astype(q.dtype).reshape(B, S * K, H) for x in (k, v))
+
+    def block(b, j, valid_ref):
+        # Beyond the last valid block the index stays where it is: no copy.
+        return b, jnp.minimum(j, jnp.maximum(valid_ref[b] - 1, 0) // size), 0
+
+    q_spec = pl.BlockSpec((pl.squeezed, Q, H), lambda b, j, valid_ref: (b, 0, 0))
+    kv_spec = pl.BlockSpec((pl.squeezed, size * K, H), block)
+    return call_kernel(
+        functools.partial(_decode_kernel, scale, K),
+        kernel_name("decode", "pallas_tpu"),
+        (B, pl.cdiv(S, size)),
+        (q_spec, kv_spec, kv_spec),
+        q_spec,
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        [(Q, TPU_LANES), (Q, TPU_LANES), (Q, H)],
+        pl.CostEstimate(
+            flops=4 * B * Q * K * S * H,
+            transcendentals=B * Q * K * S,
+            bytes_accessed=2 * B * K * S * H * q.dtype.itemsize,
+        ),
+        (valid,),
+        q,
+        k,
+        v,
+    )

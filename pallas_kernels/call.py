@@ -1,0 +1,48 @@
+"""A call as an implementation is asked about it: its facts, without arrays."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_kernels.device import Device
+
+
+class UnsupportedCall(ValueError):
+    """The implementation that was asked for by name does not exist or cannot run the call; the
+    message is the reason, as a full sentence."""
+
+
+class Call(NamedTuple):
+    """What an implementation may decide on. Shapes and dtype are None when a banner asks before
+    there are arrays; a reason that does not depend on them must be given all the same."""
+
+    operation: str
+    device: Device
+    q_shape: tuple[int, ...] | None = None
+    k_shape: tuple[int, ...] | None = None
+    dtype: np.dtype | None = None
+    window: int | None = None
+    segments: bool = False
+    lengths: bool = False
+    q_offset: int = 0
+    return_lse: bool = False
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each row has a single query: q is [B, Q, H]."""
+        return self.operation.startswith("decode")
+
+    @property
+    def dtype_name(self) -> str | None:
+        return None if self.dtype is None else np.dtype(self.dtype).name
+
+    @property
+    def head_width(self) -> int | None:
+        return None if self.q_shape is None else self.q_shape[-1]
+
+    @property
+    def group(self) -> int | None:
+        """Query heads per key/value head."""
+        if self.q_shape is None or self.k_shape is None:
+            return None
+        return self.q_shape[-2] // self.k_shape[-2]
