@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     o.final_fraction = 0.1  # of the peak: the learning rate of the last update, exactly
     o.beta1 = 0.9  # of AdamW, as is beta2 (the paper's, Table 6)
     o.beta2 = 0.95
-    o.momentum = 0.95  # of Muon (Nesterov's; yocou_jax/optimizer.py has the formula)
+    o.momentum = 0.95  # of Muon (Nesterov's; yocou_jax/training/optimizer.py has the formula)
     o.eps = 1e-8  # added to AdamW's root, and to a matrix's norm by Muon's Newton-Schulz
     o.weight_decay = 0.1  # of matrices, times the learning rate (the paper's, Tables 6 and 7)
     o.clip_norm = 1.0  # of the global gradient norm (1e9: no clipping); the paper does not give it

@@ -34,7 +34,8 @@ is every key and value read once; a copy of the caches before the kernel adds 2,
 them; a small cache may only be brought into VMEM. It fails nothing.
 
 GPU. Mosaic GPU kernels are assembled by the ptxas in jaxlib's CUDA plugin against a written-down
-target (H200 below); registers, spills and warnings are those of each kernel's own ptxas log.
+target (H200 in benchmarks/aot/targets.py); registers, spills and warnings are those of each
+kernel's own ptxas log.
 Triton kernels are compiled by Triton itself (compile_report of pallas_kernels/attention/triton.py),
 which is asked for bf16 without lengths only: float16 and lengths are not compiled for a100.
 """

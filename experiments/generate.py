@@ -206,7 +206,6 @@ class Writer:
     def __init__(self, mesh):
         from yocou_jax import inference, pretrained
         from yocou_jax.inference import sampling
-        from yocou_jax.model import resolve
 
         self.inference = inference
         self.sampling = sampling.Sampling(
@@ -223,7 +222,7 @@ class Writer:
             config.program.with_loops(NUM_LOOPS.value)  # refuses what makes no sense
             config = dataclasses.replace(config, num_loops=NUM_LOOPS.value)
             note_loops(loaded.config.program, NUM_LOOPS.value)
-        self.model = inference.prepare(loaded.params, config, resolve(compute))
+        self.model = inference.prepare(loaded.params, config, compute)
         self.compiled: set[tuple] = set()
         step = "" if loaded.step is None else f", step {loaded.step:,}"
         _note(f"{WORKDIR.value}: {config.program}{step}")

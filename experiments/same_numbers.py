@@ -29,10 +29,6 @@ from experiments import cli
 from yocou_jax.errors import UserError
 from yocou_jax.program import ARCHITECTURES
 
-STEPS = flags.DEFINE_integer("steps", 20, "Updates of each training run.", lower_bound=5)
-CASES = flags.DEFINE_list("cases", [], "Some of the cases; all of them by default.")
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
-
 ROOT = Path(__file__).parent.parent
 SIZES = {
     **{"model.num_layers": 4, "model.vocab_size": 258, "model.d_model": 32, "model.d_ff": 48},
@@ -49,7 +45,7 @@ VARIANTS = {
     "two of each": {"model.architecture": "window*1@2 | full*1@2 | cross*1@2 | cross*1"},
     "other loop count": {"model.architecture": "yoco_u", "model.num_loops": 2},
     "experts": {"model.architecture": "yoco_u", **EXPERTS},
-    "experts, accumulation": {
+    "experts with accumulation": {
         **{"model.architecture": "transformer", **EXPERTS},
         **{"optimizer.accumulation_steps": 2, "optimizer.z_loss": 0.01},
     },
@@ -85,11 +81,11 @@ def write_text(path: Path) -> None:
     path.write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(1500)))
 
 
-def overrides(case: str, tree: Path, home: Path) -> list[str]:
+def overrides(case: str, tree: Path, home: Path, steps: int) -> list[str]:
     """The flags of a case, as this tree spells them."""
-    fields = SIZES | ALL[case] | {"data.source": home / "text.txt", "run.steps": STEPS.value}
-    fields |= {"run.checkpoint_every": STEPS.value, "run.sample_every": STEPS.value}
-    fields |= {"run.eval_every": max(STEPS.value // 2, 1), "data.cache_dir": home / "tokens"}
+    fields = SIZES | ALL[case] | {"data.source": home / "text.txt", "run.steps": steps}
+    fields |= {"run.checkpoint_every": steps, "run.sample_every": steps}
+    fields |= {"run.eval_every": max(steps // 2, 1), "data.cache_dir": home / "tokens"}
     if "c.compute" not in (tree / "configs/base.py").read_text():  # before it was a group
         fields = {re.sub("^compute", "model", name): value for name, value in fields.items()}
     return ["--config=configs/base.py", *(f"--config.{k}={v}" for k, v in fields.items())]
@@ -116,9 +112,16 @@ def run(tree: Path, home: Path, module: str, *arguments: str) -> tuple[str, str]
     return done.stdout, done.stderr
 
 
-def figures(case: str, tree: Path, home: Path) -> dict:
-    """Every number of a case that must not move, by name."""
-    workdir, given = home / case.replace(" ", "_"), overrides(case, tree, home)
+def figures(case: str, tree: Path, home: Path, steps: int) -> dict:
+    """Every number of a case that must not move, by name; how it fails, if it does."""
+    try:
+        return _figures(case, tree, home, steps)
+    except UserError as error:
+        return {"fails": str(error)}
+
+
+def _figures(case: str, tree: Path, home: Path, steps: int) -> dict:
+    workdir, given = home / case.replace(" ", "_"), overrides(case, tree, home, steps)
     report, _ = run(tree, home, "account", *given, "--json", "--lengths=7,64,1000")
     run(tree, home, "train", *given, f"--workdir={workdir}")
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -146,7 +149,11 @@ def differences(here: dict, there: dict) -> dict[str, tuple]:
     return {name: pair for name, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
 
 
-def compare(revision: str, cases: list[str]) -> dict[str, dict]:
+def both(here: dict, there: dict) -> bool:
+    return "fails" in here and "fails" in there
+
+
+def compare(revision: str, cases: list[str], steps: int) -> dict[str, dict]:
     """For each case how many figures were compared, and which of them differ."""
     with tempfile.TemporaryDirectory(prefix="same_numbers-") as temporary:
         homes = [Path(temporary) / name for name in ("here", "there")]
@@ -159,10 +166,12 @@ def compare(revision: str, cases: list[str]) -> dict[str, dict]:
             (case, tree, home) for case in cases for tree, home in zip(trees, homes, strict=True)
         ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            here_and_there = list(pool.map(lambda job: figures(*job), jobs))
+            here_and_there = list(pool.map(lambda job: figures(*job, steps), jobs))
     pairs = zip(here_and_there[::2], here_and_there[1::2], strict=True)
     return {
+        # A case that fails in both trees compares nothing, so it is no proof either.
         case: {"compared": len(here | there), "differ": differences(here, there)}
+        | ({"differ": {"fails": (here["fails"], there["fails"])}} if both(here, there) else {})
         for case, (here, there) in zip(cases, pairs, strict=True)
     }
 
@@ -173,7 +182,7 @@ def main(arguments):
     cases = CASES.value or list(ALL)
     if unknown := [case for case in cases if case not in ALL]:
         raise UserError(f"There is no case '{unknown[0]}'; the cases are {', '.join(ALL)}.")
-    found = compare(arguments[1], cases)
+    found = compare(arguments[1], cases, STEPS.value)
     same = not any(case["differ"] for case in found.values())
     if JSON.value:
         print(json.dumps({"revision": arguments[1], "same": same, "cases": found}))
@@ -189,4 +198,8 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    # Not above: absl knows a flag once, and a test may import several commands.
+    STEPS = flags.DEFINE_integer("steps", 20, "Updates of each training run.", lower_bound=5)
+    CASES = flags.DEFINE_list("cases", [], "Some of the cases; all of them by default.")
+    JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
     cli.run(main, arguments=1)

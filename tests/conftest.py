@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Compiling is most of what the tests cost, and none of them measures speed.
 FLAGS = [
@@ -35,9 +36,17 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["YOCOU_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # The longest files first, so that no process has one left when the others are done.
-LONGEST = ("test_end_to_end", "test_train", "test_oracle", "test_sharding", "test_inference")
+LONGEST = (
+    *("test_end_to_end", "inference/test_inference", "model/test_model", "training/test_train"),
+    *("experiments/test_generate", "training/test_loop", "test_oracle", "test_sharding"),
+)
 
 
 def pytest_collection_modifyitems(items):
     order = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+    def place(item):
+        name = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+        return order.get(name, len(order))
+
+    items.sort(key=place)

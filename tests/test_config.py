@@ -14,7 +14,17 @@ import pytest
 from configs import base
 from pallas_kernels import api
 from tests import tiny
-from yocou_jax.config import ATTENTION, FIELDS, PROFILE_FROM, Config, DataConfig, ModelConfig
+from yocou_jax.config import (
+    ATTENTION,
+    END,
+    FIELDS,
+    FREE,
+    PROFILE_FROM,
+    Config,
+    DataConfig,
+    ModelConfig,
+    resumable,
+)
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError, shown
 from yocou_jax.program import ARCHITECTURES
@@ -283,3 +293,18 @@ def test_long_values_are_shown_in_part():
     assert shown("a" * 99_999) == "'" + "a" * 59 + " ... " + "a" * 19 + "'"
     assert shown(10**9999) == "<a number of 33216 bits>"
     assert shown("full*2") == "'full*2'"
+
+
+def test_what_may_change_when_a_run_goes_on():
+    """Everything else is the mathematics or the data of a run."""
+    assert set(resumable(END)) == {
+        *("run.steps", "optimizer.schedule", "optimizer.decay_fraction"),
+        "optimizer.final_fraction",
+    }
+    assert set(resumable(FREE)) == {
+        *("compute.attention", "compute.remat", "compute.scan"),
+        *("data.cache_dir", "data.validation_sequences", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+        *("optimizer.max_skipped_updates", "run.log_every", "run.eval_every", "run.sample_every"),
+        *("run.sample_prompt", "run.sample_tokens", "run.checkpoint_every"),
+        *("run.keep_checkpoints", "run.profile_steps"),
+    }

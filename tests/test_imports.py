@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,17 @@ def floor(module: str) -> int:
 def test_a_module_imports_from_its_floor_or_below(module):
     above = [name for name in imports(MODULES[module]) if floor(name) > floor(module)]
     assert not above
+
+
+def test_the_kernels_know_nothing_of_the_library():
+    for module, path in MODULES.items():
+        if module.startswith("pallas_kernels"):
+            assert not any(name.startswith("yocou_jax") for name in imports(path)), module
+
+
+def test_the_arithmetic_loads_no_jax():
+    code = "import sys, yocou_jax.program, yocou_jax.accounting; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_nothing_imports_itself_in_a_circle():

@@ -31,7 +31,7 @@ class Mixer:
         "ring"    the newest positions, as many as the window has
         "cache"   every position
         "global"  nothing: it reads the one global K, V, so only such layers may follow it
-        "state"   something of a fixed size that is not keys and values
+        "state"   something of a fixed size that is not keys and values, or nothing at all
     streams: whether it can run in parallel streams (ParScale).
     """
 

@@ -53,8 +53,8 @@ log = logging.getLogger(__name__)
 class Pretrained:
     """A model to run.
 
-    params: unboxed, as `LanguageModel(config).apply({"params": params}, ...)` takes them; float32
-        from a workdir, of any floating type of DTYPES from an exported folder.
+    params: unboxed, as `LanguageModel(config, ...).apply({"params": params}, ...)` takes them;
+        float32 from a workdir, of any floating type of DTYPES from an exported folder.
     compute: with attention="auto", whatever kernel the model was trained with.
     step: training steps behind it; None if nobody knows.
     """

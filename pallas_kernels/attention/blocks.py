@@ -28,8 +28,8 @@ _REPLACEABLE = set()
 
 
 @contextlib.contextmanager
-def _set(stand_ins: Mapping[str, Callable]):
-    token = _stand_ins.set(stand_ins)
+def _set(stand_ins: Mapping[str, Callable], outer: bool = False):
+    token = _stand_ins.set({**(_stand_ins.get() if outer else {}), **stand_ins})
     try:
         yield
     finally:
@@ -39,7 +39,8 @@ def _set(stand_ins: Mapping[str, Callable]):
 def block_sizes(**stand_ins: Callable):
     """Inside, kernels get their block sizes from the functions given, by the names and with the
     arguments of those in this file; a function given may ask the one that it stands in for. It is
-    read while tracing: a function that was compiled outside keeps what it had.
+    read while tracing: what was compiled outside keeps what it had, and what is compiled inside
+    keeps the functions given.
 
     Raises:
       ValueError: a name that is no such function.
@@ -47,7 +48,7 @@ def block_sizes(**stand_ins: Callable):
     if unknown := sorted(stand_ins.keys() - _REPLACEABLE):
         known = ", ".join(sorted(_REPLACEABLE))
         raise ValueError(f"block_sizes() replaces {known}; got {', '.join(unknown)}.")
-    return _set({**_stand_ins.get(), **stand_ins})
+    return _set(stand_ins, outer=True)
 
 
 def _replaceable(function: Callable) -> Callable:
@@ -55,12 +56,12 @@ def _replaceable(function: Callable) -> Callable:
     _REPLACEABLE.add(name)
 
     @functools.wraps(function)
-    def answer(*args):
+    def answer(*args, **kwargs):
         stand_in = _stand_ins.get().get(name)
         if stand_in is None:
-            return function(*args)
+            return function(*args, **kwargs)
         with _set({}):
-            return stand_in(*args)
+            return stand_in(*args, **kwargs)
 
     return answer
 

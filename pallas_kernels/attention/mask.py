@@ -57,7 +57,7 @@ def same_segment(q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B S"]) -> jax.Arr
     data_fields=("lengths", "segments"),
     meta_fields=("window", "q_offset"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
     """Who sees whom in one call: what is static decides which blocks a kernel visits, the arrays
     are its operands.

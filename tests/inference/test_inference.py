@@ -455,8 +455,11 @@ def test_every_chunk_and_every_block_runs_the_same_program(devices, compiled):
         params = tiny.params(config)
         if devices == 1:
             params = jax.device_put(params, jax.devices()[0])
-        generate(prepare(params, config), [PROMPTS[2]] * 8, **options)
+        run = prepare(params, config)
+        generate(run, [PROMPTS[2]] * 8, **options)
+        score(run, np.array([PROMPTS[2]] * 8), chunk=4)
     assert inference_programs(compiled()) == PROGRAMS
+    assert compiled()["score_chunk"] == 1
 
 
 def test_buckets_waste_at_most_a_quarter():

@@ -29,10 +29,11 @@ def test_a_ragged_prefill_and_decode_are_the_forward_pass_in_plain_xla(implement
     want = np.asarray(full(tiny.params(plain), plain, jnp.asarray(tokens)))
     with interpret():
         model = prepare(tiny.params(plain), plain, kernels)
-        cache, _, found = score(model, tokens[:, :13], lengths, capacity=20, chunk=6)
+        cache, logits, found = score(model, tokens[:, :13], lengths, capacity=20, chunk=6)
         for row, length in enumerate(lengths):
             logps = tiny.logprobs(want, tokens)[row, : length - 1]
             tiny.assert_close(found[row, 1:length], logps)
+        tiny.assert_close(logits, want[rows, lengths - 1])
         for step in range(2):
             cache, logits = decode_step(model, cache, tokens[rows, lengths + step])
             tiny.assert_close(logits, want[rows, lengths + step])

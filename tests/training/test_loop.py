@@ -130,8 +130,13 @@ def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
 
 
 def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
-    """Bit for bit, with a schedule whose past does not depend on its end."""
+    """Bit for bit, with a schedule whose past does not depend on its end; here from a workdir of
+    before the fields of `compute` were a group."""
     make_run(steps=3).train()
+    path = tmp_path / "run" / "manifest.json"
+    old = json.loads(path.read_text())
+    old["config"]["model"] |= old["config"].pop("compute")
+    path.write_text(json.dumps(old))
     longer, at_once = make_run(steps=6).train(), make_run("at_once", steps=6).train()
     assert longer["final_params_sha256"] == at_once["final_params_sha256"]
     losses = [
@@ -143,6 +148,7 @@ def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
     (resume,) = manifest["resumes"]
     assert (resume["step"], resume["exact"]) == (3, True)
     assert "run.steps: 3 -> 6" in resume["changes"][0]
+    assert len(resume["changes"]) == 1
     with pytest.raises(UserError, match=r"6 updates already, more than run.steps=5"):
         make_run(steps=5).train()
 

@@ -52,6 +52,13 @@ def _no_residual(model: PreparedModel, batch: int) -> Float[Array, "PB 1 D"]:
     return constrain(jnp.zeros(shape, model.compute.dtype), *RESIDUAL)
 
 
+@functools.partial(jax.jit, static_argnames="batch", keep_unused=True)
+def _no_logits(model: PreparedModel, batch: int) -> Float[Array, "B V"]:
+    """NaN: nothing predicts the first token of a text."""
+    shape = (batch, model.config.vocab_size)
+    return constrain(jnp.full(shape, jnp.nan, jnp.float32), "batch", "vocab")
+
+
 # --- The two halves -------------------------------------------------------------------------------
 
 
@@ -239,10 +246,10 @@ def score(
       after the end of a row.
     """
     sizes = {"new_tokens": new_tokens, "capacity": capacity, "chunk": chunk}
-    prompts = request.check_prefill(model, tokens, lengths, memory, **sizes)
+    prompts = request.check_prefill(model, tokens, lengths, memory, **sizes, all_logits=True)
     B, V = len(prompts.lengths), model.config.vocab_size
     if logits is None:
-        logits = jnp.full((B, V), jnp.nan)
+        logits = _no_logits(model, B)
     request.check_shape("logits", logits, (B, V))
     chunks, whole = _chunks(prompts, memory is None)
     memory = new_memory(model, B, prompts.capacity) if memory is None else memory
@@ -325,7 +332,7 @@ def programs(
 
     memory = jax.eval_shape(functools.partial(new_memory, batch=batch, capacity=capacity), model)
     last = jax.eval_shape(functools.partial(_no_residual, batch=batch), model)
-    logits = jax.ShapeDtypeStruct((batch, model.config.vocab_size), jnp.float32)
+    logits = jax.eval_shape(functools.partial(_no_logits, batch=batch), model)
     new = (i32(batch, chunk), i32(batch), i32())
     return {
         "prefill_chunk": lambda: prefill_chunk.lower(model, memory, last, *new, whole=True),

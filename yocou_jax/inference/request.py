@@ -12,7 +12,7 @@ from yocou_jax.errors import UserError
 from yocou_jax.inference.sampling import Sampling
 from yocou_jax.inference.sampling import check as check_sampling
 from yocou_jax.inference.weights import PreparedModel
-from yocou_jax.model import empty_memory
+from yocou_jax.model import Compute, empty_memory
 from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import batch_ways
 
@@ -20,6 +20,7 @@ from yocou_jax.sharding import batch_ways
 # fewer (down to 128), because of their activations: 2 GB for 16,384 positions on one device at 1.3B
 # in bfloat16, by XLA's account.
 CHUNK, CHUNK_OF_ALL_ROWS = 2048, 16_384
+LOGITS_OF_A_CHUNK = 2**28  # 1 GB in float32
 
 # Takes new tokens [B, n]; may return which rows [B] are to end here.
 OnTokens = Callable[[np.ndarray], np.ndarray | Sequence[bool] | None]
@@ -67,10 +68,21 @@ def default_sizes(
 
 
 def check_prefill(
-    model: PreparedModel, tokens, lengths, memory: Memory | None, *, new_tokens, capacity, chunk
+    model: PreparedModel,
+    tokens,
+    lengths,
+    memory: Memory | None,
+    *,
+    new_tokens: int,
+    capacity: int | None,
+    chunk: int | None,
+    all_logits: bool = False,
 ) -> Prompts:
-    """A request of `prefill` or `score`. Raises UserError as they say."""
+    """A request of `prefill` or, with all_logits, of `score`. Raises UserError as they say."""
     tokens, lengths = check_prompts(model.config, tokens, lengths)
+    if chunk is None and all_logits:
+        _, usual = default_sizes(*tokens.shape)
+        chunk = min(usual, max(1, LOGITS_OF_A_CHUNK // (len(tokens) * model.config.vocab_size)))
     room, chunk = default_sizes(*tokens.shape, new_tokens, capacity=capacity, chunk=chunk)
     if memory is None:
         check_room(lengths, room if has_capacity(model) else None)
@@ -110,9 +122,14 @@ def check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np.
     return np.where(exists, tokens, 0).astype(np.int32), lengths.astype(np.int32)
 
 
+@functools.cache
+def _capacity_of_one(config: ModelConfig, compute: Compute) -> int | None:
+    return _described(config, compute, 1, 1).capacity
+
+
 def has_capacity(model: PreparedModel) -> bool:
     """Whether anything is kept that can fill."""
-    return empty_memory_like(model, 1, 1).capacity is not None
+    return _capacity_of_one(model.config, model.compute) is not None
 
 
 def check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | int = 0) -> None:
@@ -135,10 +152,9 @@ def check_alive(memory: Memory) -> None:
         )
 
 
-def empty_memory_like(model: PreparedModel, batch: int, capacity: int) -> Memory:
-    """The description of a memory of this model in its compute type; allocates nothing."""
-    like = functools.partial(empty_memory, model.config, batch, capacity, model.compute.dtype)
-    return jax.eval_shape(like)
+def _described(config: ModelConfig, compute: Compute, batch: int, capacity: int) -> Memory:
+    """The description of a memory in the compute type; allocates nothing."""
+    return jax.eval_shape(functools.partial(empty_memory, config, batch, capacity, compute.dtype))
 
 
 def check_memory(
@@ -152,7 +168,7 @@ def check_memory(
             f"A cache of {before.shape[0]} rows cannot go on with {lengths.shape[0]} prompts."
         )
     room = memory.capacity
-    like = empty_memory_like(model, len(before), room or 1)
+    like = _described(model.config, model.compute, len(before), room or 1)
     same = jax.tree.structure(like) == jax.tree.structure(memory)
     kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(m)] for m in (like, memory)]
     if not same or kinds[0] != kinds[1]:

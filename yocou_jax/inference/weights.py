@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from yocou_jax.config import ModelConfig
+from yocou_jax.config import ComputeConfig, ModelConfig
 from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve
 from yocou_jax.model.layers import ExactPartitioned
 from yocou_jax.typing import PyTree
@@ -28,13 +28,16 @@ class PreparedModel:
         return model.apply({"params": self.params}, *args, method=method)
 
 
-def prepare(params: PyTree, config: ModelConfig, compute: Compute | None = None) -> PreparedModel:
+def prepare(
+    params: PyTree, config: ModelConfig, compute: Compute | ComputeConfig | None = None
+) -> PreparedModel:
     """The trained parameters (see `LanguageModel`) made ready; the results are those of training's
     forward pass, to the bit of every cast. Copies: let go of `params` if memory is short.
 
-    compute: by default what the device does best.
+    compute: how to run it, as `pretrained.load` returns how it was trained; by default what the
+    device does best.
     """
-    compute = compute or resolve()
+    compute = compute if isinstance(compute, Compute) else resolve(compute)
     return PreparedModel(_prepared(params, config, compute.dtype), config, compute)
 
 

@@ -177,7 +177,10 @@ class Memory:
     def constrained(self) -> "Memory":
         """As `KeyValue.constrained`, for everything."""
         return Memory(
-            {name: tuple(m.constrained() for m in stage) for name, stage in self.stages.items()},
+            {
+                name: tuple(None if m is None else m.constrained() for m in stage)
+                for name, stage in self.stages.items()
+            },
             None if self.global_kv is None else self.global_kv.constrained(),
             constrain(self.lengths, None),  # the host reads them
         )

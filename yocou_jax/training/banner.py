@@ -80,5 +80,8 @@ def attention_choices(config: Config) -> dict[str, str]:
             )
         except UnsupportedCall as error:
             raise UserError(f"compute.attention='{config.compute.attention}': {error}") from error
-        choices[kernel.operation.replace("_", " ")] = f"{choice.implementation} ({choice.reason})"
+        name = kernel.operation.replace("_", " ")
+        if name in choices:  # of another kind of layer
+            name += f", window {kernel.window}, prefix {kernel.prefix}"
+        choices[name] = f"{choice.implementation} ({choice.reason})"
     return choices

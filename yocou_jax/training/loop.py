@@ -207,7 +207,7 @@ class Run:
         if self.init_from is None:
             return self.setup.init()
         setup, tokenizer = self.setup, self.data.tokenizer
-        source = load_source(self.init_from, setup, self.config.model, tokenizer)
+        source = load_source(self.init_from, setup, self.config, tokenizer)
         manifest["init_from"] = {"path": str(self.init_from), "step": source.step}
         notices += source.notices
         return dataclasses.replace(setup.init(), params=source.params)

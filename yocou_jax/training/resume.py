@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from yocou_jax import pretrained
-from yocou_jax.config import END, FREE, Config, ModelConfig, resumable
+from yocou_jax.config import END, FREE, Config, resumable
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.training.optimizer import decay_starts, make_schedule
@@ -84,7 +84,7 @@ class Source(NamedTuple):
     notices: list[str]
 
 
-def load_source(path: Path, setup: Setup, config: ModelConfig, tokenizer: Tokenizer) -> Source:
+def load_source(path: Path, setup: Setup, config: Config, tokenizer: Tokenizer) -> Source:
     """The parameters of a workdir or an exported folder for a run of `config`.
 
     Raises UserError if its tokenizer or the shape of an array is another one.
@@ -107,8 +107,9 @@ def load_source(path: Path, setup: Setup, config: ModelConfig, tokenizer: Tokeni
         )
     step = "" if source.step is None else f", step {source.step}"
     notices = [f"Started from the parameters of {path}{step}."]
-    sizes = [flat({"model": vars(c)}) for c in (source.config, config)]
-    if changed := differences(*sizes):
+    settings = (source.config, source.compute), (config.model, config.compute)
+    old, new = (flat({"model": vars(model), "compute": vars(how)}) for model, how in settings)
+    if changed := differences(old, new, ignore=FREE_FIELDS):
         notices.append(f"Its model differs: {'; '.join(changed)}.")
     # `load` has placed them as training does.
     params = jax.tree.map(lambda x, like: x.astype(like.dtype), source.params, wanted)

@@ -159,10 +159,12 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
     return abstract, jax.tree_util.tree_map_with_path(lies, abstract)
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    config: Config, compute: Compute, optimizer: optax.GradientTransformation
+) -> TrainState:
     """A fresh state from run.seed; jit it with out_shardings so that no device holds all of it."""
     tokens = jnp.zeros((config.model.program.streams, 2), jnp.int32)
-    model = LanguageModel(config.model, resolve(config.compute))
+    model = LanguageModel(config.model, compute)
     variables = model.init(jax.random.key(config.run.seed), tokens)
     params = nn.unbox(variables)["params"]
     return TrainState(jnp.int32(0), params, optimizer.init(params))
@@ -197,7 +199,8 @@ def set_up(config: Config, devices=None) -> Setup:
     abstract, shardings = state_shardings(config, optimizer, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = batch_sharding(mesh)
-    compute = resolve(config.compute)
+    with jax.set_mesh(mesh):  # whose devices answer "auto"
+        compute = resolve(config.compute)
     return Setup(
         compute=compute,
         mesh=mesh,
@@ -205,7 +208,7 @@ def set_up(config: Config, devices=None) -> Setup:
         abstract_state=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         ),
-        init=jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings),
+        init=jax.jit(lambda: init_state(config, compute, optimizer), out_shardings=shardings),
         step=jax.jit(
             functools.partial(train_step, config=config, compute=compute, optimizer=optimizer),
             in_shardings=(shardings, batch),
