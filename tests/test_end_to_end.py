@@ -216,6 +216,7 @@ def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(hom
         assert {"loss", "grad_norm", "lr"} <= set(got)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(home, whole):
     workdir = home / "damaged"
     shutil.copytree(whole, workdir)
@@ -259,6 +260,7 @@ def test_how_a_run_is_computed_may_change(home, whole):
         assert words in output
 
 
+@pytest.mark.slow
 def test_flags_that_name_nothing(home):
     """An unset variable of a script means neither the default workdir nor the current folder."""
     for flag in ("--init_from=", "--workdir= "):
@@ -324,6 +326,7 @@ def test_a_changed_config_is_refused_with_the_fields(home, whole):
     assert "log_every" not in output  # changes nothing of the mathematics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -350,6 +353,7 @@ def test_a_batch_that_does_not_divide_over_the_devices(home):
     assert_one_sentence(output, "data.batch_size=9", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

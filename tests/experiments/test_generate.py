@@ -93,6 +93,7 @@ def test_many_prompts_samples_files_and_another_loop_count(trained, tmp_path):
     assert "window*2@2 | cross*2" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_dialogue_compiles_once(trained):
     _, source, _ = trained
     flags = ["--interactive", "--max_new_tokens=4", "--temperature=0"]
@@ -105,6 +106,7 @@ def test_a_dialogue_compiles_once(trained):
     assert "compiled in" not in two
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_had_enough(trained):
     command = [sys.executable, "-m", "experiments.generate", f"--workdir={trained[1]}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -270,6 +272,7 @@ def test_rows_that_the_host_ends_are_no_longer_computed():
     assert out.tokens.shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_stop_texts_of_the_command(trained, capsys):
     one, _, exported = trained
     prompts = ["ab", "c"]

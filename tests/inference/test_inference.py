@@ -75,7 +75,13 @@ def test_a_ragged_prefill_and_decode_are_the_forward_pass(name):
     check_against_the_forward_pass(tiny.model(name), chunk=5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("yoco_u", "parscale") else pytest.mark.slow)
+        for n in ARCHITECTURES
+    ],
+)
 def test_scores_are_the_forward_pass_at_every_position(name):
     """In rows of different lengths, and going on from a prompt that was read and forked."""
     config = tiny.model(name)

@@ -112,6 +112,7 @@ def make_run(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
     make_run, monkeypatch, caplog
 ):
@@ -175,6 +176,7 @@ def test_a_run_from_the_weights_of_another(make_run, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.slow
 def test_the_parameters_of_another_run_come_unchanged(make_run, tmp_path):
     make_run("first", steps=2).train()
     run = make_run("second", tmp_path / "first", steps=2)
@@ -186,6 +188,7 @@ def test_the_parameters_of_another_run_come_unchanged(make_run, tmp_path):
     assert int(state.step) == 0
 
 
+@pytest.mark.slow
 def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
     """A sweep takes a run with a summary for a finished one."""
     make_run(steps=2).train()
