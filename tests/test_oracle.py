@@ -146,7 +146,11 @@ def assert_a_step_is_the_oracles(config, batch, seed=0):
     np.testing.assert_allclose(out[metrics.GRAD_NORM], norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(map(str, row.values())))
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=pytest.mark.slow if i else ()) for i, row in enumerate(ROWS)],
+    ids=[" ".join(map(str, row.values())) for row in ROWS],
+)
 def test_a_step_with_options_in_pairs(row):
     make = tiny.packed_batch if row["packed"] else tiny.batch
     assert_a_step_is_the_oracles(config_of(row), make(4, LENGTH))
@@ -155,7 +159,10 @@ def test_a_step_with_options_in_pairs(row):
 # --- Windows about as long as the text ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [LENGTH - 1, LENGTH, LENGTH + 1])
+@pytest.mark.parametrize(
+    "window",
+    [LENGTH, *(pytest.param(w, marks=pytest.mark.slow) for w in (LENGTH - 1, LENGTH + 1))],
+)
 def test_a_window_about_as_long_as_the_text(window):
     """In training, in prefill and token by token."""
     config = tiny.model("window*1@2 | cross*1 | cross*1@2", window=window, cross_rope=True)

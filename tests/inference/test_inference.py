@@ -110,12 +110,14 @@ def test_two_cross_stages_read_one_cache():
     check_against_the_forward_pass(config, chunk=5, steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 3, 4, 8, 17, 40])
 def test_the_chunk_size_does_not_matter(chunk):
     """Chunks below, at and beyond the window, the prompt and the cache (24 positions)."""
     check_against_the_forward_pass(tiny.model("yoco_u", num_layers=2), chunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program", ["full*2", "window*1@2 | full*1", pytest.param("full*2, streams=2", id="streams")]
 )
@@ -139,6 +141,7 @@ def test_so_they_are_for_every_kind_of_layer(fields):
     check_against_the_forward_pass(tiny.model("yoco_u", num_layers=2, **fields), chunk=6, steps=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_loops", [1, 2, 4, 5])
 def test_a_model_runs_at_other_loop_counts_than_its_own(num_loops):
     trained = tiny.model("yoco_u", num_layers=2)
@@ -265,6 +268,7 @@ def recomputed(config, prompt, count):
     return text[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["yoco_u", "transformer"])
 def test_greedy_text_does_not_depend_on_the_batch(name):
     config = tiny.model(name, num_layers=2)
