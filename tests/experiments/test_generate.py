@@ -23,6 +23,7 @@ from yocou_jax.checkpoint import Checkpointer
 from yocou_jax.data.tokenizer import load_tokenizer, train_bpe
 from yocou_jax.errors import UserError
 from yocou_jax.inference import Sampling, generate, generation, prepare
+from yocou_jax.model import resolve
 from yocou_jax.pretrained import export
 from yocou_jax.training.step import TrainState
 
@@ -433,7 +434,11 @@ def no_model(monkeypatch, typed):
         raise Reached
 
     typed(b"a")
-    monkeypatch.setattr(inference, "prepare", inference.PreparedModel)  # without compiling
+
+    def prepare(params, config, compute):  # without compiling
+        return inference.PreparedModel(params, config, resolve(compute))
+
+    monkeypatch.setattr(inference, "prepare", prepare)
     monkeypatch.setattr(generation, "run_prefill", reached)
 
 
