@@ -27,15 +27,12 @@ class Kernel(typing.NamedTuple):
 class Mixer:
     """Facts of one layer, for one sequence and one parallel stream; numbers are not bytes.
 
-    memory is what a layer keeps of the past during inference:
-        "ring"    the newest positions, as many as the window has
-        "cache"   every position
-        "global"  nothing: it reads the one global K, V, so only such layers may follow it
-        "state"   something of a fixed size that is not keys and values, or nothing at all
-    streams: whether it can run in parallel streams (ParScale).
+    reads_global: it reads the one global K, V and keeps nothing during inference, so only such
+    layers may follow it. What others keep, their modules say. streams: whether it can run in
+    parallel streams (ParScale).
     """
 
-    memory: str
+    reads_global = False
     streams = False
 
     def kernel(self, config: "ModelConfig") -> Kernel | None:
@@ -118,8 +115,6 @@ class Attention(Mixer):
 class Window(Attention):
     """Causal self-attention over the last W keys, the query's own included (RoPE)."""
 
-    memory = "ring"
-
     def pairs(self, config: "ModelConfig", length: int) -> int:
         w = min(config.window, length)
         return w * (w + 1) // 2 + (length - w) * w
@@ -138,7 +133,6 @@ class Full(Attention):
     """Causal self-attention over everything before (RoPE), and in parallel streams over each
     stream's own learned keys and values (ParScale)."""
 
-    memory = "cache"
     streams = True
 
     def pairs(self, config: "ModelConfig", length: int) -> int:
@@ -160,7 +154,7 @@ class Full(Attention):
 class Cross(Attention):
     """Causal attention on the one global K, V, which it only reads."""
 
-    memory = "global"
+    reads_global = True
     own_kv = False
 
     def positions(self, config: "ModelConfig", length: int) -> int:

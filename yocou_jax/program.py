@@ -63,7 +63,7 @@ class Stage:
     @property
     def reads_global(self) -> bool:
         """Whether its layers read the one global K, V and keep nothing of their own."""
-        return MIXERS[self.mixer].memory == "global"
+        return MIXERS[self.mixer].reads_global
 
     @property
     def num_loops(self) -> int:

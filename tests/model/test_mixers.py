@@ -31,8 +31,6 @@ PROGRAMS = ["mean*2@2 | cross*1", "window*1 | mean*1 | full*1@2", "mean*1@3"]
 
 
 class MeanFacts(Mixer):
-    memory = "state"
-
     def weights(self, config):
         return 2 * config.d_model * config.num_kv_heads * config.head_dim
 
