@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments import same_numbers
+from benchmarks import same_numbers
 from yocou_jax.program import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent.parent
