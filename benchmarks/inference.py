@@ -391,7 +391,7 @@ def measure(
             "dtype": str((compute or resolve()).dtype),
             "model": {k: v for k, v in dataclasses.asdict(config).items() if k in SMALL},
             "programs": {name: str(config.program) for name, config in configs.items()},
-            "parameters": {n: accounting.parameters(c)["total"] for n, c in configs.items()},
+            "parameters": {n: accounting.parameters(c).total for n, c in configs.items()},
             "attention": [choice.getMessage() for choice in choices],
             "reference": base,
             "lengths": list(sizes.lengths),
@@ -438,12 +438,12 @@ def choose_configs(
             f"--architectures={','.join(architectures)} must be some of {', '.join(ARCHITECTURES)}."
         )
     notes = []
-    size = accounting.parameters(config)["total"]
+    size = accounting.parameters(config).total
     if on_cpu and size > MOST_PARAMETERS_ON_A_CPU:
         config = dataclasses.replace(config, architecture="yoco_u", **SMALL)
         notes.append(
             f"This CPU is too slow for a model of {size / 1e6:,.0f}M parameters: one of "
-            f"{accounting.parameters(config)['total'] / 1e6:,.1f}M with the same kinds of programs "
+            f"{accounting.parameters(config).total / 1e6:,.1f}M with the same kinds of programs "
             "stands in. Its figures are not those of the config."
         )
     return {name: accounting.sibling(config, name) for name in architectures}, notes

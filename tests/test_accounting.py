@@ -78,18 +78,16 @@ def test_parameters_are_those_of_the_tree(architecture, options):
         return sum(math.prod(x.shape) for x in jax.tree.leaves(part))
 
     found = accounting.parameters(config)
-    assert found["total"] == size(tree)
-    assert found["embedding"] == size(tree["embedding"])
-    assert found.get("global_kv", 0) == size(tree.get("global_kv", ()))
-    assert found["non_embedding"] == size(tree) - size(tree["embedding"]) - size(
-        tree.get("head", ())
-    )
+    assert found.total == size(tree)
+    assert found.parts["embedding"] == size(tree["embedding"])
+    assert found.parts.get("global_kv", 0) == size(tree.get("global_kv", ()))
+    assert found.non_embedding == size(tree) - size(tree["embedding"]) - size(tree.get("head", ()))
     for name in tree:
         if name.startswith("stage_"):
             layers = tree[name]["layers"]
-            assert found[f"{name}.feed_forward"] == size(layers["feed_forward"])
+            assert found.parts[f"{name}.feed_forward"] == size(layers["feed_forward"])
             norms = size(layers["attention_norm"]) + size(layers["feed_forward_norm"])
-            attention = found[f"{name}.attention"] + found[f"{name}.norms"]
+            attention = found.parts[f"{name}.attention"] + found.parts[f"{name}.norms"]
             assert attention == size(layers["attention"]) + norms
 
 
@@ -98,9 +96,9 @@ def test_active_parameters_leave_out_the_experts_not_chosen():
     found = accounting.parameters(config)
     idle_experts = config.num_experts - config.experts_per_token
     expert = 3 * config.d_model * config.expert_width
-    assert found["total"] - found["active"] == 4 * idle_experts * expert
+    assert found.total - found.active == 4 * idle_experts * expert
     dense = accounting.parameters(tiny.model())
-    assert dense["active"] == dense["total"]
+    assert dense.active == dense.total
 
 
 @pytest.mark.parametrize("architecture", [n for n, t in ARCHITECTURES.items() if "@" in t])
@@ -119,13 +117,13 @@ def test_the_paper_sizes():
     for name in ("yocou_1b", "yocou_1b_deep"):
         module = __import__(f"configs.{name}", fromlist=["get_config"])
         found = accounting.parameters(Config.from_dict(module.get_config()).model)
-        assert found["non_embedding"] == pytest.approx(1.3e9, rel=0.04)
+        assert found.non_embedding == pytest.approx(1.3e9, rel=0.04)
     from configs import yocou_10b_moe
 
     found = accounting.parameters(Config.from_dict(yocou_10b_moe.get_config()).model)
-    assert found["non_embedding"] == pytest.approx(10.5e9, rel=0.02)
-    embeddings = found["total"] - found["non_embedding"]
-    assert 1.45e9 < found["active"] - embeddings < 1.75e9
+    assert found.non_embedding == pytest.approx(10.5e9, rel=0.02)
+    embeddings = found.total - found.non_embedding
+    assert 1.45e9 < found.active - embeddings < 1.75e9
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------
@@ -394,7 +392,7 @@ def test_flops_and_bytes_are_those_counted_one_by_one(name):
         for size, share in _matrices(config)[part]
     )
     found = accounting.parameters(config)
-    assert found["active"] == pytest.approx(found["total"] - idle)
+    assert found.active == pytest.approx(found.total - idle)
 
 
 # --- Siblings and the command ---------------------------------------------------------------------
@@ -414,7 +412,7 @@ def test_the_account_command_prints_the_promised_keys():
     assert set(found) == set(ARCHITECTURES)
     lengths = {str(n) for n in LENGTHS.values()}
     for name, report in found.items():
-        assert report["params"] == accounting.parameters(paper(name))
+        assert report["params"] == accounting.parameters(paper(name)).rows()
         assert set(report["kv_mib"]) == lengths
         assert set(report["flops_per_token"]) == {"train", "prefill", "decode"}
         for figures in report["flops_per_token"].values():

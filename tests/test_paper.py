@@ -28,12 +28,12 @@ def config(name: str, architecture: str = "yoco_u") -> Config:
 def figures(model: ModelConfig) -> dict[str, int]:
     """Parameters as people count them: all or those that a token uses, with the ends or not."""
     found = accounting.parameters(model)
-    ends = found["total"] - found["non_embedding"]
+    ends = found.total - found.non_embedding
     return {
-        "total": found["total"],
-        "active": found["active"],
-        "non_embedding": found["non_embedding"],
-        "active_non_embedding": found["active"] - ends,
+        "total": found.total,
+        "active": found.active,
+        "non_embedding": found.non_embedding,
+        "active_non_embedding": found.active - ends,
     }
 
 

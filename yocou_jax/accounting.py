@@ -38,9 +38,34 @@ def _kv_writer_params(config: ModelConfig) -> int:
     return config.d_model * kv_width(config)
 
 
-def parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part; loops add none. `total` holds all of them, `active` those that one token
-    uses (fewer with experts), `non_embedding` all but the embedding table and the output head."""
+def _gate_params(config: ModelConfig) -> int:
+    """The matrix that mixes parallel streams."""
+    streams = config.program.streams
+    return streams**2 * config.d_model if streams > 1 else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """The number of parameters; loops add none.
+
+    parts: by name; each parameter is in one of them.
+    total: of all parts. active: without the experts that a token is not sent to.
+    non_embedding: without the embedding table and the output head.
+    """
+
+    parts: dict[str, int]
+    total: int
+    active: int
+    non_embedding: int
+
+    def rows(self) -> dict[str, int]:
+        """The parts and then the three totals, as reports list them."""
+        totals = {"total": self.total, "active": self.active, "non_embedding": self.non_embedding}
+        return self.parts | totals
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Counts what `model.abstract_params` describes, without jax."""
     program, d = config.program, config.d_model
     parts = {"embedding": config.vocab_size * d}
     for name, stage in program.named_stages:
@@ -53,8 +78,8 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         parts["global_kv"] = _kv_writer_params(config) + d
         if config.qk_norm:
             parts["global_kv"] += config.head_dim
-    if program.streams > 1:
-        parts["stream_gate"] = program.streams**2 * d
+    if gate := _gate_params(config):
+        parts["stream_gate"] = gate
     parts["final_norm"] = d
     if not config.tie_embeddings:
         parts["head"] = config.vocab_size * d
@@ -63,11 +88,8 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         stage.layers * (_feed_forward_params(config, False) - _feed_forward_params(config, True))
         for stage in program.stages
     )
-    return parts | {
-        "total": total,
-        "active": total - idle,
-        "non_embedding": total - parts["embedding"] - parts.get("head", 0),
-    }
+    ends = parts["embedding"] + parts.get("head", 0)
+    return Parameters(parts, total, active=total - idle, non_embedding=total - ends)
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------
@@ -82,9 +104,7 @@ def _stage_flops(config: ModelConfig, stage: Stage, tokens: int, mixing: int) ->
 
 def _ends_flops(config: ModelConfig, kv_tokens: int, head_tokens: int) -> int:
     """Forward FLOPs of what is no stage: the global K/V projection, the stream gate, the head."""
-    streams = config.program.streams
-    gate = 2 * streams**2 * config.d_model if streams > 1 else 0
-    head = 2 * config.vocab_size * config.d_model + gate
+    head = 2 * (config.vocab_size * config.d_model + _gate_params(config))
     return 2 * _kv_writer_params(config) * kv_tokens + head * head_tokens
 
 
@@ -132,8 +152,7 @@ def decode_bytes_per_step(
     and the rows' embeddings are left out, and the position that a step writes to each cache.
     """
     c, program = config, config.program
-    gate = program.streams**2 * c.d_model if program.streams > 1 else 0
-    matrices = c.vocab_size * c.d_model + gate + _kv_writer_params(c)
+    matrices = c.vocab_size * c.d_model + _gate_params(c) + _kv_writer_params(c)
     unchosen = 0.0
     if c.num_experts:
         tokens = batch * program.streams
@@ -190,7 +209,7 @@ def report(config: ModelConfig, lengths: tuple[int, ...]) -> dict:
     """Everything `experiments.account` prints for one model, with the lengths as string keys."""
     return {
         "program": str(config.program),
-        "params": parameters(config),
+        "params": parameters(config).rows(),
         "kv_mib": {str(n): kv_bytes(config, n) / MIB for n in lengths},
         "flops_per_token": {
             "train": {str(n): train_flops_per_token(config, n) for n in lengths},

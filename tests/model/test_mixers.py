@@ -103,11 +103,11 @@ def test_it_is_accounted_for(program):
     config = tiny.model(program, num_loops=None)
     params = tiny.params(config)
     sizes = accounting.parameters(config)
-    assert sizes["total"] == sum(x.size for x in jax.tree.leaves(params))
+    assert sizes.total == sum(x.size for x in jax.tree.leaves(params))
     described = jax.eval_shape(lambda: empty_memory(config, 3, 50, jnp.float32))
     assert described.nbytes == 3 * accounting.kv_bytes(config, 50, 4)
     assert accounting.report(config, (8, 64))["program"] == program
-    per_token = 2 * (sizes["total"] - sizes["embedding"])  # more than once in a loop
+    per_token = 2 * (sizes.total - sizes.parts["embedding"])  # more than once in a loop
     assert accounting.decode_flops_per_token(config, 8) > 0.9 * per_token
 
 

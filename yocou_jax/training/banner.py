@@ -22,7 +22,7 @@ def banner(
     attention: what `attention_choices` has answered.
     """
     model, length = config.model, config.data.sequence_length
-    device, parts = jax.devices()[0], accounting.parameters(model)
+    device, parameters = jax.devices()[0], accounting.parameters(model)
     flops = accounting.train_flops_per_token(model, length)
     tokens = config.run.steps * config.data.batch_size * length
     dtype = resolve(config.compute).dtype
@@ -35,7 +35,7 @@ def banner(
             "compute": f"{dtype.name}, parameters in float32",
             **attention,
         },
-        "model": {"program": str(model.program)} | parts,
+        "model": {"program": str(model.program)} | parameters.rows(),
         "compute": {
             "training FLOPs per token": f"{flops:.4g}",
             "training FLOPs in all": f"{flops * tokens:.4g}",
@@ -52,7 +52,7 @@ def banner(
             f"{data.validation.num_tokens:,} tokens",
             "batch": f"{config.data.batch_size} x {length} tokens",
             "training": f"{config.run.steps:,} steps, {tokens:,} tokens, "
-            f"{tokens / parts['total']:.2f} per parameter, "
+            f"{tokens / parameters.total:.2f} per parameter, "
             f"{tokens / data.num_tokens:.2f} epochs",
         },
         "run": {"workdir": str(workdir)},

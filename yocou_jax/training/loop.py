@@ -323,7 +323,7 @@ class Run:
             self.values |= self._evaluate(self.evaluators, state.params, config.run.steps)
         return {
             "program": str(config.model.program),
-            "params": accounting.parameters(config.model)["total"],
+            "params": accounting.parameters(config.model).total,
             "tokens": tokens,
             "train_flops": tokens * self.flops_per_token,
             **{name: self.values.get(name) for name in (metrics.VAL_LOSS, metrics.VAL_BPB)},
