@@ -16,6 +16,7 @@ from tests import oracle, tiny
 from yocou_jax import inference
 from yocou_jax.model import resolve
 from yocou_jax.training import metrics
+from yocou_jax.training.optimizer import make_schedule
 from yocou_jax.training.step import TrainState, set_up, train_step
 
 LENGTH = 9
@@ -109,7 +110,12 @@ def recorded_step(params, batch, config):
     """The gradients that the train step hands to its optimiser, and its metrics."""
     state = TrainState(jnp.int32(0), params, RECORDER.init(params))
     state, out = train_step(
-        state, batch, config=config, compute=resolve(config.compute), optimizer=RECORDER
+        state,
+        batch,
+        config=config,
+        compute=resolve(config.compute),
+        optimizer=RECORDER,
+        schedule=make_schedule(config.optimizer, config.run.steps),
     )
     return state.opt_state.grads, out
 

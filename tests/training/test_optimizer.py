@@ -16,6 +16,10 @@ def settings(**fields):
     return tiny.config(optimizer=fields, run={"steps": 1000}).optimizer
 
 
+def optimizer_of(config, axes) -> optax.GradientTransformation:
+    return make_optimizer(config, make_schedule(config, 1000), axes)
+
+
 # --- Schedules ------------------------------------------------------------------------------------
 
 
@@ -121,7 +125,7 @@ def test_adamw_by_hand_for_three_steps():
         **{"learning_rate": lr, "beta1": b1, "beta2": b2, "eps": eps, "weight_decay": decay},
         **{"clip_norm": clip, "schedule": "constant", "warmup_steps": 2},
     )
-    optimizer = make_optimizer(config, 1000, AXES)
+    optimizer = optimizer_of(config, AXES)
     params = _random(0)
     state, expected = optimizer.init(params), {k: np.asarray(v) for k, v in params.items()}
     m = {k: np.zeros(s) for k, s in SHAPES.items()}
@@ -149,8 +153,8 @@ def test_only_matrices_decay(name):
     """With gradients of 0 an update is nothing but the decay."""
     config = tiny.model("full*2, streams=2", qk_norm=True)
     axes, params = logical_axes(abstract_params(config)), tiny.params(config)
-    optimizer = make_optimizer(
-        settings(name=name, schedule="constant", warmup_steps=0, learning_rate=0.1), 10, axes
+    optimizer = optimizer_of(
+        settings(name=name, schedule="constant", warmup_steps=0, learning_rate=0.1), axes
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
@@ -182,7 +186,7 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     config = tiny.model("yoco_u", qk_norm=True, **tiny.MOE)
     axes, params = logical_axes(abstract_params(config)), tiny.params(config)
     fields = {"name": "muon", "schedule": "constant", "warmup_steps": 0, "learning_rate": 0.1}
-    optimizer = make_optimizer(settings(**fields, weight_decay=0.0, clip_norm=1e9), 10, axes)
+    optimizer = optimizer_of(settings(**fields, weight_decay=0.0, clip_norm=1e9), axes)
     rng = np.random.default_rng(5)
     # Matrices of one stack differ in size a hundredfold: orthogonalised together they would show.
     grads = jax.tree.map(
@@ -234,7 +238,7 @@ def test_muon_by_hand_for_three_steps(momentum):
         **{"name": "muon", "learning_rate": lr, "weight_decay": decay, "eps": eps, "momentum": b},
         **{"clip_norm": 1e9, "schedule": "constant", "warmup_steps": 0},
     )
-    optimizer = make_optimizer(config, 1000, AXES)
+    optimizer = optimizer_of(config, AXES)
     params = _random(0)
     state = optimizer.init(params)
     expected = np.asarray(params["matrix"], np.float64)
@@ -256,7 +260,7 @@ def test_muon_by_hand_for_three_steps(momentum):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(bad):
-    optimizer = make_optimizer(settings(), 1000, AXES)
+    optimizer = optimizer_of(settings(), AXES)
     params = _random(0)
     _, state = optimizer.update(_random(1), optimizer.init(params), params)
     before = jax.tree.leaves(state.inner_state)
@@ -276,7 +280,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(bad):
 
 def test_no_number_of_bad_updates_in_a_row_lets_one_through():
     """The host stops the run after a few of them; until then optax must not apply one."""
-    optimizer = make_optimizer(settings(max_skipped_updates=2), 1000, AXES)
+    optimizer = optimizer_of(settings(max_skipped_updates=2), AXES)
     params, broken = _random(0), _random(1)
     broken["matrix"] = broken["matrix"].at[0, 0].set(np.nan)
     state, update = optimizer.init(params), jax.jit(optimizer.update)

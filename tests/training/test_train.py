@@ -92,11 +92,8 @@ def test_the_loss_is_that_of_the_evaluation():
 def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     config = tiny.config("window*1 | cross*1")
     setup, params = one_device(config), tiny.params(config.model)
-    step = jax.jit(
-        functools.partial(
-            train_step, config=config, compute=setup.compute, optimizer=setup.optimizer
-        )
-    )
+    given = {"compute": setup.compute, "optimizer": setup.optimizer, "schedule": setup.schedule}
+    step = jax.jit(functools.partial(train_step, config=config, **given))
     state = tiny.fresh_state(setup, params)
     batch = tiny.packed_batch()
     bad = dataclasses.replace(batch, loss_weights=np.full_like(batch.loss_weights, np.inf))

@@ -76,9 +76,10 @@ def _muon_dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbe
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, axes: PyTree
+    config: OptimizerConfig, schedule: optax.Schedule, axes: PyTree
 ) -> optax.GradientTransformation:
-    """axes: the tree of the parameters with a tuple of logical axis names at each leaf.
+    """schedule: the learning rate, as `make_schedule` returns it. axes: the tree of the parameters
+    with a tuple of logical axis names at each leaf.
 
     Weight decay applies to matrices, not to norm scales. An update with a non-finite gradient is
     skipped and counted (`notfinite_count` in a row, `total_notfinite`).
@@ -96,7 +97,6 @@ def make_optimizer(
     beta2 are AdamW's alone. optax 0.2.6 to 0.2.8, and its main branch of August 2026, agree in
     this; what else it offers (adaptive, preconditioning, coefficients) stays as it is there.
     """
-    schedule = make_schedule(config, steps)
     decay_mask = jax.tree.map(lambda names: "embed" in names, axes, is_leaf=_is_names)
     update = optax.adamw(
         schedule,

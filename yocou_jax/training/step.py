@@ -69,9 +69,11 @@ def train_step(
     config: Config,
     compute: Compute,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update from one global batch, in `accumulation_steps` microbatches.
 
+    schedule: the optimiser's learning rate, which is reported.
     A non-finite gradient leaves parameters and optimiser as they were and is counted.
     """
     weights = batch.loss_weights
@@ -94,7 +96,6 @@ def train_step(
         router = jax.tree.map(lambda x: x / steps, router)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-    schedule = make_schedule(config.optimizer, config.run.steps)
     out = {
         metrics.LOSS: sums.nll / sums.weight,
         metrics.Z_LOSS: sums.z / sums.weight,
@@ -171,11 +172,12 @@ def init_state(
 
 
 class Setup(NamedTuple):
-    """What a run is made of once its config is known: how it is computed, mesh, optimiser, jitted
-    functions."""
+    """What a run is made of once its config is known: how it is computed, mesh, learning rate,
+    optimiser, jitted functions."""
 
     compute: Compute
     mesh: Mesh
+    schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     abstract_state: TrainState
     init: Callable
@@ -195,22 +197,27 @@ def set_up(config: Config, devices=None) -> Setup:
         )
     boxed = abstract_params(config.model)
     check_split(boxed, mesh)
-    optimizer = make_optimizer(config.optimizer, config.run.steps, logical_axes(boxed))
+    schedule = make_schedule(config.optimizer, config.run.steps)
+    optimizer = make_optimizer(config.optimizer, schedule, logical_axes(boxed))
     abstract, shardings = state_shardings(config, optimizer, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = batch_sharding(mesh)
     with jax.set_mesh(mesh):  # whose devices answer "auto"
         compute = resolve(config.compute)
+    step = functools.partial(
+        train_step, config=config, compute=compute, optimizer=optimizer, schedule=schedule
+    )
     return Setup(
         compute=compute,
         mesh=mesh,
+        schedule=schedule,
         optimizer=optimizer,
         abstract_state=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         ),
         init=jax.jit(lambda: init_state(config, compute, optimizer), out_shardings=shardings),
         step=jax.jit(
-            functools.partial(train_step, config=config, compute=compute, optimizer=optimizer),
+            step,
             in_shardings=(shardings, batch),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
