@@ -229,7 +229,7 @@ class LanguageModel(nn.Module):
 @functools.cache  # tracing an initialisation takes a second, and a start asks several times
 def abstract_params(config: ModelConfig) -> PyTree:
     """Shapes of all parameters, boxed with their logical axes; allocates nothing."""
-    tokens = jnp.zeros((config.program.streams, 2), jnp.int32)
+    tokens = jnp.zeros((1, 2), jnp.int32)
     model = LanguageModel(config, Compute(jnp.dtype("float32")))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
 

@@ -164,7 +164,7 @@ def init_state(
     config: Config, compute: Compute, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """A fresh state from run.seed; jit it with out_shardings so that no device holds all of it."""
-    tokens = jnp.zeros((config.model.program.streams, 2), jnp.int32)
+    tokens = jnp.zeros((1, 2), jnp.int32)
     model = LanguageModel(config.model, compute)
     variables = model.init(jax.random.key(config.run.seed), tokens)
     params = nn.unbox(variables)["params"]
