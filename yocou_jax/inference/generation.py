@@ -144,17 +144,9 @@ def generate(
       UserError: see `prefill` and `generate_from`; more positions than the memory holds.
     """
     config = model.config
-    prompts = [np.asarray(prompt) for prompt in prompts]
-    for row, prompt in enumerate(prompts):
-        if prompt.size and (prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer)):
-            raise UserError(f"Prompt {row} is no list of token ids: encode text first.")
-    lengths = np.array([prompt.size for prompt in prompts], np.int64)
-    tokens = np.zeros((len(prompts), max(lengths, default=0)), np.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : prompt.size] = prompt
-    tokens, lengths = requests.check_prompts(config, tokens, lengths)
+    tokens, lengths = requests.check_prompts(config, *requests.padded(prompts))
     num_samples = requests.whole_number("num_samples", num_samples)
-    rows = np.repeat(np.arange(len(prompts)), num_samples)
+    rows = np.repeat(np.arange(len(lengths)), num_samples)
     request = requests.check_request(
         config,
         len(rows),
@@ -168,11 +160,12 @@ def generate(
     )
     longest, limits = int(lengths.max()), request.limit.reshape(-1, num_samples).max(axis=1)
     new = int(limits.max())
-    capacity, chunk = default_sizes(len(prompts), longest, new, capacity=capacity, chunk=chunk)
+    capacity, chunk = default_sizes(len(lengths), longest, new, capacity=capacity, chunk=chunk)
     requests.check_room(lengths, capacity if requests.has_capacity(model) else None, limits)
     seen = np.zeros((len(rows), config.vocab_size), bool)
-    for row, prompt in enumerate(rows if sampling_lib.needs_seen(request.sampling) else ()):
-        seen[row, prompts[prompt]] = True
+    if sampling_lib.needs_seen(request.sampling):
+        for row, prompt in enumerate(rows):
+            seen[row, tokens[prompt, : lengths[prompt]]] = True
     start = time.perf_counter()
     memory, logits = run_prefill(model, Prompts(tokens, lengths, capacity, chunk))
     jax.block_until_ready(logits)

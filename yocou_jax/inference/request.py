@@ -95,6 +95,22 @@ def check_prefill(
     return Prompts(tokens, lengths, room, chunk)
 
 
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of any lengths as tokens [B, N], with 0 after the end of each row, and lengths [B].
+
+    Raises UserError for a prompt that is no list of token ids.
+    """
+    arrays = [np.asarray(prompt) for prompt in prompts]
+    for row, prompt in enumerate(arrays):
+        if prompt.size and (prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer)):
+            raise UserError(f"Prompt {row} is no list of token ids: encode text first.")
+    lengths = np.array([prompt.size for prompt in arrays], np.int64)
+    tokens = np.zeros((len(arrays), max(lengths, default=0)), np.int64)
+    for row, prompt in enumerate(arrays):
+        tokens[row, : prompt.size] = prompt
+    return tokens, lengths
+
+
 def check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np.ndarray]:
     """tokens [B, max(lengths)] with 0 behind the end of each row, and lengths [B], both int32."""
     tokens = np.asarray(tokens)
@@ -228,7 +244,7 @@ def check_request(
     each = [(), (B,)], f"a whole number, or one for each of {B} rows,"
     limit = whole_numbers("max_new_tokens", max_new_tokens, *each, 1, 2**31 - 1)
     given = whole_numbers("seeds", seeds, *each, 0, 2**32 - 1)
-    seeds = given + np.arange(B) * (given.ndim == 0)
+    seeds = given if given.ndim else given + np.arange(B)
     stop, count = np.zeros(0, np.int64), len(stop_tokens) if np.ndim(stop_tokens) else None
     if count != 0:
         words = "a list of token ids"
