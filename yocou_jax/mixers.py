@@ -97,7 +97,9 @@ class Attention(Mixer):
         return config.d_model * config.head_dim * (2 * config.num_heads + own_kv)
 
     def scales(self, config: "ModelConfig") -> int:
-        return config.head_dim * (1 + self.own_kv) if config.qk_norm else 0
+        if not config.qk_norm:
+            return 0
+        return 2 * config.head_dim if self.own_kv else config.head_dim
 
     def sequence_flops(self, config: "ModelConfig", length: int) -> int:
         return 4 * config.num_heads * config.head_dim * self.pairs(config, length)

@@ -80,7 +80,7 @@ def read_file(name: str, path: Path, text_field: str, alone: bool) -> Iterator[R
     Raises UserError for a file that is binary, damaged, or not what its name says.
     """
     try:
-        with _open(path) as file:
+        with _open_inflated(path) as file:
             head = file.peek(BLOCK_BYTES)[:BLOCK_BYTES]
             rows = _rows(name, path, file, head, text_field)
             if rows is not None:
@@ -107,12 +107,12 @@ def _rows(
     if suffix == ".parquet" or head.startswith(b"PAR1"):
         if isinstance(file.raw, _Inflated):
             raise OSError("parquet cannot be compressed as a whole; decompress it")
-        return _read_parquet(name, path, text_field)
+        return _parquet_texts(name, path, text_field)
     _refuse_binary(head, path)
     if file.peek(len(BOM)).startswith(BOM):
         file.read(len(BOM))
     if suffix in ROWS or _looks_like_rows(suffix, head, text_field):
-        return _read_json(name, path, file, text_field)
+        return _json_texts(name, path, file, text_field)
     return None
 
 
@@ -193,7 +193,7 @@ class _Inflated(io.RawIOBase):
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[io.BufferedReader]:
+def _open_inflated(path: Path) -> Iterator[io.BufferedReader]:
     """The content of a file, decompressed as often as it was compressed."""
     with open(path, "rb", buffering=BLOCK_BYTES) as file:
         content = file
@@ -268,8 +268,9 @@ def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def _piece_end(text: bytes, size: int) -> int:
-    for line_end in (b"\n", b"\r"):  # a \r that a \n follows is not one
-        at = text.find(line_end, size, 2 * size + (line_end == b"\n"))
+    # The last byte may be a \n and not a \r: a \n may follow that, and the two are one line end.
+    for line_end, stop in ((b"\n", 2 * size + 1), (b"\r", 2 * size)):
+        at = text.find(line_end, size, stop)
         if at >= 0:
             return at + 1
     if len(text) <= 2 * size:
@@ -314,7 +315,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), f"a value of the type {type(value).__name__}")
 
 
-def _read_json(name: str, path: Path, file: io.BufferedReader, text_field: str) -> Iterator[Raw]:
+def _json_texts(name: str, path: Path, file: io.BufferedReader, text_field: str) -> Iterator[Raw]:
     for number, word, record in _json_rows(file, path):
         where = f"{word} {number} of the data file '{path}'"
         yield f"{name}:{number}", text_of(record, text_field, where)
@@ -365,7 +366,7 @@ def _decoded(content: bytes) -> str:
     return content.decode("utf-8", "surrogateescape")
 
 
-def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Raw]:
+def _parquet_texts(name: str, path: Path, text_field: str) -> Iterator[Raw]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -68,7 +68,7 @@ class WorkdirLock:
         self._ended.set()
         if self._file is not None:
             with contextlib.suppress(OSError):
-                if _read(self._file) == self._me and _is(self._file, self.path):
+                if _read_owner(self._file) == self._me and _is_at(self._file, self.path):
                     self.path.unlink()  # while it is held: whoever opened it sees that it is gone
             self._beats.join(timeout=1)
             os.close(self._file)
@@ -80,11 +80,11 @@ class WorkdirLock:
 
         Every process calls it, before it writes what another run may overwrite.
         """
-        _on_process_0(self._check)
+        _on_process_0(self._check_owner)
 
-    def _check(self) -> None:
+    def _check_owner(self) -> None:
         try:
-            if _is(self._file, self.path) and _read(self._file) == self._me:
+            if _is_at(self._file, self.path) and _read_owner(self._file) == self._me:
                 return
         except OSError:  # a file system that hangs: the write that follows will tell
             return
@@ -95,15 +95,15 @@ class WorkdirLock:
         )
 
     def _take(self) -> None:
-        self._made = _make(self.workdir)
+        self._made = _make_folders(self.workdir)
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 locked = _flock(file)
-                owner = _read(file)
+                owner = _read_owner(file)
                 if locked is False or (owner and _alive(owner, self.path, locked)):
                     raise UserError(_refusal(self.workdir, owner))
-                if not _is(file, self.path):  # its owner has just removed it
+                if not _is_at(file, self.path):  # its owner has just removed it
                     os.close(file)
                     continue
                 if owner:
@@ -112,7 +112,7 @@ class WorkdirLock:
                 os.pwrite(file, json.dumps(self._me).encode(), 0)
                 if locked is None:  # the last of several that write at once wins
                     time.sleep(BEAT_S / 10)
-                    if (winner := _read(file)) != self._me:
+                    if (winner := _read_owner(file)) != self._me:
                         raise UserError(_refusal(self.workdir, winner))
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -150,7 +150,7 @@ def _on_process_0(act: Callable[[], None]) -> None:
         raise error
 
 
-def _make(folder: Path) -> list[Path]:
+def _make_folders(folder: Path) -> list[Path]:
     """Makes a folder and returns those that were not there, outermost first."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def _flock(file: int) -> bool | None:
     return True
 
 
-def _is(file: int, path: Path) -> bool:
+def _is_at(file: int, path: Path) -> bool:
     """Whether the open file is the one that the path names now."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file), path.stat())
@@ -181,7 +181,7 @@ def _myself() -> dict:
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
 
 
-def _read(file: int) -> dict | None:
+def _read_owner(file: int) -> dict | None:
     """What the file says; None if it is new, or not whole."""
     try:
         owner = json.loads(os.pread(file, 4096, 0))

@@ -224,7 +224,7 @@ class Run:
             self._profile(done - first)
             state, out = step(state, batch)
             if pending is not None:
-                self._read(*pending)
+                self._report(*pending)
             done += 1
             pending = (done, out)
             stopping = stop.reached(done)
@@ -235,7 +235,7 @@ class Run:
                 # The stopwatch must count this step, and not what comes after it.
                 jax.block_until_ready(out)
                 # Rows are written before the checkpoint of their step, or a kill could lose them.
-                self._read(done, out, self._evaluate(due, state.params, done))
+                self._report(done, out, self._evaluate(due, state.params, done))
                 pending = None
                 with self.stopwatch.paused():
                     if saving:
@@ -255,7 +255,7 @@ class Run:
         self.reporter.notice(f"Compiled the train step in {time.perf_counter() - start:.1f} s.")
         return step
 
-    def _read(self, step: int, out: dict[str, jax.Array], evaluated: dict | None = None) -> None:
+    def _report(self, step: int, out: dict[str, jax.Array], evaluated: dict | None = None) -> None:
         """Waits for the metrics of a step; shows and, when due, writes them."""
         values = {name: value.item() for name, value in jax.device_get(out).items()}
         in_a_row = int(values.pop(metrics.SKIPPED_IN_A_ROW))

@@ -72,7 +72,7 @@ class MetricsWriter:
         self._events = EventsWriter(str(self.tensorboard / "events"), f".{time.time_ns()}")
         # TensorBoard forgets what earlier files of the run say of this step and later ones.
         first = self._last_step + 1
-        self._event(first, session_log=SessionLog(status=SessionLog.START))
+        self._write_event(first, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """One row: numbers (or 0-d arrays) by name; None is left out. Steps must rise."""
@@ -91,12 +91,12 @@ class MetricsWriter:
             if not isinstance(value, str):
                 # By hand: tensorboardX prints a warning of its own for each value that is NaN.
                 scalar = Summary.Value(tag=name, simple_value=value)
-                self._event(step, summary=Summary(value=[scalar]))
+                self._write_event(step, summary=Summary(value=[scalar]))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """A sample or the config, shown as typed (TensorBoard would read it as Markdown)."""
         indented = "\n".join("    " + line for line in text.splitlines())
-        self._event(step, summary=tb.text(tag, indented))
+        self._write_event(step, summary=tb.text(tag, indented))
 
     def hparams(self, config: Mapping) -> None:
         """The config for TensorBoard's HPARAMS tab, beside val_loss and val_bpb."""
@@ -104,7 +104,7 @@ class MetricsWriter:
             k: v if isinstance(v, int | float | str) else repr(v) for k, v in flat(config).items()
         }
         for part in tb.hparams(numbers_or_text, {VAL_LOSS: 0.0, VAL_BPB: 0.0}):
-            self._event(0, summary=part)
+            self._write_event(0, summary=part)
 
     def summary(self, values: Mapping) -> None:
         """Writes summary.json, all or nothing."""
@@ -114,7 +114,7 @@ class MetricsWriter:
         self._file.close()
         self._events.close()
 
-    def _event(self, step: int, **fields) -> None:
+    def _write_event(self, step: int, **fields) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **fields))
         self._events.flush()
 
