@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module stands on the floor of the longest name that fits, and imports from there or below.
 FLOORS = (
-    {"yocou_jax", "yocou_jax.errors", "yocou_jax.files", "yocou_jax.typing", "yocou_jax.progress"},
+    {
+        *("yocou_jax", "yocou_jax.errors", "yocou_jax.files", "yocou_jax.typing"),
+        *("yocou_jax.progress", "yocou_jax.foreign"),
+    },
     {
         "yocou_jax.program",
         "yocou_jax.mixers",

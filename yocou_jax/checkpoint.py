@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from yocou_jax.errors import UserError
 from yocou_jax.files import write_atomically
+from yocou_jax.foreign import no_room
 from yocou_jax.progress import progress
 from yocou_jax.trees import differences, named_leaves
 from yocou_jax.typing import PyTree
@@ -58,7 +59,7 @@ class Checkpointer:
         self._seal: threading.Thread | None = None
         self._saving, self._error = -1, None
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open_manager(self) -> ocp.CheckpointManager:
         """Orbax's manager. Nothing on disk is changed before the first call, which comes when a
         resume is sure of its checkpoint, or with the first save."""
         if self._closed:
@@ -98,7 +99,7 @@ class Checkpointer:
     def save(self, step: int, state: PyTree) -> bool:
         """Begins to save; False if this step has a checkpoint. `state` may be donated after."""
         self._raise_error_of_last_save(wait=False)
-        if step in self._open().all_steps():
+        if step in self._open_manager().all_steps():
             return False
         self._raise_error_of_last_save(wait=True)
         self._saving = step
@@ -106,7 +107,7 @@ class Checkpointer:
             state=ocp.args.StandardSave(state), layout=ocp.args.JsonSave(_layout(state))
         )
         try:
-            self._open().save(step, args=args, force=True)
+            self._open_manager().save(step, args=args, force=True)
         except Exception as error:
             raise UserError(self._failure(error)) from error
         self._seal = threading.Thread(target=self._wait_and_seal, args=(step,), name="seal")
@@ -143,7 +144,7 @@ class Checkpointer:
         state = _restore(self.directory, step, abstract_state)
         _, damaged = self._whole
         self._put_aside({s: f"{why}; step {step} is used instead" for s, why in damaged.items()})
-        self._open()
+        self._open_manager()
         return state, step
 
     def close(self) -> None:
@@ -306,9 +307,8 @@ def _reason(error: Exception) -> str:
     """The cause in a few words: texts of TensorStore run over hundreds of lines."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    for words in ("No space left on device", "Disk quota exceeded", "File too large"):
-        if words in str(error):
-            return words
+    if words := no_room(error):
+        return words
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}".rstrip(".: ")
 
 

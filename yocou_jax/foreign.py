@@ -1,0 +1,36 @@
+"""What other packages say in words alone: no type and no attribute of their errors has it.
+
+Every such text is in this file. tests/test_foreign.py makes the installed versions say it.
+"""
+
+import errno
+import os
+import re
+
+# absl: the flag with the nearest name, in an UnrecognizedFlagError.
+NEAREST_FLAG = re.compile(r"Did you mean: ([\w-]+)")
+# absl: a required flag that is not given, in an IllegalFlagValueError.
+REQUIRED_FLAG = re.compile(r"flag --(\w+)=None: .*must have a value")
+# Where a disk, a quota or the largest size of a file is used up, in the system's words.
+NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+
+
+def refused_flag(text: str, reason: BaseException) -> str:
+    """--name=value of a flag whose value was refused, from the text of absl's
+    IllegalFlagValueError and the error that the flag's parser raised."""
+    return text.removeprefix("flag ").removesuffix(f": {reason}")
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why nothing more can be written, from one of TensorStore's errors of hundreds of lines."""
+    return next((words for words in NO_ROOM if words in str(error)), None)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or (an error of XLA) on a device."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or "RESOURCE_EXHAUSTED" in text
+        or "out of memory" in text.lower()
+    )
