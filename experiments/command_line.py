@@ -1,0 +1,106 @@
+"""From the words of a command line to the values of its flags, or to one sentence."""
+
+import itertools
+import re
+
+from absl import flags
+
+from experiments.config_flag import one_line
+from yocou_jax import config as settings
+from yocou_jax import foreign
+from yocou_jax.errors import UserError, shown
+
+
+def parse(
+    argv: list[str], flag_values: flags.FlagValues = flags.FLAGS, arguments: int = 0
+) -> list[str]:
+    """Sets the flags from a command line; returns what is no flag: argv[0] and `arguments` at most.
+
+    Every override is applied or refused. Raises UserError for every mistake in a command line or in
+    the config file that it names.
+    """
+    try:
+        words = flag_values.read_flags_from_files(argv[1:], force_gnu=False)
+        _check_values(words, flag_values)
+        if "config" in flag_values:
+            _check_overrides(words, flag_values["config"])
+        rest = flag_values([argv[0], *words])
+    except flags.Error as error:
+        raise UserError(_sentence(error)) from error
+    except UserError:
+        raise
+    except ValueError as error:  # a flag file that is no text, --nojson=3
+        raise UserError(f"The command line cannot be read: {one_line(error)}.") from error
+    if len(rest) > 1 + arguments:
+        raise UserError(
+            f"The argument {shown(rest[1 + arguments])} means nothing here: every option is a "
+            "--flag."
+        )
+    return rest
+
+
+def _check_values(words: list[str], flag_values: flags.FlagValues) -> None:
+    """Refuses `--workdir --json`: absl would take the second flag as the value of the first."""
+    following_is_value = False
+    for word, following in itertools.pairwise(words):
+        if following_is_value or not word.startswith("-"):  # a value, whatever it looks like
+            following_is_value = False
+            continue
+        name = re.sub("^--?", "", word)
+        kinds = settings.FIELDS.get(name.removeprefix("config."), ())
+        takes_value = (
+            name in ("undefok", "flagfile")
+            or (name in flag_values and not flag_values[name].boolean)
+            or (name.startswith("config.") and kinds and kinds != (bool,))
+        )
+        if takes_value and following.startswith("--"):
+            raise UserError(
+                f"The flag {shown(word)} has no value: {shown(following)} follows it. Write "
+                f"{word}=VALUE."
+            )
+        following_is_value = takes_value
+
+
+def _check_overrides(words: list[str], flag: flags.Flag) -> None:
+    """Each --config.group.field names a field, after the one --config; reads the default config."""
+    flag.parser.words[:] = words
+    files = [i for i, word in enumerate(words) if re.match(r"--?config(=|$)", word)]
+    if len(files) > 1:
+        raise UserError(
+            f"The flag --config is given {len(files)} times; a run has one config file."
+        )
+    overrides = [
+        (i, *match.groups())
+        for i, word in enumerate(words)
+        if (match := re.match(r"--?(no)?config\.([^=]*)", word, re.DOTALL))
+    ]
+    for i, negated, name in overrides:
+        if name not in settings.FIELDS:
+            raise settings.unknown_field(name)
+        if negated and settings.FIELDS[name] != (bool,):
+            raise UserError(f"--noconfig is for fields that are true or false; {name} is not one.")
+        if files and i < files[0]:
+            raise UserError(
+                f"--config must come before {shown(words[i])}, which changes a field of it."
+            )
+    if not files and flag.parser.default is not None:
+        flag.parse(flag.parser.default)
+    elif not files and overrides:
+        raise UserError("The flag --config is missing.")
+
+
+def _sentence(error: flags.Error) -> str:
+    """What absl raised, as a sentence; what ConfigParser raised is one already."""
+    text, cause = str(error), error.__context__
+    if isinstance(cause, UserError):
+        return str(cause)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        nearest = foreign.NEAREST_FLAG.search(text)
+        hint = f" Did you mean --{nearest[1]}?" if nearest else ""
+        return f"There is no flag {shown('--' + error.flagname)}.{hint}"
+    if required := foreign.REQUIRED_FLAG.match(text):
+        return f"The flag --{required[1]} is missing."
+    if isinstance(error, flags.IllegalFlagValueError) and cause is not None:
+        given = foreign.refused_flag(text, cause)
+        return f"The value of {shown(given)} is not possible: {one_line(cause)}."
+    return f"{one_line(error)}."
