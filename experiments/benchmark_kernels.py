@@ -41,6 +41,16 @@ from benchmarks import cases, kernels
 from benchmarks.report import console, output_folder, plain_name, table
 from experiments import cli
 
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
+OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Folder for kernels.json and kernels.md; results/kernels-<device> if not given.",
+)
+BUDGET = flags.DEFINE_float(
+    "budget_s", None, "Seconds after which no further case is begun; 420, on a CPU 75."
+)
+
 
 def show(report: dict) -> None:
     out = console(140)
@@ -83,14 +93,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    # Not above: absl knows a flag once, and a test may import several commands.
-    JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
-    OUT = flags.DEFINE_string(
-        "out",
-        None,
-        "Folder for kernels.json and kernels.md; results/kernels-<device> if not given.",
-    )
-    BUDGET = flags.DEFINE_float(
-        "budget_s", None, "Seconds after which no further case is begun; 420, on a CPU 75."
-    )
     cli.run(main)

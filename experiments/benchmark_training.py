@@ -18,6 +18,13 @@ from benchmarks import training
 from benchmarks.report import Grid, table
 from experiments import cli
 
+CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
+ROUNDS = flags.DEFINE_integer(
+    "rounds", 5, "Times that every measurement is repeated.", lower_bound=1
+)
+STEPS = flags.DEFINE_integer("steps", 4, "Training steps in one measurement.", lower_bound=1)
+
 
 def grid(title: str, rows: dict[str, dict[str, float]]) -> Grid:
     columns = ["", *next(iter(rows.values()))]
@@ -47,11 +54,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    # Not above: absl knows a flag once, and a test may import several commands.
-    CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
-    JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
-    ROUNDS = flags.DEFINE_integer(
-        "rounds", 5, "Times that every measurement is repeated.", lower_bound=1
-    )
-    STEPS = flags.DEFINE_integer("steps", 4, "Training steps in one measurement.", lower_bound=1)
     cli.run(main)

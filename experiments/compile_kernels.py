@@ -51,6 +51,9 @@ from benchmarks.report import console, table
 from experiments import cli
 from yocou_jax.errors import UserError
 
+TARGET = flags.DEFINE_enum("target", None, list(TARGETS), "What to compile for.", required=True)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
+
 
 def show(name: str, result: dict) -> None:
     out = console(190)
@@ -78,7 +81,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    # Not above: absl knows a flag once, and a test may import several commands.
-    TARGET = flags.DEFINE_enum("target", None, list(TARGETS), "What to compile for.", required=True)
-    JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
     cli.run(main)

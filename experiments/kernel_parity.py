@@ -40,6 +40,14 @@ def default_config() -> ConfigDict:
     return c
 
 
+IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, api.IMPLEMENTATIONS[1:], "What is compared with xla.", required=True
+)
+STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.", lower_bound=1)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+CONFIG = cli.config_file(default_config(), "What to train; a small config of its own if not given.")
+
+
 def main(_):
     name = IMPLEMENTATION.value
     say = functools.partial(print, file=sys.stderr)
@@ -65,13 +73,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    # Not above: absl knows a flag once, and a test may import several commands.
-    IMPLEMENTATION = flags.DEFINE_enum(
-        "implementation", None, api.IMPLEMENTATIONS[1:], "What is compared with xla.", required=True
-    )
-    STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.", lower_bound=1)
-    JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-    CONFIG = cli.config_file(
-        default_config(), "What to train; a small config of its own if not given."
-    )
     cli.run(main)

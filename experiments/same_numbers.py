@@ -19,6 +19,10 @@ from benchmarks import same_numbers
 from experiments import cli
 from yocou_jax.errors import UserError
 
+STEPS = flags.DEFINE_integer("steps", 20, "Updates of each training run.", lower_bound=5)
+CASES = flags.DEFINE_list("cases", [], "Some of the cases; all of them by default.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
+
 
 def main(arguments):
     if len(arguments) != 2:
@@ -44,8 +48,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    # Not above: absl knows a flag once, and a test may import several commands.
-    STEPS = flags.DEFINE_integer("steps", 20, "Updates of each training run.", lower_bound=5)
-    CASES = flags.DEFINE_list("cases", [], "Some of the cases; all of them by default.")
-    JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
     cli.run(main, arguments=1)
