@@ -20,19 +20,18 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
+from tests.trained import BYTES, assert_same, model, workdir
 from yocou_jax import pretrained
 from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.config import MeshConfig
 from yocou_jax.data.tokenizer import Tokenizer, train_bpe
 from yocou_jax.errors import UserError
-from yocou_jax.manifest import describe, write
 from yocou_jax.model import logits
-from yocou_jax.pretrained import Pretrained, export, load
+from yocou_jax.pretrained import export, load
 from yocou_jax.sharding import make_mesh
 from yocou_jax.training.step import TrainState
 
 ROOT = Path(__file__).parent.parent
-BYTES = Tokenizer.from_json("bytes")
 FILES = ["config.json", "model.safetensors", "tokenizer.json"]
 MODELS = {
     "yoco_u": {},
@@ -42,37 +41,6 @@ MODELS = {
     "parscale": {"prefix_length": 5},
     "window*1@2 | full*1 | cross*2": {},
 }
-
-
-def small(architecture="yoco_u", **fields):
-    return tiny.config(architecture, **({"vocab_size": BYTES.vocab_size} | fields))
-
-
-def model(architecture="yoco_u", step=7, seed=0, **fields) -> Pretrained:
-    config = small(architecture, **fields)
-    return Pretrained(tiny.params(config.model, seed), config.model, config.compute, BYTES, step)
-
-
-def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
-    """What a training run leaves behind, as far as a reader is concerned."""
-    config = dataclasses.replace(small(), model=one.config, compute=one.compute)
-    program = str(one.config.program)
-    tokenizer = one.tokenizer.fingerprint
-    write(path, describe(config.to_dict(), tokenizer=tokenizer, program=program))
-    (path / "tokenizer.json").write_text(one.tokenizer.to_json())
-    with Checkpointer(path / "checkpoints") as checkpointer:
-        for step in steps:
-            params = jax.tree.map(jnp.asarray, one.params)
-            moments = jax.tree.map(lambda x: 2 * x, params)  # not to be mistaken for the parameters
-            assert checkpointer.save(step, TrainState(jnp.int32(step), params, moments))
-    return path
-
-
-def assert_same(a: Pretrained, b: Pretrained):
-    assert params_sha256(a.params) == params_sha256(b.params)
-    assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
-    assert (a.config, a.step) == (b.config, b.step)
-    assert a.tokenizer.fingerprint == b.tokenizer.fingerprint
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -279,7 +247,8 @@ def run(code: str, *arguments) -> subprocess.CompletedProcess:
 def test_a_killed_export_leaves_no_folder_of_its_name(tmp_path):
     code = """
         import os, signal, sys
-        from tests.test_pretrained import export, model
+        from tests.trained import model
+        from yocou_jax.pretrained import export
         from yocou_jax import pretrained
         save = pretrained.save_file
         def save_and_die(arrays, file):
@@ -299,7 +268,8 @@ def test_a_full_disk_is_a_sentence(tmp_path):
     """A limit on the size of files stands for the full disk: the writer in Rust fails there."""
     code = """
         import resource, signal, sys
-        from tests.test_pretrained import export, model
+        from tests.trained import model
+        from yocou_jax.pretrained import export
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:

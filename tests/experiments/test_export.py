@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.test_pretrained import assert_same, model, workdir
+from tests.trained import assert_same, model, workdir
 from yocou_jax.checkpoint import params_sha256
 from yocou_jax.pretrained import load
 

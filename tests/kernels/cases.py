@@ -1,14 +1,26 @@
-"""Random inputs and the comparison that the kernel tests share."""
+"""Random inputs, the comparison and the marks that the kernel tests share."""
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import MASKED, SegmentIds, cross_attention, interpret, window_attention
+from pallas_kernels.attention import hopper
+
+# Of what runs in the interpreter for Mosaic GPU kernels.
+interpreted = pytest.mark.skipif(
+    not hasattr(hopper.plgpu, "InterpretGPUParams"),
+    reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; 0.11 has.",
+)
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
 
 
 class Shape(NamedTuple):

@@ -27,14 +27,11 @@ from tests.kernels.cases import (
     documents,
     empty_rows,
     inputs,
+    interpreted,
     operation,
     outputs_and_gradients,
 )
 
-interpreted = pytest.mark.skipif(
-    not hasattr(hopper.plgpu, "InterpretGPUParams"),
-    reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; 0.11 has.",
-)
 SMALL = blocks.GpuBlocks(
     rows=8, kv=16, stages=2, dq_kv=8, dq_stages=3, dkv_q=8, dkv_stages=2,
     decode_kv=8, decode_stages=2,

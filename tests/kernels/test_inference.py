@@ -7,14 +7,14 @@ import pytest
 
 from pallas_kernels import interpret
 from tests import tiny
-from tests.kernels import test_gpu, test_triton
+from tests.kernels.cases import interpreted, needs_triton
 from yocou_jax.inference import decode_step, prepare, score
 from yocou_jax.model import logits as forward
 
 KERNELS = [
     "pallas_tpu",
-    pytest.param("pallas_gpu", marks=test_gpu.interpreted),
-    pytest.param("triton", marks=test_triton.needs_triton),
+    pytest.param("pallas_gpu", marks=interpreted),
+    pytest.param("triton", marks=needs_triton),
 ]
 
 

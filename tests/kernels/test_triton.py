@@ -3,7 +3,6 @@ cannot run. Without Triton (an extra of requirements-gpu.txt) only the sentences
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -34,13 +33,11 @@ from tests.kernels.cases import (
     documents,
     empty_rows,
     inputs,
+    needs_triton,
     operation,
     outputs_and_gradients,
 )
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
 A100 = Device("gpu", "NVIDIA A100-SXM4-80GB")
 
 
