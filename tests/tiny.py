@@ -88,6 +88,13 @@ def tokens(batch: int, length: int, vocab: int = 32, seed: int = 0) -> jax.Array
     return jnp.asarray(np.random.default_rng(seed).integers(0, vocab, (batch, length)), jnp.int32)
 
 
+def token_blocks(*rows, steps: int) -> list[np.ndarray]:
+    """Rows of ids as blocks of `steps` columns, with -1 after the end of each."""
+    width = -(-max(map(len, rows)) // steps) * steps
+    tokens = np.array([list(row) + [-1] * (width - len(row)) for row in rows])
+    return np.split(tokens, width // steps, axis=1)
+
+
 def batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0) -> Batch:
     text = np.asarray(tokens(size, length + 1, vocab, seed))
     return Batch(text[:, :-1], text[:, 1:], None, None, None)

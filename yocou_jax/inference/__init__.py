@@ -7,7 +7,8 @@
     memory, logits, logprobs = score(model, tokens, lengths)          # of the tokens given
 
 Rooms: weights (parameters made ready), forward (memory in, memory out), request (what was asked
-for, checked), sampling (from logits to a token), generation (the loop around them).
+for, checked), sampling (from logits to a token), generation (the loop around them), text (from
+tokens to what can be shown).
 
 Another loop count than the trained one is another config: dataclasses.replace(config, num_loops=5).
 """
