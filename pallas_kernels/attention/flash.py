@@ -128,6 +128,17 @@ def padded_width(H: int, head_widths: tuple[int, ...]) -> int:
     return next((width for width in head_widths if width >= H), H)
 
 
+_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of matrices, for a pair of query and key
+
+
+def work(kernel: str, q, k, mask: Mask) -> tuple[int, int]:
+    """flops and exponentials of the kernel over the pairs that causality and the window let see
+    each other, for the compilers' cost estimates."""
+    B, N, Q, H = q.shape
+    pairs = B * Q * mask.pairs(N, k.shape[1])
+    return 2 * _PRODUCTS[kernel] * pairs * H, pairs
+
+
 def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 

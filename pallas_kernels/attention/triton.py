@@ -43,7 +43,7 @@ from pallas_kernels.attention.blocks import (
     TritonBlocks,
     triton_blocks,
 )
-from pallas_kernels.attention.flash import Spec, kernel_name
+from pallas_kernels.attention.flash import Spec, kernel_name, work
 from pallas_kernels.attention.join import join_splits
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.call import Call
@@ -246,9 +246,6 @@ def _constants(kernel, blocks, N, S, Q, K, H, *, window, scale, segments, length
     )  # fmt: skip
 
 
-_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
-
-
 def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
     (B, N, Q, H), (S, K) = q.shape, k.shape[1:3]
     device = target_device(q)
@@ -262,7 +259,7 @@ def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
     ids = [q, q] if segments is None else [x.astype(jnp.int32) for x in segments]
     valid = q if lengths is None else lengths.astype(jnp.int32)
     grid = _grid(kernel, blocks, B, N, S, Q, K)
-    flops = 2 * _PRODUCTS[kernel] * B * Q * H * mask.pairs(N, S)
+    flops, _ = work(kernel, q, k, mask)
     what = _Launch(kernel, [N, S, mask.q_offset], outs, grid, constants, blocks, flops)
     return _launch(what, [q, k, v, *ids, valid, *rest], device)
 
