@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Mask
+from pallas_kernels.call import decodes
 
 WINDOW = 512
 
@@ -83,7 +84,7 @@ class Case(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        return self.operation.startswith("decode")
+        return decodes(self.operation)
 
     @property
     def pairs(self) -> int:

@@ -21,6 +21,7 @@ from benchmarks.report import Grid, page, write_json
 from benchmarks.timing import Pace, first_line
 from pallas_kernels import Call, Mask, api
 from pallas_kernels.attention import reference
+from pallas_kernels.call import decodes
 from pallas_kernels.device import target_device
 from yocou_jax.files import write_atomically
 
@@ -152,8 +153,8 @@ def measure_errors(sizes: Sizes) -> list[dict]:
         for operation in ERROR_OPERATIONS:
             window = N // 4 if operation == "window_attention" else None
             S = cases.WINDOW if operation == "decode_window" else N
-            decodes = operation.startswith("decode")
-            case = Case(operation, 2, 1 if decodes else N, S, Q, K, H, window, not decodes)
+            single = decodes(operation)
+            case = Case(operation, 2, 1 if single else N, S, Q, K, H, window, not single)
             args = inputs(case, jnp.float32, seed=H + S)
             dense = jax.jit(results(case, Subject(functools.partial(_dense, case))))
             rounded = [x.astype(sizes.dtype) if x.dtype == jnp.float32 else x for x in args]
@@ -363,14 +364,14 @@ def grids(report: dict[str, Any]) -> list[Grid]:
     keys = dict.fromkeys((r["operation"], r["H"], r["pass"]) for r in times)
     for operation, H, what in keys:
         rows = [r for r in times if (r["operation"], r["H"], r["pass"]) == (operation, H, what)]
-        decodes = operation.startswith("decode")
         used = [name for name in names if any(r["implementation"] == name for r in rows)]
-        unit = "GB/s (of the copy's), time of a call" if decodes else "TFLOP/s"
+        single = decodes(operation)
+        unit = "GB/s (of the copy's), time of a call" if single else "TFLOP/s"
         table = []
         for B, S in sorted({(r["B"], r["S"]) for r in rows}, key=lambda x: (x[1], x[0])):
             by_name = {r["implementation"]: r for r in rows if (r["B"], r["S"]) == (B, S)}
             table.append([str(S), str(B), *(_cell(by_name.get(name)) for name in used)])
-        title = f"{operation}, H = {H}" + ("" if decodes else f", {what}") + f": {unit}"
+        title = f"{operation}, H = {H}" + ("" if single else f", {what}") + f": {unit}"
         found.append(Grid(title, ["S", "B", *used], table))
     table: dict[tuple, list[str]] = {}
     names = ("out", "dq", "dk", "dv")

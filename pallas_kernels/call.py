@@ -12,6 +12,11 @@ class UnsupportedCall(ValueError):
     message is the reason, as a full sentence."""
 
 
+def decodes(operation: str) -> bool:
+    """Whether each row has a single query: q is [B, Q, H]."""
+    return operation.startswith("decode")
+
+
 class Call(NamedTuple):
     """What an implementation may decide on. Shapes and dtype are None when a banner asks before
     there are arrays; a reason that does not depend on them must be given all the same."""
@@ -29,8 +34,7 @@ class Call(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        """Whether each row has a single query: q is [B, Q, H]."""
-        return self.operation.startswith("decode")
+        return decodes(self.operation)
 
     @property
     def dtype_name(self) -> str | None:

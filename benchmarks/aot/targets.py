@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import api
+from pallas_kernels.call import decodes
 from yocou_jax import hardware
 
 
@@ -81,7 +82,7 @@ class Case(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        return self.operation.startswith("decode")
+        return decodes(self.operation)
 
     @property
     def label(self) -> str:
