@@ -200,21 +200,8 @@ def _segments(operation, segment_ids, q, k) -> SegmentIds | None:
     return segment_ids
 
 
-def _attention(
-    operation,
-    q,
-    k,
-    v,
-    *,
-    window,
-    q_offset,
-    segment_ids,
-    kv_lengths,
-    scale,
-    return_lse,
-    implementation,
-    partition,
-):
+def _mask(operation, q, k, v, window, q_offset, segment_ids, kv_lengths) -> Mask:
+    """Checks the arrays, and says who sees whom."""
     _require(q.ndim == 4, f"{operation} needs q as [B, N, Q, H]; got shape {q.shape}.")
     _check_heads(operation, q, k, v)
     q_offset = operator.index(q_offset)
@@ -224,28 +211,28 @@ def _attention(
         kv_lengths = _clipped(kv_lengths, k.shape[1])
     if window is not None:
         window = min(window, q_offset + q.shape[1])  # no query is older
-    segments = _segments(operation, segment_ids, q, k)
-    mask = Mask(window, q_offset, kv_lengths, segments)
+    return Mask(window, q_offset, kv_lengths, _segments(operation, segment_ids, q, k))
+
+
+def _scale(scale: float | None, q) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _attention(operation, q, k, v, mask: Mask, scale, return_lse, implementation, partition):
     call = Call(
         operation,
         target_device(q),
         q.shape,
         k.shape,
         q.dtype,
-        window,
-        segments is not None,
-        kv_lengths is not None,
-        q_offset,
+        mask.window,
+        mask.segments is not None,
+        mask.lengths is not None,
+        mask.q_offset,
         return_lse,
     )
-    out, lse = _select(implementation, call).attention(
-        q,
-        k,
-        v,
-        mask,
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        partition=partition,
-    )
+    attend = _select(implementation, call).attention
+    out, lse = attend(q, k, v, mask, scale=_scale(scale, q), partition=partition)
     return (out, lse) if return_lse else out
 
 
@@ -282,20 +269,9 @@ def window_attention(
     """
     window = operator.index(window)
     _require(window >= 1, f"window_attention needs {window=} to be at least 1 (it counts self).")
-    return _attention(
-        "window_attention",
-        q,
-        k,
-        v,
-        window=window,
-        q_offset=q_offset,
-        segment_ids=segment_ids,
-        kv_lengths=None,
-        scale=scale,
-        return_lse=return_lse,
-        implementation=implementation,
-        partition=partition,
-    )
+    mask = _mask("window_attention", q, k, v, window, q_offset, segment_ids, None)
+    how = scale, return_lse, implementation, partition
+    return _attention("window_attention", q, k, v, mask, *how)
 
 
 def cross_attention(
@@ -318,20 +294,9 @@ def cross_attention(
     bfloat16 q: they are read in bfloat16 and their gradients come in float32, so that layers that
     share them sum these in float32. The rest as `window_attention`.
     """
-    return _attention(
-        "cross_attention",
-        q,
-        k,
-        v,
-        window=None,
-        q_offset=q_offset,
-        segment_ids=segment_ids,
-        kv_lengths=kv_lengths,
-        scale=scale,
-        return_lse=return_lse,
-        implementation=implementation,
-        partition=partition,
-    )
+    mask = _mask("cross_attention", q, k, v, None, q_offset, segment_ids, kv_lengths)
+    how = scale, return_lse, implementation, partition
+    return _attention("cross_attention", q, k, v, mask, *how)
 
 
 def _decode(operation, q, k, v, lengths, scale, implementation, partition):
@@ -339,14 +304,8 @@ def _decode(operation, q, k, v, lengths, scale, implementation, partition):
     _check_heads(operation, q, k, v)
     _check_rows(operation, "lengths", lengths, q.shape[0])
     call = Call(operation, target_device(q), q.shape, k.shape, q.dtype)
-    return _select(implementation, call).decode(
-        q,
-        k,
-        v,
-        _clipped(lengths, k.shape[1]),
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        partition=partition,
-    )
+    run, lengths = _select(implementation, call).decode, _clipped(lengths, k.shape[1])
+    return run(q, k, v, lengths, scale=_scale(scale, q), partition=partition)
 
 
 def decode_window(
