@@ -65,9 +65,41 @@ def _vector(ptr, first, limit, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _key_blocks(p0, p1, last_key, WINDOW: tl.constexpr, BK: tl.constexpr, ALL_MASKED: tl.constexpr):
-    """For the queries at positions p0 .. p1: keys [a, b) need masks (the window's edge), [b, c)
-    none, [c, d) do (the diagonal and the end). a, b and c are multiples of BK."""
+def _head(ptr, row, positions, head, HEADS: tl.constexpr, H: tl.constexpr):
+    """Where one head of a batch row begins in [batch, positions, heads, head width]."""
+    return ptr + (row * positions * (HEADS * H) + head * H)
+
+
+@triton.jit
+def _last_key(lengths_ptr, b, S, LENGTHS: tl.constexpr):
+    """How many keys row b has: all of the array's, or as many as lengths says."""
+    last_key = S
+    if LENGTHS:
+        last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    return last_key
+
+
+@triton.jit
+def _query_program(N, Q: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr):
+    """What a program of `forward` and `dq` handles: a query head, its K/V head, the batch row, and
+    the first of BQ queries. The heads of a group run side by side, for they read the same keys, and
+    the longest rows of the triangle start first."""
+    G: tl.constexpr = Q // K
+    step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head = kv_head * G + step % G
+    first = ((N + BQ - 1) // BQ - 1 - step // G) * BQ
+    return head, kv_head, b, first
+
+
+@triton.jit
+def _key_blocks(
+    first, N, q_offset, last_key,
+    WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ALL_MASKED: tl.constexpr,
+):  # fmt: skip
+    """For BQ queries from `first` on: keys [a, b) need masks (the window's edge), [b, c) none,
+    [c, d) do (the diagonal and the end). a, b and c are multiples of BK."""
+    p0 = q_offset + first
+    p1 = q_offset + tl.minimum(first + BQ, N) - 1
     d = tl.minimum(p1 + 1, last_key)
     a = 0
     b = 0
@@ -76,6 +108,32 @@ def _key_blocks(p0, p1, last_key, WINDOW: tl.constexpr, BK: tl.constexpr, ALL_MA
         b = (tl.maximum(p1 - WINDOW + 1, 0) + BK - 1) // BK * BK
     b = tl.maximum(a, tl.minimum(b, d))
     c = tl.maximum(b, tl.minimum(p0 + 1, last_key) // BK * BK)
+    if ALL_MASKED:
+        c = b
+    return a, b, c, d
+
+
+@triton.jit
+def _query_blocks(
+    first, N, q_offset, last_key,
+    WINDOW: tl.constexpr, LENGTHS: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, ALL_MASKED: tl.constexpr,
+):  # fmt: skip
+    """For BK keys from `first` on: query rows [a, b) need masks (the diagonal), [b, c) none,
+    [c, d) do (the window's edge and the end). a is a multiple of BQ, b and c are too or equal d."""
+    d = N
+    c = N // BQ * BQ
+    if WINDOW is not None:
+        last = tl.minimum(first + BK, last_key) - 1
+        d = tl.minimum(tl.maximum(last + WINDOW - q_offset, 0), N)
+        seen_by_all = tl.maximum(first + WINDOW - q_offset, 0)
+        c = tl.minimum(seen_by_all, N) // BQ * BQ
+    a = tl.maximum(first - q_offset, 0) // BQ * BQ
+    if LENGTHS:
+        d = tl.where(first < last_key, d, 0)
+    b = (tl.maximum(first + BK - 1 - q_offset, 0) + BQ - 1) // BQ * BQ
+    b = tl.maximum(a, tl.minimum(b, d))
+    c = tl.maximum(b, tl.minimum(c, d))
     if ALL_MASKED:
         c = b
     return a, b, c, d
@@ -141,23 +199,17 @@ def forward_kernel(
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Programs (query block and head of the group, K/V head, batch row). The heads of a group run
-    side by side, for they read the same keys, and the longest rows of the triangle start first."""
-    G: tl.constexpr = Q // K
-    step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head = kv_head * G + step % G
-    first = ((N + BQ - 1) // BQ - 1 - step // G) * BQ
+    """Programs (query block and head of the group, K/V head, batch row)."""
+    head, kv_head, b, first = _query_program(N, Q, K, BQ)
     row = tl.cast(b, tl.int64)
-    q_ptr += row * N * (Q * H) + head * H
-    out_ptr += row * N * (Q * H) + head * H
-    k_ptr += row * S * (K * H) + kv_head * H
-    v_ptr += row * S * (K * H) + kv_head * H
+    q_ptr = _head(q_ptr, row, N, head, Q, H)
+    out_ptr = _head(out_ptr, row, N, head, Q, H)
+    k_ptr = _head(k_ptr, row, S, kv_head, K, H)
+    v_ptr = _head(v_ptr, row, S, kv_head, K, H)
     lse_ptr += (row * Q + head) * N
     q_ids_ptr += row * N
     kv_ids_ptr += row * S
-    last_key = S
-    if LENGTHS:
-        last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    last_key = _last_key(lengths_ptr, b, S, LENGTHS)
 
     q = _rows(q_ptr, first, N, Q * H, H, BQ, True)
     if SCALE < 0:
@@ -167,9 +219,7 @@ def forward_kernel(
     if SEGMENTS:
         q_ids = _vector(q_ids_ptr, first, N, BQ)[:, None]
     q_pos = q_offset + first + tl.arange(0, BQ)
-    p0 = q_offset + first
-    p1 = q_offset + tl.minimum(first + BQ, N) - 1
-    a, b1, c, d = _key_blocks(p0, p1, last_key, WINDOW, BK, SEGMENTS)
+    a, b1, c, d = _key_blocks(first, N, q_offset, last_key, WINDOW, BQ, BK, SEGMENTS)
 
     top = tl.full([BQ], MASKED, tl.float32)
     total = tl.full([BQ], 0.0, tl.float32)
@@ -231,22 +281,17 @@ def dq_kernel(
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dq: the programs and the blocks that they visit are those of `forward`."""
-    G: tl.constexpr = Q // K
     SCALE2: tl.constexpr = SCALE * LOG2E
-    step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head = kv_head * G + step % G
-    first = ((N + BQ - 1) // BQ - 1 - step // G) * BQ
+    head, kv_head, b, first = _query_program(N, Q, K, BQ)
     row = tl.cast(b, tl.int64)
-    q_ptr += row * N * (Q * H) + head * H
-    do_ptr += row * N * (Q * H) + head * H
-    dq_ptr += row * N * (Q * H) + head * H
-    k_ptr += row * S * (K * H) + kv_head * H
-    v_ptr += row * S * (K * H) + kv_head * H
+    q_ptr = _head(q_ptr, row, N, head, Q, H)
+    do_ptr = _head(do_ptr, row, N, head, Q, H)
+    dq_ptr = _head(dq_ptr, row, N, head, Q, H)
+    k_ptr = _head(k_ptr, row, S, kv_head, K, H)
+    v_ptr = _head(v_ptr, row, S, kv_head, K, H)
     q_ids_ptr += row * N
     kv_ids_ptr += row * S
-    last_key = S
-    if LENGTHS:
-        last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    last_key = _last_key(lengths_ptr, b, S, LENGTHS)
 
     q = _rows(q_ptr, first, N, Q * H, H, BQ, True)
     do = _rows(do_ptr, first, N, Q * H, H, BQ, True)
@@ -256,9 +301,7 @@ def dq_kernel(
     if SEGMENTS:
         q_ids = _vector(q_ids_ptr, first, N, BQ)[:, None]
     q_pos = q_offset + first + tl.arange(0, BQ)
-    p0 = q_offset + first
-    p1 = q_offset + tl.minimum(first + BQ, N) - 1
-    a, b1, c, d = _key_blocks(p0, p1, last_key, WINDOW, BK, SEGMENTS)
+    a, b1, c, d = _key_blocks(first, N, q_offset, last_key, WINDOW, BQ, BK, SEGMENTS)
 
     dq = tl.full([BQ, H], 0.0, tl.float32)
     if WINDOW is not None:
@@ -325,15 +368,13 @@ def dkv_kernel(
     step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = step * BK
     row = tl.cast(b, tl.int64)
-    k_ptr += row * S * (K * H) + kv_head * H
-    v_ptr += row * S * (K * H) + kv_head * H
-    dk_ptr += row * S * (K * H) + kv_head * H
-    dv_ptr += row * S * (K * H) + kv_head * H
+    k_ptr = _head(k_ptr, row, S, kv_head, K, H)
+    v_ptr = _head(v_ptr, row, S, kv_head, K, H)
+    dk_ptr = _head(dk_ptr, row, S, kv_head, K, H)
+    dv_ptr = _head(dv_ptr, row, S, kv_head, K, H)
     q_ids_ptr += row * N
     kv_ids_ptr += row * S
-    last_key = S
-    if LENGTHS:
-        last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    last_key = _last_key(lengths_ptr, b, S, LENGTHS)
 
     k = _rows(k_ptr, first, last_key, K * H, H, BK, True)
     v = _rows(v_ptr, first, last_key, K * H, H, BK, True)
@@ -341,23 +382,9 @@ def dkv_kernel(
     kv_ids = 0
     if SEGMENTS:
         kv_ids = _vector(kv_ids_ptr, first, S, BK)[:, None]
-
-    # Query rows [start, full) and [end_full, end) need masks, those between do not.
-    end = N
-    end_full = N // BQ * BQ
-    if WINDOW is not None:
-        last = tl.minimum(first + BK, last_key) - 1
-        end = tl.minimum(tl.maximum(last + WINDOW - q_offset, 0), N)
-        seen_by_all = tl.maximum(first + WINDOW - q_offset, 0)
-        end_full = tl.minimum(seen_by_all, N) // BQ * BQ
-    start = tl.maximum(first - q_offset, 0) // BQ * BQ
-    if LENGTHS:
-        end = tl.where(first < last_key, end, 0)
-    full = (tl.maximum(first + BK - 1 - q_offset, 0) + BQ - 1) // BQ * BQ
-    full = tl.maximum(start, tl.minimum(full, end))
-    end_full = tl.maximum(full, tl.minimum(end_full, end))
-    if SEGMENTS:
-        end_full = full
+    start, full, end_full, end = _query_blocks(
+        first, N, q_offset, last_key, WINDOW, LENGTHS, BQ, BK, SEGMENTS
+    )
 
     dk = tl.full([BK, H], 0.0, tl.float32)
     dv = tl.full([BK, H], 0.0, tl.float32)
@@ -402,11 +429,11 @@ def decode_kernel(
     SCALE2: tl.constexpr = SCALE * LOG2E
     part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.cast(b, tl.int64)
-    k_ptr += row * S * (K * H) + kv_head * H
-    v_ptr += row * S * (K * H) + kv_head * H
+    k_ptr = _head(k_ptr, row, S, kv_head, K, H)
+    v_ptr = _head(v_ptr, row, S, kv_head, K, H)
     heads = kv_head * G
     start = part * keys_per_part
-    last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    last_key = _last_key(lengths_ptr, b, S, True)
     end = tl.minimum(start + keys_per_part, last_key)
 
     q = _rows(q_ptr + row * (Q * H), heads, heads + G, H, H, ROWS, True)
