@@ -9,6 +9,7 @@ none, as its report (MOSAIC_GPU_DUMP_PTXAS) showed.
 import functools
 import inspect
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,18 +57,20 @@ def scores(a, b, meanwhile=lambda: None):
     return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def p_and_ds(a, b, probabilities, wait, c, d, delta, overlap: bool):
-    """p = probabilities(a @ b.T) and ds = p * (c @ d.T - delta()), after wait() for c and d.
+def p_and_ds(for_p, for_dp, dp_full, probabilities, delta, overlap: bool):
+    """p = probabilities(a @ b.T) and ds = p * (c @ d.T - delta()), where a, b = for_p and c, d =
+    for_dp. The barrier dp_full says that d has come.
 
     With `overlap` the second product runs during the exponentials, for which only blocks without a
     mask have the registers. Otherwise it starts at -delta, which then needs no registers either.
     """
+    (a, b), (c, d) = for_p, for_dp
     if interpretation() is not None:
         p = probabilities(scores(a, b))
-        wait()
+        plgpu.barrier_wait(dp_full)
         return p, p * (scores(c, d) - delta())
     if overlap:
-        wait()
+        plgpu.barrier_wait(dp_full)
 
         def body(s, dp):
             plgpu.wgmma(s, a, b.transpose((1, 0)))
@@ -78,7 +81,7 @@ def p_and_ds(a, b, probabilities, wait, c, d, delta, overlap: bool):
         p, dp = pl.run_scoped(body, acc, acc)
         return p, p * (dp - delta())
     p = probabilities(scores(a, b))
-    wait()
+    plgpu.barrier_wait(dp_full)
     product = pl.run_state(lambda dp: plgpu.wgmma(dp, c, d.transpose((1, 0))))
     return p, p * product(plgpu.ACC.init(-delta()))
 
@@ -135,6 +138,25 @@ def each_column(x, shape):
     return lax.broadcast_in_dim(x, shape, [1])
 
 
+class Softmax(NamedTuple):
+    """A running softmax over blocks of keys. acc [M H]: the sum of p v; total [M]: that of p; both
+    relative to top [M], the largest score so far, in base 2."""
+
+    acc: Any
+    top: Any
+    total: Any
+
+    @classmethod
+    def start(cls, rows: int, H: int):
+        return cls(zeros((rows, H)), per_row(masks.MASKED, rows), per_row(0.0, rows))
+
+    def add_scores(self, s, scale2, seen):
+        """p of a block of scores, and the softmax with it; p v is still to be added to acc."""
+        p, keep, top = exponentials(s, scale2, seen, self.top)
+        total = self.total * keep + p.sum(axis=1)
+        return p, Softmax(self.acc * each_row(keep, self.acc.shape), top, total)
+
+
 def exponentials(s, scale2, seen, top):
     """One step of the running softmax over scores s [M N], before the scale.
 
@@ -160,11 +182,70 @@ def probabilities(s, scale2, seen, lse2):
     return jnp.exp2(s if seen is None else jnp.where(seen, s, masks.MASKED))
 
 
-def both(a, b):
-    return a if b is None else b if a is None else a & b
-
-
 # Threads: how stages are given back and forth, what a producer does, how a kernel starts.
+
+
+def at_slot(stream, slot):
+    """One stage of all that a stream has in shared memory, and its barriers."""
+    return type(stream)(*(None if x is None else x.at[slot] for x in stream))
+
+
+class KeyStream(NamedTuple):
+    """Blocks of keys and values on their way through shared memory, and of the keys' segment ids
+    (or None): k_full says that keys and ids have come, k_free that they were read."""
+
+    k_smem: Any  # [stages, size, H]
+    v_smem: Any
+    ids_smem: Any  # [stages, size]
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+    @staticmethod
+    def scratch(stages: int, size: int, H: int, dtype, segments=False, readers=CONSUMERS) -> dict:
+        """readers: how many warpgroups read each block."""
+        kv = plgpu.SMEM((stages, size, H), dtype)
+        return {
+            "k_smem": kv,
+            "v_smem": kv,
+            "ids_smem": plgpu.SMEM((stages, size), jnp.int32) if segments else None,
+            "k_full": barriers(stages, 2 if segments else 1),
+            "v_full": barriers(stages),
+            "k_free": barriers(stages, readers),
+            "v_free": barriers(stages, readers),
+        }
+
+    at = at_slot
+
+    def fill(self, first, last, start, k_ref, v_ref, ids_ref, b, head):
+        """The producer's part: blocks first..last of row b and a K/V head, of which block j begins
+        at key start(j)."""
+        size = self.k_smem.shape[1]
+
+        def copies(j, slot):
+            keys, block = pl.ds(start(j), size), self.at(slot)
+
+            def copy_k():
+                plgpu.copy_gmem_to_smem(k_ref.at[b, keys, head], block.k_smem, block.k_full)
+                if ids_ref is not None:
+                    plgpu.copy_gmem_to_smem(ids_ref.at[b, keys], block.ids_smem, block.k_full)
+
+            def copy_v():
+                plgpu.copy_gmem_to_smem(v_ref.at[b, keys, head], block.v_smem, block.v_full)
+
+            return copy_k, copy_v
+
+        stream(first, last, copies, (self.k_free, self.v_free))
+
+
+def copy_out(*pairs):
+    """Copies from shared to device memory what this warpgroup wrote there, (smem, ref) a pair, and
+    waits for the end of it."""
+    plgpu.commit_smem()
+    for smem, ref in pairs:
+        plgpu.copy_smem_to_gmem(smem, ref)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def stream(first, last, copies, free):
