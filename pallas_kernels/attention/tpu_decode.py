@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import TPU_LANES, tpu_decode_rows
 from pallas_kernels.attention.flash import LOG2E, kernel_name
-from pallas_kernels.attention.tpu import NT, call_kernel, dot, lanes
+from pallas_kernels.attention.tpu import call_kernel
+from pallas_kernels.attention.tpu_kernels import NT, dot, lanes
 
 
 def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
