@@ -1,4 +1,4 @@
-"""A call as an implementation is asked about it: its facts, without arrays."""
+"""The facts of a call, without its arrays: what an implementation is asked about."""
 
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ def decodes(operation: str) -> bool:
 
 
 class Call(NamedTuple):
-    """What an implementation may decide on. Shapes and dtype are None when a banner asks before
-    there are arrays; a reason that does not depend on them must be given all the same."""
+    """What an implementation may decide on. Shapes and dtype are None when the start of a run asks
+    before there are arrays; a reason that does not depend on them must be given then too."""
 
     operation: str
     device: Device
