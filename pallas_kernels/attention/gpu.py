@@ -3,14 +3,15 @@
 Why it exists: plain XLA moves every block of scores through device memory, and public kernels visit
 all blocks in the backward of a window. Here one template serves the window and full causal
 attention: `Plan` says which blocks of the other axis a block of rows visits, and which of those
-need a mask; nothing else is loaded.
+need a mask; no other block is loaded.
 
 How: FlashAttention-3 (arXiv 2407.08608). A thread block is a producer warpgroup, which streams
 blocks through shared memory with the copy engine (TMA), and two consumer warpgroups of 64 rows,
-which multiply with wgmma. The two take turns in the forward: one is in its softmax while the other
-has the tensor cores. One query head a thread block; those of a group run side by side and share
-their keys in the L2 cache. Backward has a kernel for dq and one for dk and dv, which sums over the
-query heads of the group in registers: no atomics, so the same input gives the same bits.
+which multiply with wgmma. The two take turns in the forward: one computes its softmax while the
+other uses the tensor cores. A thread block has one query head; the thread blocks of a group run at
+the same time and share their keys in the L2 cache. The backward has a kernel for dq and one for dk
+and dv, which sums over the query heads of the group in registers: there are no atomics, so the same
+input gives the same bits.
 
 How it rounds: q, k, v in bf16 or fp16; products accumulate in fp32; softmax in fp32 in base 2 with
 the scale folded into the exponent; p and ds are rounded to the input's dtype before their products;
@@ -19,8 +20,8 @@ dk and dv leave the fp32 accumulators in spec.kv_grad_dtype.
 What it runs on: jax 0.11 and newer, compute capability 9.0. Compiled for an H200, not yet run on
 one; values and races are tested in Pallas's interpreter on the host. Expected limits on an H200:
 600 TFLOP/s forward and, because dq and dk, dv recompute the scores each (7 products where a fused
-backward has 5), 5/7 of that backward; a window's thread blocks live for five blocks of keys only,
-so that starting and ending them shows. What differs in the interpreter is in hopper.py.
+backward has 5), 5/7 of that backward. A window's thread blocks run for five blocks of keys only, so
+that their start and end take a visible share. What differs in the interpreter is in hopper.py.
 """
 
 import functools

@@ -5,15 +5,16 @@ run at the speed of device memory. XLA reads the whole cache, valid or not.
 
 How: the valid keys of a row are split over enough thread blocks to keep every multiprocessor
 reading (flash decoding). How many keys each gets follows from `valid` at run time, so a short row
-is split as evenly as a long one, and no block beyond the valid length is loaded. A producer
+is split as evenly as a long one, and no block after the valid length is loaded. A producer
 warpgroup keeps `decode_stages` blocks of keys and values in flight (160 KB for heads of 128); two
-consumer warpgroups take every other block. The query heads of a group are rows of one product,
-which wgmma wants 64 of: wasted arithmetic, a third of the time that the bytes take. Each thread
-block leaves its average in fp32 with the log of its sum, and XLA combines them. The ring buffer of
-the window needs no kernel of its own: softmax does not care in which order the keys lie.
+consumer warpgroups take every other block. The query heads of a group are rows of one product.
+wgmma needs 64 rows, so most of its arithmetic is wasted; it takes a third of the time of the bytes.
+Each thread block writes its average in fp32 with the log of its sum, and XLA combines them.
+The ring buffer of the window uses the same kernel: the order of the keys does not change a softmax.
 
 How it rounds and what it runs on: as gpu.py. Expected limit on an H200: 85% of 4.3 TB/s over
-a long cache; over a ring of 512 keys the two launches (kernel, combination) outweigh the bytes.
+a long cache; over a ring of 512 keys the two launches (kernel, combination) take longer than the
+bytes.
 """
 
 import functools
@@ -30,11 +31,12 @@ from pallas_kernels.attention.hopper import CONSUMERS, KeyStream, Softmax, pl, p
 from pallas_kernels.attention.join import join_splits
 
 MULTIPROCESSORS = 132  # H100 SXM, H200
-STARTUP = 4  # what a thread block costs beside its keys, in blocks of keys (a guess)
+STARTUP = 4  # the fixed cost of a thread block, in blocks of keys (a guess)
 
 
 def _splits(rows: int, S: int, size: int) -> int:
-    """Thread blocks per (row, K/V head) of which there are `rows`: the fewest that finish first."""
+    """Thread blocks for each of `rows` pairs of row and K/V head: the number that takes the least
+    time; the smallest of several."""
 
     def time(splits):
         waves = -(-rows * splits // MULTIPROCESSORS)
@@ -50,7 +52,7 @@ def _kernel(
     """The average of one share of the values, and the log of its sum in base 2.
 
     q [B K R H] with R query heads of a group, padded to a multiple of 8; out [B K P R H] and lse2
-    [B K P R] with P splits. What the tile has in rows R.. is not initialised and not used.
+    [B K P R] with P splits. Rows R.. of the tile are not initialised and not used.
     """
     keys, rows = KeyStream(**stream), q_smem.shape[0]
     stages, size, H = keys.k_smem.shape

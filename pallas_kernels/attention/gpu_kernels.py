@@ -1,11 +1,12 @@
 """The three attention kernels for NVIDIA Hopper that gpu.py starts: forward, dq, and dk with dv.
 
-A thread block is a producer warpgroup and two consumer warpgroups (`hopper.specialise`). Each
-consumer has `rows` rows of its own in shared memory: queries in the forward and for dq, keys for dk
-and dv. The producer streams blocks of the other axis past both. Beside each kernel is the function
-that says what it needs of shared memory; the names there are its keyword arguments. `*_ref` are
-arrays in device memory, `*_smem` in shared memory; `*_full` and `*_free` are barriers, by which the
-warpgroups tell each other that something has come, or was read.
+A thread block has a producer warpgroup and two consumer warpgroups (`hopper.specialise`). Each
+consumer has `rows` rows in shared memory: queries in the forward and for dq, keys for dk and dv.
+The producer copies blocks of the other axis to shared memory, one after the other, and both
+consumers read them. The function before each kernel says what the kernel needs of shared memory;
+the names there are its keyword arguments. `*_ref` are arrays in device memory, `*_smem` in shared
+memory. By the barriers `*_full` and `*_free` the warpgroups tell each other that something has
+come, or that it was read.
 """
 
 import functools
@@ -24,8 +25,8 @@ from pallas_kernels.attention.hopper import CONSUMERS, KeyStream, Softmax, pl, p
 
 class _Tile(NamedTuple):
     """What one thread block handles: the CONSUMERS x `rows` positions from `start` on, of batch row
-    b and one head (a K/V head where they are keys), and the blocks first..last of the other axis.
-    Keys from `limit` on do not exist."""
+    b and one head (a K/V head if they are keys), and the blocks first..last of the other axis. Keys
+    from `limit` on do not exist."""
 
     b: Any
     head: Any
@@ -61,8 +62,8 @@ def _produce_keys(plan: Plan, tile: _Tile, keys: KeyStream, k_ref, v_ref, ids_re
 
 
 def _in_segment(seen, row_ids, column_ids):
-    """The mask `seen` (None: all) of a block of scores and, if there are segments, of equal ids: of
-    the rows in registers, of the columns in shared memory."""
+    """The mask `seen` of a block of scores (None: all are seen) and that of equal segment ids, if
+    there are segments. Ids of rows are in registers, those of columns in shared memory."""
     if row_ids is None:
         return seen
     shape = (row_ids.shape[0], column_ids.shape[0])
@@ -149,9 +150,9 @@ def _put_results(softmax: Softmax, out_smem, lse_smem):
 
 
 def _put_gradients(wg, place, *gradients):
-    """Each (array in registers, smem, ref) goes to ref[place] through this warpgroup's part of
-    smem; straight from the registers where it is float32 beside bf16 operands, and would not fit.
-    All are of the same dtype."""
+    """Writes each (array in registers, smem, ref) to ref[place] through smem[wg]. If ref is float32
+    and the operands are bf16, it would not fit there, and goes straight from the registers. All
+    gradients have the same dtype."""
     through = [(smem, ref) for _, smem, ref in gradients if ref.dtype == smem.dtype]
     for x, smem, ref in gradients:
         if through:
@@ -176,7 +177,7 @@ def dq_kernel(
     plan: Plan, q_ref, k_ref, v_ref, ids_ref, lengths_ref, lse2_ref, delta_ref, d_out_ref, dq_ref,
     *, q_smem, d_out_smem, q_full, **stream,
 ):  # fmt: skip
-    """dq of 2 x `rows` queries of one head: p and ds once more, block by block of keys."""
+    """dq of 2 x `rows` queries of one head: p and ds are computed again, block by block of keys."""
     keys, (_, rows, H) = KeyStream(**stream), q_smem.shape
     stages, size, _ = keys.k_smem.shape
     tile = _Tile.of_queries(plan, q_ref, lengths_ref, rows, size)
@@ -224,9 +225,9 @@ def dq_kernel(
 
 
 class _QueryStream(NamedTuple):
-    """Blocks of queries on their way through shared memory, with all that belongs to them: q_full
-    says that q, lse2 and the segment ids (if there are any) have come, d_out_full that d_out and
-    delta have, free that the block was read."""
+    """Blocks of queries in shared memory, with all that belongs to them. q_full says that q, lse2
+    and the segment ids (if there are any) have come, d_out_full that d_out and delta have come, and
+    free that the block was read."""
 
     q_smem: Any  # [stages, size, H]
     d_out_smem: Any
@@ -255,7 +256,7 @@ class _QueryStream(NamedTuple):
     at = hopper.at_slot
 
     def fill(self, plan: Plan, tile: _Tile, q_ref, ids_ref, lse2_ref, delta_ref, d_out_ref):
-        """The producer: of each query head of the group in turn, the blocks of the tile."""
+        """The producer's part: the tile's blocks of each query head of the group, head by head."""
         num, size = tile.last - tile.first, self.q_smem.shape[1]
 
         def copies(t, slot):
@@ -290,9 +291,9 @@ def dkv_kernel(
     plan: Plan, q_ref, k_ref, v_ref, ids_ref, lengths_ref, lse2_ref, delta_ref, d_out_ref,
     dk_ref, dv_ref, *, k_smem, v_smem, kv_full, **stream,
 ):  # fmt: skip
-    """dk, dv of 2 x `rows` keys of one K/V head: over the query heads of its group, and for each
-    over blocks of queries. Scores are transposed, [keys, queries], so that p and ds are left
-    operands of their products as they come."""
+    """dk, dv of 2 x `rows` keys of one K/V head: sums over the query heads of its group, and for
+    each over blocks of queries. Scores are transposed, [keys, queries], so that p and ds can be the
+    left operands of their products without another transposition."""
     queries, (_, rows, H) = _QueryStream(**stream), k_smem.shape
     stages, size, _ = queries.q_smem.shape
     tile = _Tile.of_keys(plan, lengths_ref, rows, size)

@@ -14,8 +14,9 @@ from pallas_kernels.attention.hopper import plgpu
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which blocks meet. Rows count from 0, positions of queries from q_offset; bounds are traced
-    int32. `bounded`: some keys of the arrays must not be seen although causality allows it."""
+    """Which blocks visit each other. Rows count from 0, positions of queries from q_offset; bounds
+    are traced int32. `bounded`: some keys of the arrays must not be seen although causality allows
+    it."""
 
     N: int
     S: int
@@ -34,7 +35,7 @@ class Plan:
         return jnp.int32(self.S) if lengths is None else jnp.minimum(lengths[b], self.S)
 
     def key_blocks(self, row, rows: int, size: int, limit):
-        """first, last: the blocks of `size` keys that queries row..row+rows see any of."""
+        """first, last: the blocks of `size` keys of which any of queries row..row+rows sees one."""
         position, oldest = self.q_offset + row, jnp.int32(0)
         if self.window is not None:
             oldest = jnp.maximum(position - (self.window - 1), 0)
@@ -43,7 +44,7 @@ class Plan:
         return first, jnp.where(oldest < limit, last, first)
 
     def inner_key_blocks(self, row, rows: int, size: int, limit, first, last):
-        """Of those, the blocks low..high that each of these queries sees all of."""
+        """low, high: of those, the blocks that each of these queries sees completely."""
         position = self.q_offset + row
         low = first
         if self.window is not None:
@@ -53,7 +54,7 @@ class Plan:
         return low, jnp.minimum(jnp.maximum(high, low), last)
 
     def query_blocks(self, key, keys: int, size: int, limit):
-        """first, last: the blocks of `size` queries that see any of keys key..key+keys."""
+        """first, last: the blocks of `size` queries of which one sees any of keys key..key+keys."""
         first = lax.div(jnp.maximum(key - self.q_offset, 0), size)
         end = jnp.int32(self.N)
         if self.window is not None:
@@ -63,7 +64,7 @@ class Plan:
         return first, jnp.maximum(last, first)
 
     def inner_query_blocks(self, key, keys: int, size: int, limit, first, last):
-        """Of those, the blocks low..high whose queries each see all of these keys."""
+        """low, high: of those, the blocks whose queries all see all of these keys."""
         low = hopper.ceil_div(jnp.maximum(key + (keys - 1) - self.q_offset, 0), size)
         low = jnp.minimum(jnp.maximum(low, first), last)
         high = last
@@ -74,9 +75,9 @@ class Plan:
         return low, jnp.minimum(jnp.maximum(high, low), last)
 
     def seen(self, row, key, limit, shape, query_axis: int):
-        """The mask of one block of scores [M N], whose queries lie along query_axis. What changes
-        from block to block is added to the rows, behind a barrier: otherwise the compiler keeps M N
-        loop-invariant differences in registers."""
+        """The mask of one block of scores [M N], of which query_axis is the axis of the queries.
+        What changes from block to block is added to the rows, after an optimisation barrier:
+        otherwise the compiler keeps M N loop-invariant differences in registers."""
         ahead = self.q_offset + row - key
         rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=plgpu.Layout.WGMMA.reduce(1))
         rows = rows + ahead if query_axis == 0 else rows - ahead
@@ -90,7 +91,7 @@ class Plan:
 
 
 def edges_and_inside(step, first, low, high, last, carry):
-    """Three loops, so that only the blocks on an edge pay for a mask."""
+    """Three loops, so that only the blocks on an edge compute a mask."""
     carry = lax.fori_loop(first, low, functools.partial(step, edge=True), carry)
     carry = lax.fori_loop(low, high, functools.partial(step, edge=False), carry)
     return lax.fori_loop(high, last, functools.partial(step, edge=True), carry)

@@ -2,18 +2,18 @@
 
 Why it exists: XLA has no fused attention on TPUs, and jax's splash attention reads every K/V head
 once per query head, steps through a window block by block with a running softmax, and takes its
-masks from host-side tables. Here the window's whole band of bq + W - 1 keys is one grid step, the
-G query heads of a group share the keys as rows of one product, and only tiles on an edge of the
-band are masked.
+masks from tables that the host makes. Here the window's whole band of bq + W - 1 keys is one grid
+step, the G query heads of a group share the keys as rows of one product, and only tiles on an edge
+of the band are masked.
 
-Rounds: products of bf16 inputs accumulate in fp32; scores, softmax and all sums are fp32, in
-base 2; p and ds are rounded to the input dtype before their products. Deterministic.
+How it rounds: products of bf16 inputs accumulate in fp32; scores, softmax and all sums are fp32, in
+base 2; p and ds are rounded to the input dtype before their products. It is deterministic.
 
-Runs on v5e, v5p, v6e and tpu7x by compilation; never yet on a device (see README.md).
+What it runs on: it compiles for v5e, v5p, v6e and tpu7x, and never ran on a device yet (README.md).
 
 Shapes inside: q [B K G N H], k and v [B K S H], lse and delta [B K G N]: positions next to the
-innermost axis, so that a head's block is one matrix. The transposes are left to XLA, which can
-choose layouts that make them free; whether it does in a model was not looked into.
+innermost axis, so that a head's block is one matrix. XLA makes the transposes, and can choose
+layouts that make them free; whether it does so in a model was not examined.
 """
 
 import functools
@@ -70,8 +70,8 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def _vmem(call: Call) -> int:
-    """Roughly the bytes of VMEM of the largest kernel: blocks, twice for the copies ahead, sums and
-    a tile's temporaries."""
+    """Roughly the bytes of VMEM of the largest kernel: its blocks, twice because the next ones are
+    copied meanwhile, its sums, and the temporary arrays of a tile."""
     G, H = call.group, call.head_width
     item = jnp.dtype(call.dtype).itemsize
     largest = 0
@@ -115,7 +115,7 @@ def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cos
 
 
 class _Operands:
-    """The arrays of one call in the kernels' layout, padded, and the specs to read them by."""
+    """The arrays of one call, padded and in the kernels' layout, and the specs of their blocks."""
 
     def __init__(self, spec: Spec, kernel: str, q, k, mask: masks.Mask):
         self.B, self.N, Q, self.H = q.shape
@@ -191,7 +191,7 @@ class _Operands:
         return lengths, *(ranges(ids) for ids in self.ids())
 
     def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
-        """Blocks of the outer axis, or bands of the inner one, between whole other axes."""
+        """Blocks of the outer axis or bands of the inner one; the other axes are whole."""
         lead = 2 if heads else 1
 
         def index(b, h, i, j, lengths, *_):

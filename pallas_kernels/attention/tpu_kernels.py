@@ -19,13 +19,13 @@ from pallas_kernels.attention.tpu_bands import Scalars, column
 NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
 NN = (((1,), (0,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))  # a [k m], b [k n] -> [m n]
-# What the backward kernels handle at a time inside a tile (static cycles on v6e, H = 128).
+# How much the backward kernels handle at a time inside a tile (static cycles on v6e, H = 128).
 _DQ_CHUNK = 256  # queries; a tile of 256 x 768 took 601 cycles, in halves 686
 _DKV_CHUNK = 512 * 256  # scores; a tile of 768 x 256 took 757 cycles, in pieces of 256 x 256 881
 
 
 def dot(a, b, dims=NN):
-    # fp32 inputs are a test's or a small model's: exact there, whatever the default precision is.
+    # Only tests and small models have fp32 inputs: they are exact, for any default precision.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
@@ -49,7 +49,7 @@ def lanes(x, width: int):
 
 
 def _each_tile(bands, j, start, tile, n):
-    """Runs tile(0), ... tile(n-1) unless step j repeats another: then its start was moved."""
+    """Runs tile(0), ... tile(n-1), unless step j repeats another step: then its start was moved."""
 
     def run():
         lax.fori_loop(0, n, tile, 0)
@@ -58,9 +58,9 @@ def _each_tile(bands, j, start, tile, n):
 
 
 def forward_kernel(tiles, bands, bc, *refs):
-    """Scores [rows, keys], rows = G heads x bq queries. Where the matrix unit is 256 wide and H is
-    not, the row sums come out of the product p v for nothing, as columns of ones beside v; the
-    vector unit, which this kernel waits for, is spared the adds (`tpu_sums_on_mxu`)."""
+    """Scores [rows, keys], rows = G heads x bq queries. If the matrix unit is 256 wide and H is
+    less, the product p v can also make the row sums at no cost, by columns of ones after those of
+    v. That saves the vector unit additions; it is this kernel's bottleneck (`tpu_sums_on_mxu`)."""
     q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref, top, total, acc = refs[3:]
     scalars = Scalars(*refs[:3], pl.program_id(0))
     i, j = pl.program_id(2), pl.program_id(3)
@@ -92,7 +92,7 @@ def forward_kernel(tiles, bands, bc, *refs):
             v = v_ref[here]
             if width > H:
                 v = jnp.concatenate([v, jnp.ones((bc, width - H), v.dtype)], axis=1)
-            else:  # whole registers are added here, their lanes at the end
+            else:  # whole registers are added here, and their lanes at the end
                 sums = functools.reduce(jnp.add, jnp.split(p, bc // TPU_LANES, axis=1))
                 total[...] = total[...] * keep[:, :TPU_LANES] + sums
             acc[...] = acc[...] * keep[:, :width] + dot(p.astype(v.dtype), v)
@@ -120,8 +120,8 @@ def forward_kernel(tiles, bands, bc, *refs):
 
 def _pipelined(chunks, products, rest):
     """rest(chunk, *products(chunk)) for every chunk, with the products one chunk ahead, so that the
-    compiler has matrix work beside the exponentials. Whole tiles at once spill far more registers
-    and take 5-15% longer."""
+    compiler can overlap matrix products with exponentials. Without chunks a tile spills far more
+    registers and takes 5-15% longer."""
     ahead = products(chunks[0])
     for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
         mine, ahead = ahead, None if following is None else products(following)
@@ -129,7 +129,7 @@ def _pipelined(chunks, products, rest):
 
 
 def dq_kernel(tiles, bands, bc, *refs):
-    """Scores [keys, queries], so that lse and delta are rows of lanes as they lie in memory; dq is
+    """Scores [keys, queries], so that lse and delta are rows of lanes, as they are stored; dq is
     summed transposed, [H, queries], which keeps the matrix unit's columns full."""
     q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref, dq_ref, acc = refs[3:]
     scalars = Scalars(*refs[:3], pl.program_id(0))

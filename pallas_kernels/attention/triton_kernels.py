@@ -1,10 +1,10 @@
-"""The Triton kernels that triton.py launches. Only that file imports this one, and late: Triton is
-no requirement.
+"""The Triton kernels that triton.py launches. Only that file imports this one, when it is needed:
+Triton is no requirement.
 
-Every kernel reads the [batch, positions, heads, head width] arrays where they lie: a program works
-on one head, whose rows are `Q * H` or `K * H` elements apart. Names in capitals are compile-time
-constants; lengths and q_offset are not. Scores are [queries, keys], except in `dkv_kernel`, where
-they are transposed, so that p and ds are the left factors of its products.
+Every kernel reads the [batch, positions, heads, head width] arrays as they are stored: a program
+works on one head, whose rows are `Q * H` or `K * H` elements apart. Names in capitals are
+compile-time constants; lengths and q_offset are not. Scores are [queries, keys], except in
+`dkv_kernel`, where they are transposed, so that p and ds are the left factors of its products.
 """
 
 import triton
@@ -28,7 +28,7 @@ def _named(operation: str):
 
 @triton.jit
 def _largest(x, axis: tl.constexpr):
-    # tl.max, spelt so that the interpreter knows it also where Triton was imported without it.
+    # tl.max, written so that it runs in the interpreter even if Triton was imported without that.
     return tl.reduce(x, axis, tl.standard._elementwise_max)
 
 
@@ -82,8 +82,8 @@ def _last_key(lengths_ptr, b, S, LENGTHS: tl.constexpr):
 @triton.jit
 def _query_program(N, Q: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr):
     """What a program of `forward` and `dq` handles: a query head, its K/V head, the batch row, and
-    the first of BQ queries. The heads of a group run side by side, for they read the same keys, and
-    the longest rows of the triangle start first."""
+    the first of BQ queries. The heads of a group run at the same time, because they read the same
+    keys, and the queries with the most keys start first."""
     G: tl.constexpr = Q // K
     step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = kv_head * G + step % G
@@ -141,7 +141,7 @@ def _query_blocks(
 
 @triton.jit
 def _visible(q_pos, k_pos, WINDOW: tl.constexpr):
-    """`mask.visible` in the words that Triton can read."""
+    """`mask.visible`, in Triton."""
     age = q_pos - k_pos
     seen = age >= 0
     if WINDOW is not None:
@@ -151,7 +151,8 @@ def _visible(q_pos, k_pos, WINDOW: tl.constexpr):
 
 @triton.jit
 def _mask_scores(s, q_pos, k_pos, q_ids, kv_ids, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
-    """After the scaling, and finite, so that a row without any key gives no NaN."""
+    """Masks scores that are already scaled, with a finite number, so that a row without any key
+    gives no NaN."""
     seen = _visible(q_pos, k_pos, WINDOW)
     if SEGMENTS:
         seen = seen & (q_ids == kv_ids)
@@ -164,7 +165,7 @@ def _attend(
     K: tl.constexpr, H: tl.constexpr, WINDOW: tl.constexpr, SCALE2: tl.constexpr,
     BK: tl.constexpr, SEGMENTS: tl.constexpr, MASK: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """One stretch of keys with a running softmax in base 2."""
+    """Keys start..end, with a running softmax in base 2."""
     for low in tl.range(start, end, BK):
         k = _rows(k_ptr, low, last_key, K * H, H, BK, MASK and GUARD)
         s = tl.dot(q, tl.trans(k))
@@ -422,9 +423,9 @@ def decode_kernel(
     Q: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row's cache, for all query heads of a group at once (their rows padded to the
-    smallest product of the tensor cores). Programs (part, K/V head, batch row). Past the valid
-    length nothing is read; a part without keys gives 0 and MASKED."""
+    """One part of a row's cache, for all query heads of a group at once (their rows are padded to
+    the smallest product of the tensor cores). Programs (part, K/V head, batch row). Nothing is read
+    after the valid length; a part without keys gives 0 and MASKED."""
     G: tl.constexpr = Q // K
     SCALE2: tl.constexpr = SCALE * LOG2E
     part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -463,5 +464,5 @@ def decode_kernel(
 
 @triton.jit
 def probe_kernel(x_ptr, out_ptr):
-    """Copies a number: the smallest kernel that shows whether jax-triton works at all."""
+    """Copies a number: the smallest kernel that shows whether jax-triton works."""
     tl.store(out_ptr, tl.load(x_ptr))
