@@ -1,7 +1,7 @@
-"""The errors and the times of every attention kernel that runs here, beside its baselines.
+"""The errors and the times of every attention kernel that runs here, compared with its baselines.
 
-`measure` makes one report, `failures` judges it, `grids` and `markdown` show it. How a call is
-timed: see `timing.repeated`.
+`measure` makes one report, `failures` judges it, `grids` and `markdown` show it. `timing.repeated`
+says how a call is timed.
 """
 
 import functools
@@ -33,8 +33,8 @@ ERROR_OPERATIONS = api.OPERATIONS
 
 
 class Subject(NamedTuple):
-    """call(q, k, v) -> out, or (q, k, v, lengths) -> out for decoding. dense: materialises the
-    scores. ours: one of pallas_kernels that "auto" may take, which must not fail."""
+    """call(q, k, v) -> out, or (q, k, v, lengths) -> out for decoding. dense: it stores all scores.
+    ours: it is one of pallas_kernels that "auto" may take, and so must not fail."""
 
     call: Callable
     ours: bool = False
@@ -42,7 +42,7 @@ class Subject(NamedTuple):
 
 
 def _late(make: Callable[[Case], Callable], case: Case) -> Callable:
-    """make(case), made when it is first called, where an error (an import, a mask that does not fit
+    """make(case), which is made at its first call. So an error (an import, a mask that does not fit
     into memory) fails this one measurement and not the run."""
 
     @functools.cache
@@ -173,7 +173,7 @@ def measure_errors(sizes: Sizes) -> list[dict]:
                     continue
                 for what, value in got.items():
                     rms, theirs = _rms(value, exact[what]), _rms(plain[what], exact[what])
-                    # In float32 both are sums in another order: a few roundings are no matter.
+                    # In float32 the two only sum in another order: a few roundings do not matter.
                     ratio = rms / max(theirs, 8 * eps if eps < 1e-6 else 0.0)
                     row |= {"result": what, "rms": rms, "reference_rms": theirs, "ratio": ratio}
                     found.append(dict(row))
@@ -202,7 +202,8 @@ def _left_out(case: Case, name: str, subject: Subject, pace: Pace, sizes: Sizes)
 
 
 def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dict], list[str]]:
-    """Times the cases of a group: all is compiled side by side, then implementations take turns."""
+    """Times the cases of a group: all programs are compiled at the same time, then implementations
+    take turns."""
     rows, left_out, planned, programs = [], [], {}, {}
     for case in group:
         args = jax.eval_shape(functools.partial(inputs, case, sizes.dtype, 0))
@@ -240,8 +241,8 @@ def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dic
 
 
 def derived(group: list[Case], rows: list[dict]) -> list[dict]:
-    """Rows of the backward alone, of implementations with a time for the forward and one for both
-    passes: their difference, with the spread that it has if both err in the worst way."""
+    """Rows of the backward alone, for implementations with a time for the forward and one for both
+    passes: the difference of the two, with the spread that it has in the worst case."""
     case, found = group[0], []
     measured = {(row["implementation"], row["pass"]): row for row in rows if not row["error"]}
     for (name, what), both in measured.items():
@@ -280,8 +281,8 @@ def measure(
     keep: Callable[[dict], None] = lambda report: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Everything, in the order of its importance, as far as the budget goes. keep: given the
-    report as it is after each group of cases; say: given a line about each."""
+    """Everything that the budget allows, the most important first. keep gets the report after each
+    group of cases; say gets a line about each."""
     start = time.perf_counter()
 
     def spent() -> float:
@@ -310,7 +311,7 @@ def measure(
     pace = Pace(report["reference"]["matmul_tflops"] * 1e12 / 4)
     longest = 0.0
     for group in cases.grouped(sizes):
-        # Longer sequences take longer; a group that just fits by the longest so far may not.
+        # Longer sequences take longer: a group may take more than the longest one so far.
         if spent() + 1.25 * longest > budget_s:
             report["left_out"] += [f"all, {case.label}: the time budget" for case in group]
             continue
@@ -421,6 +422,6 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """kernels.json and kernels.md, each whole at any time."""
+    """Writes kernels.json and kernels.md; each is complete at any time."""
     write_json(folder / "kernels.json", report)
     write_atomically(folder / "kernels.md", markdown(report))

@@ -99,7 +99,7 @@ class Case(NamedTuple):
 
 
 def _others() -> list[Case]:
-    """What the configs do not use and the implementations say that they support, in small."""
+    """Small cases of what the implementations say that they support and the configs do not use."""
 
     def attention(operation, H, *platforms, N=512, S=512, **options):
         window = 256 if operation == "window_attention" else None
