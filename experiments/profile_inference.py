@@ -42,19 +42,36 @@ fewer rows fit at once when their caches are larger, so that it is no ratio at e
 import functools
 import json
 import sys
-from pathlib import Path
 
 import jax
 from absl import flags
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks import comparison, inference
+from benchmarks import comparison, inference, plots
 from benchmarks.report import console, output_file, table, write_json
 from experiments import cli
 from yocou_jax.config import Config
 from yocou_jax.model import resolve
+
+CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to profile.")
+LENGTHS = flags.DEFINE_list(
+    "lengths", None, "Prompt lengths; 8192,16384,65536,262144, on a CPU 1024 to 16384."
+)
+ARCHITECTURE_NAMES = flags.DEFINE_list(
+    "architectures",
+    ["transformer", "yoco", "rins", "yoco_u"],
+    "Which to measure, of program.ARCHITECTURES.",
+)
+BATCH = flags.DEFINE_integer(
+    "batch", None, "Most rows decoded at once; 32, on a CPU 4.", lower_bound=1
+)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
+OUT = flags.DEFINE_string("out", None, "A .json that has all numbers so far, also if cut short.")
+PLOT = flags.DEFINE_string("plot", None, "File for the three curves, such as a PNG or PDF.")
+BUDGET = flags.DEFINE_float(
+    "budget_s", None, "Seconds after which nothing more is begun; 400, on a CPU 300."
+)
 
 
 def show(report: dict, out: Console) -> None:
@@ -64,38 +81,6 @@ def show(report: dict, out: Console) -> None:
         out.print(table(grid))
     for line in comparison.foot_lines(report):
         out.print(line, markup=False)
-
-
-def draw(report: dict, kind: str, axes: Axes) -> None:
-    """The curves of a kind of measurement on log axes, or a sentence if there are none."""
-    for i, name in enumerate(report["programs"]):
-        points = comparison.speeds(report, kind, name)
-        axes.plot(list(points), list(points.values()), "o-", color=f"C{i}", label=name)
-        rows = comparison.curve(report, kind, name).items()
-        known = {n: row["paper"] for n, row in rows if row["paper"]}
-        axes.plot(list(known), list(known.values()), "--", color=f"C{i}", alpha=0.6)
-    if not any(len(line.get_xdata()) for line in axes.lines):
-        # Log axes cannot be drawn without a value.
-        axes.text(0.5, 0.5, "Nothing was measured.", ha="center", transform=axes.transAxes)
-        axes.set(xticks=[], yticks=[])
-        return
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(report["lengths"], [comparison.short(n) for n in report["lengths"]])
-    axes.set_xlabel("prompt, tokens")
-    axes.grid(alpha=0.3)
-
-
-def plot(report: dict, path: Path) -> None:
-    """Three panels against the length; the paper's curves are dashed, for its own model."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    for axes, (kind, title) in zip(figure.subplots(1, 3), comparison.TITLES.items(), strict=True):
-        axes.set_title(title.split(";")[0])
-        draw(report, kind, axes)
-    dashed = "; dashed: the paper's, H100" if report["papers_model"] else ""
-    figure.suptitle(f"{report['device']}, {report['dtype']}{dashed}")
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
 
 
 def main(_):
@@ -129,30 +114,9 @@ def main(_):
     else:
         show(report, console(160))
     if plot_path is not None:
-        plot(report, plot_path)
+        plots.plot(report, plot_path)
     return 1 if any(row["status"] == "failed" for row in report["rows"]) else 0
 
 
 if __name__ == "__main__":
-    # Not above: absl knows a flag once, and a test may import several commands.
-    CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to profile.")
-    LENGTHS = flags.DEFINE_list(
-        "lengths", None, "Prompt lengths; 8192,16384,65536,262144, on a CPU 1024 to 16384."
-    )
-    ARCHITECTURE_NAMES = flags.DEFINE_list(
-        "architectures",
-        ["transformer", "yoco", "rins", "yoco_u"],
-        "Which to measure, of program.ARCHITECTURES.",
-    )
-    BATCH = flags.DEFINE_integer(
-        "batch", None, "Most rows decoded at once; 32, on a CPU 4.", lower_bound=1
-    )
-    JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
-    OUT = flags.DEFINE_string(
-        "out", None, "A .json that has all numbers so far, also if cut short."
-    )
-    PLOT = flags.DEFINE_string("plot", None, "File for the three curves, such as a PNG or PDF.")
-    BUDGET = flags.DEFINE_float(
-        "budget_s", None, "Seconds after which nothing more is begun; 400, on a CPU 300."
-    )
     cli.run(main)

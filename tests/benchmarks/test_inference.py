@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks import cases, comparison, inference, paper
+from benchmarks import cases, comparison, inference, paper, plots
 from configs import yocou_1b, yocou_small
 from experiments import profile_inference
 from tests import tiny
@@ -221,7 +221,7 @@ def test_a_tiny_run_measures_and_a_failing_cell_fails_alone(monkeypatch, tmp_pat
     text = shown(report)
     assert "failed: decode, yoco, N = 32, B = 2: MemoryError: RESOURCE_EXHAUSTED" in text
     assert "decode_cross runs on xla (auto)" in text
-    profile_inference.plot(report, tmp_path / "x.png")
+    plots.plot(report, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -298,7 +298,7 @@ def test_a_plot_says_what_was_not_measured():
     report = inference.measure(configs, TINY, budget_s=0)
     figure = Figure()
     for axes, kind in zip(figure.subplots(1, 3), comparison.TITLES, strict=True):
-        profile_inference.draw(report, kind, axes)
+        plots.draw(report, kind, axes)
     figure.savefig(io.BytesIO())
     said = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     assert said == [["Nothing was measured."], ["Nothing was measured."], []]
@@ -323,7 +323,7 @@ def test_the_papers_own_speeds_reach_the_aims(monkeypatch, tmp_path):
     assert "10.2x the transformer's: reached (10.2, B = 1; FLOPs or bytes alone give 7.07)" in text
     for words in ("76,301 [76,301]", "3,356 [3,356]", "10.21 (7.07) [10.21]", "18.89 [18.89]"):
         assert words in text
-    profile_inference.plot(report, tmp_path / "paper.png")
+    plots.plot(report, tmp_path / "paper.png")
     worse = {"kind": "prefill", "of": "yoco_u", "to": "transformer", "length": 262_144}
     worse |= {"batch": 1, "value": 10.14, "expected": 7.07, "paper": 10.2}
     assert comparison.aims({"ratios": [worse]})[0]["verdict"] == "not reached"

@@ -1,0 +1,41 @@
+"""What profile_inference measured, as curves."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import comparison
+
+
+def draw(report: dict[str, Any], kind: str, axes: Axes) -> None:
+    """The curves of a kind of measurement on log axes, or a sentence if there are none."""
+    for i, name in enumerate(report["programs"]):
+        points = comparison.speeds(report, kind, name)
+        axes.plot(list(points), list(points.values()), "o-", color=f"C{i}", label=name)
+        rows = comparison.curve(report, kind, name).items()
+        known = {n: row["paper"] for n, row in rows if row["paper"]}
+        axes.plot(list(known), list(known.values()), "--", color=f"C{i}", alpha=0.6)
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        # Log axes cannot be drawn without a value.
+        axes.text(0.5, 0.5, "Nothing was measured.", ha="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(report["lengths"], [comparison.short(n) for n in report["lengths"]])
+    axes.set_xlabel("prompt, tokens")
+    axes.grid(alpha=0.3)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Three panels against the length; the paper's curves are dashed, for its own model."""
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    for axes, (kind, title) in zip(figure.subplots(1, 3), comparison.TITLES.items(), strict=True):
+        axes.set_title(title.split(";")[0])
+        draw(report, kind, axes)
+    dashed = "; dashed: the paper's, H100" if report["papers_model"] else ""
+    figure.suptitle(f"{report['device']}, {report['dtype']}{dashed}")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
