@@ -16,7 +16,9 @@ def pairs(architectures) -> list[tuple[str, str]]:
     """What is compared with what: all with the transformer, and yoco_u with yoco."""
     found = [(name, "transformer") for name in architectures if name != "transformer"]
     found = found if "transformer" in architectures else []
-    return found + [("yoco_u", "yoco")] * ({"yoco_u", "yoco"} <= set(architectures))
+    if {"yoco_u", "yoco"} <= set(architectures):
+        found.append(("yoco_u", "yoco"))
+    return found
 
 
 def ratios(rows: list[dict], architectures: list[str]) -> list[dict]:

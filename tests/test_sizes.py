@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = sorted((ROOT / "experiments").glob("*.py"))
 FILES = [
     path
-    for package in ("yocou_jax", "benchmarks", "experiments")
+    for package in ("yocou_jax", "pallas_kernels", "benchmarks", "experiments")
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
 

@@ -142,7 +142,7 @@ def _tiles(stretches: list[Stretch], pairs: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _read(folder: Path, pattern: str) -> dict[str, str]:
+def _files(folder: Path, pattern: str) -> dict[str, str]:
     """The files that match, by what the * stands for."""
     head, tail = pattern.split("*")
     return {
@@ -157,7 +157,9 @@ def tpu_kernels(compiled: str, folder: Path, pairs: dict[str, list[int]]) -> lis
     """One entry per Pallas kernel of a program, from its HLO text and libtpu's dump."""
     calls = re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled)
     dumps = {
-        kind: {re.sub(r"^\d+-|-\d+$", "", name): text for name, text in _read(folder, tail).items()}
+        kind: {
+            re.sub(r"^\d+-|-\d+$", "", name): text for name, text in _files(folder, tail).items()
+        }
         for kind, tail in {
             "rows": "*-final_hlo-static-per-bundle-utilization.txt",
             "bundles": "*-final_bundles.txt",
@@ -189,12 +191,12 @@ def gpu_kernels(folder: Path) -> list[dict]:
     """One entry per kernel that Mosaic GPU assembled into `folder`. Its files are named after the
     kernel and a number, which lowering and assembling count differently."""
     shared: dict[str, int] = {}
-    for name, code in _read(folder, "*.before_layout_inference.txt").items():
+    for name, code in _files(folder, "*.before_layout_inference.txt").items():
         plain = re.sub(r"_\d+$", "", name)
         sizes = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", code)
         shared[plain] = max([shared.get(plain, 0), *map(int, sizes)])
     kernels = []
-    for name, log in _read(folder, "*.ptxas").items():
+    for name, log in _files(folder, "*.ptxas").items():
         plain = re.sub(r"_\d+$", "", name)
         kernels.append({"kernel": plain, "shared_bytes": shared.get(plain), **parse_ptxas(log)})
     return kernels

@@ -344,7 +344,8 @@ def compile_report(compute_capability: int, shapes: Iterable[Mapping]) -> list[d
                 kernel, blocks, N, S, Q, K, H, window=window, scale=H**-0.5, segments=segments,
                 lengths=False,
             )  # fmt: skip
-            words = " segments" * segments + " ragged" * constants["GUARD"] + heads
+            words = " segments" if segments else ""
+            words += (" ragged" if constants["GUARD"] else "") + heads
             found[kernel, window, words] = (kernel, constants, blocks)
     kernels = []
     for (*_, words), what in found.items():
@@ -360,7 +361,9 @@ def _compile(compute_capability: int, kernel: str, constants: dict, blocks: Trit
 
     function = getattr(_kernels(), f"{kernel}_kernel")
     names = [name for name in function.arg_names if name not in constants]
-    fp32 = ("lse_ptr", "delta_ptr", "dk_ptr", "dv_ptr", *(["out_ptr"] * (kernel == "decode")))
+    fp32 = ["lse_ptr", "delta_ptr", "dk_ptr", "dv_ptr"]
+    if kernel == "decode":
+        fp32.append("out_ptr")
     int32 = ("q_ids_ptr", "kv_ids_ptr", "lengths_ptr")
     kinds = {name: "*fp32" for name in fp32} | {name: "*i32" for name in int32}
     signature = {
