@@ -12,9 +12,10 @@ from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.program import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
-CURRENT = ["README.md", "CONTRIBUTING.md", "pallas_kernels/README.md"] + sorted(
-    path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")
-)
+CURRENT = [
+    *("README.md", "CONTRIBUTING.md", "pallas_kernels/README.md"),
+    *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")),
+]
 DOCUMENTS = [*CURRENT, "CHANGELOG.md", "LOG.md"]  # these two may name what is gone
 
 
