@@ -332,7 +332,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     for step, sentence in zip((20, 30), result.stdout.splitlines(), strict=True):
         assert sentence == (
             f"The checkpoint of step {step} could not be written to {tmp_path}: File too large. "
-            "Nothing older is lost: once this is put right, the same command resumes from step 10."
+            "Older ones are not lost: remove the cause, and the same command resumes from step 10."
         )
     assert restore(tmp_path)[1] == 10
 

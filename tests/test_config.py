@@ -128,7 +128,7 @@ IMPOSSIBLE = [
     ({"optimizer": {"learning_rate": 0.0}}, "learning_rate=0.0 must be at least 1e-30"),
     ({"optimizer": {"decay_fraction": 0.0}}, "decay_fraction=0.0 must be more than 0"),
     ({"optimizer": {"warmup_steps": -1}}, "warmup_steps=-1 must be at least 0"),
-    ({"optimizer": {"warmup_steps": 20}}, "warmup_steps=20 leaves nothing of run.steps=20"),
+    ({"optimizer": {"warmup_steps": 20}}, "warmup_steps=20 leaves no step of run.steps=20"),
     (
         {"optimizer": {"accumulation_steps": 3}},
         "does not divide into optimizer.accumulation_steps=3",

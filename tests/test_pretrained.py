@@ -406,8 +406,8 @@ def test_another_tokenizer_than_the_models_own_is_refused(folder, run_folder, si
         (path / "tokenizer.json").write_text(other.to_json(), encoding="utf-8")
         assert refused(path) == (
             f"{path / 'tokenizer.json'} is not the tokenizer of this model: its fingerprint is "
-            f"{other.fingerprint}, but {path / described} has {BYTES.fingerprint}. Bring the "
-            "model's own back; with another one its text is garbage."
+            f"{other.fingerprint}, but {path / described} has {BYTES.fingerprint}. Put the "
+            "tokenizer of the model there; with another one, the model writes garbage."
         )
 
 
@@ -505,7 +505,7 @@ def test_a_manifest_that_is_none(run_folder):
         assert refused(run_folder).endswith("it lacks config.model, config.data or program.")
         file.write_text(before)
     edit(file, lambda m: [m])
-    assert refused(run_folder) == f"{file} does not hold a JSON object."
+    assert refused(run_folder) == f"{file} does not contain a JSON object."
     file.write_bytes(b"\xff{")
     assert refused(run_folder).startswith(f"{file} cannot be read: ")
 

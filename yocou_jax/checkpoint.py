@@ -48,8 +48,8 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         if keep < 2:
             raise UserError(
-                f"Keeping {keep} checkpoint is too few: give 2 or more, so that a damaged newest "
-                "one can be passed over for the one before it."
+                f"Keeping {keep} checkpoint is too few: give 2 or more, so that an older one is "
+                "left if the newest is damaged."
             )
         self.directory = Path(directory).absolute()
         self._manager: ocp.CheckpointManager | None = None
@@ -191,8 +191,8 @@ class Checkpointer:
         latest = max(steps, default=0)
         return (
             f"The checkpoint of step {self._saving} could not be written to {self.directory}: "
-            f"{_reason(error)}. Nothing older is lost: once this is put right, the same command "
-            f"resumes from step {latest}."
+            f"{_reason(error)}. Older ones are not lost: remove the cause, and the same "
+            f"command resumes from step {latest}."
         )
 
 

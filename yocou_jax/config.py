@@ -268,7 +268,7 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         _require(
             0 not in sizes.values() and list(sizes.values()).count(-1) <= 1,
-            f"mesh {sizes} needs sizes of at least 1, and at most one -1 (what is left).",
+            f"mesh {sizes} needs sizes of at least 1, and at most one -1 (the devices left).",
         )
 
 
@@ -314,8 +314,8 @@ class Config:
         )
         _require(
             optimizer.warmup_steps < self.run.steps or optimizer.schedule == "constant",
-            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of "
-            f"run.steps={self.run.steps} to train at the full learning rate.",
+            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves no step of "
+            f"run.steps={self.run.steps} at the full learning rate.",
         )
         _require(
             not (data.packing and self.model.program.streams > 1),

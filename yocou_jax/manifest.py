@@ -77,7 +77,7 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
             words = "another version of this code, whose config has other fields"
         raise UserError(
             f"The run in {workdir} was started with {words}, so it cannot be resumed: "
-            f"{'; '.join(differing)}. Give the old values, or this run a workdir of its own: "
+            f"{'; '.join(differing)}. Give the old values, or give this run a new workdir: "
             f"--workdir={workdir}{_suffix(before, now, free)}."
         )
     for what, words in (("corpus", "training text"), ("tokenizer", "tokenizer")):

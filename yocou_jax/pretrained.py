@@ -195,7 +195,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{file} cannot be read: {str(error).rstrip('.')}.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file} does not hold a JSON object.")
+        raise UserError(f"{file} does not contain a JSON object.")
     return value
 
 
@@ -281,8 +281,8 @@ def _read_tokenizer(described: Path, end_of_text: Any, fingerprint: Any) -> Toke
     elif tokenizer.fingerprint != fingerprint:
         raise UserError(
             f"{file} is not the tokenizer of this model: its fingerprint is "
-            f"{tokenizer.fingerprint}, but {described} has {fingerprint}. Bring the model's own "
-            "back; with another one its text is garbage."
+            f"{tokenizer.fingerprint}, but {described} has {fingerprint}. Put the tokenizer "
+            "of the model there; with another one, the model writes garbage."
         )
     return tokenizer
 

@@ -122,7 +122,7 @@ class Program:
         if self.streams > 1 and not all(MIXERS[stage.mixer].streams for stage in self.stages):
             raise UserError(
                 f"The program {shown(str(self))} has streams={shown(self.streams)}; parallel "
-                "streams (ParScale) are defined for programs of full stages alone."
+                "streams (ParScale) are defined only for programs of full stages."
             )
 
     @classmethod

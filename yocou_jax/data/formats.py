@@ -149,7 +149,7 @@ def _refuse_binary(head: bytes, path: Path) -> None:
     if what is None and head[257:262] == b"ustar":
         what = "a tar archive"
     if what is None and b"\0" in head:
-        what = "binary (it holds NUL bytes)"
+        what = "binary (it contains NUL bytes)"
     if what is None and _share_not_text(head) > MAX_NOT_TEXT:
         what = "binary or in another encoding than UTF-8"
     if what:

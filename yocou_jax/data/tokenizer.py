@@ -208,7 +208,7 @@ class Tokenizer:
             raise UserError(
                 f"The tokenizer {name!r} does not give back the exact text: {found.loss}. Bits per "
                 "byte would count other bytes than the text has. Use another tokenizer, or set "
-                "data.allow_lossy_tokenizer=True: then they count what the tokenizer gives back."
+                "data.allow_lossy_tokenizer=True: then they count the bytes that it gives back."
             )
         return found
 
@@ -267,7 +267,7 @@ def _judged(tokenizer: Tokenizer) -> Tokenizer:
     start, letter, _ = tokenizer.decode(tokenizer.encode("a")).rpartition("a")
     if start and letter:
         what = "a space" if start == " " else ascii(start)
-        loss = f"it puts {what} in front of a text (add_prefix_space, or a step of that kind)"
+        loss = f"it puts {what} in front of a text (add_prefix_space, or a similar step)"
         return replace(tokenizer, loss=loss, additive=False)
     stored = json.loads(tokenizer.text)
     steps = [stored.get(step) for step in ("normalizer", "pre_tokenizer", "decoder")]
