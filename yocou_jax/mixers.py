@@ -70,7 +70,7 @@ class Mixer:
 
 
 class Attention(Mixer):
-    """Softmax attention. Its kinds differ only in the keys that a query sees.
+    """Softmax attention. Its kinds differ in the keys that a query sees.
 
     FLOPs of each visible (query, key) pair and query head: 2 H for the score, 2 H for the value.
     """

@@ -472,7 +472,7 @@ def _open_windows(directory: Path, meta: dict[str, Any], split: str, config: Any
     path, dtype, count = directory / f"{split}.bin", np.dtype(meta["dtype"]), meta[split]["tokens"]
     if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
         raise UserError(f"The data cache '{directory}' is damaged; delete it and run again.")
-    # mmap refuses an empty file.
+    # mmap cannot map an empty file.
     tokens = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
     starts = np.load(directory / f"{split}.starts.npy")
     return Windows(tokens, starts, config.sequence_length, config.packing)
