@@ -53,6 +53,7 @@ def test_the_readme_has_every_architecture():
 
 
 @pytest.mark.parametrize("document", [d for d in CURRENT if "```python" in read(d)])
+@pytest.mark.slow
 def test_python_code_runs(document, tmp_path, monkeypatch):
     """In a folder where runs/yocou_small is a trained model, though a tiny one."""
     blocks = re.findall(r"^```python\n(.*?)^```", read(document), re.MULTILINE | re.DOTALL)

@@ -258,7 +258,11 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "fits"), GOLDEN, ids=["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [GOLDEN[0], pytest.param(*GOLDEN[1], marks=pytest.mark.slow)],
+    ids=["adamw", "muon"],
+)
 def test_three_updates(name, fits):
     """The parameters of the train step after three updates are those of optimisers in numpy."""
     row = next(filter(fits, ROWS))

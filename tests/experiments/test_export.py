@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.test_pretrained import assert_same, model, workdir
 from yocou_jax.checkpoint import params_sha256
 from yocou_jax.pretrained import load
@@ -37,6 +39,7 @@ def test_a_workdir_and_then_its_export(tmp_path):
         assert rows["params_sha256"] == params_sha256(one.params)
 
 
+@pytest.mark.slow
 def test_a_step_and_a_path_from_home(tmp_path, monkeypatch):
     source = workdir(tmp_path / "run", model(), 1, 2)
     monkeypatch.setenv("HOME", str(tmp_path))

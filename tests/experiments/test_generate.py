@@ -63,6 +63,7 @@ def texts(one, prompts, count, **options):
     return [one.tokenizer.decode(row[row >= 0]) for row in out.tokens]
 
 
+@pytest.mark.slow
 def test_a_workdir_and_an_exported_folder_say_the_same(trained):
     one, source, exported = trained
     (expected,) = texts(one, ["ab"], 12, sampling=Sampling(1.0, top_k=50), seeds=4)
@@ -76,6 +77,7 @@ def test_a_workdir_and_an_exported_folder_say_the_same(trained):
             assert part in speed
 
 
+@pytest.mark.slow
 def test_many_prompts_samples_files_and_another_loop_count(trained, tmp_path):
     one, source, _ = trained
     (tmp_path / "prompt.txt").write_text("from a file")

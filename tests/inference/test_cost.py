@@ -127,7 +127,7 @@ def exponent(lengths, costs):
     ("name", "attention", "low", "high"),
     [
         ("yoco_u", "xla", 0.95, 1.05),
-        ("yoco", "xla", 0.95, 1.05),
+        pytest.param("yoco", "xla", 0.95, 1.05, marks=pytest.mark.slow),
         ("transformer", "reference", 1.5, 2.0),  # of which causality would save half
     ],
 )
@@ -201,6 +201,7 @@ def test_every_program_writes_into_the_cache_it_is_given():
 # --- Decode ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_decode_step_grows_by_the_rings_of_a_loop_alone():
     config = tiny.model("window*2@1 | cross*2", window=64, head_dim=32)
     ring = 2 * 2 * config.window * config.num_kv_heads * config.head_dim * 4  # K and V, two layers

@@ -126,6 +126,7 @@ def test_neither_does_it_for_full_layers(program, chunk):
     check_against_the_forward_pass(tiny.model(program), chunk, steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -279,6 +280,7 @@ def test_greedy_text_does_not_depend_on_the_batch(name):
         np.testing.assert_array_equal(alone.tokens[0], recomputed(config, prompt, 9))
 
 
+@pytest.mark.slow
 def test_a_row_is_drawn_by_its_own_seed():
     run, sampling = model(tiny.model("yoco_u", num_layers=2)), Sampling(temperature=1.5, top_p=0.9)
     draw = functools.partial(generate, run, max_new_tokens=8, sampling=sampling)
@@ -455,7 +457,7 @@ def test_prompts_of_one_bucket_share_their_programs(compiled):
     assert inference_programs(compiled())["prefill_chunk"] == 2
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_chunk_and_every_block_runs_the_same_program(devices, compiled):
     """Also for parameters that were put on a device, as a checkpoint's are, or on a mesh."""
     config = tiny.model("yoco_u", num_layers=2, vocab_size=34)
@@ -490,7 +492,7 @@ def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunk
     assert inference.default_sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
 
 
-@pytest.mark.parametrize("name", ["yoco_u", "parscale"])
+@pytest.mark.parametrize("name", ["yoco_u", pytest.param("parscale", marks=pytest.mark.slow)])
 def test_eight_devices_say_what_one_does(name):
     config = tiny.model(name, num_layers=2)
     prompts = [*PROMPTS, [3, 3, 3]]
@@ -566,7 +568,7 @@ def refused(sentence):
     return pytest.raises(UserError, match=re.escape(sentence))
 
 
-@pytest.mark.parametrize("name", ["yoco_u", "parscale"])
+@pytest.mark.parametrize("name", ["yoco_u", pytest.param("parscale", marks=pytest.mark.slow)])
 def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
     run = model(tiny.model(name, num_layers=2))
     prompts = np.array([[1, 2, 3], [4, 5, 6]])

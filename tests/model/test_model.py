@@ -97,7 +97,7 @@ def test_one_loop_is_yoco():
     ("program", "unrolled", "extra"),
     [
         ("window*2@3 | cross*1@2", "window*6 | cross*2", {}),
-        ("full*2@2 | full*1", "full*4 | full*1", {}),
+        pytest.param("full*2@2 | full*1", "full*4 | full*1", {}, marks=pytest.mark.slow),
         pytest.param("window*2@3", "window*6", tiny.MOE, marks=pytest.mark.slow),
     ],
     ids=["window and cross", "full", "experts"],

@@ -130,6 +130,7 @@ def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
     assert summary["tokens"] == 2 * 8 * 16
 
 
+@pytest.mark.slow
 def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
     """Bit for bit, with a schedule whose past does not depend on its end; here from a workdir of
     before the fields of `compute` were a group."""
@@ -154,6 +155,7 @@ def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
         make_run(steps=5).train()
 
 
+@pytest.mark.slow
 def test_a_run_from_the_weights_of_another(make_run, tmp_path):
     first = make_run("first", steps=2).train()
     source = tmp_path / "first"

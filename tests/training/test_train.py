@@ -33,7 +33,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", ["yoco_u", pytest.param("experts", marks=pytest.mark.slow)])
 def test_golden_metrics_of_the_first_steps(name):
     config = tiny.config(name) if name == "yoco_u" else tiny.config("full*2@2", **tiny.MOE)
     setup = one_device(config)
@@ -49,6 +49,7 @@ def test_golden_metrics_of_the_first_steps(name):
 # --- One step -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_to_the_batch():
     """Packed microbatches hold unequal numbers of targets: a mean of means would differ."""
     batch = tiny.packed_batch()
