@@ -392,7 +392,7 @@ def test_signals_are_answered_while_a_step_runs(tmp_path, name):
     assert result.stdout == "still there\n"
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
-    assert lines[0].startswith(f"{name}: the run stops and saves")
+    assert lines[0].startswith(f"{name}: the run saves and stops")
 
 
 def test_a_signal_that_was_ignored_stays_ignored(signals):
