@@ -227,7 +227,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_what_would(sizes, reason):
     with pytest.raises(UserError) as error:
         make_mesh(MeshConfig(*sizes))
     asked = "data={}, fsdp={}, tensor={}".format(*sizes)
-    start = f"A mesh of {asked} cannot be laid over 8 devices: {reason}"
+    start = f"A mesh of {asked} does not fit 8 devices: {reason}"
     assert str(error.value).startswith(start)
     assert "to -1" not in str(error.value)
     if "would take" in reason:  # and it does

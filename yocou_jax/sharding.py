@@ -63,7 +63,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 def _does_not_fit(sizes: dict[str, int], named: int, devices: int) -> str:
     """Says why a mesh does not fit that many devices, and what would be possible."""
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    sentence = f"A mesh of {asked} cannot be laid over {devices} devices"
+    sentence = f"A mesh of {asked} does not fit {devices} devices"
     others = " * ".join(axis for axis, size in sizes.items() if size != -1)
     if -1 in sizes.values():
         return f"{sentence}: {others} is {named}, which does not divide {devices}."

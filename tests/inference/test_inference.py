@@ -523,7 +523,7 @@ def test_eight_devices_say_what_one_does(name):
         ([1, 2], {}, "Prompt 0 is no list of token ids: encode text first."),
         (["def f"], {}, "Prompt 0 is no list of token ids: encode text first."),
         ([[1] * 9], {"capacity": 12}, "Prompt 0 has 9 positions and 4 new ones, more than the 12"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must lie between 1 and"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be between 1 and"),
         (
             [[1]],
             {"max_new_tokens": 2.5},
@@ -541,7 +541,7 @@ def test_eight_devices_say_what_one_does(name):
             "Prompt 1 has 9 positions and 4 new ones, more than the 12",
         ),
         ([[1]], {"sampling": Sampling(temperature=-1.0)}, "sampling.temperature=-1.0 must be"),
-        ([[1]], {"stop_tokens": [99]}, "stop_tokens=[99] must lie between 0 and 31."),
+        ([[1]], {"stop_tokens": [99]}, "stop_tokens=[99] must be between 0 and 31."),
         ([[1]], {"stop_tokens": [1.5]}, "stop_tokens=[1.5] must be a list of token ids from 0 to"),
         ([[1]], {"stop_tokens": 3}, "stop_tokens=3 must be a list of token ids from 0 to 31."),
         (
@@ -549,11 +549,11 @@ def test_eight_devices_say_what_one_does(name):
             {"seeds": [1]},
             "seeds=[1] must be a whole number, or one for each of 2 rows, from 0",
         ),
-        ([[1]], {"seeds": 2**32}, "seeds=4294967296 must lie between 0 and 4294967295."),
+        ([[1]], {"seeds": 2**32}, "seeds=4294967296 must be between 0 and 4294967295."),
         ([[1]], {"seeds": "x"}, "seeds='x' must be a whole number"),
-        ([[1]], {"block": 0}, "block=0 must lie between 1 and"),
+        ([[1]], {"block": 0}, "block=0 must be between 1 and"),
         ([[1]], {"chunk": 0}, "chunk=0 must be at least 1 position."),
-        ([[1]], {"num_samples": 0}, "num_samples=0 must lie between 1 and"),
+        ([[1]], {"num_samples": 0}, "num_samples=0 must be between 1 and"),
     ],
 )
 def test_bad_requests_get_one_clear_sentence(prompts, options, sentence):
@@ -573,13 +573,13 @@ def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
     run = model(tiny.model(name, num_layers=2))
     prompts = np.array([[1, 2, 3], [4, 5, 6]])
     cache, logits = prefill(run, prompts, np.array([3, 1]), capacity=5)
-    with refused("more than the 5 that the cache holds"):
+    with refused("more than the 5 that fit into the cache"):
         prefill(run, prompts, memory=cache)
     with refused("Prompt 0 has 3 positions and 3 new ones, more than the 5"):
         generate_from(run, cache, logits, max_new_tokens=3)
     out = generate_from(run, cache, logits, max_new_tokens=[2, 4])
     assert out.memory.lengths.tolist() == [5, 5]
-    given_up = "The cache was given up to an earlier call; to use it twice, fork it first."
+    given_up = "The cache was donated to an earlier call; to use it twice, fork it first."
     with refused(given_up):
         generate_from(run, cache, logits, max_new_tokens=1)
     with refused(given_up):
@@ -608,10 +608,10 @@ def test_caches_and_rows_that_do_not_fit_are_refused():
         prepare(tiny.params(config), dataclasses.replace(config, num_loops=2)),
     )
     cache, logits = prefill(run, np.array([[1, 2, 3], [4, 5, 6]]))
-    with refused("A cache of 2 rows cannot go on with 1 prompts"):
+    with refused("A cache of 2 rows does not fit 1 prompts"):
         prefill(run, np.array([[1]]), memory=cache)
     for stranger in (other, model(tiny.model("transformer"))):
-        with refused("The cache is not one of this model"):
+        with refused("The cache does not fit this model"):
             generate_from(stranger, cache, logits, max_new_tokens=1)
     with refused("capacity=9 cannot be given with a memory"):
         prefill(run, np.array([[1], [2]]), memory=cache, capacity=9)
