@@ -95,7 +95,7 @@ def folders(directory):
     return sorted(p.name for p in Path(directory).iterdir())
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for step in (10, 20, 30):
             assert checkpointer.save(step, make_state(step))
@@ -107,19 +107,19 @@ def test_the_newest_are_kept(tmp_path):
     assert_same(state, make_state(34))
 
 
-def test_nothing_to_restore(tmp_path):
+def test_restore_without_a_checkpoint(tmp_path):
     assert restore(tmp_path / "new") is None
     with pytest.raises(UserError, match="no checkpoint to read"):
         load_params(tmp_path / "new", abstract(make_state()).params)
 
 
-def test_a_single_checkpoint_is_too_few(tmp_path):
+def test_keep_must_be_at_least_two(tmp_path):
     with pytest.raises(UserError, match="2 or more"):
         Checkpointer(tmp_path, keep=1)
 
 
 @pytest.mark.parametrize("shape", [(1,), (4,), (2, 4)])
-def test_restores_onto_another_mesh(tmp_path, shape):
+def test_restore_on_another_mesh(tmp_path, shape):
     save(tmp_path, 10)
     target = abstract(make_state(), on=mesh(*shape))
     with Checkpointer(tmp_path) as checkpointer:
@@ -134,7 +134,7 @@ def test_restores_onto_another_mesh(tmp_path, shape):
     )
 
 
-def test_params_alone(tmp_path):
+def test_restore_of_the_parameters_only(tmp_path):
     save(tmp_path, 10, 20)
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), make_state().params
@@ -232,7 +232,7 @@ def test_a_folder_that_was_never_finished_is_passed_over(tmp_path, saved, caplog
     assert folders(directory) == ["20", "50", "passed-over-30"]
 
 
-def test_only_an_unfinished_checkpoint_starts_anew_but_only_damaged_ones_stop(tmp_path, saved):
+def test_damaged_checkpoints_stop_a_run_and_unfinished_ones_do_not(tmp_path, saved):
     directory = shutil.copytree(saved, tmp_path / "c")
     for step in ("10", "20"):
         damage(directory / step / "state/manifest.ocdbt", "halved")
@@ -306,7 +306,7 @@ def test_killed_while_saving(tmp_path, moment):
     assert restore(tmp_path)[1] == 20
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
+def test_a_full_disk_gives_one_sentence(tmp_path):
     """A limit on the size of files stands for the full disk: writes fail in the same place."""
     code = """
         checkpointer = Checkpointer(directory)
@@ -353,7 +353,7 @@ def signals():
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_answered_after_the_step(number, signals):
+def test_a_signal_stops_the_run_after_the_step(number, signals):
     assert EXIT_PREEMPTED not in (0, 1, 2)
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -365,7 +365,7 @@ def test_a_signal_is_answered_after_the_step(number, signals):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_signals_are_answered_while_a_step_runs(tmp_path, name):
+def test_a_signal_prints_a_line_while_a_step_runs(tmp_path, name):
     """The main thread sits in C code, as it does in a step: a thread says what will happen, and a
     Ctrl-C after it does not wait either. A signal that comes twice at once is one request."""
     code = """
@@ -428,7 +428,7 @@ def resume(workdir, config=CONFIG, **options):
     check_resume(workdir, read(workdir), describe(config, **{"corpus": "abc"} | options), FREE)
 
 
-def test_manifest_is_written_and_passes_again(tmp_path, caplog):
+def test_a_manifest_is_written_and_then_accepted(tmp_path, caplog):
     write(tmp_path, describe(CONFIG, corpus="abc", tokenizer="t", note="x"))
     written = json.loads((tmp_path / "manifest.json").read_text())
     assert written["config"]["model"]["window"] == 64

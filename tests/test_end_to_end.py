@@ -143,7 +143,7 @@ def whole(home) -> Path:
 # --- What a run leaves behind ---------------------------------------------------------------------
 
 
-def test_names_that_others_rely_on(whole):
+def test_names_in_the_files_of_a_run(whole):
     found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     names = {"loss", "grad_norm", "lr", "tokens_per_s", "data_wait_fraction", "bpb", "tokens"}
@@ -164,7 +164,7 @@ def test_names_that_others_rely_on(whole):
     assert list((whole / "tensorboard").iterdir())
 
 
-def test_it_learns(whole):
+def test_a_run_learns(whole):
     losses = [row["loss"] for row in rows(whole)]
     assert losses[0] > 5  # log 258 = 5.55
     assert losses[-1] < 2.8  # the letters alone, without context, have an entropy of 2.9 nats
@@ -251,7 +251,7 @@ def test_a_finished_run_is_not_run_again(home, whole):
 
 
 @pytest.mark.slow
-def test_how_a_run_is_computed_may_change(home, whole):
+def test_a_resumed_run_may_change_how_it_is_computed(home, whole):
     shutil.copytree(whole, home / "recomputed")
     changed = {"compute__remat": "full", "compute__attention": "reference", "compute__scan": False}
     output = run(command(home, "recomputed", data__validation_sequences=4, **changed))
@@ -261,7 +261,7 @@ def test_how_a_run_is_computed_may_change(home, whole):
 
 
 @pytest.mark.slow
-def test_flags_that_name_nothing(home):
+def test_empty_flags_are_refused(home):
     """An unset variable of a script means neither the default workdir nor the current folder."""
     for flag in ("--init_from=", "--workdir= "):
         assert_one_sentence(run(command(home, "bad", flag), code=2), flag.strip("= "), "is empty")
@@ -284,7 +284,7 @@ def test_a_refusal_leaves_no_manifest(home, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ascii", "no reader"])
-def test_a_terminal_that_cannot_show_it(home, how):
+def test_a_terminal_that_cannot_show_the_output(home, how):
     """A C locale, whose output is ASCII, and a pipe whose reader has gone (`| head -1`)."""
     fields = {"run__steps": 12, "run__sample_every": 6}  # nothing it writes is ASCII
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -381,7 +381,7 @@ def test_an_unwritable_workdir_is_answered_with_one_sentence(home):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_run_of_one(home):
+def test_two_processes_give_the_same_run_as_one(home):
     fields = {"run__steps": 12, "run__eval_every": 6, "run__checkpoint_every": 6}
     run(command(home, "one", **fields), devices=2)
     with socket.socket() as probe:

@@ -27,7 +27,7 @@ def test_mistyped_lines_are_answered_with_a_sentence(command, count):
     assert count // 10 < accepted < count // 2
 
 
-def test_the_oracle_tells_what_was_typed():
+def test_typed_values_are_read_and_compared():
     words = [
         "--config=x.py",
         "--config.run.steps",

@@ -67,23 +67,23 @@ def test_a_module_imports_from_its_floor_or_below(module):
     assert not above
 
 
-def test_the_kernels_know_nothing_of_the_library():
+def test_the_kernels_do_not_import_the_library():
     for module, path in MODULES.items():
         if module.startswith("pallas_kernels"):
             assert not any(name.startswith("yocou_jax") for name in imports(path)), module
 
 
-def test_the_arithmetic_loads_no_jax():
+def test_the_arithmetic_does_not_import_jax():
     code = "import sys, yocou_jax.program, yocou_jax.accounting; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_nothing_imports_itself_in_a_circle():
+def test_there_is_no_import_cycle():
     graph = {module: imports(path) - {module} for module, path in MODULES.items()}
     # A package's __init__ imports its modules, which import each other and not the package.
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_every_module_stands_on_a_floor_of_its_own_name():
+def test_every_module_has_a_floor():
     for module in MODULES:
         assert module.count(".") == 0 or floor(module) > 0 or module in FLOORS[0], module

@@ -43,7 +43,7 @@ def test_the_library_is_installed_and_nothing_else():
 
 
 @pytest.mark.parametrize("package", LIBRARY)
-def test_the_types_of_the_library_are_for_its_users_too(package):
+def test_the_packages_ship_their_types(package):
     assert (ROOT / package / "py.typed").is_file()
     assert PROJECT["tool"]["setuptools"]["package-data"]["*"] == ["py.typed"]
 
@@ -58,7 +58,7 @@ def test_the_package_and_its_extras_read_the_lists_that_make_installs():
     assert "library" in LISTS
 
 
-def test_the_files_of_the_readme_hold_no_list_of_their_own():
+def test_requirements_files_only_include_the_lists():
     everything = [f"-r requirements/{name}.txt" for name in ("library", "plots", "test")]
     assert lines("requirements.txt") == everything
     for accelerator in ("gpu", "tpu"):
@@ -112,7 +112,7 @@ def test_one_version_of_ruff():
     assert f"=={re.search(r'rev: v(.+)', hooks)[1]}" == str(stated("test")["ruff"].specifier)
 
 
-def test_the_workflow_runs_what_must_hold_before_a_change_lands():
+def test_the_workflow_runs_the_ci_script():
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     assert re.findall(r"run: (.+)", workflow) == [".ci/run"]
     assert (ROOT / ".ci/run").stat().st_mode & 0o100

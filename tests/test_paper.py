@@ -106,7 +106,7 @@ def table_7(d: int, layers: int, heads: int, width: float) -> float:
 
 
 @pytest.mark.parametrize(("name", "d", "layers", "heads"), TABLE_7)
-def test_the_sizes_of_table_7_want_a_feed_forward_of_8_thirds(name, d, layers, heads):
+def test_the_sizes_of_table_7_need_a_feed_forward_of_8_thirds(name, d, layers, heads):
     """Appendix C says 3 D; then every size is 7 to 14% larger than its name."""
     assert table_7(d, layers, heads, 8 / 3) == pytest.approx(name, rel=0.04)
     assert 1.07 < table_7(d, layers, heads, 3) / name < 1.14
@@ -180,7 +180,7 @@ def test_no_docstring_states_another_figure_than_the_accounting(name):
 # --- Where the code differs from its sources ------------------------------------------------------
 
 
-def test_the_stream_gate_is_one_matrix_and_says_that_parscales_is_more():
+def test_the_stream_gate_is_one_matrix_and_its_docstring_names_that_of_parscale():
     model = tiny.model("parscale")
     gate = tiny.params(model)["stream_gate"]
     assert {name: x.shape for name, x in gate.items()} == {"kernel": (2, model.d_model, 2)}
@@ -188,7 +188,7 @@ def test_the_stream_gate_is_one_matrix_and_says_that_parscales_is_more():
         assert word in LanguageModel._mix_streams.__doc__
 
 
-def test_contradictions_of_the_paper_and_what_muon_is_are_named_where_they_matter():
+def test_docstrings_name_contradictions_of_the_paper_and_the_variant_of_muon():
     dense = " ".join(module("yocou_1b").__doc__.split())
     for words in ("lists 3e-4 for 1.3B", "Appendix C says 3 D", "taken here", "Taken here is 6656"):
         assert words in dense
@@ -197,5 +197,5 @@ def test_contradictions_of_the_paper_and_what_muon_is_are_named_where_they_matte
     assert "full*10 | full*10@3" in line[1]
     program.Program.parse("full*10 | full*10@3")
     muon = " ".join(make_optimizer.__doc__.split())
-    for words in ("optax.contrib.muon", "b = momentum", "a bias correction", "`eps` is that of"):
+    for words in ("optax.contrib.muon", "b = momentum", "a bias correction", "AdamW use `eps`"):
         assert words in muon

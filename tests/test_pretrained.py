@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_an_export_is_the_model_and_exported_again_the_same_bytes(tmp_path, architecture):
+def test_an_export_has_the_model_and_a_second_export_the_same_bytes(tmp_path, architecture):
     one = model(architecture, **MODELS[architecture])
     export(tmp_path / "a", one)
     again = load(tmp_path / "a")
@@ -94,7 +94,7 @@ def test_an_export_is_the_model_and_exported_again_the_same_bytes(tmp_path, arch
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_a_workdir_is_the_newest_checkpoint(tmp_path, architecture):
+def test_a_workdir_gives_its_newest_checkpoint(tmp_path, architecture):
     one = model(architecture, step=2, **MODELS[architecture])
     found = load(workdir(tmp_path, one, 1, 2))
     assert_same(one, found)
@@ -109,7 +109,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     assert_same(one, load(path))
 
 
-def test_what_is_loaded_runs(tmp_path):
+def test_a_loaded_model_runs(tmp_path):
     one = model("parscale", tie_embeddings=True)
     export(tmp_path / "a", one)
     found, tokens = load(tmp_path / "a"), tiny.tokens(2, 6)
@@ -118,7 +118,7 @@ def test_what_is_loaded_runs(tmp_path):
     )
 
 
-def test_the_kernel_of_the_training_device_does_not_come_along(tmp_path):
+def test_loading_sets_the_attention_kernel_to_auto(tmp_path):
     one = model(attention="reference")  # any that is not auto; those of a TPU cannot be traced here
     path = workdir(tmp_path / "run", one, 1)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -139,7 +139,7 @@ def without_compute(fields: dict) -> None:
     fields["model"] |= fields.pop("compute")
 
 
-def test_what_was_written_before_there_was_a_group_compute(tmp_path):
+def test_files_older_than_the_group_compute_are_read(tmp_path):
     """Exported folders of version 2, and workdirs of that time."""
     one = model(dtype="bfloat16", step=1)
     export(tmp_path / "exported", one)
@@ -171,7 +171,7 @@ def test_the_names_in_the_file_are_paths_and_the_config_is_readable(tmp_path):
     assert config["end_of_text"] == "<|endoftext|>"
 
 
-def test_other_types_stay_and_other_layouts_do_not_matter(tmp_path):
+def test_other_dtypes_are_kept_and_the_memory_layout_does_not_matter(tmp_path):
     one = model()
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), one.params)
     params["final_norm"]["scale"] = params["final_norm"]["scale"].astype(jnp.float16)
@@ -216,7 +216,7 @@ def test_on_a_mesh_each_device_has_its_part(tmp_path, kind):
     }
 
 
-def test_the_file_may_change_once_it_is_loaded(tmp_path):
+def test_the_file_may_change_after_it_is_loaded(tmp_path):
     one = model()
     export(tmp_path / "a", one)
     found = load(tmp_path / "a")
@@ -244,7 +244,7 @@ def test_an_export_overwrites_nothing(tmp_path):
     assert_same(load(tmp_path / "empty"), load(tmp_path / "new/er/folder"))
 
 
-def test_whoever_reads_the_config_may_read_the_parameters(tmp_path):
+def test_all_files_of_an_export_have_the_same_permissions(tmp_path):
     export(tmp_path / "a", model())
     assert len({(tmp_path / "a" / name).stat().st_mode for name in FILES}) == 1
 
@@ -265,7 +265,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, error):
         )
 
 
-def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
+def test_an_unwritable_folder_gives_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"could not be written to .*/file/a: Not a directory\.$"):
         export(tmp_path / "file/a", model())
@@ -295,7 +295,7 @@ def test_a_killed_export_leaves_no_folder_of_its_name(tmp_path):
     assert_same(model(), load(tmp_path / "a"))
 
 
-def test_a_full_disk_is_a_sentence(tmp_path):
+def test_a_full_disk_gives_a_sentence(tmp_path):
     """A limit on the size of files stands for the full disk: the writer in Rust fails there."""
     code = """
         import resource, signal, sys
@@ -364,7 +364,7 @@ def edit(file: Path, change) -> None:
     file.write_text(json.dumps(change(value) or value))
 
 
-def test_neither_a_workdir_nor_an_export(tmp_path):
+def test_a_path_that_is_neither_a_workdir_nor_an_export(tmp_path):
     assert refused(tmp_path / "no") == f"The path {tmp_path / 'no'} does not exist."
     neither = (
         " is neither a training workdir (it has no manifest.json) nor an exported folder (it has "
@@ -383,7 +383,7 @@ def test_a_workdir_without_a_finished_checkpoint(run_folder):
     assert refused(run_folder) == expected
 
 
-def test_no_tokenizer(folder, run_folder):
+def test_a_folder_without_a_tokenizer(folder, run_folder):
     for path in (folder, run_folder):
         (path / "tokenizer.json").unlink()
         assert (
@@ -391,7 +391,7 @@ def test_no_tokenizer(folder, run_folder):
         )
 
 
-def test_a_tokenizer_that_is_none_or_that_of_another_model(folder):
+def test_a_file_that_is_not_a_tokenizer_and_one_of_another_model(folder):
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer.json' is not a tokenizer.json: " in refused(folder)
     with pytest.raises(UserError, match=r"model.vocab_size=258: it is not the token"):
@@ -485,14 +485,14 @@ def test_an_export_has_one_step(folder):
         load(folder, step=0)
 
 
-def test_a_path_from_home(tmp_path, monkeypatch):
+def test_a_path_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     export("~/a", model())
     assert_same(model(), load("~/a"))
     assert refused("~no-such-user/a") == "The path ~no-such-user/a does not exist."
 
 
-def test_a_manifest_that_is_none(run_folder):
+def test_a_file_that_is_not_a_manifest(run_folder):
     file = run_folder / "manifest.json"
     for change in (
         lambda m: m.pop("program") and None,
@@ -572,12 +572,12 @@ def test_a_config_that_cannot_be_used(folder, change, sentence):
     assert sentence in str(error.value)
 
 
-def test_a_config_that_is_no_json(folder):
+def test_a_config_that_is_not_json(folder):
     (folder / "config.json").write_text("{")
     assert refused(folder).startswith(f"{folder / 'config.json'} cannot be read: ")
 
 
-def test_no_parameters(folder):
+def test_a_folder_without_parameters(folder):
     (folder / "model.safetensors").unlink()
     assert refused(folder).endswith("has no model.safetensors, which belongs to its model.")
 

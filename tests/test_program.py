@@ -17,7 +17,7 @@ PAPER = {
 }
 
 
-def test_the_table_holds_the_programs_of_the_paper():
+def test_the_table_has_the_programs_of_the_paper():
     found = {name: str(Program.from_architecture(name, 20)) for name in ARCHITECTURES}
     assert found == PAPER
 
@@ -82,7 +82,7 @@ def test_with_loops_changes_every_loop_and_nothing_else(text, loops, expected):
         ("full*2, stream=2", "ends in 'stream=2'; the only option is 'streams=P'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_sentence(text, sentence):
+def test_a_bad_text_of_a_program_is_refused_in_a_sentence(text, sentence):
     with pytest.raises(UserError) as error:
         Program.parse(text)
     assert sentence in str(error.value)
@@ -101,7 +101,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(text, sentence):
     ],
     ids=["empty", "no loop", "unknown", "odd", "zero loops", "not looped"],
 )
-def test_what_else_is_refused(call, sentence):
+def test_bad_arguments_of_a_program_are_refused(call, sentence):
     with pytest.raises(UserError) as error:
         call()
     assert sentence in str(error.value)

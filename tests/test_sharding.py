@@ -131,7 +131,7 @@ def test_parameters_and_optimizer_state_are_really_sharded():
     assert len(distinct) > 3
 
 
-def test_muon_state_lies_as_the_parameters_do():
+def test_muon_state_is_sharded_like_the_parameters():
     config = config_on((1, 4, 2), optimizer={"name": "muon"})
     setup = set_up(config)
     named = {
@@ -190,7 +190,7 @@ def test_heads_that_do_not_divide_are_replicated():
     assert spec_for(("batch", "length"), (7, 16), mesh) == PartitionSpec(None, None)
 
 
-def test_two_dimensions_cannot_claim_one_mesh_axis():
+def test_two_dimensions_cannot_use_the_same_mesh_axis():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     with pytest.raises(ValueError, match=r"'heads' and 'mlp'.*'tensor'"):
         spec_for(("heads", "mlp"), (4, 4), mesh)
@@ -204,7 +204,7 @@ def test_the_table_names_only_mesh_axes():
     assert {axis for axes in LOGICAL_AXES.values() for axis in axes} <= {"data", "fsdp", "tensor"}
 
 
-def test_make_mesh_takes_what_is_left():
+def test_make_mesh_fills_an_axis_of_minus_one():
     assert dict(make_mesh(MeshConfig(-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert dict(make_mesh(MeshConfig(2, 1, -1)).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
     assert dict(make_mesh(MeshConfig(-1, 2, 4)).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
@@ -223,7 +223,7 @@ def test_make_mesh_takes_what_is_left():
         ((16, 16, -1), "data * fsdp is 256, which does not divide 8."),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_what_would(sizes, reason):
+def test_a_mesh_that_does_not_fit_is_refused_with_a_proposal(sizes, reason):
     with pytest.raises(UserError) as error:
         make_mesh(MeshConfig(*sizes))
     asked = "data={}, fsdp={}, tensor={}".format(*sizes)
@@ -248,7 +248,7 @@ def test_a_mesh_axis_that_splits_no_parameter_is_refused():
     set_up(config_on((8, 1, 1), d_model=12, **fields))
 
 
-def test_a_mesh_axis_that_splits_only_a_part_is_said(caplog):
+def test_a_mesh_axis_that_splits_only_a_part_gives_a_warning(caplog):
     """Under tensor=8 all heads (4 and 2) stay whole: attention has 16 * 8 * (12 + 8) weights in the
     two layers and 512 in the global K/V, the norms 96; feed-forward (2304) and vocabulary (1024)
     are split. 3168 of 6496 are 49%."""
@@ -271,7 +271,7 @@ def test_a_batch_that_does_not_divide_is_refused(batch_size):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
+def test_a_checkpoint_of_one_mesh_continues_on_another(tmp_path):
     """Saved after one step on (8, 1, 1), restored on (1, 4, 2): the second step agrees."""
     first, second = set_up(config_on((8, 1, 1))), set_up(config_on((1, 4, 2)))
     batches = [tiny.batch(seed=seed) for seed in (1, 2)]

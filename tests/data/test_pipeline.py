@@ -345,7 +345,7 @@ def test_mixture_shares_are_exact_and_random_access(make_config, corpus, tmp_pat
 
 
 @pytest.mark.parametrize("second", ["a", "b"])
-def test_every_component_and_every_seed_has_an_order_of_its_own(make_config, tmp_path, second):
+def test_every_component_and_every_seed_has_its_own_order(make_config, tmp_path, second):
     """Each document fills one window, which tells its number; "b" has the same numbers as "a"."""
     for name in "ab":
         rows = [f'{{"text": "{name}{i:014}"}}\n' for i in range(300)]
@@ -372,7 +372,7 @@ def meta_of(tmp_path):
 
 @pytest.mark.parametrize("separator", ["\n", " ", "\r"], ids=ascii)
 @pytest.mark.parametrize("seed", range(6))
-def test_small_text_is_split_whatever_its_name(make_config, tmp_path, seed, separator):
+def test_small_text_is_split_for_any_name(make_config, tmp_path, seed, separator):
     text = separator.join(f"{i * 7919 % 100_003}" for i in range(20_000))
     path = tmp_path / f"name{seed}.txt"
     path.write_bytes(text.encode())
@@ -410,7 +410,7 @@ def test_no_held_out_text_in_training_where_documents_are_cut(
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_what_the_sentence_proposes_helps(make_config, tmp_path, tokenizer):
+def test_the_proposal_of_the_sentence_helps(make_config, tmp_path, tokenizer):
     path = tmp_path / "small.txt"
     path.write_text(" ".join(map(str, range(400))))
     changes = {"source": str(path), "tokenizer": tokenizer, "batch_size": 2, "vocab_size": 260}
@@ -459,7 +459,7 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, make_config, monkeypat
     assert "poison" not in bytes(x for x in batch.tokens if x < 256).decode()
 
 
-def test_long_work_says_how_far_it_is(make_config, corpus, monkeypatch, caplog):
+def test_long_work_reports_its_progress(make_config, corpus, monkeypatch, caplog):
     caplog.set_level("INFO", "yocou_jax")
     load_data(make_config())
     assert not caplog.records
@@ -531,7 +531,7 @@ def test_second_load_tokenises_nothing(make_config, corpus, monkeypatch):
     assert load_data(make_config()).fingerprint != first.fingerprint
 
 
-def test_other_split_or_tokenizer_is_another_cache(make_config, tmp_path):
+def test_another_split_or_tokenizer_has_another_cache(make_config, tmp_path):
     for changes in ({}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}):
         load_data(make_config(**changes))
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 3
@@ -623,7 +623,7 @@ def test_cache_dir_that_cannot_be_made(make_config, tmp_path):
         load_data(make_config(cache_dir=str(tmp_path / "file" / "cache")))
 
 
-def test_cache_dir_at_home(make_config, tmp_path, monkeypatch):
+def test_cache_dir_with_a_tilde(make_config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     load_data(make_config(cache_dir="~/cache"))
     assert list((tmp_path / "home" / "cache").glob("tokens-*"))

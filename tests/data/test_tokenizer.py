@@ -146,7 +146,7 @@ def test_bad_tokenizer_files(tmp_path, bpe):
             load_tokenizer(str(path))
 
 
-def test_a_path_from_home_and_a_byte_order_mark(tmp_path, monkeypatch, bpe):
+def test_a_path_with_a_tilde_and_a_byte_order_mark(tmp_path, monkeypatch, bpe):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "t.json").write_bytes(b"\xef\xbb\xbf" + bpe.to_json().encode())
     assert load_tokenizer("~/t.json").fingerprint == bpe.fingerprint
@@ -199,7 +199,7 @@ def test_units_of_ordinary_text_are_not_cut(bpe):
     assert [end - begin for _, (begin, end) in pieces] == [64, 1 + 60 + 1 + 60, 1]
 
 
-def test_slow_training_says_so(monkeypatch, caplog):
+def test_slow_training_reports_its_progress(monkeypatch, caplog):
     monkeypatch.setattr(progress, "SECONDS", 0.01)
     caplog.set_level(logging.INFO, logger="yocou_jax")
 
@@ -277,7 +277,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(("part", "step", "words"), LOSSES.values(), ids=LOSSES)
-def test_what_a_tokenizer_changes_is_said(bpe, part, step, words):
+def test_the_sentence_names_what_a_tokenizer_changes(bpe, part, step, words):
     text = changed(bpe, **{part: step})
     with pytest.raises(UserError) as error:
         Tokenizer.from_json(text, "theirs")
@@ -293,7 +293,7 @@ def test_what_a_tokenizer_changes_is_said(bpe, part, step, words):
         assert allowed.num_bytes(ids) == len(allowed.decode(ids).encode())
 
 
-def test_a_tokenizer_that_only_counts_otherwise_is_allowed(bpe):
+def test_a_tokenizer_that_only_counts_more_bytes_is_allowed(bpe):
     """Prepended and taken off again: nothing is lost, but the first token has a byte too many."""
     steps = [decoders.ByteLevel(), decoders.Strip("_", 1, 0)]
     text = changed(bpe, normalizer=normalizers.Prepend("_"), decoder=decoders.Sequence(steps))
@@ -305,7 +305,7 @@ def test_a_tokenizer_that_only_counts_otherwise_is_allowed(bpe):
     assert tokenizer.num_bytes(np.array(two)) == 12  # the start of the second is taken off too
 
 
-def test_bytes_of_what_comes_back_are_counted_document_by_document(bpe):
+def test_bytes_of_decoded_text_are_counted_per_document(bpe):
     text = changed(bpe, normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]))
     tokenizer = Tokenizer.from_json(text, allow_lossy=True)
     one, two = tokenizer.encode(" e\u0301 "), tokenizer.encode("ab  ")
@@ -321,7 +321,7 @@ def test_bytes_of_a_lossless_tokenizer_need_no_decoding(tokenizer, monkeypatch):
     assert tokenizer.num_bytes(np.array(ids)) == len("naïve 🙂".encode())
 
 
-def test_tokens_that_text_may_write_stay_text(bpe):
+def test_added_tokens_that_occur_in_a_text_are_text(bpe):
     backend = Backend.from_str(bpe.to_json())
     backend.add_tokens([AddedToken("<tool>", normalized=False)])
     tokenizer = Tokenizer.from_json(backend.to_str())
@@ -332,7 +332,7 @@ def test_tokens_that_text_may_write_stay_text(bpe):
         Tokenizer.from_json(backend.to_str())
 
 
-def test_what_is_added_or_cut_by_default_is_not(bpe):
+def test_truncation_padding_and_post_processing_of_the_file_are_off(bpe):
     backend = Backend.from_str(bpe.to_json())
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
@@ -365,7 +365,7 @@ def test_names_of_deepseek_and_others_are_known(name):
     assert name in KNOWN_END_OF_TEXT
 
 
-def test_a_name_decides(bpe):
+def test_the_given_name_of_the_end_of_text_is_used(bpe):
     text = with_specials(bpe, "</s>", "<fin>", "<|im_end|>")
     usual, fin, im = (Tokenizer.from_json(text, "t", name) for name in ("", "<fin>", "<|im_end|>"))
     assert [t.end_of_text for t in (usual, fin, im)] == ["</s>", "<fin>", "<|im_end|>"]
@@ -374,7 +374,7 @@ def test_a_name_decides(bpe):
     assert {t.to_json() for t in (usual, fin, im)} == {text}
 
 
-def test_a_name_that_is_not_there(tmp_path, bpe, tokenizer):
+def test_a_name_that_does_not_exist(tmp_path, bpe, tokenizer):
     (tmp_path / "t.json").write_text(with_specials(bpe, "<fin>"), encoding="utf-8")
     path = str(tmp_path / "t.json")
     assert load_tokenizer(path, "<fin>").end_of_text == "<fin>"
@@ -433,7 +433,7 @@ def mutated(bpe, seed) -> str:
     return json.dumps(tree)
 
 
-def test_no_file_leaves_a_trace(bpe):
+def test_no_damaged_file_gives_a_stack_trace(bpe):
     sentences, good = [], 0
     for seed in range(300):
         try:
@@ -455,7 +455,7 @@ def test_no_file_leaves_a_trace(bpe):
 # --- In a run's data ------------------------------------------------------------------------------
 
 
-def test_data_counts_the_bytes_that_come_back(tmp_path, bpe, corpus, make_config):
+def test_data_counts_the_bytes_of_decoded_text(tmp_path, bpe, corpus, make_config):
     (tmp_path / "t.json").write_text(
         changed(bpe, normalizer=normalizers.Replace("naïve", "n")), "utf-8"
     )
@@ -487,7 +487,7 @@ def test_data_has_the_end_of_text_that_was_asked_for(tmp_path, bpe, make_config)
         load_data(make_config(tokenizer=kind, end_of_text="<|endoftext|>"))
 
 
-def test_what_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
+def test_a_change_that_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
     """A rule with a regular expression that ordinary text never meets."""
     rule = normalizers.Replace(Regex(r"\d{12,}"), "#")
     (tmp_path / "tokenizer.json").write_text(changed(bpe, normalizer=rule))
@@ -502,7 +502,7 @@ def test_what_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
         load_data(tiny.config(data=fields).data)  # whatever is in the cache by now
 
 
-def test_dropout_is_for_training_a_tokenizer_alone(bpe):
+def test_dropout_of_a_tokenizer_is_off(bpe):
     """With it the same text would have other tokens each time."""
     stored = json.loads(bpe.to_json())
     stored["model"]["dropout"] = 0.5

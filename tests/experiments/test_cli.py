@@ -126,7 +126,7 @@ def test_a_value_may_look_like_a_flag(value):
     assert given == (value, "seed", 3)
 
 
-def test_the_order_and_the_absence_of_config():
+def test_the_order_of_flags_and_a_missing_config():
     assert refusal("--config.run.steps=3", SMALL).startswith("--config must come before")
     assert refusal("--config.run.steps=3") == "The flag --config is missing."
     assert refusal("--config.run.stepz=3").endswith("Did you mean 'run.steps'?")
@@ -280,7 +280,7 @@ def test_a_mistake_is_one_sentence_and_code_2(run, arguments, sentence):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", sentence + "\n")
 
 
-def test_other_endings(run):
+def test_the_other_exit_codes(run):
     decay = "--config.optimizer.weight_decay"
     result = run("--config=config.py:rins", "--config.model.window=3", f"{decay}=0.6")
     assert (result.returncode, result.stdout, result.stderr) == (75, "ran rins 3\n", "")
@@ -315,7 +315,7 @@ cli.run(main)
     ],
     ids=str,
 )
-def test_what_a_terminal_cannot_show_is_spelt_out(terminal):
+def test_a_character_that_the_terminal_lacks_is_escaped(terminal):
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
     done = subprocess.run(
         [sys.executable, "-c", SHOW],

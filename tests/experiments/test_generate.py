@@ -64,7 +64,7 @@ def texts(one, prompts, count, **options):
 
 
 @pytest.mark.slow
-def test_a_workdir_and_an_exported_folder_say_the_same(trained):
+def test_a_workdir_and_an_exported_folder_generate_the_same_text(trained):
     one, source, exported = trained
     (expected,) = texts(one, ["ab"], 12, sampling=Sampling(1.0, top_k=50), seeds=4)
     options = ["--prompt=ab", "--max_new_tokens=12", "--temperature=1", "--top_k=50", "--seed=4"]
@@ -110,7 +110,7 @@ def test_a_dialogue_compiles_once(trained):
 
 
 @pytest.mark.slow
-def test_a_reader_who_has_had_enough(trained):
+def test_a_closed_pipe_ends_the_command(trained):
     command = [sys.executable, "-m", "experiments.generate", f"--workdir={trained[1]}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--prompt=a"], cwd=ROOT, **pipes) as process:
@@ -138,7 +138,7 @@ def test_a_reader_who_has_had_enough(trained):
         (["--workdir=x", "--prompt=a", "--temperature=-1"], "sampling.temperature=-1.0 must be"),
     ],
 )
-def test_mistakes_are_sentences(flags, sentence):
+def test_mistakes_give_sentences(flags, sentence):
     result = run(*flags, code=2)
     assert result.stderr.startswith(sentence)
     assert result.stderr.count("\n") == 1
@@ -221,7 +221,7 @@ def test_a_stop_text_ends_a_row_wherever_its_tokens_are_cut(kind, text, stops, s
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_bytes_that_are_no_text_hold_nothing_else_back(steps):
+def test_invalid_bytes_do_not_delay_the_text_before_them(steps):
     """What ends in half a character (or in bytes that never become one) is shown up to there."""
     tokenizer = load_tokenizer("bytes")
     row, ids = Row(tokenizer, 99, ["!"]), [*b"ab", 0xE6, *b"c", 0x97, 0x97, *b"d!ef", 0xE6]
@@ -233,7 +233,7 @@ def test_bytes_that_are_no_text_hold_nothing_else_back(steps):
 
 
 @pytest.mark.parametrize("ends", ["limit", "end of text", "stop"])
-def test_a_row_that_ended_takes_nothing_more(ends):
+def test_a_row_that_has_ended_ignores_more_tokens(ends):
     tokenizer = load_tokenizer("bytes")
     row = Row(tokenizer, 2 if ends == "limit" else 9, ["b"] if ends == "stop" else ["c"])
     last = tokenizer.eot_id if ends == "end of text" else ord("b")
@@ -296,7 +296,7 @@ def test_stop_texts_of_the_command(trained, capsys):
 # --- What a text begins with, and which model goes on ---------------------------------------------
 
 
-def test_an_empty_prompt_is_a_text_that_has_nothing_yet(trained, capsys):
+def test_an_empty_prompt_starts_a_new_text(trained, capsys):
     one, _, exported = trained
     (expected,) = texts(one, [""], 6)
     here(f"--workdir={exported}", "--prompt=", "--max_new_tokens=6", "--temperature=0")
@@ -334,7 +334,7 @@ def test_a_step_other_than_the_newest(tmp_path, capsys):
 # --- Terminals ------------------------------------------------------------------------------------
 
 
-def test_a_terminal_that_lacks_a_character_gets_its_number(trained):
+def test_a_terminal_that_lacks_a_character_gets_its_escape(trained):
     environment = os.environ | {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
     flags = ["--workdir", trained[2], "--prompt=日é", "--prompt=\u0085", "--max_new_tokens=9"]
     result = subprocess.run(
@@ -468,13 +468,13 @@ def test_every_wrong_value_is_a_sentence(trained, no_model):
     assert worked == WORKED
 
 
-def test_several_mistyped_flags_leave_no_trace(trained, no_model):
+def test_several_mistyped_flags_give_no_stack_trace(trained, no_model):
     for seed in range(150):
         sentence = answer(mistyped(trained[2], seed))
         assert sentence == "" or sentence.endswith(".")
 
 
-def test_another_loop_count_than_the_trained_one_is_told(trained, no_model, capsys):
+def test_another_loop_count_than_the_trained_one_gives_a_notice(trained, no_model, capsys):
     def told(*given):
         assert answer([f"--workdir={trained[2]}", "--prompt=a", *given]) == ""
         return [x for x in capsys.readouterr().err.splitlines() if x.startswith("trained at")]

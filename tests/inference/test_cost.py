@@ -131,7 +131,7 @@ def exponent(lengths, costs):
         ("transformer", "reference", 1.5, 2.0),  # of which causality would save half
     ],
 )
-def test_the_cost_of_prefill_in_the_length_of_the_prompt(name, attention, low, high):
+def test_how_the_cost_of_prefill_grows_with_the_prompt(name, attention, low, high):
     config = tiny.model(name, num_layers=2, window=16)
     lengths = [256, 512, 1024, 2048]
     # The last position's attention by the dense code: xla's loop ends where the prompt does.
@@ -181,7 +181,7 @@ def test_a_chunk_of_fresh_prompts_is_written_in_one_piece():
     assert scatters(None, False) > 0
 
 
-def test_every_program_writes_into_the_cache_it_is_given():
+def test_every_program_writes_to_the_given_cache_in_place():
     config = tiny.model("yoco_u", num_layers=2, window=64)
     model, cache, last = described(config, 256, batch=2)
     seeds = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -202,7 +202,7 @@ def test_every_program_writes_into_the_cache_it_is_given():
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_decode_step_grows_by_the_rings_of_a_loop_alone():
+def test_a_loop_adds_only_its_rings_to_the_memory_of_a_decode_step():
     config = tiny.model("window*2@1 | cross*2", window=64, head_dim=32)
     ring = 2 * 2 * config.window * config.num_kv_heads * config.head_dim * 4  # K and V, two layers
 

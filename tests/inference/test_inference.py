@@ -122,7 +122,7 @@ def test_the_chunk_size_does_not_matter(chunk):
     "program", ["full*2", "window*1@2 | full*1", pytest.param("full*2, streams=2", id="streams")]
 )
 @pytest.mark.parametrize("chunk", [8, 24])
-def test_neither_does_it_for_full_layers(program, chunk):
+def test_the_chunk_size_does_not_matter_for_full_layers(program, chunk):
     check_against_the_forward_pass(tiny.model(program), chunk, steps=1)
 
 
@@ -138,7 +138,7 @@ def test_neither_does_it_for_full_layers(program, chunk):
     ],
     ids=["experts", "norms and rope", "tied", "window of one", "window beyond the text"],
 )
-def test_so_they_are_for_every_kind_of_layer(fields):
+def test_a_ragged_prefill_and_decode_with_options_are_the_forward_pass(fields):
     check_against_the_forward_pass(tiny.model("yoco_u", num_layers=2, **fields), chunk=6, steps=4)
 
 
@@ -162,7 +162,7 @@ def test_a_model_runs_at_other_loop_counts_than_its_own(num_loops):
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "transformer", "parscale"])
-def test_a_second_text_goes_on_behind_a_first(name):
+def test_a_second_text_is_appended_to_a_first(name):
     """Rows of different lengths, and what is appended of different lengths as well."""
     config = tiny.model(name, num_layers=2)
     tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
@@ -192,7 +192,7 @@ def test_rows_that_are_not_active_stay_as_they_are():
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "parscale"])
-def test_in_bfloat16_it_is_as_exact_as_training(name):
+def test_inference_in_bfloat16_is_as_exact_as_training(name):
     """The error against float32 is at most half again that of the training forward pass."""
     config = tiny.model(name, num_layers=2, **(tiny.MOE if name == "yoco_u" else {}))
     half = tiny.compute(dtype="bfloat16")
@@ -234,7 +234,7 @@ def test_prepared_parameters_are_what_training_computes_with(name, fields):
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "upper_loop_unshared", "parscale"])
-def test_a_forked_cache_is_that_of_two_prefills(name):
+def test_a_forked_cache_equals_that_of_separate_prefills(name):
     config = tiny.model(name, num_layers=2)
     tokens = np.asarray(tiny.tokens(2, 12))
     rows = np.array([1, 0, 1])
@@ -293,7 +293,7 @@ def test_a_row_is_drawn_by_its_own_seed():
     np.testing.assert_array_equal(three[0], together.tokens[0])
 
 
-def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own(monkeypatch):
+def test_streamed_blocks_are_the_result_and_logprobs_those_of_the_model(monkeypatch):
     config = tiny.model("yoco_u", num_layers=2)
     options = {"sampling": Sampling(temperature=1.3, top_k=20), "seeds": 3, "logprobs": True}
     calls, block = [], generation._generate_block
@@ -348,7 +348,7 @@ def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
     np.testing.assert_array_equal(streamed.tokens, out.tokens)
 
 
-def test_every_row_may_have_a_limit_of_its_own():
+def test_every_row_may_have_its_own_limit():
     config = tiny.model("yoco_u", num_layers=2)
     free = generate(model(config), PROMPTS, max_new_tokens=9).tokens
     out = generate(model(config), PROMPTS, max_new_tokens=[2, 9, 5])
@@ -360,7 +360,7 @@ def test_every_row_may_have_a_limit_of_its_own():
     check_what_comes_next(config, out)
 
 
-def test_to_stop_and_go_on_is_to_go_on():
+def test_two_calls_of_generate_give_the_tokens_of_one():
     """Same seeds, same tokens, as a draw depends on the position; the penalty remembers, too."""
     run = model(tiny.model("yoco_u", num_layers=2))
     options = {"sampling": Sampling(temperature=2.0, repetition_penalty=2.0), "seeds": 5}
@@ -370,7 +370,7 @@ def test_to_stop_and_go_on_is_to_go_on():
     np.testing.assert_array_equal(np.hstack([part.tokens, rest.tokens]), whole.tokens)
 
 
-def test_filters_reach_the_loop_and_steps_draw_anew():
+def test_the_loop_filters_logits_and_draws_new_noise_in_each_step():
     run = model(tiny.model("yoco_u", num_layers=2))
     hot = Sampling(temperature=50.0, top_k=1)
     np.testing.assert_array_equal(
@@ -393,7 +393,7 @@ def test_a_repetition_penalty_counts_prompt_and_output():
     assert any(len(set(row.tolist())) < 12 for row in plain)  # it would repeat itself
 
 
-def test_several_samples_of_a_prompt_are_those_of_copies_of_it():
+def test_samples_of_a_prompt_equal_those_of_copies_of_it():
     run = model(tiny.model("yoco_u", num_layers=2))
     options = {
         "max_new_tokens": 6,
@@ -493,7 +493,7 @@ def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunk
 
 
 @pytest.mark.parametrize("name", ["yoco_u", pytest.param("parscale", marks=pytest.mark.slow)])
-def test_eight_devices_say_what_one_does(name):
+def test_eight_devices_generate_what_one_does(name):
     config = tiny.model(name, num_layers=2)
     prompts = [*PROMPTS, [3, 3, 3]]
     options = {"max_new_tokens": 8, "sampling": Sampling(temperature=0.7), "logprobs": True}
@@ -569,7 +569,7 @@ def refused(sentence):
 
 
 @pytest.mark.parametrize("name", ["yoco_u", pytest.param("parscale", marks=pytest.mark.slow)])
-def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
+def test_a_cache_that_is_full_is_refused_before_it_is_changed(name):
     run = model(tiny.model(name, num_layers=2))
     prompts = np.array([[1, 2, 3], [4, 5, 6]])
     cache, logits = prefill(run, prompts, np.array([3, 1]), capacity=5)
@@ -591,7 +591,7 @@ def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
         generate_from(run, cache, np.asarray(logits), max_new_tokens=1)
 
 
-def test_a_new_cache_has_room_to_go_on():
+def test_a_new_cache_has_room_for_more_tokens():
     config = tiny.model("yoco_u", num_layers=2)
     tokens = np.asarray(tiny.tokens(1, 18))
     want = expected(config, 1, 18)
@@ -627,7 +627,7 @@ def test_caches_and_rows_that_do_not_fit_are_refused():
             prefill(run, np.array([[1, 2]]), np.array(lengths))
 
 
-def test_windows_alone_never_fill():
+def test_a_program_with_windows_only_has_no_capacity():
     """A program of rings only has no capacity: any text fits."""
     config = tiny.model("window*2@2")
     tokens = np.asarray(tiny.tokens(2, 40))

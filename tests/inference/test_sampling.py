@@ -79,7 +79,7 @@ def chi_square(counts, p):
     return np.sum((counts - expected) ** 2 / expected), quantile
 
 
-def test_the_quantile_is_that_of_tables():
+def test_the_quantile_agrees_with_tables():
     for d, table in ((2, 13.816), (5, 20.515), (10, 29.588), (15, 37.697)):
         _, quantile = chi_square(np.full(d + 1, 1000), np.full(d + 1, 1 / (d + 1)))
         assert abs(quantile / table - 1) < 0.025
@@ -118,7 +118,7 @@ def test_draws_follow_the_distribution(fields):
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
-def test_the_probabilities_themselves(fields):
+def test_the_filtered_logits_are_the_distribution(fields):
     """What the draws cannot show: the filtered logits are the distribution, to float32's digits."""
     x = filtered(LOGITS[None].astype(np.float32), Sampling(**fields), SEEN[None])
     expected = probabilities(**fields)
@@ -126,7 +126,7 @@ def test_the_probabilities_themselves(fields):
     np.testing.assert_allclose(jax.nn.softmax(x)[0], expected, rtol=1e-5)
 
 
-def test_the_probabilities_with_settings_in_every_combination():
+def test_the_filtered_logits_for_every_combination_of_settings():
     """Each filter before or after each other one, in rows of their own."""
     values = {
         "temperature": (0.5, 1.0, 2.0),
@@ -161,7 +161,7 @@ def test_the_chi_square_notices_a_slightly_wrong_distribution(fields, other):
     assert statistic > quantile
 
 
-def test_top_p_takes_the_mass_that_top_k_left():
+def test_top_p_is_a_share_of_what_top_k_keeps():
     """The other order would keep more: half of what 3 tokens have is less than half of it all."""
     p = np.array([0.2, 0.17, 0.15, 0.13, 0.12, 0.12, 0.11])
     x = filtered(np.log(p)[None], Sampling(top_k=3, top_p=0.5))
@@ -183,7 +183,7 @@ def test_the_nucleus_includes_the_token_that_reaches_p_and_never_is_empty():
         assert np.flatnonzero(np.isfinite(x[0])).tolist() == kept, top_p
 
 
-def test_a_long_tail_survives_when_top_p_is_off():
+def test_a_long_tail_is_kept_when_top_p_is_off():
     """Where a float32 sum no longer grows, a comparison with p = 1 would cut off tokens."""
     x = np.full((2, 100_000), -30.0, np.float32)
     x[:, 7] = 0
@@ -250,7 +250,7 @@ def test_temperature_0_is_top_1_is_the_argmax():
         assert (penalised.argmax(-1) != x.argmax(-1)).any()
 
 
-def test_the_first_of_equals_is_taken():
+def test_the_first_of_equal_logits_is_taken():
     x = np.array([[1.0, 2, 2, 0], [0.0, 0, 0, 0]])
     assert draw(x, keys(2), Sampling(temperature=0.0), None).tolist() == [1, 0]
 
@@ -322,7 +322,7 @@ def test_new_values_compile_nothing():
 # --- Settings -------------------------------------------------------------------------------------
 
 
-def test_check_makes_columns():
+def test_check_makes_arrays():
     checked = check(Sampling(temperature=1, top_k=np.uint8(7), top_p=[0.5, 1, 1]), 3)
     assert checked.temperature.tolist() == [1, 1, 1]
     assert checked.top_k.tolist() == [7, 7, 7]
@@ -334,7 +334,7 @@ def test_check_makes_columns():
     jax.tree.map(np.testing.assert_array_equal, again, checked)
 
 
-def test_what_a_loop_must_know_before_it_is_compiled():
+def test_needs_sort_and_needs_seen():
     assert not needs_sort(Sampling(temperature=0.5, min_p=0.1))
     assert needs_sort(Sampling(top_k=1))
     assert needs_sort(Sampling(top_p=0.9))

@@ -99,7 +99,7 @@ def test_the_two_tables_have_the_same_keys():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_it_is_accounted_for(program):
+def test_parameters_and_bytes_of_the_new_mixer(program):
     config = tiny.model(program, num_loops=None)
     params = tiny.params(config)
     sizes = accounting.parameters(config)
@@ -111,7 +111,7 @@ def test_it_is_accounted_for(program):
     assert accounting.decode_flops_per_token(config, 8) > 0.9 * per_token
 
 
-def test_its_flops_are_those_of_its_matrices():
+def test_flops_of_the_new_mixer_are_those_of_its_matrices():
     one, two = (tiny.model(f"mean*{layers}") for layers in (1, 2))
     c = one
     layer = 2 * c.d_model * c.num_kv_heads * c.head_dim + 3 * c.d_model * c.d_ff
@@ -120,7 +120,7 @@ def test_its_flops_are_those_of_its_matrices():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_it_prefills_and_decodes_as_it_is_trained(program):
+def test_prefill_and_decode_of_the_new_mixer_are_the_forward_pass(program):
     config = tiny.model(program, num_loops=None)
     params, tokens, lengths = tiny.params(config), tiny.tokens(3, 14), np.array([3, 7, 11])
     want, rows = np.asarray(logits(params, config, tokens)), np.arange(3)
@@ -136,7 +136,7 @@ def test_it_prefills_and_decodes_as_it_is_trained(program):
     assert forked.nbytes == memory.nbytes * 2 // 3
 
 
-def test_it_trains_and_is_sharded():
+def test_the_new_mixer_trains_and_is_sharded():
     """On a mesh of all three axes as on one device; its kernel, which it has not, is not asked."""
     config = tiny.config(PROGRAMS[0], num_loops=None, optimizer={"learning_rate": 1e-2})
     assert list(attention_choices(config)) == ["cross attention"]
@@ -159,7 +159,7 @@ def test_it_trains_and_is_sharded():
     assert value == wanted
 
 
-def test_no_mixer_is_known_by_its_name_elsewhere():
+def test_no_other_code_compares_the_name_of_a_mixer():
     tables = {"mixers.py", "attention.py"}
     names = re.compile(r"""(==|!=|\bin\b|\bnot in\b)\s*[({\[]?["'](window|full|cross)["']""")
     for folder in ("yocou_jax", "pallas_kernels", "benchmarks", "experiments"):

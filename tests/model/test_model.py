@@ -70,7 +70,7 @@ def test_each_output_depends_on_exactly_the_tokens_it_may_see(name):
 
 
 @pytest.mark.parametrize(("window", "layers", "loops"), [(1, 1, 1), (4, 1, 1), (3, 2, 3)])
-def test_a_window_counts_w_keys_its_own_included(window, layers, loops):
+def test_a_window_has_w_keys_with_that_of_the_query(window, layers, loops):
     """One layer sees exactly W keys; each further one, or the next loop, W - 1 more."""
     config = tiny.model(f"window*{layers}@{loops}", window=window)
     counts = seen(config, np.ones(21)).sum(axis=1)
@@ -165,7 +165,7 @@ def _gradient_jaxpr(config, length=12, **fields) -> str:
     return str(traced(tiny.params(config)))
 
 
-def test_remat_recomputes_and_attention_is_spared():
+def test_remat_recomputes_products_and_attention_fewer_of_them():
     """The number of matrix products in the program tells what runs twice."""
     products = {
         remat: _gradient_jaxpr(tiny.model(), remat=remat).count("dot_general")
@@ -199,7 +199,7 @@ def test_the_compiled_code_does_not_grow_with_loops():
 
 
 @pytest.mark.parametrize("architecture", ["yoco_u", "transformer", "upper_loop_unshared"])
-def test_packed_documents_are_as_if_each_were_alone(architecture):
+def test_packed_documents_do_not_change_each_other(architecture):
     config = tiny.model(architecture, cross_rope=architecture == "yoco_u", window=3)
     params, lengths = tiny.params(config), [5, 9, 6]
     tokens = tiny.tokens(1, 20)
@@ -224,7 +224,7 @@ def test_rotary_positions_are_relative():
     assert np.abs(tiny.hidden(params, config, tokens, at * 3) - plain).max() > 1e-2
 
 
-def test_cross_layers_know_no_positions_unless_asked():
+def test_cross_layers_know_positions_only_with_cross_rope():
     """A window of one key sees no distance, so only the cross layers could tell positions apart."""
     tokens, at = tiny.tokens(2, 12), jnp.arange(12)[None]
     for cross_rope in (False, True):

@@ -71,7 +71,7 @@ def test_routed_experts_are_a_loop_over_experts(fields):
     tiny.assert_close(got, gradients(lambda p, x: loop_over_experts(p, x, k), params, X), 2e-5)
 
 
-def test_no_token_is_dropped_when_all_want_one_expert():
+def test_no_token_is_dropped_when_all_choose_one_expert():
     apply, params, _ = layer(experts_per_token=1, num_shared_experts=0)
     params["router"]["kernel"] = jnp.zeros((D, 4)).at[0, 2].set(100.0)
     x = X.at[..., 0].set(1.0)

@@ -43,7 +43,7 @@ def owner(folder: Path) -> dict:
     return json.loads((folder / lock.FILE).read_text())
 
 
-def test_the_second_is_refused_until_the_first_is_dead(tmp_path, holder):
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, holder):
     run = tmp_path / "run"
     with pytest.raises(UserError) as error, WorkdirLock(run):
         pass
@@ -61,7 +61,7 @@ def test_the_second_is_refused_until_the_first_is_dead(tmp_path, holder):
         pass
 
 
-def test_a_folder_made_for_nothing_is_removed_again(tmp_path):
+def test_a_new_folder_that_stays_empty_is_removed_again(tmp_path):
     with pytest.raises(ZeroDivisionError), WorkdirLock(tmp_path / "a" / "b"):
         raise ZeroDivisionError
     assert not (tmp_path / "a").exists()
@@ -70,7 +70,7 @@ def test_a_folder_made_for_nothing_is_removed_again(tmp_path):
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["kept"]
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_an_unwritable_workdir_gives_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"workdir .*file/run cannot be written to: Not a dir"):
         WorkdirLock(tmp_path / "file" / "run").__enter__()
@@ -94,7 +94,7 @@ def claim(folder: Path, **fields) -> Path:
     return folder
 
 
-def test_without_locks_a_dead_owner_is_known_by_its_silence(tmp_path, no_flock):
+def test_without_locks_an_owner_without_beats_is_dead(tmp_path, no_flock):
     """Not by its process id, which another process may have by now."""
     here = lock.socket.gethostname()
     with WorkdirLock(claim(tmp_path / "a", host=here, pid=os.getppid())):
@@ -115,7 +115,7 @@ def test_an_owner_on_another_host_is_alive_as_long_as_it_beats(tmp_path, monkeyp
             WorkdirLock(tmp_path / "run").__enter__()
 
 
-def test_an_owner_that_stood_still_for_long_gives_way(tmp_path, monkeypatch):
+def test_an_owner_that_misses_its_beats_loses_the_workdir(tmp_path, monkeypatch):
     """It may go on later: then it says so, and leaves the workdir to the new owner."""
     monkeypatch.setattr(lock, "BEAT_S", 0.1)
     with WorkdirLock(tmp_path / "run") as first:
@@ -144,7 +144,7 @@ def test_a_removed_workdir_is_noticed(tmp_path):
         assert owner(tmp_path / "a")["pid"] == os.getpid()
 
 
-def test_of_many_that_start_at_once_one_wins(tmp_path):
+def test_of_many_runs_that_start_together_one_gets_the_workdir(tmp_path):
     """Processes, because locks of the operating system are theirs."""
     line = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -164,7 +164,7 @@ def test_of_many_that_start_at_once_one_wins(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": 1}', "\x00", "[" * 4096])
-def test_a_file_that_says_nothing_is_no_owner(tmp_path, text):
+def test_a_file_that_names_no_owner_is_ignored(tmp_path, text):
     (tmp_path / lock.FILE).write_text(text)
     with WorkdirLock(tmp_path):
         assert owner(tmp_path)["pid"] == os.getpid()

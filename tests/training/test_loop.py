@@ -44,7 +44,7 @@ def test_an_end_that_no_update_depends_on(old, new, first):
     assert exact
 
 
-def test_an_end_after_the_decay_began_is_told():
+def test_a_new_end_after_the_decay_began_gives_a_notice():
     words, exact = new_end(config(20, "wsd"), config(40, "wsd"), 20)
     assert not exact
     assert "run.steps: 20 -> 40" in words
@@ -79,7 +79,7 @@ def test_a_jump_of_the_learning_rate_is_not_forgotten(tmp_path):
         (config(20, "constant"), config(10, "constant"), 11, "11 updates already"),
     ],
 )
-def test_an_end_that_makes_no_sense(old, new, first, words):
+def test_a_new_end_that_is_refused(old, new, first, words):
     with pytest.raises(UserError, match=words):
         new_end(old, new, first)
 
@@ -113,7 +113,7 @@ def make_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
+def test_a_sample_that_fails_comes_after_the_checkpoint_and_the_run_goes_on(
     make_run, monkeypatch, caplog
 ):
     run, saved = make_run(steps=2, eval_every=2, sample_every=1, checkpoint_every=1), []
@@ -131,7 +131,7 @@ def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
 
 
 @pytest.mark.slow
-def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
+def test_a_run_that_is_made_longer_equals_the_longer_run(make_run, tmp_path):
     """Bit for bit, with a schedule whose past does not depend on its end; here from a workdir of
     before the fields of `compute` were a group."""
     make_run(steps=3).train()
@@ -156,7 +156,7 @@ def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_from_the_weights_of_another(make_run, tmp_path):
+def test_a_run_from_the_weights_of_another_run(make_run, tmp_path):
     first = make_run("first", steps=2).train()
     source = tmp_path / "first"
     changed = {"model": {"num_loops": 3}, "init_from": source}
@@ -179,7 +179,7 @@ def test_a_run_from_the_weights_of_another(make_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_parameters_of_another_run_come_unchanged(make_run, tmp_path):
+def test_init_from_does_not_change_the_parameters(make_run, tmp_path):
     make_run("first", steps=2).train()
     run = make_run("second", tmp_path / "first", steps=2)
     run._load_data()
@@ -191,7 +191,7 @@ def test_the_parameters_of_another_run_come_unchanged(make_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
+def test_a_summary_of_a_shorter_run_is_removed(make_run, tmp_path):
     """A sweep takes a run with a summary for a finished one."""
     make_run(steps=2).train()
     path = tmp_path / "run" / "summary.json"
@@ -207,7 +207,7 @@ def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
     assert not path.exists()
 
 
-def test_what_stops_a_run_is_saved_before_anything_is_shown(make_run, monkeypatch):
+def test_the_last_step_is_saved_before_a_sample_is_shown(make_run, monkeypatch):
     """At its last step, whether a checkpoint is due there or not."""
     run, saved = make_run(steps=3, sample_every=3, checkpoint_every=2), []
 

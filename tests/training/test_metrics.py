@@ -17,7 +17,7 @@ from yocou_jax.training.console import Console
 from yocou_jax.training.metrics import MetricsWriter, mfu, read_metrics
 
 
-def test_names_that_others_rely_on():
+def test_the_names_of_the_metrics():
     relied_on = {"loss", "bpb", "val_loss", "val_bpb", "grad_norm", "lr", "tokens_per_s", "mfu"}
     names = [v for k, v in vars(metrics).items() if k.isupper() and isinstance(v, str)]
     assert relied_on | {"data_wait_fraction", "step", "tokens"} <= set(names)
@@ -25,7 +25,7 @@ def test_names_that_others_rely_on():
     assert all(re.fullmatch(r"[a-z_0-9]+", name) for name in names)
 
 
-def test_mfu_is_known_only_where_the_peak_is():
+def test_mfu_is_known_only_if_the_peak_is():
     assert mfu(1000.0, 312e9, "NVIDIA A100-SXM4-80GB", 4) == pytest.approx(0.25)
     assert mfu(1000.0, 312e9, "cpu", 1) is None
 
@@ -36,7 +36,7 @@ def scalars(workdir, tag="loss"):
     return {e.step: e.value for e in events.Scalars(tag)}
 
 
-def test_a_resume_drops_what_came_after_the_checkpoint(tmp_path):
+def test_a_resume_drops_rows_after_the_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path)
     for step in range(10, 60, 10):
         writer.write(step, {"loss": np.float32(step), "tokens": step * 100})
@@ -56,7 +56,7 @@ def test_a_resume_drops_what_came_after_the_checkpoint(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_steps_rise_and_nan_stays_json(tmp_path):
+def test_steps_must_increase_and_nan_becomes_null(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": float("nan"), "lr": 1e-3, "mfu": None})
     with pytest.raises(ValueError, match="Step 1 is written after step 1"):
@@ -115,7 +115,7 @@ def test_plain_lines_are_whole_and_throttled(monkeypatch):
     assert "\x1b" not in out.getvalue()
 
 
-def test_what_is_not_known_is_not_shown():
+def test_unknown_values_are_not_shown():
     out, console = plain()
     console.start(10)
     console.update(1, {"loss": 2.0, "mfu": None})
@@ -175,7 +175,7 @@ class Gone(io.StringIO):
         UnicodeEncodeError("latin-1", "日", 0, 1, "ordinal not in range(256)"),
     ],
 )
-def test_what_cannot_be_shown_never_ends_a_run(error, terminal, caplog, monkeypatch):
+def test_an_error_of_the_terminal_never_ends_a_run(error, terminal, caplog, monkeypatch):
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich points stdout elsewhere, pytest's here
     out = Gone()
     out.error = error
@@ -188,7 +188,7 @@ def test_what_cannot_be_shown_never_ends_a_run(error, terminal, caplog, monkeypa
     assert caplog.text.count("the run goes on") == 1
 
 
-def test_a_kill_leaves_the_cursor_on_the_screen():
+def test_the_cursor_is_visible_while_a_line_is_live():
     """Rich hides it while a line is live, and SIGKILL gives nobody the time to bring it back."""
     out = io.StringIO()
     with Console(rich.console.Console(file=out, force_terminal=True, width=80)) as console:
@@ -198,7 +198,7 @@ def test_a_kill_leaves_the_cursor_on_the_screen():
         assert shown > hidden >= 0
 
 
-def test_a_loss_that_is_not_finite_brings_no_foreign_lines(tmp_path, caplog):
+def test_a_loss_that_is_not_finite_logs_no_warning(tmp_path, caplog):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": math.nan, "grad_norm": math.inf})
     writer.close()

@@ -69,7 +69,7 @@ def test_microbatches_add_up_to_the_batch():
     tiny.assert_close(parts.params, whole.params, 1e-5)
 
 
-def test_the_step_takes_the_memory_of_its_state():
+def test_the_step_donates_its_state():
     config = tiny.config("window*1 | cross*1")
     setup = one_device(config)
     state = tiny.fresh_state(setup, tiny.params(config.model))
@@ -142,7 +142,7 @@ QUICK = ("yoco_u",)
         for name in (*ARCHITECTURES, "experts")
     ],
 )
-def test_every_architecture_learns_what_needs_attention(name):
+def test_every_architecture_learns_a_task_that_needs_attention(name):
     config = tiny.config(
         "full*2" if name == "experts" else name,
         **(tiny.MOE if name == "experts" else {}),
