@@ -1,4 +1,4 @@
-"""Every config of the repository is possible, and impossible ones are refused in a sentence."""
+"""Every config of the repository is valid, and invalid ones are refused in a sentence."""
 
 import dataclasses
 import importlib
@@ -39,7 +39,7 @@ def get_config(name, *preset):
 
 
 def trace_a_step(config: Config):
-    """Shapes of a whole training step on one device, without an array or a compilation."""
+    """Shapes of a whole training step on one device. Nothing is allocated or compiled."""
     setup = set_up(config, jax.devices()[:1])
     shape = (config.data.batch_size, config.data.sequence_length)
     ints = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -189,7 +189,7 @@ def refusal(name: str, value) -> str:
 
 
 def test_every_field_has_a_range_or_choices():
-    """But for those that are true or false, whose type is one."""
+    """Except fields that are true or false."""
     groups = [field.type for field in dataclasses.fields(Config)]
     assert ModelConfig in groups
     assert DataConfig in groups
@@ -222,7 +222,7 @@ def test_every_number_has_a_range_and_the_sentence_names_its_ends(name):
 def test_every_text_has_a_format_or_choices(name):
     for wrong in ("\0", "a\0b", "\udcff", "a" * 16_385):
         refusal(name, wrong)
-    if name in ("run.sample_prompt", "data.end_of_text"):  # of which nothing is something
+    if name in ("run.sample_prompt", "data.end_of_text"):  # may be empty
         assert config_with(name, "")
         return
     for wrong in ("", " \n"):
@@ -296,7 +296,7 @@ def test_long_values_are_shown_in_part():
 
 
 def test_fields_that_may_change_when_a_run_is_resumed():
-    """Everything else is the mathematics or the data of a run."""
+    """All other fields change the mathematics or the data of a run."""
     assert set(resumable(END)) == {
         *("run.steps", "optimizer.schedule", "optimizer.decay_fraction"),
         "optimizer.final_fraction",

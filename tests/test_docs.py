@@ -1,4 +1,4 @@
-"""Documents are true: their code runs, and the files, fields and commands that they name exist."""
+"""The code in the documents runs, and the files, fields and commands that they name exist."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ CURRENT = [
     *("README.md", "CONTRIBUTING.md", "pallas_kernels/README.md"),
     *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")),
 ]
-DOCUMENTS = [*CURRENT, "CHANGELOG.md", "LOG.md"]  # these two may name what is gone
+DOCUMENTS = [*CURRENT, "CHANGELOG.md", "LOG.md"]  # these two may name files that were deleted
 
 
 def read(document: str) -> str:
@@ -55,7 +55,7 @@ def test_the_readme_has_every_architecture():
 @pytest.mark.parametrize("document", [d for d in CURRENT if "```python" in read(d)])
 @pytest.mark.slow
 def test_python_code_runs(document, tmp_path, monkeypatch):
-    """In a folder where runs/yocou_small is a trained model, though a tiny one."""
+    """It runs in a folder where runs/yocou_small is a trained tiny model."""
     blocks = re.findall(r"^```python\n(.*?)^```", read(document), re.MULTILINE | re.DOTALL)
     config, words = tiny.config(vocab_size=258), Tokenizer.from_json("bytes")
     trained = pretrained.Pretrained(

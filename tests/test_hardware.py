@@ -1,4 +1,4 @@
-"""The table of devices, and that it agrees with what the kernels know of them."""
+"""The table of devices is right, and the kernels have the same facts."""
 
 import pytest
 

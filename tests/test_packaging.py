@@ -1,4 +1,4 @@
-"""What an install of the package brings, and that every list of requirements is stated once."""
+"""The package installs what it needs, and every list of requirements exists once."""
 
 import ast
 import importlib.metadata
@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DYNAMIC = PROJECT["tool"]["setuptools"]["dynamic"]
 LISTS = sorted(path.stem for path in (ROOT / "requirements").glob("*.txt"))
 LIBRARY = ("yocou_jax", "pallas_kernels")
-# Imported at the top of the one file that is read when somebody asks for it by name.
+# Only one file imports it, and this file is imported only if a user names it.
 ONLY_WHEN_ASKED_FOR = {"triton"}
 
 
@@ -36,7 +36,7 @@ def stated(name: str) -> dict[str, Requirement]:
 def test_the_library_is_installed_and_nothing_else():
     where = PROJECT["tool"]["setuptools"]["packages"]["find"]
     found = find_packages(ROOT, include=where["include"])
-    # Every folder with code, so that one without an __init__.py is noticed.
+    # All folders with code, so that the test finds one without an __init__.py.
     code = {path.parent for name in LIBRARY for path in (ROOT / name).rglob("*.py")}
     assert sorted(found) == sorted(".".join(path.relative_to(ROOT).parts) for path in code)
     assert where["namespaces"] is False
@@ -69,12 +69,12 @@ def test_requirements_files_only_include_the_lists():
 
 @pytest.mark.parametrize("name", LISTS)
 def test_setuptools_can_read_each_list(name):
-    """It knows no -r, no -c and no comment after a requirement on its line, as pip does."""
+    """Unlike pip, it does not know -r, -c or a comment in the line of a requirement."""
     assert [Requirement(line).name for line in lines(f"requirements/{name}.txt")]
 
 
 def _imported(package: str) -> set[str]:
-    """Modules that an import of the package's files imports, by their first name."""
+    """First names of the modules that the files of the package import."""
     found = set()
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -1,4 +1,4 @@
-"""One model from two kinds of folder, bit for bit, and a sentence for everything else."""
+"""Two kinds of folders give the same model, bit for bit. Everything else gives a sentence."""
 
 import dataclasses
 import errno
@@ -54,7 +54,7 @@ def model(architecture="yoco_u", step=7, seed=0, **fields) -> Pretrained:
 
 
 def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
-    """What a training run leaves behind, as far as a reader is concerned."""
+    """Writes the files of a training run that a reader needs."""
     config = dataclasses.replace(small(), model=one.config, compute=one.compute)
     program = str(one.config.program)
     tokenizer = one.tokenizer.fingerprint
@@ -63,7 +63,7 @@ def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
     with Checkpointer(path / "checkpoints") as checkpointer:
         for step in steps:
             params = jax.tree.map(jnp.asarray, one.params)
-            moments = jax.tree.map(lambda x: 2 * x, params)  # not to be mistaken for the parameters
+            moments = jax.tree.map(lambda x: 2 * x, params)  # they must differ from the parameters
             assert checkpointer.save(step, TrainState(jnp.int32(step), params, moments))
     return path
 
@@ -119,7 +119,7 @@ def test_a_loaded_model_runs(tmp_path):
 
 
 def test_loading_sets_the_attention_kernel_to_auto(tmp_path):
-    one = model(attention="reference")  # any that is not auto; those of a TPU cannot be traced here
+    one = model(attention="reference")  # not "auto"; kernels for a TPU cannot be traced here
     path = workdir(tmp_path / "run", one, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["config"]["compute"]["attention"] = "pallas_tpu"
@@ -135,12 +135,12 @@ def test_loading_sets_the_attention_kernel_to_auto(tmp_path):
 
 
 def without_compute(fields: dict) -> None:
-    """The settings of before there was a group `compute`."""
+    """The settings before the group `compute` existed."""
     fields["model"] |= fields.pop("compute")
 
 
 def test_files_older_than_the_group_compute_are_read(tmp_path):
-    """Exported folders of version 2, and workdirs of that time."""
+    """Exported folders of version 2, and workdirs of the same age."""
     one = model(dtype="bfloat16", step=1)
     export(tmp_path / "exported", one)
     edit(tmp_path / "exported/config.json", lambda c: without_compute(c) or c.update(version=2))
@@ -296,7 +296,7 @@ def test_a_killed_export_leaves_no_folder_of_its_name(tmp_path):
 
 
 def test_a_full_disk_gives_a_sentence(tmp_path):
-    """A limit on the size of files stands for the full disk: the writer in Rust fails there."""
+    """A limit on the size of files replaces the full disk: the writer in Rust fails there."""
     code = """
         import resource, signal, sys
         from tests.test_pretrained import export, model
@@ -400,7 +400,7 @@ def test_a_file_that_is_not_a_tokenizer_and_one_of_another_model(folder):
 
 @pytest.mark.parametrize("size", [258, 261])
 def test_another_tokenizer_than_the_models_own_is_refused(folder, run_folder, size):
-    """Of the same size, where nothing else would tell, and of a larger one."""
+    """A tokenizer of the same size, where no other check fails, and a larger one."""
     other = train_bpe(["text"] * 9, size)
     for path, described in ((folder, "config.json"), (run_folder, "manifest.json")):
         (path / "tokenizer.json").write_text(other.to_json(), encoding="utf-8")
@@ -593,7 +593,7 @@ def test_truncated_parameters(folder, kept):
 def test_a_flipped_bit_in_the_parameters(folder, at):
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())
-    begin = 8 + int.from_bytes(data[:8], "little")  # behind the header
+    begin = 8 + int.from_bytes(data[:8], "little")  # after the header
     data[begin + int(at * (len(data) - begin - 1))] ^= 1
     file.write_bytes(data)
     sentence = refused(folder)

@@ -1,4 +1,4 @@
-"""The little language of stages: what it says, and what it refuses."""
+"""The language of stages: what a text means, and which texts are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every kind of source gives its documents, and every bad source one sentence."""
+"""Every kind of source gives its documents. Every bad source gives one sentence."""
 
 import gzip
 import json
@@ -173,7 +173,7 @@ def test_the_held_out_share_is_as_asked_and_grows_monotonically():
     held_out = {name for name in names if is_held_out(name, 0.1)}
     assert 0.08 < len(held_out) / len(names) < 0.12
     assert held_out <= {name for name in names if is_held_out(name, 0.2)}
-    # Part of the file format: another value would move documents between the splits.
+    # The hash is part of the file format: another value would move documents between the splits.
     assert round(hash_fraction("argparse.py"), 6) == 0.786127
 
 
@@ -189,7 +189,7 @@ def test_copies_after_the_repair_are_left_out(tmp_path):
 
 
 def split_of(corpus, fraction, held_out_bytes, train_bytes):
-    """Bytes of the two splits, and the names that are held out."""
+    """The bytes of both splits, and the names that are held out."""
     corpus, threshold = split_corpus(corpus, fraction, held_out_bytes, train_bytes)
     sizes, names = [0, 0], set()
     for name, text in corpus.documents():

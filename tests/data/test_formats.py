@@ -1,4 +1,4 @@
-"""What a file is follows from its content: rows, text or compressed data; binary is never text."""
+"""The content of a file decides whether it is rows, text, compressed or binary (never text)."""
 
 import bz2
 import gzip
@@ -177,7 +177,7 @@ def test_parquet_columns_of_text(tmp_path):
     plain = pa.array(TEXTS)
     for column in (plain, plain.cast(pa.large_string()), plain.dictionary_encode()):
         pq.write_table(pa.table({"id": [1, 2, 3], "text": column}), tmp_path / "x.parquet")
-        for name in ("x.parquet", "X.PARQUET", "shard", "x.txt"):  # PAR1 says it
+        for name in ("x.parquet", "X.PARQUET", "shard", "x.txt"):  # PAR1 in the file decides
             assert texts((tmp_path / "x.parquet").rename(tmp_path / name)) == TEXTS
             (tmp_path / name).rename(tmp_path / "x.parquet")
     invalid = pa.array([b"a\xff", b"b"], pa.binary()).view(pa.string())

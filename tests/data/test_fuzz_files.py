@@ -1,4 +1,4 @@
-"""A few hundred random data files; `python -m tests.data.fuzz_files` runs as many as one likes."""
+"""Tries a few hundred random data files. `python -m tests.data.fuzz_files` can try more."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The command line: one sentence for each mistake, in any terminal; overrides reach the config."""
+"""The command line: one sentence for each mistake, in any terminal. Overrides change the config."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ SMALL = "--config=configs/yocou_small.py"
 
 
 def command(default=None) -> tuple[flags.FlagValues, flags.FlagHolder]:
-    """Flags as a command defines them, apart from those of the whole process."""
+    """The flags of a command, separate from those of the process."""
     flag_values = flags.FlagValues()
     holder = cli.config_file(copy.deepcopy(default), "What to train.", flag_values)
     flags.DEFINE_string("workdir", None, "A folder.", flag_values=flag_values)
@@ -134,7 +134,7 @@ def test_the_order_of_flags_and_a_missing_config():
 
 @pytest.mark.parametrize("default", ["configs/yocou_small.py", yocou_small.get_config()])
 def test_overrides_of_a_default_config(default):
-    """It is read when the line is parsed, or its overrides would fail while flags are defined."""
+    """It is read when the line is parsed. Before that, overrides of its fields would fail."""
     assert parsed("--config.run.steps=700", default=default).run.steps == 700
     assert parsed(default=default) == Config.from_dict(yocou_small.get_config())
     assert "Did you mean 'run.steps'?" in refusal("--config.run.stepz=3", default=default)

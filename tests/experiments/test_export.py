@@ -1,4 +1,4 @@
-"""The command as a user types it: what it prints, and what a mistake is answered with."""
+"""The command as a user types it: what it prints, and the sentence for each mistake."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The command as a user types it: texts as they come, and what a mistake is answered with."""
+"""The command as a user types it: texts while they are generated, a sentence for each mistake."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ def run(*flags, typed="", code=0) -> subprocess.CompletedProcess:
 
 
 def here(*given) -> None:
-    """The command in this process, which takes a second instead of many."""
+    """Runs the command in this process, which is much faster."""
     with flagsaver.flagsaver():
         absl_flags.FLAGS(["generate", *map(str, given)])
         command.main([])
@@ -48,14 +48,14 @@ def here(*given) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model in both kinds of folder."""
+    """A model in both kinds of folders."""
     path, one = tmp_path_factory.mktemp("trained"), model(step=3)
     export(path / "exported", one)
     return one, workdir(path / "run", one, 3), path / "exported"
 
 
 def texts(one, prompts, count, **options):
-    """What the library says, the options of `generate` given."""
+    """The texts that the library generates. options: those of `generate`."""
     ids = [[one.tokenizer.eot_id, *one.tokenizer.encode(text)] for text in prompts]
     stop = [one.tokenizer.eot_id]
     run = prepare(one.params, one.config)
@@ -91,7 +91,7 @@ def test_many_prompts_samples_files_and_another_loop_count(trained, tmp_path):
         for i, prompt in enumerate(prompts)
         for j in range(2)
     ]
-    assert len(result.stdout) == sum(map(len, pieces))  # in whatever order they ended
+    assert len(result.stdout) == sum(map(len, pieces))  # texts may end in any order
     assert all(piece in result.stdout for piece in pieces)
     assert "window*2@2 | cross*2" in result.stderr
 
@@ -145,11 +145,11 @@ def test_mistakes_give_sentences(flags, sentence):
     assert result.stdout == ""
 
 
-# --- Text as it comes -----------------------------------------------------------------------------
+# --- Text while it is generated -------------------------------------------------------------------
 
 
 def blocks(*rows, steps):
-    """Rows of ids as blocks of `steps` columns, with -1 behind the end of each."""
+    """Rows of ids as blocks of `steps` columns, with -1 after the end of each row."""
     width = -(-max(map(len, rows)) // steps) * steps
     tokens = np.array([list(row) + [-1] * (width - len(row)) for row in rows])
     return np.split(tokens, width // steps, axis=1)
@@ -186,7 +186,7 @@ def test_a_row_of_several_is_shown_when_it_ends(capsys):
     assert capsys.readouterr().out == "--- prompt 0 ---\n1abcdef\n"
 
 
-# --- Where a row ends -----------------------------------------------------------------------------
+# --- The end of a row -----------------------------------------------------------------------------
 
 STOPS = [  # text, stops, what is shown
     ("one two three", ["two"], "one "),
@@ -213,7 +213,7 @@ def test_a_stop_text_ends_a_row_wherever_its_tokens_are_cut(kind, text, stops, s
     row, ids, seen = Row(tokenizer, 999, stops), tokenizer.encode(text), ""
     for (block,) in blocks([*ids, tokenizer.eot_id], steps=steps):
         row.add(block)
-        assert row.text.startswith(seen)  # nothing that was shown is taken back
+        assert row.text.startswith(seen)  # text that was shown stays
         assert shown.startswith(row.text)
         seen = row.text
     assert row.text == shown
@@ -222,7 +222,7 @@ def test_a_stop_text_ends_a_row_wherever_its_tokens_are_cut(kind, text, stops, s
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_invalid_bytes_do_not_delay_the_text_before_them(steps):
-    """What ends in half a character (or in bytes that never become one) is shown up to there."""
+    """A text that ends in half a character, or in invalid bytes, is shown up to them."""
     tokenizer = load_tokenizer("bytes")
     row, ids = Row(tokenizer, 99, ["!"]), [*b"ab", 0xE6, *b"c", 0x97, 0x97, *b"d!ef", 0xE6]
     for i, (block,) in enumerate(blocks(ids, steps=steps)):
@@ -285,7 +285,7 @@ def test_stop_texts_of_the_command(trained, capsys):
     here(*options, "--prompt=ab", f"--stop={stop}", "--stop=never")
     out, err = capsys.readouterr()
     assert out == f"ab{first[: first.index(stop)]}\n"
-    assert "decode 8 tokens" in err  # one block, not all 24
+    assert "decode 8 tokens" in err  # one block, and not all 24 tokens
     here(*options, "--prompt=ab", "--prompt=c", f"--stop={stop}")
     out = capsys.readouterr().out
     for i, text in enumerate((first, second)):
@@ -293,7 +293,7 @@ def test_stop_texts_of_the_command(trained, capsys):
         assert f"--- prompt {i} ---\n{prompts[i]}{text[:cut]}\n" in out
 
 
-# --- What a text begins with, and which model goes on ---------------------------------------------
+# --- The prompt and the step of the model ---------------------------------------------------------
 
 
 def test_an_empty_prompt_starts_a_new_text(trained, capsys):
@@ -305,7 +305,7 @@ def test_an_empty_prompt_starts_a_new_text(trained, capsys):
 
 @pytest.mark.parametrize("stdin", [False, True])
 def test_a_prompt_file_is_read_as_training_reads_text(tmp_path, monkeypatch, stdin):
-    """Line ends stay; a byte-order mark goes, one of them."""
+    """Line ends stay. One byte-order mark is removed."""
     data = "\ufeff\ufeffé\r\nb\rc\n".encode()
     (tmp_path / "p.txt").write_bytes(data)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -379,7 +379,7 @@ def test_ctrl_c_between_texts_ends_the_dialogue(monkeypatch, typed):
 
     typed(b"")
     monkeypatch.setattr("builtins.input", interrupted)
-    with pytest.raises(KeyboardInterrupt):  # which `cli` turns into exit code 130
+    with pytest.raises(KeyboardInterrupt):  # `cli` turns it into exit code 130
         talk(None)
 
 
@@ -407,7 +407,7 @@ VALUES = {
 }
 
 
-WORKED = [  # what is no mistake
+WORKED = [  # these are no mistakes
     *("prompt=", "prompt=a", "prompt=\0", "prompt_file=/dev/null", "stop=a", "stop=\n", "step=3"),
     *("max_new_tokens=2", "num_samples=2", "temperature=1e-50", "temperature=0"),
     *("top_k=0", "top_k=1", f"top_k={10**12}", "min_p=0.99", f"seed={2**31}"),
@@ -427,7 +427,7 @@ def mistyped(folder, seed) -> list[str]:
 
 
 class Reached(Exception):
-    """Everything was checked; the model would run now."""
+    """All checks have passed, and the model would run now."""
 
 
 @pytest.fixture
@@ -437,7 +437,7 @@ def no_model(monkeypatch, typed):
 
     typed(b"a")
 
-    def prepare(params, config, compute):  # without compiling
+    def prepare(params, config, compute):  # nothing is compiled
         return inference.PreparedModel(params, config, resolve(compute))
 
     monkeypatch.setattr(inference, "prepare", prepare)
@@ -445,14 +445,14 @@ def no_model(monkeypatch, typed):
 
 
 def answer(given) -> str:
-    """The sentence that a command ends with; "" if the model would do what was asked."""
+    """The sentence at the end of a command, or "" if the model would run."""
     try:
         here(*given)
     except Reached:
         return ""
     except UserError as error:
         return str(error)
-    except absl_flags.Error as error:  # which `cli` turns into a sentence
+    except absl_flags.Error as error:  # `cli` turns it into a sentence
         return f"{error}."
     return ""
 

@@ -1,4 +1,4 @@
-"""What `--help` expects of a run, by the accounting and the paper."""
+"""The figures that `--help` expects of a run agree with the accounting and the paper."""
 
 import re
 
@@ -14,7 +14,7 @@ BIG = Config.from_dict(yocou_1b.get_config()).model
 
 
 def _line(start: str) -> list[float]:
-    """The figures of that line of the module's docstring."""
+    """The figures in one line of the docstring of the module."""
     (line,) = [x for x in profile_inference.__doc__.splitlines() if x.strip().startswith(start)]
     return [float(word) for word in re.findall(r"\d+\.\d+", line)]
 

@@ -1,7 +1,7 @@
-"""The seam: a new kind of layer is one entry of facts and one module, and everything else follows.
+"""A new kind of layer is one entry of facts and one module. The rest is derived from them.
 
-The mixer of this file is the causal mean of the last four values, as CONTRIBUTING.md would have one
-added. Nothing outside the two tables knows it.
+The mixer of this file is the causal mean of the last four values. It is added as CONTRIBUTING.md
+says. Only the two tables know it.
 """
 
 import re
@@ -35,7 +35,7 @@ class MeanFacts(Mixer):
         return 2 * config.d_model * config.num_kv_heads * config.head_dim
 
     def sequence_flops(self, config, length):
-        return 0  # sums, and no products
+        return 0  # it has sums, but no products
 
     def step_flops(self, config, context):
         return 0
@@ -48,7 +48,7 @@ class MeanFacts(Mixer):
 
 @flax.struct.dataclass
 class LastValues:
-    """The newest values [B, SPAN - 1, K, H], zeros before the first."""
+    """The newest values [B, SPAN - 1, K, H], with zeros before the first position."""
 
     values: jax.Array
     capacity = None
@@ -88,7 +88,7 @@ class CausalMean(MixerModule):
 
 @pytest.fixture(scope="module", autouse=True)
 def mean_mixer():
-    """The two entries. The tables are left as they were."""
+    """Adds the two entries, and removes them after the test."""
     MIXERS["mean"], MODULES["mean"] = MeanFacts(), CausalMean
     yield
     del MIXERS["mean"], MODULES["mean"]
@@ -107,7 +107,7 @@ def test_parameters_and_bytes_of_the_new_mixer(program):
     described = jax.eval_shape(lambda: empty_memory(config, 3, 50, jnp.float32))
     assert described.nbytes == 3 * accounting.kv_bytes(config, 50, 4)
     assert accounting.report(config, (8, 64))["program"] == program
-    per_token = 2 * (sizes["total"] - sizes["embedding"])  # more than once in a loop
+    per_token = 2 * (sizes["total"] - sizes["embedding"])  # a loop has a multiple of it
     assert accounting.decode_flops_per_token(config, 8) > 0.9 * per_token
 
 
@@ -137,7 +137,7 @@ def test_prefill_and_decode_of_the_new_mixer_are_the_forward_pass(program):
 
 
 def test_the_new_mixer_trains_and_is_sharded():
-    """On a mesh of all three axes as on one device; its kernel, which it has not, is not asked."""
+    """A mesh of all three axes gives the numbers of one device. The mixer needs no kernel."""
     config = tiny.config(PROGRAMS[0], num_loops=None, optimizer={"learning_rate": 1e-2})
     assert list(attention_choices(config)) == ["cross attention"]
     params, losses = tiny.params(config.model), {}

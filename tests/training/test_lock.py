@@ -1,4 +1,4 @@
-"""One run a workdir: who owns it, who is refused, and what a dead owner leaves."""
+"""One run per workdir: which run owns it, which is refused, and what a dead owner leaves."""
 
 import fcntl
 import json
@@ -28,7 +28,7 @@ with WorkdirLock(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds tmp_path/run."""
+    """Another process, which holds tmp_path/run."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE
     )
@@ -50,14 +50,14 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, holder):
     said = owner(run)
     for word in (f"process {holder.pid}", said["host"], said["started"], f"--workdir={run}-2."):
         assert word in str(error.value)
-    assert owner(run) == said  # the refused one has changed nothing
+    assert owner(run) == said  # the refused run has changed nothing
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert owner(run)["pid"] == holder.pid  # a kill leaves the file, but no lock
     with WorkdirLock(run):
         assert owner(run)["pid"] == os.getpid()
     assert not (run / lock.FILE).exists()
-    with WorkdirLock(run):  # and again
+    with WorkdirLock(run):  # a second time
         pass
 
 
@@ -95,7 +95,7 @@ def claim(folder: Path, **fields) -> Path:
 
 
 def test_without_locks_an_owner_without_beats_is_dead(tmp_path, no_flock):
-    """Not by its process id, which another process may have by now."""
+    """Its process id does not count, because another process may have it now."""
     here = lock.socket.gethostname()
     with WorkdirLock(claim(tmp_path / "a", host=here, pid=os.getppid())):
         assert owner(tmp_path / "a")["pid"] == os.getpid()
@@ -110,17 +110,17 @@ def test_an_owner_on_another_host_is_alive_as_long_as_it_beats(tmp_path, monkeyp
     monkeypatch.setattr(lock, "BEAT_S", 0.5)
     with WorkdirLock(tmp_path / "run"):
         monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
-        monkeypatch.setattr(lock, "_flock", lambda file: True)  # its locks do not reach us
+        monkeypatch.setattr(lock, "_flock", lambda file: True)  # the hosts do not share locks
         with pytest.raises(UserError, match="in use"):
             WorkdirLock(tmp_path / "run").__enter__()
 
 
 def test_an_owner_that_misses_its_beats_loses_the_workdir(tmp_path, monkeypatch):
-    """It may go on later: then it says so, and leaves the workdir to the new owner."""
+    """If it runs again later, it raises an error, and leaves the workdir to the new owner."""
     monkeypatch.setattr(lock, "BEAT_S", 0.1)
     with WorkdirLock(tmp_path / "run") as first:
         first.check()
-        first._ended.set()  # no beats any more
+        first._ended.set()  # it has no beats any more
         monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
         monkeypatch.setattr(lock, "_flock", lambda file: True)
         second = WorkdirLock(tmp_path / "run").__enter__()
@@ -137,7 +137,7 @@ def test_a_removed_workdir_is_noticed(tmp_path):
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(UserError, match="was removed"):
         first.check()
-    with WorkdirLock(tmp_path / "a"):  # another run in a new folder of that name
+    with WorkdirLock(tmp_path / "a"):  # another run in a new folder with this name
         with pytest.raises(UserError, match="Another run has taken it"):
             first.check()
         first.__exit__()
@@ -145,7 +145,7 @@ def test_a_removed_workdir_is_noticed(tmp_path):
 
 
 def test_of_many_runs_that_start_together_one_gets_the_workdir(tmp_path):
-    """Processes, because locks of the operating system are theirs."""
+    """They are processes, because a process owns a lock of the operating system."""
     line = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     processes = [subprocess.Popen(line, cwd=ROOT, **pipes) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""The host loop: what a changed end of the schedule means, and samples that go wrong."""
+"""The host loop: a changed end of the schedule, weights of other runs, samples that fail."""
 
 import io
 import json
@@ -32,10 +32,10 @@ def config(steps, schedule, **optimizer):
     [
         (config(10, "constant"), config(20, "constant"), 10),
         (config(20, "constant"), config(10, "constant"), 10),
-        (config(20, "wsd"), config(40, "wsd"), 10),  # updates 0 .. 9 are before the decay
+        (config(20, "wsd"), config(40, "wsd"), 10),  # updates 0 to 9 are before the decay
         (config(20, "constant"), config(20, "wsd"), 10),
         (config(20, "wsd"), config(20, "wsd", final_fraction=0.5), 10),
-        (config(20, "cosine"), config(30, "cosine"), 2),  # nothing but warm-up was done
+        (config(20, "cosine"), config(30, "cosine"), 2),  # these are the warm-up
     ],
 )
 def test_an_end_that_no_update_depends_on(old, new, first):
@@ -57,7 +57,7 @@ def test_a_new_end_after_the_decay_began_gives_a_notice():
 
 
 def test_a_jump_of_the_learning_rate_is_not_forgotten(tmp_path):
-    """A later change of the end that is exact by itself does not make the run an exact one."""
+    """A later change of the end that is exact by itself does not make the run exact."""
     before = {"config": config(40, "wsd").to_dict(), "resumes": [{"exact": False}]}
     words, exact = going_on(tmp_path, before, config(60, "wsd"), 20, None)
     assert not exact
@@ -86,7 +86,7 @@ def test_a_new_end_that_is_refused(old, new, first, words):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Builds runs of one tiny model on a text of their own; the console writes nowhere."""
+    """Makes runs of one tiny model with their own text. The console writes nowhere."""
     rng = random.Random(0)
     text = "\n".join("".join(rng.choices("abcd ", k=60)) for _ in range(400))
     (tmp_path / "text.txt").write_text(text)
@@ -132,8 +132,8 @@ def test_a_sample_that_fails_comes_after_the_checkpoint_and_the_run_goes_on(
 
 @pytest.mark.slow
 def test_a_run_that_is_made_longer_equals_the_longer_run(make_run, tmp_path):
-    """Bit for bit, with a schedule whose past does not depend on its end; here from a workdir of
-    before the fields of `compute` were a group."""
+    """Bit for bit, with a schedule whose past does not depend on its end. The workdir is older than
+    the group `compute`."""
     make_run(steps=3).train()
     path = tmp_path / "run" / "manifest.json"
     old = json.loads(path.read_text())
@@ -164,7 +164,7 @@ def test_a_run_from_the_weights_of_another_run(make_run, tmp_path):
     tuned.train()
     origin = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["init_from"]
     assert origin == {"path": str(source), "step": 2}
-    # Once it has a checkpoint, that is where it goes on.
+    # After it has a checkpoint, it continues from there.
     again = make_run("tuned", steps=3, **changed).train()
     assert again["final_params_sha256"] != first["final_params_sha256"]
     for run, words in (
@@ -192,7 +192,7 @@ def test_init_from_does_not_change_the_parameters(make_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_summary_of_a_shorter_run_is_removed(make_run, tmp_path):
-    """A sweep takes a run with a summary for a finished one."""
+    """A sweep treats a run with a summary as finished."""
     make_run(steps=2).train()
     path = tmp_path / "run" / "summary.json"
     old = json.loads(path.read_text())
@@ -208,7 +208,7 @@ def test_a_summary_of_a_shorter_run_is_removed(make_run, tmp_path):
 
 
 def test_the_last_step_is_saved_before_a_sample_is_shown(make_run, monkeypatch):
-    """At its last step, whether a checkpoint is due there or not."""
+    """Also if no checkpoint is due at the last step."""
     run, saved = make_run(steps=3, sample_every=3, checkpoint_every=2), []
 
     def look(self, params, step):

@@ -1,4 +1,4 @@
-"""What is written for scripts and people: rows, events, the summary, the terminal."""
+"""What a run writes for scripts and people: rows, events, the summary, the terminal."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def test_a_resume_drops_rows_after_the_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path)
     for step in range(10, 60, 10):
         writer.write(step, {"loss": np.float32(step), "tokens": step * 100})
-    with (tmp_path / "metrics.jsonl").open("a") as file:  # no close: the run was killed
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # the killed run has closed nothing
         file.write('{"step": 60, "lo')
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30, 40, 50]
 
@@ -52,7 +52,7 @@ def test_a_resume_drops_rows_after_the_checkpoint(tmp_path):
     assert json.loads(lines[0]) == {"step": 10, "loss": 10.0, "tokens": 1000}
     assert scalars(tmp_path) == {10: 10.0, 20: 20.0, 30: 30.0, 40: 4.5}
 
-    MetricsWriter(tmp_path).close()  # a run from the start leaves nothing of the old one
+    MetricsWriter(tmp_path).close()  # a new run removes the rows of the old one
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -106,9 +106,7 @@ def test_plain_lines_are_whole_and_throttled(monkeypatch):
             clock[0] += 1.0
         console.notice("[bold] is not markup, and a long sentence " + "x" * 80)
     lines = out.getvalue().splitlines()
-    assert (
-        len(lines) == 91 + 1
-    )  # every tenth step, the first and the last among them, and the notice
+    assert len(lines) == 91 + 1  # the notice, and every tenth step with the first and the last one
     assert lines[0] == ("step  100/1000  loss 3.220  1.500 bits/byte  45,679 tokens/s  MFU 41.2%")
     assert lines[1].endswith("MFU 41.2%  14:50 left")
     assert lines[-1] == "[bold] is not markup, and a long sentence " + "x" * 80
@@ -154,7 +152,7 @@ def test_banner():
 
 
 class Gone(io.StringIO):
-    """A terminal that was closed, or a pipe that nobody reads any more."""
+    """A closed terminal, or a pipe that nobody reads any more."""
 
     encoding = "utf-8"
 
@@ -176,7 +174,7 @@ class Gone(io.StringIO):
     ],
 )
 def test_an_error_of_the_terminal_never_ends_a_run(error, terminal, caplog, monkeypatch):
-    monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich points stdout elsewhere, pytest's here
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich would redirect the stdout of pytest
     out = Gone()
     out.error = error
     with Console(rich.console.Console(file=out, force_terminal=terminal)) as console:
@@ -189,7 +187,7 @@ def test_an_error_of_the_terminal_never_ends_a_run(error, terminal, caplog, monk
 
 
 def test_the_cursor_is_visible_while_a_line_is_live():
-    """Rich hides it while a line is live, and SIGKILL gives nobody the time to bring it back."""
+    """Rich hides it while a line is live. After SIGKILL, nothing would show it again."""
     out = io.StringIO()
     with Console(rich.console.Console(file=out, force_terminal=True, width=80)) as console:
         console.start(100)
