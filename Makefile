@@ -59,7 +59,7 @@ export SETUP
 
 setup:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "This project needs Python 3.11 or newer, and '$(PYTHON)' is not that: name one, as in 'make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12'." >&2; exit 2; }
+	  echo "This project needs Python 3.11 or newer, but '$(PYTHON)' is older or missing: name another one, as in 'make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12'." >&2; exit 2; }
 	@$(PYTHON) -c "$$SETUP"
 
 train: setup

@@ -72,7 +72,7 @@ def self_attention(x, params, c: ModelConfig, mixer, positions, causal):
     k, v = key_value(x, params["key_value"], c)
     k = rotate(k, positions, c.rope_theta)
     mask = causal
-    if mixer == "window":  # W keys, with that of the query
+    if mixer == "window":  # W keys, including that of the query
         age = np.arange(x.shape[1])[:, None] - np.arange(x.shape[1])[None, :]
         mask = causal & (age <= c.window - 1)
     if "prefix" in params:  # rows are ordered stream by stream

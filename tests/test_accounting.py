@@ -93,7 +93,7 @@ def test_parameters_are_those_of_the_tree(architecture, options):
             assert attention == size(layers["attention"]) + norms
 
 
-def test_active_parameters_leave_out_the_experts_not_chosen():
+def test_active_parameters_count_only_the_chosen_experts():
     config = tiny.model("yoco_u", **tiny.MOE)
     found = accounting.parameters(config)
     idle_experts = config.num_experts - config.experts_per_token

@@ -476,7 +476,7 @@ def test_manifest_refuses_another_corpus_and_warns_of_another_version(tmp_path, 
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 3}', '{"config": {}}', "\xff"])
-def test_a_manifest_that_cannot_be_read_is_a_warning(tmp_path, caplog, text):
+def test_a_manifest_that_cannot_be_read_gives_a_warning(tmp_path, caplog, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     assert read(tmp_path) is None
     assert "cannot be read" in caplog.text

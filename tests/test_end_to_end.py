@@ -182,7 +182,7 @@ def test_a_workdir_in_use_is_refused(home):
 
 
 @pytest.mark.slow
-def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(home, whole):
+def test_a_run_that_is_killed_stopped_and_resumed_equals_an_uninterrupted_run(home, whole):
     line, workdir = command(home, "disturbed"), home / "disturbed"
     process = start(line)
     wait_for(process, workdir, 22)

@@ -60,7 +60,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_configs_have_the_papers_hyperparameters(name):
+def test_configs_have_the_hyperparameters_of_the_paper(name):
     sizes, steps, millions = PAPER[name]
     found = config(name)
     for group, expected in ((found.model, sizes), (found.optimizer, OPTIMIZER)):
@@ -72,7 +72,7 @@ def test_configs_have_the_papers_hyperparameters(name):
     assert str(found.model.program) == f"window*{half}@3 | cross*{half}"
 
 
-def test_loop_counts_are_the_papers():
+def test_loop_counts_are_those_of_the_paper():
     """3 for the self-decoder, RINS and the upper loop (4.2, appendix E, Table 5), 2 for UT."""
     loops = {name: re.findall(r"@(\d+)", text) for name, text in ARCHITECTURES.items()}
     once = {name: [] for name in ("yoco", "transformer", "parscale")}

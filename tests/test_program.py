@@ -39,7 +39,7 @@ def test_parse_reads_every_part():
     assert Program.parse("full*6, streams=3") == Program((Stage("full", 6),), streams=3)
 
 
-def test_depth_counts_loops_and_layers_do_not():
+def test_depth_counts_loops_but_the_number_of_layers_does_not():
     program = Program.parse("window*4@3 | cross*2")
     assert (program.layers, program.depth, program.has_cross) == (6, 14, True)
     assert [stage.num_loops for stage in program.stages] == [3, 1]

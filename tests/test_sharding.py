@@ -215,7 +215,7 @@ def test_make_mesh_fills_an_axis_of_minus_one():
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        ((3, 1, 1), "data * fsdp * tensor is 3 and must be 8. mesh.data=-1 would take what the"),
+        ((3, 1, 1), "data * fsdp * tensor is 3 and must be 8. mesh.data=-1 would take all that"),
         ((1, 1, 16), "data * fsdp * tensor is 16 and must be 8. mesh.tensor=-1 would take"),
         ((3, 5, 1), "data * fsdp * tensor is 15 and must be 8."),
         ((-1, 3, 1), "fsdp * tensor is 3, which does not divide 8."),

@@ -68,7 +68,7 @@ def _does_not_fit(sizes: dict[str, int], named: int, devices: int) -> str:
     if -1 in sizes.values():
         return f"{sentence}: {others} is {named}, which does not divide {devices}."
     free = [axis for axis, size in sizes.items() if devices % (named // size) == 0]
-    hint = f" mesh.{free[0]}=-1 would take what the others leave." if free else ""
+    hint = f" mesh.{free[0]}=-1 would take all that are left." if free else ""
     return f"{sentence}: {others} is {named} and must be {devices}.{hint}"
 
 

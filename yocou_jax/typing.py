@@ -4,7 +4,7 @@ Notation
     B  batch              N  query positions      S  key positions
     D  model width        Q  query heads          K  key/value heads    G  Q / K
     H  head width         F  feed-forward width   E  experts            V  vocabulary
-    W  window: the number of visible keys, with that of the query (query i sees i-W+1 .. i)
+    W  window: the number of visible keys, including that of the query (query i sees i-W+1 .. i)
     L  layers             P  parallel streams
 The loop count is `num_loops`, never T.
 """

@@ -199,7 +199,7 @@ def split_of(corpus, fraction, held_out_bytes, train_bytes):
     return sizes, names
 
 
-def test_a_large_corpus_is_split_by_name_alone(tmp_path):
+def test_a_large_corpus_is_split_only_by_name(tmp_path):
     records = [{"text": f"{i} {'x' * (i % 50)}"} for i in range(4000)]
     names = []
     for count in (2000, 4000):

@@ -62,7 +62,7 @@ def sentence(path, *arguments):
         "part-00000",
     ],
 )
-def test_one_object_a_line(tmp_path, name, compression):
+def test_one_object_per_line(tmp_path, name, compression):
     name += compression.upper() if name.isupper() else compression
     assert texts(write(tmp_path / name, COMPRESS[compression](LINES))) == TEXTS
 

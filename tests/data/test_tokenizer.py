@@ -157,7 +157,7 @@ def test_tokenizer_is_frozen(bpe):
         bpe.eot_id = 5
 
 
-def test_the_text_of_the_file_is_kept_whatever_the_library_would_write(tmp_path, bpe):
+def test_the_text_of_the_file_is_kept_and_not_written_again(tmp_path, bpe):
     spaced = json.dumps(json.loads(bpe.to_json()), indent=4)
     (tmp_path / "t.json").write_text(spaced, encoding="utf-8")
     tokenizer = load_tokenizer(str(tmp_path / "t.json"))

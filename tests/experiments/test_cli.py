@@ -168,7 +168,7 @@ def test_a_config_file_that_cannot_be_used(tmp_path, text, sentence):
     assert "mine.py" in found or "The config " in found
 
 
-def test_presets_and_home_directories(tmp_path, monkeypatch):
+def test_presets_and_paths_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text("from configs.yocou_small import get_config")
     assert parsed("--config=~/mine.py:rins").model.architecture == "rins"

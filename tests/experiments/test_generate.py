@@ -356,7 +356,7 @@ def typed(monkeypatch):
     return type_
 
 
-def test_a_dialogue_goes_on_after_bytes_that_are_no_text_and_after_ctrl_c(typed, capsys):
+def test_a_dialogue_goes_on_after_invalid_bytes_and_after_ctrl_c(typed, capsys):
     heard = []
 
     def write(texts):
@@ -457,7 +457,7 @@ def answer(given) -> str:
     return ""
 
 
-def test_every_wrong_value_is_a_sentence(trained, no_model):
+def test_every_wrong_value_gives_a_sentence(trained, no_model):
     given = [f"--workdir={trained[2]}", "--prompt=a", "--max_new_tokens=2"]
     worked = []
     for name, values in VALUES.items():

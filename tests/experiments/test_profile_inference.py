@@ -19,7 +19,7 @@ def _line(start: str) -> list[float]:
     return [float(word) for word in re.findall(r"\d+\.\d+", line)]
 
 
-def test_what_the_docstring_expects_is_what_the_accounting_and_the_paper_say():
+def test_figures_of_the_docstring_agree_with_the_accounting_and_the_paper():
     other = accounting.sibling(BIG, "transformer")
     flops, own = accounting.prefill_flops_per_token, BIG
     expected = [flops(other, n) / flops(own, n) for n in paper.LENGTHS]

@@ -144,7 +144,7 @@ def test_how_the_cost_of_prefill_grows_with_the_prompt(name, attention, low, hig
     )
 
 
-def test_a_chunk_costs_the_same_however_long_the_prompt():
+def test_the_cost_of_a_chunk_does_not_depend_on_the_prompt():
     """This is true for a YOCO. A chunk of a full layer attends to all positions before it."""
     yoco, full = (tiny.model(name, num_layers=2, window=16) for name in ("yoco_u", "transformer"))
     flops = functools.partial(chunk_flops, attention="reference")

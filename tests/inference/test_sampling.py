@@ -171,7 +171,7 @@ def test_top_p_is_a_share_of_what_top_k_keeps():
     assert np.isfinite(x[0]).tolist() == [True, True, True] + [False] * 4
 
 
-def test_the_nucleus_includes_the_token_that_reaches_p_and_never_is_empty():
+def test_the_nucleus_includes_the_token_that_reaches_p_and_is_never_empty():
     p = np.array([0.125, 0.5, 0.25, 0.125])  # exact in binary, so that >= and > differ
     for top_p, kept in (
         (0.5, [1]),
@@ -240,7 +240,7 @@ def keys(n=32, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
 
-def test_temperature_0_is_top_1_is_the_argmax():
+def test_temperature_0_and_top_1_take_the_argmax():
     x, seen = rows(), rows(seed=2) > 0
     for sampling in (Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=1e-42)):
         np.testing.assert_array_equal(draw(x, keys(), sampling, None), x.argmax(-1))

@@ -1,7 +1,7 @@
 """A new kind of layer is one entry of facts and one module. The rest is derived from them.
 
-The mixer of this file is the causal mean of the last four values. It is added as CONTRIBUTING.md
-says. Only the two tables know it.
+The mixer of this file is the causal mean of the last four values. It is added with the recipe of
+CONTRIBUTING.md. Only the two tables know it.
 """
 
 import re

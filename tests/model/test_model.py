@@ -266,7 +266,7 @@ def test_tied_head_is_the_embedding():
     tiny.assert_close(grads["embedding"], separate["embedding"] + separate["head"].T)
 
 
-def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys():
+def test_with_qk_norm_the_size_of_queries_and_keys_has_no_effect():
     for qk_norm in (False, True):
         config = tiny.model(qk_norm=qk_norm, norm_eps=1e-9)
         params, tokens = tiny.params(config), tiny.tokens(2, 12)

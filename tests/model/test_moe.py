@@ -131,7 +131,7 @@ def test_eight_devices_compute_what_one_does(sizes):
     tiny.assert_close(got, jax.device_get(expected), 1e-5)
 
 
-def test_the_router_computes_in_float32_whatever_the_compute_type():
+def test_the_router_computes_in_float32_for_each_compute_type():
     """bfloat16 has three digits: its rounding would send tokens to other experts."""
     module = MixtureOfExperts(tiny.model(**tiny.MOE), jnp.bfloat16)
     _, params, _ = layer()

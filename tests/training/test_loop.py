@@ -48,10 +48,10 @@ def test_a_new_end_after_the_decay_began_gives_a_notice():
     words, exact = new_end(config(20, "wsd"), config(40, "wsd"), 20)
     assert not exact
     assert "run.steps: 20 -> 40" in words
-    assert "update 21 is 0.000955, where the old schedule has 0.0001" in words
+    assert "update 21 is 0.000955; in the old schedule it is 0.0001" in words
     words, _ = new_end(config(20, "wsd"), config(20, "constant"), 11)
     assert "optimizer.schedule: 'wsd' -> 'constant'" in words
-    assert "not the run that the new values alone would give" in words
+    assert "A run with the new values from its start would differ" in words
     words, _ = new_end(config(20, "wsd"), config(15, "wsd"), 15)  # nothing is left to train
     assert "learning rate" not in words
 

@@ -69,7 +69,7 @@ def test_values_and_gradients_are_those_of_log_softmax(vocab, length, z_loss, sh
     tiny.assert_close((1.7 * total, (sums.nll, sums.z, sums.weight)), wanted[0], 2e-5)
 
 
-def test_no_weights_count_every_target_once():
+def test_without_weights_every_target_counts_once():
     hidden, head, targets, _ = example(3, 5, 11)
     total, sums = cross_entropy(hidden, head, targets)
     wanted, _ = plain(hidden, head, targets, jnp.ones((3, 5)), 0.0)

@@ -188,7 +188,7 @@ def prefill(
     capacity: int | None = None,
     chunk: int | None = None,
 ) -> tuple[Memory, Float[Array, "B V"]]:
-    """Appends prompts to a memory, which is donated to this call, or to a new one.
+    """Appends prompts to a memory, which is donated (it cannot be used again), or to a new one.
 
     Row b is tokens[b, :lengths[b]], or tokens[b] without lengths. A new memory has room for
     `capacity` positions. The default is enough for the prompts and `new_tokens`. Prefill runs in

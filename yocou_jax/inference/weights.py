@@ -34,8 +34,7 @@ def prepare(
     """Prepares trained parameters (see `LanguageModel`). Every cast gives the same bits as in the
     forward pass of training. The result is a copy: delete `params` if memory is short.
 
-    compute: how to run the model. `pretrained.load` returns how it was trained. None: the device
-    decides.
+    compute: how to run the model. `pretrained.load` returns how it was trained. None: the defaults.
     """
     compute = compute if isinstance(compute, Compute) else resolve(compute)
     return PreparedModel(_prepared(params, config, compute.dtype), config, compute)

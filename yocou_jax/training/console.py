@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def _never_ends_a_run(show: Callable) -> Callable:
-    """Decorates a method of Console that may lose its terminal: it is closed, nobody reads the
-    pipe, or the encoding lacks a character. The log says so once. Nothing more is shown, and the
-    run goes on."""
+    """Decorates a method of Console. If the terminal fails (it is closed, nobody reads the pipe, or
+    the encoding lacks a character), the log says so once, and the run goes on without it."""
 
     @functools.wraps(show)
     def guarded(self, *args, **kwargs) -> None:

@@ -1,4 +1,4 @@
-"""Evaluators look at the model after every `every` steps of a run, and at its end.
+"""Evaluators look at the model at regular steps of a run, and at its end.
 
 An evaluator is made from the run after its data was read. `measure` is called before the checkpoint
 of its step, and its metrics are written to the row of that step. `show` is called after the

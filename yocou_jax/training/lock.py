@@ -69,7 +69,7 @@ class WorkdirLock:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 if _read(self._file) == self._me and _is(self._file, self.path):
-                    self.path.unlink()  # still locked: a run that has opened it will see this
+                    self.path.unlink()  # still locked, so a run that has opened it sees this
             self._beats.join(timeout=1)
             os.close(self._file)
         self._remove_made()

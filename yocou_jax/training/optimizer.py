@@ -20,7 +20,7 @@ _MUON_AXES = {"heads", "kv_heads", "mlp"}
 
 
 def decay_starts(config: OptimizerConfig, steps: int) -> int | None:
-    """The first update, counted from 0, whose learning rate depends on `steps`. None: no update.
+    """The first update, counted from 0, whose learning rate depends on `steps`, or None.
 
     Before it, a longer run has the same learning rates. cosine: the end of the warm-up. wsd: the
     start of the last `decay_fraction` of the run, but not before the end of the warm-up.

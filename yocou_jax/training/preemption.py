@@ -81,6 +81,6 @@ class StopRequest:
 
 def _say(text: str) -> None:
     """Writes a line to stderr without buffers and locks. A live line is drawn again below it."""
-    with contextlib.suppress(OSError):  # SIGHUP means that the terminal was closed
+    with contextlib.suppress(OSError):  # SIGHUP says that the terminal was closed
         clear = "\r\x1b[2K" if os.isatty(2) else ""
         os.write(2, f"{clear}{text}\n".encode())

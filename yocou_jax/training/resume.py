@@ -65,15 +65,15 @@ def new_end(old: Config, new: Config, first: int) -> tuple[str, bool]:
     if "cosine" in (old.optimizer.schedule, new.optimizer.schedule):
         raise UserError(
             f"{words}, but the {first} updates done depend on it: the cosine falls over the whole "
-            "of run.steps. Give the old values, or start a new run with --init_from=WORKDIR; with "
-            "optimizer.schedule=constant or wsd a run can be made longer."
+            "run.steps. Give the old values, or start a new run with --init_from=WORKDIR. A run "
+            "with optimizer.schedule=constant or wsd can be made longer."
         )
-    words += " after a decay had begun. This is not the run that the new values alone would give"
+    words += " after a decay had begun. A run with the new values from its start would differ"
     if first == new.run.steps:
         return f"{words}.", False
     rates = [float(make_schedule(c.optimizer, c.run.steps)(first)) for c in (old, new)]
-    words += f": the learning rate of update {first + 1} is {rates[1]:.4g}, where the old schedule"
-    return f"{words} has {rates[0]:.4g} (if no update was skipped).", False
+    words += f": the learning rate of update {first + 1} is {rates[1]:.4g}; in the old schedule"
+    return f"{words} it is {rates[0]:.4g} (if no update was skipped).", False
 
 
 class Source(NamedTuple):
