@@ -1,6 +1,6 @@
 # make help | setup | train | test | test-fast | lint | kernels
 #
-# Everything runs in a virtual environment of its own. Another Python, place or accelerator:
+# Everything runs in its own virtual environment. Another Python, environment or accelerator:
 #   make test PYTHON=python3.13 VENV=.venv-newest
 #   make setup REQUIREMENTS=requirements-gpu.txt
 #   make kernels TARGET=h200 PYTHON=python3.13
@@ -25,8 +25,8 @@ help:
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) REQUIREMENTS=$(REQUIREMENTS) CONFIG=$(CONFIG) ARGS=$(ARGS)"
 
 # The tested versions differ by Python, because jax 0.10.2 is the last release for Python 3.11.
-# The stamp holds a hash of what was installed, so that a second call installs nothing and a
-# changed requirement installs again.
+# The stamp is a file with hashes of the requirements: a second call installs nothing, and a changed
+# requirement installs again.
 define SETUP
 import glob, hashlib, os, subprocess, sys
 venv, requirements = "$(VENV)", "$(REQUIREMENTS)"
@@ -46,7 +46,7 @@ if os.path.exists(stamp) and os.path.exists(python) and open(stamp).read() == ke
     print(f"{venv} has {requirements} with {constraints} already; nothing to install.")
     sys.exit()
 if os.path.isdir(venv) and os.listdir(venv) and not os.path.exists(f"{venv}/pyvenv.cfg"):
-    sys.exit(f"{venv} exists and is not a virtual environment; name another place with VENV=.")
+    sys.exit(f"{venv} exists and is not a virtual environment; name another folder with VENV=.")
 print(f"Setting up {venv}: Python {sys.version.split()[0]}, {requirements} with {constraints} "
       "(a minute or two).", flush=True)
 run(sys.executable, "-m", "venv", "--clear", venv)
@@ -59,14 +59,14 @@ export SETUP
 
 setup:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "This project needs Python 3.11 or newer, and '$(PYTHON)' is not that: name one, as in 'make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12'." >&2; exit 2; }
+	  echo "This project needs Python 3.11 or newer, but '$(PYTHON)' is older or missing: name another one, as in 'make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12'." >&2; exit 2; }
 	@$(PYTHON) -c "$$SETUP"
 
 train: setup
 	$(VENV)/bin/python -m experiments.train --config=$(CONFIG) $(ARGS)
 
-# A process per core and whole files each: what a file compiles, its tests share. In the order that
-# tests/conftest.py gives them: xdist would begin with the files that have the most tests.
+# One process per core. Each runs whole files, because the tests of a file share what they compile.
+# tests/conftest.py sorts the files. Without it, xdist begins with those that have the most tests.
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: setup
@@ -79,7 +79,7 @@ lint: setup
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 
-# In a place of its own, because `setup` makes a place anew when it is asked for something else.
+# It has its own environment, because `setup` makes one again if other requirements are asked for.
 kernels: REQUIREMENTS = requirements-aot.txt
 kernels: VENV = .venv-aot
 kernels: setup

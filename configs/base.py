@@ -1,6 +1,6 @@
-"""Every field there is, with its unit or reason. A config imports this and changes a few lines.
+"""All fields of a config, with their units or reasons. A config imports this and changes a few.
 
-Fields exist here or nowhere: `--config.model.windw=64` is answered with "Did you mean".
+There are no other fields: `--config.model.windw=64` is an error that says "Did you mean".
 """
 
 from ml_collections import ConfigDict
@@ -13,80 +13,80 @@ def get_config() -> ConfigDict:
     m = c.model = ConfigDict()
     # A name in yocou_jax.program.ARCHITECTURES, or a program such as "window*4@3 | cross*4".
     m.architecture = "yoco_u"
-    m.num_layers = 8  # layers with parameters of their own; a program's text decides for itself
-    m.num_loops = placeholder(int)  # runs of every looped stage; none: as the architecture says
-    m.vocab_size = 4096  # rows of the embedding table, at least the tokenizer's entries
+    m.num_layers = 8  # layers with parameters of their own; not used if a program is given
+    m.num_loops = placeholder(int)  # runs of each looped stage; none: the architecture's
+    m.vocab_size = 4096  # rows of the embedding table; at least the tokenizer's entries
     m.d_model = 256
     m.num_heads = 4  # query heads
-    m.num_kv_heads = 2  # key/value heads, shared by num_heads / num_kv_heads queries each
+    m.num_kv_heads = 2  # key/value heads; num_heads / num_kv_heads query heads share each
     m.head_dim = 64
-    m.d_ff = 704  # SwiGLU width
-    m.window = 128  # keys that a window layer sees, the query's own included
+    m.d_ff = 704  # width of SwiGLU
+    m.window = 128  # keys that a query of a window layer sees, its own key included
     m.rope_theta = 10_000.0
     m.cross_rope = False  # the paper's cross-decoder has no position encoding (NoPE)
-    m.qk_norm = False  # RMSNorm on each head's queries and keys
+    m.qk_norm = False  # RMSNorm on the queries and keys of each head
     m.norm_eps = 1e-5
     m.tie_embeddings = False  # one table for the embedding and the output head
-    m.num_experts = 0  # routed experts of each feed-forward; 0: dense, d_ff wide
+    m.num_experts = 0  # routed experts of each feed-forward; 0: no experts, d_ff is the width
     m.experts_per_token = 8
     m.num_shared_experts = 1
     m.expert_width = 1024
-    m.load_balance_weight = 0.01  # of the Switch load-balance loss, mean over layers
-    m.router_z_weight = 0.001  # of the squared log-partition of the router, mean over layers
-    m.prefix_length = 48  # learned K/V entries per layer and stream (ParScale's 48)
-    m.gate_floor = 0.1  # least share of the stream mix, spread evenly (ParScale's epsilon)
+    m.load_balance_weight = 0.01  # weight of the Switch load-balance loss, mean over layers
+    m.router_z_weight = 0.001  # weight of the router's logsumexp(logits)^2, mean over layers
+    m.prefix_length = 48  # learned K/V positions per layer and stream (48 in ParScale)
+    m.gate_floor = 0.1  # a stream's weight is at least this / streams (ParScale's epsilon)
 
-    # How the model is run: a checkpoint means the same whatever is said here.
+    # How the model runs. This does not change what the parameters of a checkpoint mean.
     k = c.compute = ConfigDict()
-    k.dtype = "auto"  # of activations: bfloat16 on accelerators, float32 on a CPU
-    k.attention = "auto"  # a name of pallas_kernels.api, or auto: the best for the device
-    k.remat = "none"  # what backward recomputes: none | attention (keeps its output) | full
-    k.scan = True  # False unrolls layers and loops in Python, to debug
+    k.dtype = "auto"  # of activations; auto: bfloat16 on accelerators, float32 on a CPU
+    k.attention = "auto"  # a name in pallas_kernels.api; auto: the best for the device
+    k.remat = "none"  # what backward recomputes: none | attention (all but its results) | full
+    k.scan = True  # False: Python loops over layers and loops, to debug
 
     o = c.optimizer = ConfigDict()
-    o.name = "adamw"  # or muon, for the hidden matrices
-    o.learning_rate = 1e-3  # peak (the paper's of section 4.1)
-    o.schedule = "cosine"  # or wsd (constant, then linear decay), or constant
+    o.name = "adamw"  # or muon (for the hidden matrices; AdamW for the rest)
+    o.learning_rate = 1e-3  # the highest one (section 4.1 of the paper)
+    o.schedule = "cosine"  # or wsd (constant, then a linear decay), or constant
     o.warmup_steps = 100
-    o.decay_fraction = 0.3  # of run.steps, the length of wsd's decay
-    o.final_fraction = 0.1  # of the peak: the learning rate of the last update, exactly
-    o.beta1 = 0.9  # of AdamW, as is beta2 (the paper's, Table 6)
+    o.decay_fraction = 0.3  # share of run.steps; the length of the decay of wsd
+    o.final_fraction = 0.1  # share of learning_rate; exactly that is the last update's rate
+    o.beta1 = 0.9  # of AdamW, as is beta2 (Table 6 of the paper)
     o.beta2 = 0.95
-    o.momentum = 0.95  # of Muon (Nesterov's; yocou_jax/training/optimizer.py has the formula)
-    o.eps = 1e-8  # added to AdamW's root, and to a matrix's norm by Muon's Newton-Schulz
-    o.weight_decay = 0.1  # of matrices, times the learning rate (the paper's, Tables 6 and 7)
-    o.clip_norm = 1.0  # of the global gradient norm (1e9: no clipping); the paper does not give it
+    o.momentum = 0.95  # of Muon (Nesterov; the formula is in yocou_jax/training/optimizer.py)
+    o.eps = 1e-8  # AdamW adds it to the root; Muon to the norm of a matrix
+    o.weight_decay = 0.1  # of matrices, times the learning rate (Tables 6 and 7 of the paper)
+    o.clip_norm = 1.0  # limit of the global gradient norm (1e9: no limit); not in the paper
     o.z_loss = 0.0  # weight of logsumexp(logits)^2
     o.accumulation_steps = 1  # microbatches per update
-    o.max_skipped_updates = 5  # non-finite updates in a row after which the run stops
+    o.max_skipped_updates = 5  # the run stops after so many non-finite updates in a row
 
     d = c.data = ConfigDict()
     # python | site_packages | a path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config]
-    # or a mixture: 0.7*python + 0.3*texts/*.txt
+    # or a mixture such as 0.7*python + 0.3*texts/*.txt
     d.source = "python"
-    d.text_field = "text"  # of jsonl, parquet and Hugging Face rows
-    d.bad_rows = "refuse"  # rows without text: refuse | skip (they are counted)
+    d.text_field = "text"  # name of the field with the text, in JSON, parquet and Hugging Face rows
+    d.bad_rows = "refuse"  # rows without text: refuse | skip (and count them)
     d.tokenizer = "bpe"  # bytes | bpe (trained on the training split) | path of a tokenizer.json
-    d.end_of_text = ""  # name of a tokenizer.json's end-of-text token; "": one of the usual names
-    d.allow_lossy_tokenizer = False  # True: one that changes the text, such as to lower case
+    d.end_of_text = ""  # name of the end-of-text token in a tokenizer.json; "": a usual name
+    d.allow_lossy_tokenizer = False  # allows a tokenizer that changes the text (to lower case)
     d.vocab_size = m.get_oneway_ref("vocab_size")  # entries of a trained BPE; follows the model's
-    d.packing = False  # documents with segment ids: attention stays inside each of them
+    d.packing = False  # attention stays inside each document (segment ids)
     d.batch_size = 16  # sequences per update, over all devices
     d.sequence_length = 512  # tokens
-    d.validation_fraction = 0.02  # of the documents, by hash of their name
-    # (of small texts more, where a window of sequence_length or a batch would not be filled)
+    d.validation_fraction = 0.02  # share of the documents; the hash of a name decides
+    # (another share of a small text, so that a held-out window and a training batch are full)
     d.validation_sequences = 64
-    d.seed = 0  # of the order of the training windows
+    d.seed = 0  # for the order of the training windows
     d.cache_dir = "runs/cache"  # tokenised corpora and trained tokenizers
 
     s = c.mesh = ConfigDict()
-    s.data = -1  # copies of the model; -1 takes the devices that are left
-    s.fsdp = 1  # shards of parameters and optimiser state
-    s.tensor = 1  # shards of heads, feed-forward and vocabulary
+    s.data = -1  # copies of the model; -1: all devices that are left
+    s.fsdp = 1  # parts of the parameters and the optimiser state
+    s.tensor = 1  # parts of the heads, the feed-forward and the vocabulary
 
     r = c.run = ConfigDict()
     r.steps = 1000  # updates
-    r.seed = 0  # of the initial parameters
+    r.seed = 0  # for the initial parameters
     r.log_every = 10  # steps
     r.eval_every = 200  # steps
     r.sample_every = 200  # steps
@@ -94,5 +94,5 @@ def get_config() -> ConfigDict:
     r.sample_tokens = 64
     r.checkpoint_every = 200  # steps
     r.keep_checkpoints = 2
-    r.profile_steps = 0  # steps to trace for TensorBoard's profiler, after step 10
+    r.profile_steps = 0  # steps after step 10 that TensorBoard's profiler traces
     return c

@@ -3,14 +3,15 @@
     python -m experiments.train --config=configs/yocou_10b_moe.py \
         --config.mesh.fsdp=32 --config.mesh.data=-1                      (64 devices of 80 GB)
 
-Section 4.1 and Table 6 give all of it but the clipping. 75,000 steps of 4M tokens are 315B tokens;
-the paper says "300B". They are 10.518B parameters without embeddings, of which a token uses 1.710B
-(`python -m experiments.account`); the paper says "10B total, 1.3B activated". It reports averages
-over eight tasks of 46.23 (equal FLOPs) against YOCO's 41.78; not reproduced here so far.
+Section 4.1 and Table 6 give all settings except the clipping. 75,000 steps of 4M tokens are 315B
+tokens; the paper says "300B". The model has 10.518B parameters without embeddings, and one token
+uses 1.710B of them (`python -m experiments.account`); the paper says "10B total, 1.3B activated".
+The paper reports an average over eight tasks of 46.23, and of 41.78 for YOCO at equal FLOPs. This
+is not reproduced here so far.
 
-151,936 is also the size of Qwen's tables: --config.data.tokenizer= takes its tokenizer.json, with
---config.data.allow_lossy_tokenizer=True, because it composes accents (NFC). Without one a BPE of
-that many entries is trained.
+151,936 is also the size of Qwen's embedding tables. --config.data.tokenizer= takes Qwen's
+tokenizer.json, with --config.data.allow_lossy_tokenizer=True, because it composes accents (NFC).
+Without a tokenizer file, a BPE with 151,936 entries is trained.
 """
 
 from configs import yocou_1b

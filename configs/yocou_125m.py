@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/yocou_125m.py
 
-12 layers of D = 768, GPT-2's small size; 20,000 steps of 131,072 tokens are 2.6B tokens. Without
-network: --config.data.source=site_packages. Not run here so far.
+12 layers with D = 768, as in the small GPT-2. 20,000 steps of 131,072 tokens are 2.6B tokens.
+Without a network: --config.data.source=site_packages. This config never ran so far.
 """
 
 from configs import base

@@ -4,19 +4,20 @@
     python -m experiments.train --config=configs/yocou_1b.py:transformer --config.mesh.fsdp=8
     python -m experiments.account --config=configs/yocou_1b.py
 
-Sizes, steps and optimizer are the paper's (sections 4.1 and 4.2, Table 6, appendix E). Vocabulary,
-clipping and text are ours, as it does not give them. Two things it gives twice, and not alike:
+Sizes, steps and optimizer are those of the paper (sections 4.1 and 4.2, Table 6, appendix E). The
+paper does not give vocabulary, clipping and text: these are ours. It gives two settings twice, with
+different values:
 
 * The learning rate. Section 4.2 follows 4.1, so 1e-3, constant, without warm-up: taken here.
   Section 4.4 follows 4.2 and lists 3e-4 for 1.3B (Table 7): --config.optimizer.learning_rate=3e-4
 * The feed-forward width. Appendix C says 3 D, which makes 1.471B parameters without embeddings:
-  --config.model.d_ff=7680. With 8/3 D all sizes of Table 7 fit their names, this one has 1.340B.
+  --config.model.d_ff=7680. With 8/3 D all sizes of Table 7 fit their names; this one has 1.340B.
   Taken here is 6656, the multiple of 512 below 8/3 D, so that it divides among devices: 1.313B.
 
-It reports Wiki perplexity 21.01 for yoco_u, 22.25 for yoco and 22.52 for transformer; not
-reproduced here so far.
-Expected cost: see `experiments.account` (training FLOPs per token x 21B tokens). With 8 devices a
-microbatch is 2 sequences each (8 microbatches); on more devices lower accumulation_steps.
+The paper reports Wiki perplexity 21.01 for yoco_u, 22.25 for yoco and 22.52 for transformer. This
+is not reproduced here so far.
+Expected cost: see `experiments.account` (training FLOPs per token x 21B tokens). On 8 devices, each
+device has 2 sequences of a microbatch (8 microbatches). On more devices, lower accumulation_steps.
 """
 
 from configs import base

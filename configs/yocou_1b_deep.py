@@ -2,10 +2,11 @@
 
     python -m experiments.train --config=configs/yocou_1b_deep.py --config.mesh.fsdp=8
 
-40 layers, D = 1792 and as many parameters as in the 20-layer layout are the paper's, and so is the
-rest of configs/yocou_1b.py. The heads and the feed-forward width it does not give: 16 query heads
-of 128 keep the K/V width of 512, and d_ff = 4608 makes 1.323B without embeddings. The paper reports
-Wiki perplexity 21.42 for this layout and 21.01 for the 20-layer one; not reproduced here so far.
+The paper gives 40 layers, D = 1792, and as many parameters as the 20-layer layout has. The other
+settings are those of configs/yocou_1b.py. The paper does not give the heads and the feed-forward
+width. Taken here are 16 query heads of width 128, so that the K/V width stays 512, and d_ff = 4608,
+which makes 1.323B parameters without embeddings. The paper reports Wiki perplexity 21.42 for this
+layout and 21.01 for the 20-layer layout. This is not reproduced here so far.
 """
 
 from configs import yocou_1b

@@ -1,13 +1,13 @@
-"""Mistyped command lines: each one gives what was typed, or one sentence.
+"""Mistyped command lines: each one gives the config that was typed, or one sentence.
 
     python -m tests.fuzz_overrides --seed=0 --count=10000 --command=train
 
 Each line is a valid one with up to three mistakes: in the names of flags and fields, in values, in
-the config file. In this process it is parsed as the command would parse it, and its config is
-built. Allowed is a Config whose fields have the values that were typed (read here independently),
-or a UserError of one short sentence. All else is a failure, and so is a line that takes longer than
-SECONDS. Exits with 1 if there are any. --set_up=20 also sets up the first 20 models that are
-accepted, without an array: that too works or is refused with a sentence.
+the config file. This process parses it as the command would, and builds its config. A line passes
+if it gives a Config whose fields have the values that were typed (this file reads them itself), or
+a UserError of one short sentence. Everything else is a failure, also a line that takes longer than
+SECONDS. Exits with 1 after a failure. --set_up=20 also sets up the first 20 models that are
+accepted, without an array. This must work too, or give a sentence.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from experiments import cli
 from yocou_jax.config import FIELDS, Config
 from yocou_jax.errors import UserError, shown
 
-SECONDS = 20  # more than any line may take
-LONGEST = 600  # characters of a sentence
-# Words of a trace or of the modules that a user does not know.
+SECONDS = 20  # limit for one line
+LONGEST = 600  # limit for a sentence, in characters
+# Words of a stack trace, or of modules that a user does not know.
 FOREIGN = ("Traceback", "absl", "ml_collections", "site-packages", "dict_keys", 'File "')
 
-FILES = {  # config files that are wrong in one way each; good.py is right
+FILES = {  # each config file has one mistake; good.py has none
     "good.py": "from configs.yocou_small import get_config",
     "syntax.py": "def get_config(:\n",
     "empty.py": "",
@@ -119,7 +119,7 @@ def valid_line(rng: random.Random) -> list[str]:
 
 
 def mistyped(text: str, rng: random.Random) -> str:
-    """One character dropped, doubled, swapped, put in or replaced."""
+    """The text with one character dropped, doubled, swapped, inserted or replaced."""
     i, c = rng.randrange(len(text) + 1), rng.choice(ALPHABET)
     return rng.choice(
         [
@@ -133,7 +133,7 @@ def mistyped(text: str, rng: random.Random) -> str:
 
 
 def mutate(words: list[str], files: list[str], rng: random.Random) -> list[str]:
-    """One mistake in a command line."""
+    """Makes one mistake in a command line."""
     words = list(words)
     i = rng.randrange(len(words) + 1)
     word = words[i] if i < len(words) else f"--config.{rng.choice(list(FIELDS))}=1"
@@ -188,7 +188,7 @@ def mutate(words: list[str], files: list[str], rng: random.Random) -> list[str]:
 
 
 def typed(words: list[str]) -> dict[str, str]:
-    """The last text of every field that the line names, in both ways of writing it."""
+    """For every field that the line names (in either notation), the last text."""
     values, rest = {}, iter(words)
     for word in rest:
         if word == "--":
@@ -205,7 +205,7 @@ def typed(words: list[str]) -> dict[str, str]:
 
 
 def means(text: str, value) -> bool:
-    """Whether a field's value is what its text says, by rules of this file alone."""
+    """Whether the text means this value of a field. The rules are those of this file only."""
     if isinstance(value, str):
         return value == text
     text = text.strip()
@@ -219,7 +219,7 @@ def means(text: str, value) -> bool:
 
 
 def answer(words: list[str], config_flag: flags.FlagHolder) -> tuple[Config | None, str | None]:
-    """(the config that a line gives, what is wrong with the answer); None where there is none."""
+    """The config of a line, and a description of what is wrong. Each may be None."""
     try:
         signal.alarm(SECONDS)
         with flagsaver.flagsaver(), contextlib.redirect_stderr(io.StringIO()):
@@ -242,14 +242,15 @@ def answer(words: list[str], config_flag: flags.FlagHolder) -> tuple[Config | No
 
 
 def set_up_failure(config: Config) -> str | None:
-    """What is wrong with how an accepted config is set up on one device; None for too deep ones."""
+    """What goes wrong when an accepted config is set up on one device. None: nothing, or the model
+    is too deep to try."""
     import jax
 
     from yocou_jax.training.step import set_up
 
     program = config.model.program
     if len(program.stages) > 10 or (not config.compute.scan and program.depth > 20):
-        return None  # minutes to trace
+        return None  # it takes minutes to trace
     try:
         jax.eval_shape(set_up(config, jax.devices()[:1]).init)
     except UserError as error:
@@ -267,7 +268,7 @@ def _not_a_sentence(text: str) -> str | None:
 
 
 class TooLong(BaseException):
-    """Of a line that is not answered in time; nothing catches it on its way."""
+    """A line took too long. It is a BaseException, so that no other code catches it."""
 
 
 def _too_long(*_):

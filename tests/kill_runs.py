@@ -1,11 +1,11 @@
-"""Kills small training runs at random moments until they have all been finished.
+"""Kills small training runs at random moments, until all of them have finished.
 
     python -m tests.kill_runs --count=100 --seed=0
 
-Each run is started in a pseudo-terminal and ended by SIGKILL, SIGTERM, SIGHUP, Ctrl-C, or Ctrl-C
-twice, while it starts, tokenises, trains, saves or finishes; then the same command is typed again,
-until it ends by itself. Every run must end with the parameters of one that nobody disturbed, leave
-its terminal as it found it, and never be refused. Exits with 1 and the output of what went wrong.
+Each run starts in a pseudo-terminal. SIGKILL, SIGTERM, SIGHUP, Ctrl-C, or two Ctrl-C end it while
+it starts, tokenises, trains, saves or finishes. Then the same command starts again, until a run
+ends by itself. It must end with the parameters of a run that was not killed, and restore its
+terminal, and no start may be refused. After a failure, prints the output and exits with 1.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SIGNALS = {
     "SIGKILL": (signal.SIGKILL,),
     "SIGTERM": (signal.SIGTERM,),
     "SIGHUP": (signal.SIGHUP,),
-    "SIGHUP twice": (signal.SIGHUP, signal.SIGHUP),  # of the kernel and of the shell
+    "SIGHUP twice": (signal.SIGHUP, signal.SIGHUP),  # from the kernel and from the shell
     "Ctrl-C": (signal.SIGINT,),
     "Ctrl-C at once twice": (signal.SIGINT, signal.SIGINT),
     "Ctrl-C again": (signal.SIGINT, None, signal.SIGINT),
@@ -49,13 +49,13 @@ STOPPED, INTERRUPTED = 75, 130
 
 
 def as_in_a_terminal() -> None:
-    """nohup, and a shell for what it starts in the background, have some signals ignored."""
+    """Resets signals: nohup, and a shell that starts a command in the background, ignore some."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 
 
 class Terminal:
-    """A pseudo-terminal: what was written to it, and whether it is as it was."""
+    """A pseudo-terminal: what was written to it, and whether its settings were restored."""
 
     def __init__(self):
         self.master, self.slave = pty.openpty()
@@ -82,7 +82,7 @@ class Terminal:
 
 
 class Game:
-    """One folder of runs, a text and the parameters that an undisturbed run ends with."""
+    """A folder of runs, a text, and the parameters of a run that was not killed."""
 
     def __init__(self, home: Path, rng: random.Random):
         self.home, self.rng = home, rng
@@ -153,7 +153,7 @@ class Game:
         return process.returncode, terminal
 
     def due(self, moment: str | None, workdir: Path):
-        """A question, asked every few milliseconds: is this the moment?"""
+        """Returns a function that is called every few milliseconds: whether this is the moment."""
         rng, start = self.rng, time.monotonic()
         checkpoints = workdir / "checkpoints"
         at = start + rng.uniform(0, 6)
@@ -181,14 +181,14 @@ class Game:
         def due() -> bool:
             if moment is None or not happens[moment]():
                 return False
-            if not wait:  # somewhat later: the moment has a length
+            if not wait:  # a random time later, because the moment takes some time
                 wait.append(time.monotonic() + rng.uniform(0, 0.3))
             return time.monotonic() >= wait[0]
 
         return due
 
     def disturb(self, workdir: str, kills: int) -> int:
-        """Kills a run up to `kills` times and lets it finish; returns how often it was killed."""
+        """Kills a run up to `kills` times and lets it finish. Returns how often it was killed."""
         done = 0
         while True:
             moment, name = self.rng.choice(MOMENTS), self.rng.choice(list(SIGNALS))
@@ -197,7 +197,7 @@ class Game:
             text = terminal.text.decode("utf-8", "replace")
             numbers = set(filter(None, signals))
             ended = {-s for s in numbers} | {0, STOPPED, INTERRUPTED}
-            # Before the command's own first line, Python answers Ctrl-C with a trace.
+            # Before the first line of the command, Python prints a stack trace after Ctrl-C.
             trace = "Traceback" in text and "KeyboardInterrupt" not in text
             if code not in ended or trace or not terminal.restored():
                 raise SystemExit(f"{name} at {moment}: exit code {code}, and this output:\n{text}")

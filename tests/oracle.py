@@ -1,8 +1,8 @@
-"""A second opinion: the whole training objective in plain numpy and float64.
+"""The oracle: the whole training objective in plain numpy and float64.
 
-Written from the paper (arXiv 2604.01220) and the public docstrings, one sentence of them a line,
-with loops where the library has scans and with whole matrices where it has blocks. It shares no
-code with the library but the program of a config and the names of the parameters.
+It follows the paper (arXiv 2604.01220) and the public docstrings: one line per sentence, loops
+where the library has scans, and whole matrices where it has blocks. From the library it takes only
+the program of a config and the names of the parameters.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def norm(x, params, eps):
 
 
 def rotate(x, positions, theta):
-    """RoPE: entry i and entry i + H/2 are one complex number, turned by position theta^(-2i/H)."""
+    """RoPE: entries i and i + H/2 are one complex number, rotated by position theta^(-2i/H)."""
     half = x.shape[-1] // 2
     angle = positions[:, :, None, None] * theta ** (-2 * np.arange(half) / x.shape[-1])
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
@@ -72,7 +72,7 @@ def self_attention(x, params, c: ModelConfig, mixer, positions, causal):
     k, v = key_value(x, params["key_value"], c)
     k = rotate(k, positions, c.rope_theta)
     mask = causal
-    if mixer == "window":  # W keys, the query's own included
+    if mixer == "window":  # W keys, including that of the query
         age = np.arange(x.shape[1])[:, None] - np.arange(x.shape[1])[None, :]
         mask = causal & (age <= c.window - 1)
     if "prefix" in params:  # rows are ordered stream by stream
@@ -99,7 +99,7 @@ def swiglu(x, gate, up, down):
 
 
 def feed_forward(x, params, c: ModelConfig):
-    """The result, and with experts (load balance, router z, load [E])."""
+    """The result; and with experts also (load balance, router z, load [E])."""
     if not c.num_experts:
         return swiglu(x, *(params[name]["kernel"] for name in ("gate", "up", "down"))), None
     router = x @ params["router"]["kernel"]
@@ -128,7 +128,7 @@ def mix_streams(x, params, c: ModelConfig):
 
 
 def logits(params, c: ModelConfig, tokens, positions=None, segment_ids=None):
-    """Logits [B, N, V] and the routing of every layer application (see `feed_forward`)."""
+    """Logits [B, N, V], and the routing of every run of a layer (see `feed_forward`)."""
     program = c.program
     tokens = np.tile(tokens, (program.streams, 1))
     N = tokens.shape[1]
@@ -165,11 +165,11 @@ def logits(params, c: ModelConfig, tokens, positions=None, segment_ids=None):
 
 
 def training_step(params, config: Config, batch: Batch) -> dict:
-    """objective: what one update descends; and what it reports: loss, z_loss and, with experts,
-    load_balance, router_z, expert_load_max, expert_load_min.
+    """objective: what one update minimises. The other entries are metrics: loss, z_loss and, with
+    experts, load_balance, router_z, expert_load_max, expert_load_min.
 
-    The cross-entropy and z are means over all targets of the batch; the routers' losses are means
-    over layer applications and over microbatches, each of every n-th row.
+    The cross-entropy and z are means over all targets of the batch. The losses of the routers are
+    means over the runs of layers and over microbatches. A microbatch is every n-th row.
     """
     c, n = config.model, config.optimizer.accumulation_steps
     weights = np.ones(batch.targets.shape) if batch.loss_weights is None else batch.loss_weights

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and KV bytes against real trees, XLA's own count and brute force."""
+"""Compares parameters, FLOPs and KV bytes with real arrays, the count of XLA and brute force."""
 
 import dataclasses
 import functools
@@ -91,7 +91,7 @@ def test_parameters_are_those_of_the_tree(architecture, options):
             assert attention == size(layers["attention"]) + norms
 
 
-def test_active_parameters_leave_out_the_experts_not_chosen():
+def test_active_parameters_count_only_the_chosen_experts():
     config = tiny.model("yoco_u", **tiny.MOE)
     found = accounting.parameters(config)
     idle_experts = config.num_experts - config.experts_per_token
@@ -128,7 +128,7 @@ def test_the_paper_sizes():
 
 # --- FLOPs ----------------------------------------------------------------------------------------
 
-# Wide against its length, so that attention, norms and softmax are a small share of the whole.
+# Much wider than the text is long, so that attention, norms and softmax are a small share.
 WIDE = {
     "d_model": 256,
     "num_heads": 4,
@@ -144,8 +144,8 @@ WIDE = {
 
 @pytest.mark.parametrize("architecture", ["yoco_u", "universal_transformer", "upper_loop"])
 def test_forward_flops_are_those_that_xla_counts(architecture):
-    """XLA counts a scan's body once, so the model is unrolled; it knows nothing of masks, so
-    attention is kept small."""
+    """XLA counts the body of a scan once, so the model is unrolled. XLA does not know masks, so
+    the share of attention is small."""
     config, n = tiny.model(architecture, **WIDE), 32
     dense = tiny.compute(scan=False, attention="reference")
     shapes = jax.tree.map(
@@ -184,7 +184,7 @@ def test_a_prefix_is_seen_by_every_query():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attention_share_of_the_flops(architecture):
-    """Take 4 H per pair, query head and layer away, and the rest does not depend on the length."""
+    """Without 4 H per pair, query head and layer, the FLOPs do not depend on the length."""
     config = tiny.model(architecture)
     n, stages, streams = 24, config.program.stages, config.program.streams
     pairs = sum(s.depth * MIXERS[s.mixer].pairs(config, n) for s in stages)
@@ -223,7 +223,7 @@ def test_prefill_of_yoco_u_costs_the_same_per_token_at_every_length():
 
 
 def test_decode_adds_up_to_a_forward_pass():
-    """Token by token with a cache costs what the whole sequence costs at once."""
+    """All decode steps of a sequence together cost the same as its forward pass."""
     for name in ARCHITECTURES:
         config, n = tiny.model(name), 11
         steps = sum(accounting.decode_flops_per_token(config, i) for i in range(1, n + 1))
@@ -260,7 +260,7 @@ def test_bytes_of_a_decode_step_by_hand():
         assert accounting.decode_bytes_per_step(paper(name), B, N) == by_hand
         wide = accounting.decode_bytes_per_step(paper(name), B, N, bytes_per_value=4)
         assert wide == 2 * by_hand
-    # Why a decode 2.2 times as fast as the transformer's is more than bytes explain.
+    # So bytes alone do not explain a decode that is 2.2 times as fast as that of the transformer.
     step = {name: accounting.decode_bytes_per_step(paper(name), 32, N) for name in TABLE_10}
     assert round(step["transformer"] / step["yoco_u"], 2) == 1.94
     assert round(step["yoco"] / step["yoco_u"], 2) == 0.98
@@ -274,14 +274,14 @@ def test_bytes_of_a_decode_step_count_the_experts_that_are_chosen():
     )
     position = 4 * 2 * 2 * 8 * 2  # four layers, a key and a value, two heads of 8
     assert longer - one == position
-    # One row reads 2 of 4 experts, two rows 3 in the mean.
+    # One row reads 2 of 4 experts. Two rows read 3 of them on average.
     expert = 4 * 3 * 16 * 12 * 2
     assert two - one == expert + 8 * position
 
 
 # --- FLOPs and bytes by counting ------------------------------------------------------------------
 
-# What a tree's matrices say of a pass over one token, position by position and key by key.
+# The same figures from the matrices of a tree, counted position by position and key by key.
 COUNTED = {
     **{name: name for name in ARCHITECTURES},
     "two cross stages": "window*1@2 | cross*2 | cross*1@2",
@@ -297,8 +297,8 @@ COUNTED_OPTIONS = {
 
 @functools.cache
 def _matrices(config) -> dict[str, list[tuple[int, float]]]:
-    """Of each part of the tree: the size of every matrix of a layer, and the share of it that one
-    token is multiplied with (of routed experts the chosen ones)."""
+    """For each part of the tree: the size of every matrix of a layer, and the share of it that
+    multiplies one token (of routed experts, only the chosen ones)."""
 
     def is_matrix(path):
         return path.endswith(("['kernel']", "['head']", "['gate']", "['up']", "['down']"))
@@ -310,7 +310,7 @@ def _matrices(config) -> dict[str, list[tuple[int, float]]]:
             size = math.prod(leaf.shape[1:] if part.startswith("stage_") else leaf.shape)
             routed = "['feed_forward']" in path and not path.endswith("['kernel']")
             share = config.experts_per_token / config.num_experts if routed else 1
-            # A stage's matrices are stacked; all of its layers have the same shapes.
+            # The matrices of a stage are stacked. All of its layers have the same shapes.
             found.setdefault(part, []).append((size, share))
     if config.tie_embeddings:
         found["head"] = [(config.vocab_size * config.d_model, 1)]
@@ -327,7 +327,7 @@ def _keys_seen(config, mixer, i) -> int:
 
 
 def _visits(program):
-    """(stage's name, mixer) of every layer application of every stream."""
+    """(name of the stage, mixer) of every run of a layer in every stream."""
     for i, stage in enumerate(program.stages):
         for _ in range(stage.loops or 1):
             for _ in range(stage.layers):
@@ -336,7 +336,7 @@ def _visits(program):
 
 
 def _flops(config, positions, only_last=()) -> int:
-    """Forward FLOPs of these positions; mixers (and "head") of only_last run for the last one."""
+    """Forward FLOPs of these positions. Mixers (and "head") in only_last run for the last one."""
     matrices = _matrices(config)
 
     def products(part):
@@ -353,13 +353,13 @@ def _flops(config, positions, only_last=()) -> int:
 
 
 def _bytes_read(config, batch, context) -> float:
-    """Of one decode step: every matrix that a layer application or an end reads, once for all
-    streams and rows; every key and value that a row sees."""
+    """Bytes that one decode step reads: every matrix of every run of a layer and of the two ends,
+    once for all streams and rows; and every key and value that a row sees."""
     matrices = _matrices(config)
     unchosen = 1 - config.experts_per_token / max(1, config.num_experts)
 
     def entries(part):
-        # An expert is left alone if no row of any stream chooses it.
+        # An expert is not read if no row of any stream chooses it.
         rows = batch * config.program.streams
         return sum(n if s == 1 else n * (1 - unchosen**rows) for n, s in matrices.get(part, ()))
 
@@ -373,7 +373,7 @@ def _bytes_read(config, batch, context) -> float:
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_flops_and_bytes_are_those_counted_one_by_one(name):
-    """Lengths below, at and beyond the window; the window next to the length."""
+    """Lengths below, equal to and above the window."""
     config = tiny.model(COUNTED[name], num_kv_heads=1, **COUNTED_OPTIONS.get(name, EXPERTS))
     for n in (1, 5, 6, 7, 11):
         whole = range(n)

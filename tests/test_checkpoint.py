@@ -1,4 +1,4 @@
-"""Saving, killing, damaging, resuming: the promises of checkpoint.py and manifest.py."""
+"""Checkpoints and manifests are saved, killed, damaged and resumed."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ def mesh(*shape):
 
 
 def place(state, mesh):
-    """Matrices sharded over the first axis of the mesh, everything else on all of its devices."""
+    """Shards matrices over the first axis of the mesh, and copies the rest to all devices."""
 
     def sharding(x):
         return NamedSharding(mesh, PartitionSpec("x") if x.ndim == 2 else PartitionSpec())
@@ -54,7 +54,7 @@ def place(state, mesh):
 
 
 def make_state(step=0):
-    # NumPy's numbers: a child process must make the same ones, whatever flags its XLA runs with.
+    # From NumPy: a child process must make the same numbers, also with other flags for XLA.
     rng = np.random.default_rng(step)
     params = {
         "layer": {
@@ -95,31 +95,31 @@ def folders(directory):
     return sorted(p.name for p in Path(directory).iterdir())
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for step in (10, 20, 30):
             assert checkpointer.save(step, make_state(step))
         assert checkpointer.save(34, make_state(34))
-        assert not checkpointer.save(34, make_state(34))  # it is there already
+        assert not checkpointer.save(34, make_state(34))  # it exists already
     assert [int(f) for f in folders(tmp_path) if f.isdigit()] == [30, 34]
     state, step = restore(tmp_path)
     assert step == 34
     assert_same(state, make_state(34))
 
 
-def test_nothing_to_restore(tmp_path):
+def test_restore_without_a_checkpoint(tmp_path):
     assert restore(tmp_path / "new") is None
     with pytest.raises(UserError, match="no checkpoint to read"):
         load_params(tmp_path / "new", abstract(make_state()).params)
 
 
-def test_a_single_checkpoint_is_too_few(tmp_path):
+def test_keep_must_be_at_least_two(tmp_path):
     with pytest.raises(UserError, match="2 or more"):
         Checkpointer(tmp_path, keep=1)
 
 
 @pytest.mark.parametrize("shape", [(1,), (4,), (2, 4)])
-def test_restores_onto_another_mesh(tmp_path, shape):
+def test_restore_on_another_mesh(tmp_path, shape):
     save(tmp_path, 10)
     target = abstract(make_state(), on=mesh(*shape))
     with Checkpointer(tmp_path) as checkpointer:
@@ -134,7 +134,7 @@ def test_restores_onto_another_mesh(tmp_path, shape):
     )
 
 
-def test_params_alone(tmp_path):
+def test_restore_of_the_parameters_only(tmp_path):
     save(tmp_path, 10, 20)
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), make_state().params
@@ -165,7 +165,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
 
 
 def checkpoint_files():
-    """The kinds of file a checkpoint has; names of OCDBT data files are random."""
+    """The kinds of files in a checkpoint. Names of OCDBT data files are random."""
     return ["inventory.json", "_CHECKPOINT_METADATA", "layout/metadata", "state/_METADATA",
             "state/manifest.ocdbt", "state/d/*", "state/ocdbt.process_0/d/*"]  # fmt: skip
 
@@ -235,7 +235,7 @@ def test_a_folder_that_was_never_finished_is_passed_over(tmp_path, saved, caplog
     assert folders(directory) == ["20", "50", "passed-over-30"]
 
 
-def test_only_an_unfinished_checkpoint_starts_anew_but_only_damaged_ones_stop(tmp_path, saved):
+def test_damaged_checkpoints_stop_a_run_and_unfinished_ones_do_not(tmp_path, saved):
     directory = shutil.copytree(saved, tmp_path / "c")
     for step in ("10", "20"):
         damage(directory / step / "state/manifest.ocdbt", "halved")
@@ -279,7 +279,7 @@ def child(directory, moment, code):
 
 @pytest.mark.parametrize("moment", ["writing", "sealing"])
 def test_killed_while_saving(tmp_path, moment):
-    """SIGKILL while the arrays are written, and between their commit and the inventory."""
+    """SIGKILL comes while the arrays are written, and between their commit and the inventory."""
     code = """
         import orbax.checkpoint, yocou_jax.checkpoint
         checkpointer = Checkpointer(directory)
@@ -309,8 +309,8 @@ def test_killed_while_saving(tmp_path, moment):
     assert restore(tmp_path)[1] == 20
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
-    """A limit on the size of files stands for the full disk: writes fail in the same place."""
+def test_a_full_disk_gives_one_sentence(tmp_path):
+    """A limit on the size of files replaces the full disk: writes fail in the same place."""
     code = """
         checkpointer = Checkpointer(directory)
         checkpointer.save(10, make_state(10))
@@ -335,7 +335,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     for step, sentence in zip((20, 30), result.stdout.splitlines(), strict=True):
         assert sentence == (
             f"The checkpoint of step {step} could not be written to {tmp_path}: File too large. "
-            "Nothing older is lost: once this is put right, the same command resumes from step 10."
+            "Older ones are not lost: remove the cause, and the same command resumes from step 10."
         )
     assert restore(tmp_path)[1] == 10
 
@@ -348,7 +348,7 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 
 @pytest.fixture
 def signals():
-    """As a terminal has them: a shell starts commands in the background with SIGINT ignored."""
+    """The handlers of a terminal. A shell starts background commands with SIGINT ignored."""
     before = {s: signal.signal(s, signal.SIG_DFL) for s in STOP_SIGNALS}
     yield
     for number, handler in before.items():
@@ -356,7 +356,7 @@ def signals():
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_answered_after_the_step(number, signals):
+def test_a_signal_stops_the_run_after_the_step(number, signals):
     assert EXIT_PREEMPTED not in (0, 1, 2)
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -368,9 +368,9 @@ def test_a_signal_is_answered_after_the_step(number, signals):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_signals_are_answered_while_a_step_runs(tmp_path, name):
-    """The main thread sits in C code, as it does in a step: a thread says what will happen, and a
-    Ctrl-C after it does not wait either. A signal that comes twice at once is one request."""
+def test_a_signal_prints_a_line_while_a_step_runs(tmp_path, name):
+    """The main thread runs C code, as in a step. Another thread prints the line, and a later Ctrl-C
+    does not wait either. The same signal twice within a short time is one request."""
     code = """
         import hashlib, time, threading
         for number in STOP_SIGNALS:
@@ -387,7 +387,7 @@ def test_signals_are_answered_while_a_step_runs(tmp_path, name):
                 print("still there", flush=True)
                 os.kill(os.getpid(), signal.SIGINT)
             threading.Thread(target=send, daemon=True).start()
-            # As XLA does: without the GIL, and no handler of Python's runs meanwhile.
+            # Like XLA, this runs without the GIL, and meanwhile no handler of Python runs.
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
     """
     result = child(tmp_path, name, code)
@@ -395,11 +395,11 @@ def test_signals_are_answered_while_a_step_runs(tmp_path, name):
     assert result.stdout == "still there\n"
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
-    assert lines[0].startswith(f"{name}: the run stops and saves")
+    assert lines[0].startswith(f"{name}: the run saves and stops")
 
 
 def test_a_signal_that_was_ignored_stays_ignored(signals):
-    """nohup ignores SIGHUP: the run is to outlive its terminal."""
+    """nohup ignores SIGHUP, so that a run continues without its terminal."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -408,7 +408,7 @@ def test_a_signal_that_was_ignored_stays_ignored(signals):
 
 
 def test_a_refused_resume_changes_nothing_on_disk(tmp_path, saved):
-    """Not even what another run left unfinished: all that refuses comes before all that writes."""
+    """Unfinished files of another run stay too, because all checks come before all writes."""
     directory = shutil.copytree(saved, tmp_path / "c")
     (directory / "30").mkdir()
     (directory / "40.orbax-checkpoint-tmp-1").mkdir()
@@ -431,7 +431,7 @@ def resume(workdir, config=CONFIG, **options):
     check_resume(workdir, read(workdir), describe(config, **{"corpus": "abc"} | options), FREE)
 
 
-def test_manifest_is_written_and_passes_again(tmp_path, caplog):
+def test_a_manifest_is_written_and_then_accepted(tmp_path, caplog):
     write(tmp_path, describe(CONFIG, corpus="abc", tokenizer="t", note="x"))
     written = json.loads((tmp_path / "manifest.json").read_text())
     assert written["config"]["model"]["window"] == 64
@@ -455,7 +455,7 @@ def test_manifest_refuses_another_config_by_name(tmp_path):
         resume(tmp_path, other)
     assert "cannot be resumed: model.window: 64 -> 32; new: absent -> 1. Give" in str(error.value)
     assert "another version of this code, whose config has other fields" in str(error.value)
-    # It names a workdir that a sibling can have, in a form that a shell takes as it is.
+    # It names a new workdir, quoted for a shell.
     assert str(error.value).endswith(f"--workdir={tmp_path}-window=32.")
     odd = CONFIG | {"model": {"window": "a b;", "loops": 3}}
     with pytest.raises(UserError, match=rf"--workdir={tmp_path}-2\.$"):
@@ -479,7 +479,7 @@ def test_manifest_refuses_another_corpus_and_warns_of_another_version(tmp_path, 
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 3}', '{"config": {}}', "\xff"])
-def test_a_manifest_that_cannot_be_read_is_a_warning(tmp_path, caplog, text):
+def test_a_manifest_that_cannot_be_read_gives_a_warning(tmp_path, caplog, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     assert read(tmp_path) is None
     assert "cannot be read" in caplog.text
@@ -488,7 +488,7 @@ def test_a_manifest_that_cannot_be_read_is_a_warning(tmp_path, caplog, text):
 def test_params_sha256_sees_every_bit():
     params = make_state().params
     digest = params_sha256(params)
-    # neither the order of the keys nor the sharding matters
+    # It does not depend on the order of the keys or on the sharding.
     shuffled = {"embed": params["embed"], "layer": dict(reversed(params["layer"].items()))}
     assert params_sha256(place(shuffled, mesh(2))) == digest
     flipped = params["embed"].at[5, 7].set(jnp.nextafter(params["embed"][5, 7], jnp.inf))

@@ -1,4 +1,4 @@
-"""Every config of the repository is possible, and impossible ones are refused in a sentence."""
+"""Every config of the repository is valid, and invalid ones are refused in a sentence."""
 
 import dataclasses
 import importlib
@@ -39,7 +39,7 @@ def get_config(name, *preset):
 
 
 def trace_a_step(config: Config):
-    """Shapes of a whole training step on one device, without an array or a compilation."""
+    """Shapes of a whole training step on one device. Nothing is allocated or compiled."""
     setup = set_up(config, jax.devices()[:1])
     shape = (config.data.batch_size, config.data.sequence_length)
     ints = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -90,7 +90,7 @@ def test_round_trip():
     assert Config.from_dict(config.to_dict()) == config
 
 
-def test_an_integer_is_a_number_but_not_the_other_way_round():
+def test_a_float_field_takes_an_integer_but_not_the_reverse():
     assert tiny.config(optimizer={"weight_decay": 0}).optimizer.weight_decay == 0.0
     fields = base.get_config().to_dict()
     fields["model"]["d_model"] = 16.0
@@ -128,7 +128,7 @@ IMPOSSIBLE = [
     ({"optimizer": {"learning_rate": 0.0}}, "learning_rate=0.0 must be at least 1e-30"),
     ({"optimizer": {"decay_fraction": 0.0}}, "decay_fraction=0.0 must be more than 0"),
     ({"optimizer": {"warmup_steps": -1}}, "warmup_steps=-1 must be at least 0"),
-    ({"optimizer": {"warmup_steps": 20}}, "warmup_steps=20 leaves nothing of run.steps=20"),
+    ({"optimizer": {"warmup_steps": 20}}, "warmup_steps=20 leaves no step of run.steps=20"),
     (
         {"optimizer": {"accumulation_steps": 3}},
         "does not divide into optimizer.accumulation_steps=3",
@@ -188,8 +188,8 @@ def refusal(name: str, value) -> str:
     return sentence
 
 
-def test_every_field_has_a_range_or_a_set():
-    """But for those that are true or false, whose type is one."""
+def test_every_field_has_a_range_or_choices():
+    """Except fields that are true or false."""
     groups = [field.type for field in dataclasses.fields(Config)]
     assert ModelConfig in groups
     assert DataConfig in groups
@@ -199,7 +199,7 @@ def test_every_field_has_a_range_or_a_set():
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_has_two_ends_and_the_sentence_names_them(name):
+def test_every_number_has_a_range_and_the_sentence_names_its_ends(name):
     kind = FIELDS[name][0]
     for huge, words in ((-(10**40), "at least|more than"), (10**40, "at most|less than")):
         sentence = refusal(name, huge)
@@ -219,10 +219,10 @@ def test_every_number_has_two_ends_and_the_sentence_names_them(name):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_text_has_a_form_or_a_set(name):
+def test_every_text_has_a_format_or_choices(name):
     for wrong in ("\0", "a\0b", "\udcff", "a" * 16_385):
         refusal(name, wrong)
-    if name in ("run.sample_prompt", "data.end_of_text"):  # of which nothing is something
+    if name in ("run.sample_prompt", "data.end_of_text"):  # may be empty
         assert config_with(name, "")
         return
     for wrong in ("", " \n"):
@@ -233,7 +233,7 @@ def test_the_names_of_attention_are_those_of_the_kernels():
     assert ATTENTION == api.IMPLEMENTATIONS
 
 
-def test_a_trace_ends_within_the_run():
+def test_a_profile_must_end_within_the_run():
     assert tiny.config(run={"profile_steps": 20 - PROFILE_FROM})
     with pytest.raises(UserError, match=r"run.profile_steps=1 steps cannot be traced"):
         tiny.config(run={"steps": PROFILE_FROM, "profile_steps": 1})
@@ -248,7 +248,7 @@ def test_the_largest_model_can_be_traced():
     trace_a_step(tiny.config("window*5000@10000 | cross*5000", **sizes, run=run))
 
 
-def test_the_trained_vocabulary_follows_the_model_but_not_the_other_way_round():
+def test_data_vocab_size_follows_model_vocab_size_but_not_the_reverse():
     c = base.get_config()
     c.model.vocab_size = 1000
     assert c.data.vocab_size == 1000
@@ -275,7 +275,7 @@ def test_a_wrong_nesting_is_refused(change, sentence):
 
 
 @pytest.mark.parametrize("nothing", [None, 3, "model", [1], ["model"]])
-def test_what_is_no_config_is_refused(nothing):
+def test_a_value_that_is_not_a_config_is_refused(nothing):
     with pytest.raises(UserError, match=r"^The config .* must be a group of fields\.$"):
         Config.from_dict(nothing)
 
@@ -295,8 +295,8 @@ def test_long_values_are_shown_in_part():
     assert shown("full*2") == "'full*2'"
 
 
-def test_what_may_change_when_a_run_goes_on():
-    """Everything else is the mathematics or the data of a run."""
+def test_fields_that_may_change_when_a_run_is_resumed():
+    """All other fields change the mathematics or the data of a run."""
     assert set(resumable(END)) == {
         *("run.steps", "optimizer.schedule", "optimizer.decay_fraction"),
         "optimizer.final_fraction",

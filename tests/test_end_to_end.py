@@ -1,4 +1,4 @@
-"""The training command as a user types it: killed, stopped, damaged, misused, on two processes."""
+"""Runs the training command as a user does: kills, stops, damages, mistakes, two processes."""
 
 import contextlib
 import json
@@ -44,13 +44,13 @@ FIELDS = {
     "run.checkpoint_every": 10,
     "run.keep_checkpoints": 3,
 }
-# What depends on the clock; everything else in a row of metrics must repeat.
+# Metrics that depend on the clock. A repeated run has the same values of all others.
 CLOCK = {"tokens_per_s", "data_wait_fraction", "mfu", "elapsed_s"}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with a text of its own; runs share its token cache."""
+    """A folder with its own text. Runs share its token cache."""
     path = tmp_path_factory.mktemp("runs")
     rng = random.Random(0)
     words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "def", "return", "if"]
@@ -113,7 +113,7 @@ def summary(workdir: Path) -> dict:
 
 
 def wait_for(process: subprocess.Popen, workdir: Path, steps: int) -> None:
-    """Until the run has written `steps` rows of metrics."""
+    """Waits until the run has written `steps` rows of metrics."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
@@ -133,17 +133,17 @@ def wait_for_folder(process: subprocess.Popen, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(home) -> Path:
-    """A run that nobody disturbed."""
+    """A run that was not interrupted."""
     output = run(command(home, "whole"))
     assert "Finished" in output
     assert "Resumed" not in output
     return home / "whole"
 
 
-# --- What a run leaves behind ---------------------------------------------------------------------
+# --- The files of a run ---------------------------------------------------------------------------
 
 
-def test_names_that_others_rely_on(whole):
+def test_names_in_the_files_of_a_run(whole):
     found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     names = {"loss", "grad_norm", "lr", "tokens_per_s", "data_wait_fraction", "bpb", "tokens"}
@@ -164,14 +164,14 @@ def test_names_that_others_rely_on(whole):
     assert list((whole / "tensorboard").iterdir())
 
 
-def test_it_learns(whole):
+def test_a_run_learns(whole):
     losses = [row["loss"] for row in rows(whole)]
     assert losses[0] > 5  # log 258 = 5.55
-    assert losses[-1] < 2.8  # the letters alone, without context, have an entropy of 2.9 nats
+    assert losses[-1] < 2.8  # the entropy of the letters without context is 2.9 nats
     assert summary(whole)["val_loss"] < 2.8
 
 
-# --- Interrupted runs end where undisturbed ones do -----------------------------------------------
+# --- Interrupted runs end with the same parameters ------------------------------------------------
 
 
 def test_a_workdir_in_use_is_refused(home):
@@ -182,11 +182,11 @@ def test_a_workdir_in_use_is_refused(home):
 
 
 @pytest.mark.slow
-def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(home, whole):
+def test_a_run_that_is_killed_stopped_and_resumed_equals_an_uninterrupted_run(home, whole):
     line, workdir = command(home, "disturbed"), home / "disturbed"
     process = start(line)
     wait_for(process, workdir, 22)
-    wait_for_folder(process, workdir / "checkpoints" / "20")  # so that of step 10 is whole
+    wait_for_folder(process, workdir / "checkpoints" / "20")  # then that of step 10 is complete
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
@@ -207,7 +207,7 @@ def test_killed_then_stopped_then_resumed_is_bit_for_bit_the_undisturbed_run(hom
     output = run(line)
     assert f"Resumed from the checkpoint of step {stopped_at}" in output
     assert summary(workdir)["final_params_sha256"] == summary(whole)["final_params_sha256"]
-    # Each step once, with the loss and all else that it has in the undisturbed run.
+    # Each step occurs once, with the loss and other metrics of the run that was not interrupted.
     again = {row["step"]: row for row in rows(workdir)}
     assert len(again) == len(rows(workdir))
     for row in rows(whole):
@@ -247,11 +247,11 @@ def test_a_finished_run_is_not_run_again(home, whole):
     assert len(rows(whole)) == STEPS
 
 
-# --- A run that goes on in another way -----------------------------------------------------------
+# --- Resumed runs with other settings ------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_how_a_run_is_computed_may_change(home, whole):
+def test_a_resumed_run_may_change_how_it_is_computed(home, whole):
     shutil.copytree(whole, home / "recomputed")
     changed = {"compute__remat": "full", "compute__attention": "reference", "compute__scan": False}
     output = run(command(home, "recomputed", data__validation_sequences=4, **changed))
@@ -261,15 +261,15 @@ def test_how_a_run_is_computed_may_change(home, whole):
 
 
 @pytest.mark.slow
-def test_flags_that_name_nothing(home):
-    """An unset variable of a script means neither the default workdir nor the current folder."""
+def test_empty_flags_are_refused(home):
+    """If a script uses an unset variable, the default or the current folder must not be used."""
     for flag in ("--init_from=", "--workdir= "):
         assert_one_sentence(run(command(home, "bad", flag), code=2), flag.strip("= "), "is empty")
 
 
 @pytest.mark.slow
 def test_a_refusal_leaves_no_manifest(home, whole):
-    """Checkpoints of another model without their manifest: the right config still has its turn."""
+    """The checkpoints have no manifest. After a refused config, the right one can still resume."""
     shutil.copytree(whole, home / "moved")
     (home / "moved" / "manifest.json").unlink()
     before = sorted(p.name for p in (home / "moved").iterdir())
@@ -279,14 +279,14 @@ def test_a_refusal_leaves_no_manifest(home, whole):
     assert f"Resumed from the checkpoint of step {STEPS}" in run(command(home, "moved"))
 
 
-# --- Showing never ends a run ---------------------------------------------------------------------
+# --- An error of the terminal never ends a run ----------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ascii", "no reader"])
-def test_a_terminal_that_cannot_show_it(home, how):
-    """A C locale, whose output is ASCII, and a pipe whose reader has gone (`| head -1`)."""
-    fields = {"run__steps": 12, "run__sample_every": 6}  # nothing it writes is ASCII
+def test_a_terminal_that_cannot_show_the_output(home, how):
+    """A C locale, whose output is ASCII, and a pipe that nobody reads any more (`| head -1`)."""
+    fields = {"run__steps": 12, "run__sample_every": 6}  # the samples are not ASCII
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     process = subprocess.Popen(
         command(home, f"shown_{how[:2]}", **fields),
@@ -323,7 +323,7 @@ def test_a_changed_config_is_refused_with_the_fields(home, whole):
     assert_one_sentence(
         output, "model.window: 8 -> 9", "optimizer.learning_rate: 0.003 -> 0.5", str(whole)
     )
-    assert "log_every" not in output  # changes nothing of the mathematics
+    assert "log_every" not in output  # it does not change the mathematics
 
 
 @pytest.mark.slow
@@ -371,7 +371,7 @@ def test_a_bad_command_line_is_answered_with_one_sentence(flags, words):
 
 
 def test_an_unwritable_workdir_is_answered_with_one_sentence(home):
-    """A file is in the way: it holds for root too, whom permissions do not stop."""
+    """The path is a file. This test works for root too, who may write everywhere."""
     (home / "file").write_text("")
     output = run(command(home, "file/run"), code=2)
     assert_one_sentence(output, str(home / "file"))
@@ -381,7 +381,7 @@ def test_an_unwritable_workdir_is_answered_with_one_sentence(home):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_run_of_one(home):
+def test_two_processes_give_the_same_run_as_one(home):
     fields = {"run__steps": 12, "run__eval_every": 6, "run__checkpoint_every": 6}
     run(command(home, "one", **fields), devices=2)
     with socket.socket() as probe:
@@ -393,7 +393,7 @@ def test_two_processes_give_the_run_of_one(home):
     ]
     outputs = [finish(process) for process in both]
     assert "2 x cpu" in outputs[0]
-    assert "Finished" not in outputs[1]  # only process 0 speaks
+    assert "Finished" not in outputs[1]  # only process 0 prints
     one, two = rows(home / "one"), rows(home / "two")
     assert [row["step"] for row in two] == list(range(1, 13))
     for a, b in zip(one, two, strict=True):

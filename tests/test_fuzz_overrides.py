@@ -1,4 +1,4 @@
-"""A few hundred mistyped command lines; `python -m tests.fuzz_overrides` tries thousands."""
+"""Tries a few hundred mistyped command lines. `python -m tests.fuzz_overrides` tries thousands."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from yocou_jax.config import FIELDS
 ROOT = Path(__file__).parent.parent
 
 
-# Each in a process of its own: absl knows a flag once, and both commands define --config.
+# Each command has its own process, because both define --config, and absl allows a flag only once.
 @pytest.mark.parametrize(("command", "count"), [("train", 400), ("account", 100)])
 def test_mistyped_lines_are_answered_with_a_sentence(command, count):
     line = [sys.executable, "-m", "tests.fuzz_overrides", f"--command={command}"]
@@ -27,7 +27,7 @@ def test_mistyped_lines_are_answered_with_a_sentence(command, count):
     assert count // 10 < accepted < count // 2
 
 
-def test_the_oracle_tells_what_was_typed():
+def test_typed_values_are_read_and_compared():
     words = [
         "--config=x.py",
         "--config.run.steps",

@@ -1,4 +1,4 @@
-"""The table of devices, and that it agrees with what the kernels know of them."""
+"""The table of devices is right, and the kernels have the same facts."""
 
 import pytest
 
@@ -27,6 +27,6 @@ def test_no_kernel_takes_more_vmem_than_there_is(kind):
 
 
 @pytest.mark.parametrize("name", ["A100-SXM4-80GB", "H100 PCIe", "H200", "GH200", "B200", "L4"])
-def test_gpus_have_the_compute_capability_that_the_kernels_go_by(name):
+def test_gpus_have_the_compute_capability_that_the_kernels_check(name):
     kind = f"NVIDIA {name}"
     assert hardware.of(kind).compute_capability == Device("gpu", kind).compute_capability

@@ -1,4 +1,4 @@
-"""Imports point downwards only, floor by floor, and never in a circle."""
+"""Modules import only from their own floor or from floors below it, without cycles."""
 
 import ast
 import graphlib
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A module stands on the floor of the longest name that fits, and imports from there or below.
+# The longest name that fits decides the floor of a module. It imports from this floor or below.
 FLOORS = (
     {
         *("yocou_jax", "yocou_jax.errors", "yocou_jax.files", "yocou_jax.typing"),
@@ -39,7 +39,7 @@ MODULES = {
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of ours that a file imports anywhere, but for what only a type checker reads."""
+    """Modules of this repository that a file imports, without those for a type checker only."""
     tree, found = ast.parse(path.read_text()), set()
     hints = [
         n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)
@@ -70,23 +70,23 @@ def test_a_module_imports_from_its_floor_or_below(module):
     assert not above
 
 
-def test_the_kernels_know_nothing_of_the_library():
+def test_the_kernels_do_not_import_the_library():
     for module, path in MODULES.items():
         if module.startswith("pallas_kernels"):
             assert not any(name.startswith("yocou_jax") for name in imports(path)), module
 
 
-def test_the_arithmetic_loads_no_jax():
+def test_the_arithmetic_does_not_import_jax():
     code = "import sys, yocou_jax.program, yocou_jax.accounting; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_nothing_imports_itself_in_a_circle():
+def test_there_is_no_import_cycle():
     graph = {module: imports(path) - {module} for module, path in MODULES.items()}
-    # A package's __init__ imports its modules, which import each other and not the package.
+    # The __init__ of a package imports its modules. They import each other, but not the package.
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_every_module_stands_on_a_floor_of_its_own_name():
+def test_every_module_has_a_floor():
     for module in MODULES:
         assert module.count(".") == 0 or floor(module) > 0 or module in FLOORS[0], module

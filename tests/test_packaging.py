@@ -1,4 +1,4 @@
-"""What an install of the package brings, and that every list of requirements is stated once."""
+"""The package installs what it needs, and every list of requirements exists once."""
 
 import ast
 import importlib.metadata
@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DYNAMIC = PROJECT["tool"]["setuptools"]["dynamic"]
 LISTS = sorted(path.stem for path in (ROOT / "requirements").glob("*.txt"))
 LIBRARY = ("yocou_jax", "pallas_kernels")
-# Imported at the top of the one file that is read when somebody asks for it by name.
+# Only one file imports it, and this file is imported only if a user names it.
 ONLY_WHEN_ASKED_FOR = {"triton"}
 
 
@@ -36,14 +36,14 @@ def stated(name: str) -> dict[str, Requirement]:
 def test_the_library_is_installed_and_nothing_else():
     where = PROJECT["tool"]["setuptools"]["packages"]["find"]
     found = find_packages(ROOT, include=where["include"])
-    # Every folder with code, so that one without an __init__.py is noticed.
+    # All folders with code, so that the test finds one without an __init__.py.
     code = {path.parent for name in LIBRARY for path in (ROOT / name).rglob("*.py")}
     assert sorted(found) == sorted(".".join(path.relative_to(ROOT).parts) for path in code)
     assert where["namespaces"] is False
 
 
 @pytest.mark.parametrize("package", LIBRARY)
-def test_the_types_of_the_library_are_for_its_users_too(package):
+def test_the_packages_ship_their_types(package):
     assert (ROOT / package / "py.typed").is_file()
     assert PROJECT["tool"]["setuptools"]["package-data"]["*"] == ["py.typed"]
 
@@ -58,7 +58,7 @@ def test_the_package_and_its_extras_read_the_lists_that_make_installs():
     assert "library" in LISTS
 
 
-def test_the_files_of_the_readme_hold_no_list_of_their_own():
+def test_requirements_files_only_include_the_lists():
     everything = [f"-r requirements/{name}.txt" for name in ("library", "plots", "test")]
     assert lines("requirements.txt") == everything
     for accelerator in ("gpu", "tpu"):
@@ -69,12 +69,12 @@ def test_the_files_of_the_readme_hold_no_list_of_their_own():
 
 @pytest.mark.parametrize("name", LISTS)
 def test_setuptools_can_read_each_list(name):
-    """It knows no -r, no -c and no comment after a requirement on its line, as pip does."""
+    """Unlike pip, it does not know -r, -c or a comment in the line of a requirement."""
     assert [Requirement(line).name for line in lines(f"requirements/{name}.txt")]
 
 
 def _imported(package: str) -> set[str]:
-    """Modules that an import of the package's files imports, by their first name."""
+    """First names of the modules that the files of the package import."""
     found = set()
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -112,7 +112,7 @@ def test_one_version_of_ruff():
     assert f"=={re.search(r'rev: v(.+)', hooks)[1]}" == str(stated("test")["ruff"].specifier)
 
 
-def test_the_workflow_runs_what_must_hold_before_a_change_lands():
+def test_the_workflow_runs_the_ci_script():
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     assert re.findall(r"run: (.+)", workflow) == [".ci/run"]
     assert (ROOT / ".ci/run").stat().st_mode & 0o100

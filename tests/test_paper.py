@@ -1,4 +1,4 @@
-"""The configs beside arXiv 2604.01220: hyperparameters, sizes, and what docstrings state."""
+"""Compares the configs with arXiv 2604.01220: hyperparameters, sizes, figures in docstrings."""
 
 import dataclasses
 import importlib
@@ -26,7 +26,7 @@ def config(name: str, architecture: str = "yoco_u") -> Config:
 
 
 def figures(model: ModelConfig) -> dict[str, int]:
-    """Parameters as people count them: all or those that a token uses, with the ends or not."""
+    """Parameters in the usual counts: all or active, with or without embedding and head."""
     found = accounting.parameters(model)
     ends = found.total - found.non_embedding
     return {
@@ -39,7 +39,7 @@ def figures(model: ModelConfig) -> dict[str, int]:
 
 # --- Hyperparameters ------------------------------------------------------------------------------
 
-# Section 4.1 and Table 6; 4.2 and appendix E follow them but for what stands below.
+# Section 4.1 and Table 6. Section 4.2 and appendix E use the same, except the fields below.
 MODEL = {"num_heads": 20, "num_kv_heads": 4, "head_dim": 128, "window": 512, "cross_rope": False}
 OPTIMIZER = {
     **{"name": "adamw", "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
@@ -50,7 +50,7 @@ EXPERTS = {
     "vocab_size": 151_936,
 }
 WIDE = {"d_model": 2560, "num_layers": 20}
-DEEP = {"d_model": 1792, "num_layers": 40, "num_heads": 16}  # the heads are ours
+DEEP = {"d_model": 1792, "num_layers": 40, "num_heads": 16}  # the paper does not give the heads
 # config: sizes that differ, updates, millions of tokens of each
 PAPER = {
     "yocou_1b": (MODEL | WIDE, 20_000, 1),
@@ -60,7 +60,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_configs_have_the_papers_hyperparameters(name):
+def test_configs_have_the_hyperparameters_of_the_paper(name):
     sizes, steps, millions = PAPER[name]
     found = config(name)
     for group, expected in ((found.model, sizes), (found.optimizer, OPTIMIZER)):
@@ -72,8 +72,8 @@ def test_configs_have_the_papers_hyperparameters(name):
     assert str(found.model.program) == f"window*{half}@3 | cross*{half}"
 
 
-def test_loop_counts_are_the_papers():
-    """Self-decoder, RINS and the upper loop 3 times (4.2, appendix E, Table 5), UT twice."""
+def test_loop_counts_are_those_of_the_paper():
+    """3 for the self-decoder, RINS and the upper loop (4.2, appendix E, Table 5), 2 for UT."""
     loops = {name: re.findall(r"@(\d+)", text) for name, text in ARCHITECTURES.items()}
     once = {name: [] for name in ("yoco", "transformer", "parscale")}
     thrice = {name: ["3"] for name in ("yoco_u", "rins", "upper_loop", "upper_loop_unshared")}
@@ -83,7 +83,7 @@ def test_loop_counts_are_the_papers():
 
 # --- Sizes ----------------------------------------------------------------------------------------
 
-# Table 7: billions by name, D, layers, heads. K/V heads are ours: 18 do not divide into the 4.
+# Table 7: billions in the name, D, layers, heads. K/V heads are chosen here: 4 do not divide 18.
 TABLE_7 = [
     (0.3, 1536, 12, 12),
     (0.5, 2048, 12, 16),
@@ -106,7 +106,7 @@ def table_7(d: int, layers: int, heads: int, width: float) -> float:
 
 
 @pytest.mark.parametrize(("name", "d", "layers", "heads"), TABLE_7)
-def test_the_sizes_of_table_7_want_a_feed_forward_of_8_thirds(name, d, layers, heads):
+def test_the_sizes_of_table_7_need_a_feed_forward_of_8_thirds(name, d, layers, heads):
     """Appendix C says 3 D; then every size is 7 to 14% larger than its name."""
     assert table_7(d, layers, heads, 8 / 3) == pytest.approx(name, rel=0.04)
     assert 1.07 < table_7(d, layers, heads, 3) / name < 1.14
@@ -126,7 +126,7 @@ def test_parameters_of_the_papers_configs():
 # --- What docstrings state ------------------------------------------------------------------------
 
 SCALE = {"M": 1e6, "B": 1e9}
-# Wiki perplexities and averages of Tables 2, 3 and 5 that a docstring may quote.
+# Wiki perplexities and averages of Tables 2, 3 and 5. A docstring may quote them.
 QUOTED = {
     *("22.52", "22.25", "21.56", "23.13", "20.98", "21.01", "22.04", "21.42", "22.15", "22.06"),
     *("41.78", "46.23", "47.08"),
@@ -134,14 +134,14 @@ QUOTED = {
 
 
 def stated(text: str) -> list[tuple[str, str, bool, str]]:
-    """(number, M or B, whether of tokens, steps in brackets) of each figure such as 1.710B."""
-    text = re.sub(r'"[^"]*"', "", " ".join(text.split()))  # in quotes: the paper's own words
+    """For each figure such as 1.710B: (number, M or B, whether of tokens, steps in brackets)."""
+    text = re.sub(r'"[^"]*"', "", " ".join(text.split()))  # quotes have the words of the paper
     pattern = r"(\d+(?:\.\d+)?)([MB])\b(?: (tokens)(?: \((\d+) steps)?)?"
     return [(n, unit, bool(of), steps) for n, unit, of, steps in re.findall(pattern, text)]
 
 
 def agrees(number: str, unit: str, values) -> bool:
-    """Whether one of the values, rounded as the number is, is the number."""
+    """Whether one of the values, rounded to the digits of the number, is equal to it."""
     digits = len(number.partition(".")[2])
     return any(f"{value / SCALE[unit]:.{digits}f}" == number for value in values)
 
@@ -160,7 +160,7 @@ def test_stated_figures_are_found_and_judged():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_docstring_states_another_figure_than_the_accounting(name):
-    """Parameters of the config, at the feed-forward widths 3 D and 8/3 D too; tokens."""
+    """Figures of parameters (also for the feed-forward widths 3 D and 8/3 D) and of tokens."""
     found, text = config(name), module(name).__doc__
     widths = {found.model.d_ff, 3 * found.model.d_model, round(found.model.d_model * 8 / 3)}
     models = [dataclasses.replace(found.model, d_ff=width) for width in widths]
@@ -180,7 +180,7 @@ def test_no_docstring_states_another_figure_than_the_accounting(name):
 # --- Where the code differs from its sources ------------------------------------------------------
 
 
-def test_the_stream_gate_is_one_matrix_and_says_that_parscales_is_more():
+def test_the_stream_gate_is_one_matrix_and_its_docstring_names_that_of_parscale():
     model = tiny.model("parscale")
     gate = tiny.params(model)["stream_gate"]
     assert {name: x.shape for name, x in gate.items()} == {"kernel": (2, model.d_model, 2)}
@@ -188,7 +188,7 @@ def test_the_stream_gate_is_one_matrix_and_says_that_parscales_is_more():
         assert word in LanguageModel._mix_streams.__doc__
 
 
-def test_contradictions_of_the_paper_and_what_muon_is_are_named_where_they_matter():
+def test_docstrings_name_contradictions_of_the_paper_and_the_variant_of_muon():
     dense = " ".join(module("yocou_1b").__doc__.split())
     for words in ("lists 3e-4 for 1.3B", "Appendix C says 3 D", "taken here", "Taken here is 6656"):
         assert words in dense
@@ -197,5 +197,5 @@ def test_contradictions_of_the_paper_and_what_muon_is_are_named_where_they_matte
     assert "full*10 | full*10@3" in line[1]
     program.Program.parse("full*10 | full*10@3")
     muon = " ".join(make_optimizer.__doc__.split())
-    for words in ("optax.contrib.muon", "b = momentum", "a bias correction", "`eps` is that of"):
+    for words in ("optax.contrib.muon", "b = momentum", "a bias correction", "AdamW use `eps`"):
         assert words in muon

@@ -1,4 +1,4 @@
-"""One model from two kinds of folder, bit for bit, and a sentence for everything else."""
+"""Two kinds of folders give the same model, bit for bit. Everything else gives a sentence."""
 
 import dataclasses
 import errno
@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_an_export_is_the_model_and_exported_again_the_same_bytes(tmp_path, architecture):
+def test_an_export_has_the_model_and_a_second_export_the_same_bytes(tmp_path, architecture):
     one = model(architecture, **MODELS[architecture])
     export(tmp_path / "a", one)
     again = load(tmp_path / "a")
@@ -62,7 +62,7 @@ def test_an_export_is_the_model_and_exported_again_the_same_bytes(tmp_path, arch
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_a_workdir_is_the_newest_checkpoint(tmp_path, architecture):
+def test_a_workdir_gives_its_newest_checkpoint(tmp_path, architecture):
     one = model(architecture, step=2, **MODELS[architecture])
     found = load(workdir(tmp_path, one, 1, 2))
     assert_same(one, found)
@@ -77,7 +77,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     assert_same(one, load(path))
 
 
-def test_what_is_loaded_runs(tmp_path):
+def test_a_loaded_model_runs(tmp_path):
     one = model("parscale", tie_embeddings=True)
     export(tmp_path / "a", one)
     found, tokens = load(tmp_path / "a"), tiny.tokens(2, 6)
@@ -86,8 +86,8 @@ def test_what_is_loaded_runs(tmp_path):
     )
 
 
-def test_the_kernel_of_the_training_device_does_not_come_along(tmp_path):
-    one = model(attention="reference")  # any that is not auto; those of a TPU cannot be traced here
+def test_loading_sets_the_attention_kernel_to_auto(tmp_path):
+    one = model(attention="reference")  # not "auto"; kernels for a TPU cannot be traced here
     path = workdir(tmp_path / "run", one, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["config"]["compute"]["attention"] = "pallas_tpu"
@@ -103,12 +103,12 @@ def test_the_kernel_of_the_training_device_does_not_come_along(tmp_path):
 
 
 def without_compute(fields: dict) -> None:
-    """The settings of before there was a group `compute`."""
+    """The settings before the group `compute` existed."""
     fields["model"] |= fields.pop("compute")
 
 
-def test_what_was_written_before_there_was_a_group_compute(tmp_path):
-    """Exported folders of version 2, and workdirs of that time."""
+def test_files_older_than_the_group_compute_are_read(tmp_path):
+    """Exported folders of version 2, and workdirs of the same age."""
     one = model(dtype="bfloat16", step=1)
     export(tmp_path / "exported", one)
     edit(tmp_path / "exported/config.json", lambda c: without_compute(c) or c.update(version=2))
@@ -139,7 +139,7 @@ def test_the_names_in_the_file_are_paths_and_the_config_is_readable(tmp_path):
     assert config["end_of_text"] == "<|endoftext|>"
 
 
-def test_other_types_stay_and_other_layouts_do_not_matter(tmp_path):
+def test_other_dtypes_are_kept_and_the_memory_layout_does_not_matter(tmp_path):
     one = model()
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), one.params)
     params["final_norm"]["scale"] = params["final_norm"]["scale"].astype(jnp.float16)
@@ -184,7 +184,7 @@ def test_on_a_mesh_each_device_has_its_part(tmp_path, kind):
     }
 
 
-def test_the_file_may_change_once_it_is_loaded(tmp_path):
+def test_the_file_may_change_after_it_is_loaded(tmp_path):
     one = model()
     export(tmp_path / "a", one)
     found = load(tmp_path / "a")
@@ -212,7 +212,7 @@ def test_an_export_overwrites_nothing(tmp_path):
     assert_same(load(tmp_path / "empty"), load(tmp_path / "new/er/folder"))
 
 
-def test_whoever_reads_the_config_may_read_the_parameters(tmp_path):
+def test_all_files_of_an_export_have_the_same_permissions(tmp_path):
     export(tmp_path / "a", model())
     assert len({(tmp_path / "a" / name).stat().st_mode for name in FILES}) == 1
 
@@ -233,7 +233,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, error):
         )
 
 
-def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
+def test_an_unwritable_folder_gives_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"could not be written to .*/file/a: Not a directory\.$"):
         export(tmp_path / "file/a", model())
@@ -264,8 +264,8 @@ def test_a_killed_export_leaves_no_folder_of_its_name(tmp_path):
     assert_same(model(), load(tmp_path / "a"))
 
 
-def test_a_full_disk_is_a_sentence(tmp_path):
-    """A limit on the size of files stands for the full disk: the writer in Rust fails there."""
+def test_a_full_disk_gives_a_sentence(tmp_path):
+    """A limit on the size of files replaces the full disk: the writer in Rust fails there."""
     code = """
         import resource, signal, sys
         from tests.trained import model
@@ -334,7 +334,7 @@ def edit(file: Path, change) -> None:
     file.write_text(json.dumps(change(value) or value))
 
 
-def test_neither_a_workdir_nor_an_export(tmp_path):
+def test_a_path_that_is_neither_a_workdir_nor_an_export(tmp_path):
     assert refused(tmp_path / "no") == f"The path {tmp_path / 'no'} does not exist."
     neither = (
         " is neither a training workdir (it has no manifest.json) nor an exported folder (it has "
@@ -353,7 +353,7 @@ def test_a_workdir_without_a_finished_checkpoint(run_folder):
     assert refused(run_folder) == expected
 
 
-def test_no_tokenizer(folder, run_folder):
+def test_a_folder_without_a_tokenizer(folder, run_folder):
     for path in (folder, run_folder):
         (path / "tokenizer.json").unlink()
         assert (
@@ -361,7 +361,7 @@ def test_no_tokenizer(folder, run_folder):
         )
 
 
-def test_a_tokenizer_that_is_none_or_that_of_another_model(folder):
+def test_a_file_that_is_not_a_tokenizer_and_one_of_another_model(folder):
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer.json' is not a tokenizer.json: " in refused(folder)
     with pytest.raises(UserError, match=r"model.vocab_size=258: it is not the token"):
@@ -370,14 +370,14 @@ def test_a_tokenizer_that_is_none_or_that_of_another_model(folder):
 
 @pytest.mark.parametrize("size", [258, 261])
 def test_another_tokenizer_than_the_models_own_is_refused(folder, run_folder, size):
-    """Of the same size, where nothing else would tell, and of a larger one."""
+    """A tokenizer of the same size, where no other check fails, and a larger one."""
     other = train_bpe(["text"] * 9, size)
     for path, described in ((folder, "config.json"), (run_folder, "manifest.json")):
         (path / "tokenizer.json").write_text(other.to_json(), encoding="utf-8")
         assert refused(path) == (
             f"{path / 'tokenizer.json'} is not the tokenizer of this model: its fingerprint is "
-            f"{other.fingerprint}, but {path / described} has {BYTES.fingerprint}. Bring the "
-            "model's own back; with another one its text is garbage."
+            f"{other.fingerprint}, but {path / described} has {BYTES.fingerprint}. Put the "
+            "tokenizer of the model there; with another one, the model writes garbage."
         )
 
 
@@ -455,14 +455,14 @@ def test_an_export_has_one_step(folder):
         load(folder, step=0)
 
 
-def test_a_path_from_home(tmp_path, monkeypatch):
+def test_a_path_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     export("~/a", model())
     assert_same(model(), load("~/a"))
     assert refused("~no-such-user/a") == "The path ~no-such-user/a does not exist."
 
 
-def test_a_manifest_that_is_none(run_folder):
+def test_a_file_that_is_not_a_manifest(run_folder):
     file = run_folder / "manifest.json"
     for change in (
         lambda m: m.pop("program") and None,
@@ -475,7 +475,7 @@ def test_a_manifest_that_is_none(run_folder):
         assert refused(run_folder).endswith("it lacks config.model, config.data or program.")
         file.write_text(before)
     edit(file, lambda m: [m])
-    assert refused(run_folder) == f"{file} does not hold a JSON object."
+    assert refused(run_folder) == f"{file} does not contain a JSON object."
     file.write_bytes(b"\xff{")
     assert refused(run_folder).startswith(f"{file} cannot be read: ")
 
@@ -542,12 +542,12 @@ def test_a_config_that_cannot_be_used(folder, change, sentence):
     assert sentence in str(error.value)
 
 
-def test_a_config_that_is_no_json(folder):
+def test_a_config_that_is_not_json(folder):
     (folder / "config.json").write_text("{")
     assert refused(folder).startswith(f"{folder / 'config.json'} cannot be read: ")
 
 
-def test_no_parameters(folder):
+def test_a_folder_without_parameters(folder):
     (folder / "model.safetensors").unlink()
     assert refused(folder).endswith("has no model.safetensors, which belongs to its model.")
 
@@ -563,7 +563,7 @@ def test_truncated_parameters(folder, kept):
 def test_a_flipped_bit_in_the_parameters(folder, at):
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())
-    begin = 8 + int.from_bytes(data[:8], "little")  # behind the header
+    begin = 8 + int.from_bytes(data[:8], "little")  # after the header
     data[begin + int(at * (len(data) - begin - 1))] ^= 1
     file.write_bytes(data)
     sentence = refused(folder)

@@ -1,4 +1,4 @@
-"""The little language of stages: what it says, and what it refuses."""
+"""The language of stages: what a text means, and which texts are refused."""
 
 import pytest
 
@@ -17,7 +17,7 @@ PAPER = {
 }
 
 
-def test_the_table_holds_the_programs_of_the_paper():
+def test_the_table_has_the_programs_of_the_paper():
     found = {name: str(Program.from_architecture(name, 20)) for name in ARCHITECTURES}
     assert found == PAPER
 
@@ -39,7 +39,7 @@ def test_parse_reads_every_part():
     assert Program.parse("full*6, streams=3") == Program((Stage("full", 6),), streams=3)
 
 
-def test_depth_counts_loops_and_layers_do_not():
+def test_depth_counts_loops_but_the_number_of_layers_does_not():
     program = Program.parse("window*4@3 | cross*2")
     assert (program.layers, program.depth, program.has_cross) == (6, 14, True)
     assert [stage.num_loops for stage in program.stages] == [3, 1]
@@ -82,7 +82,7 @@ def test_with_loops_changes_every_loop_and_nothing_else(text, loops, expected):
         ("full*2, stream=2", "ends in 'stream=2'; the only option is 'streams=P'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_sentence(text, sentence):
+def test_a_bad_text_of_a_program_is_refused_in_a_sentence(text, sentence):
     with pytest.raises(UserError) as error:
         Program.parse(text)
     assert sentence in str(error.value)
@@ -101,7 +101,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(text, sentence):
     ],
     ids=["empty", "no loop", "unknown", "odd", "zero loops", "not looped"],
 )
-def test_what_else_is_refused(call, sentence):
+def test_bad_arguments_of_a_program_are_refused(call, sentence):
     with pytest.raises(UserError) as error:
         call()
     assert sentence in str(error.value)

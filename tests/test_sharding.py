@@ -1,4 +1,4 @@
-"""Eight virtual devices against one: the same numbers, where arrays lie, moving checkpoints."""
+"""Eight virtual devices and one: same numbers, sharded arrays, checkpoints on other meshes."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def config_on(mesh, architecture="yoco_u", **fields):
 
 
 def gradients(config, batch, mesh):
-    """Loss and gradients by the functions of a training step, on a mesh."""
+    """Loss and gradients on a mesh, from the functions of a training step."""
     shardings = tree_shardings(abstract_params(config.model), mesh)
     targets = batch.targets.size if batch.loss_weights is None else batch.loss_weights.sum()
 
@@ -79,7 +79,7 @@ def test_there_are_ten_meshes_of_eight_devices():
     ids=str,
 )
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mesh):
-    """With 4 query and 2 key/value heads, tensor=4 and tensor=8 leave heads that do not divide."""
+    """tensor=4 and tensor=8 do not divide the heads: there are 4 query and 2 key/value heads."""
     check(mesh)
 
 
@@ -97,11 +97,11 @@ def test_options_on_a_mesh_give_the_gradients_of_one_device(mesh, options):
     check(mesh, **options)
 
 
-# --- Where arrays lie -----------------------------------------------------------------------------
+# --- How arrays are sharded -----------------------------------------------------------------------
 
 
 def _per_device(abstract):
-    """Shapes of the first device's part of each array, by the last keys of its path."""
+    """Shapes of the parts on the first device, by the last keys of the path of each array."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     return {jax.tree_util.keystr(p): x.sharding.shard_shape(x.shape) for p, x in leaves}
 
@@ -123,7 +123,7 @@ def test_parameters_and_optimizer_state_are_really_sharded():
     assert shapes[f"{layer}['attention']['output']['project']['kernel']"] == (1, 2, 8, 8)
     assert shapes[f"{layer}['attention_norm']['scale']"] == (1, 16)
     assert shapes[f"{layer}['feed_forward']['down']['kernel']"] == (1, 12, 8)
-    # Both moments of AdamW lie as their parameters do; nothing else is larger than a number.
+    # Both moments of AdamW are sharded like their parameters. The rest of the state are scalars.
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     expected = [x.sharding for x in jax.tree.leaves(state.params)] * 2
     assert [x.sharding for x in moments] == expected
@@ -131,7 +131,7 @@ def test_parameters_and_optimizer_state_are_really_sharded():
     assert len(distinct) > 3
 
 
-def test_muon_state_lies_as_the_parameters_do():
+def test_muon_state_is_sharded_like_the_parameters():
     config = config_on((1, 4, 2), optimizer={"name": "muon"})
     setup = set_up(config)
     named = {
@@ -151,7 +151,7 @@ def test_muon_state_lies_as_the_parameters_do():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_of_every_architecture_fits_every_mesh(architecture):
-    """No collision, no unknown name; and fsdp splits every array that has the model width."""
+    """No collision and no unknown name, and fsdp splits every array that has the model width."""
     config = tiny.model(architecture, qk_norm=True, **tiny.MOE)
     boxed = abstract_params(config)
     for sizes in MESHES:
@@ -167,7 +167,7 @@ def test_every_parameter_of_every_architecture_fits_every_mesh(architecture):
 
 
 def test_every_matrix_is_split_over_fsdp_and_tensor():
-    """Where the sizes divide: a quarter on each device of fsdp=2, tensor=2; a router is halved."""
+    """If the sizes divide, each device of fsdp=2, tensor=2 has a quarter (of a router a half)."""
     boxed = abstract_params(tiny.model("yoco_u", **tiny.MOE))
     shardings = jax.tree.leaves(tree_shardings(boxed, make_mesh(MeshConfig(2, 2, 2))))
     matrices = 0
@@ -190,7 +190,7 @@ def test_heads_that_do_not_divide_are_replicated():
     assert spec_for(("batch", "length"), (7, 16), mesh) == PartitionSpec(None, None)
 
 
-def test_two_dimensions_cannot_claim_one_mesh_axis():
+def test_two_dimensions_cannot_use_the_same_mesh_axis():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     with pytest.raises(ValueError, match=r"'heads' and 'mlp'.*'tensor'"):
         spec_for(("heads", "mlp"), (4, 4), mesh)
@@ -204,7 +204,7 @@ def test_the_table_names_only_mesh_axes():
     assert {axis for axes in LOGICAL_AXES.values() for axis in axes} <= {"data", "fsdp", "tensor"}
 
 
-def test_make_mesh_takes_what_is_left():
+def test_make_mesh_fills_an_axis_of_minus_one():
     assert dict(make_mesh(MeshConfig(-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert dict(make_mesh(MeshConfig(2, 1, -1)).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
     assert dict(make_mesh(MeshConfig(-1, 2, 4)).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
@@ -215,7 +215,7 @@ def test_make_mesh_takes_what_is_left():
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        ((3, 1, 1), "data * fsdp * tensor is 3 and must be 8. mesh.data=-1 would take what the"),
+        ((3, 1, 1), "data * fsdp * tensor is 3 and must be 8. mesh.data=-1 would take all that"),
         ((1, 1, 16), "data * fsdp * tensor is 16 and must be 8. mesh.tensor=-1 would take"),
         ((3, 5, 1), "data * fsdp * tensor is 15 and must be 8."),
         ((-1, 3, 1), "fsdp * tensor is 3, which does not divide 8."),
@@ -223,14 +223,14 @@ def test_make_mesh_takes_what_is_left():
         ((16, 16, -1), "data * fsdp is 256, which does not divide 8."),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_what_would(sizes, reason):
+def test_a_mesh_that_does_not_fit_is_refused_with_a_proposal(sizes, reason):
     with pytest.raises(UserError) as error:
         make_mesh(MeshConfig(*sizes))
     asked = "data={}, fsdp={}, tensor={}".format(*sizes)
-    start = f"A mesh of {asked} cannot be laid over 8 devices: {reason}"
+    start = f"A mesh of {asked} does not fit 8 devices: {reason}"
     assert str(error.value).startswith(start)
     assert "to -1" not in str(error.value)
-    if "would take" in reason:  # and it does
+    if "would take" in reason:  # the proposal works
         axis = str(error.value).partition("mesh.")[2].partition("=")[0]
         make_mesh(dataclasses.replace(MeshConfig(*sizes), **{axis: -1}))
     elif -1 not in sizes:
@@ -248,10 +248,10 @@ def test_a_mesh_axis_that_splits_no_parameter_is_refused():
     set_up(config_on((8, 1, 1), d_model=12, **fields))
 
 
-def test_a_mesh_axis_that_splits_only_a_part_is_said(caplog):
-    """Under tensor=8 all heads (4 and 2) stay whole: attention has 16 * 8 * (12 + 8) weights in the
-    two layers and 512 in the global K/V, the norms 96; feed-forward (2304) and vocabulary (1024)
-    are split. 3168 of 6496 are 49%."""
+def test_a_mesh_axis_that_splits_only_a_part_gives_a_warning(caplog):
+    """tensor=8 does not split the heads (4 and 2): 16 * 8 * (12 + 8) weights of attention in the
+    two layers, 512 of the global K/V, and 96 of norms. It splits feed-forward (2304) and vocabulary
+    (1024). 3168 of 6496 are 49%."""
     set_up(config_on((1, 1, 8)))
     assert "mesh.tensor=8 leaves 49% of the parameters whole on every device" in caplog.text
     assert "8 does not divide kv_heads=2, heads=4." in caplog.text
@@ -271,7 +271,7 @@ def test_a_batch_that_does_not_divide_is_refused(batch_size):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
+def test_a_checkpoint_of_one_mesh_continues_on_another(tmp_path):
     """Saved after one step on (8, 1, 1), restored on (1, 4, 2): the second step agrees."""
     first, second = set_up(config_on((8, 1, 1))), set_up(config_on((1, 4, 2)))
     batches = [tiny.batch(seed=seed) for seed in (1, 2)]
@@ -294,5 +294,5 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
         moved, moved_metrics = second.step(state, batches[1])
     np.testing.assert_allclose(moved_metrics["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(moved_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
-    # Adam divides by the square root of tiny squares, so single entries move a little more.
+    # Adam divides by the square root of tiny numbers, so single entries differ a little more.
     tiny.assert_close(jax.device_get(moved.params), jax.device_get(expected.params), 1e-4)

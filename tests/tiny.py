@@ -1,4 +1,4 @@
-"""Models of a few thousand parameters, and what several test files do with them."""
+"""Models of a few thousand parameters, and helpers that several test files use."""
 
 import functools
 
@@ -31,8 +31,8 @@ MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "exper
 def config(
     architecture="yoco_u", *, optimizer=None, data=None, mesh=None, run=None, **model
 ) -> Config:
-    """configs/base.py made tiny, with fields of `model` and `compute` by name and the other groups
-    as dicts."""
+    """A tiny version of configs/base.py. Fields of `model` and `compute` are given by name, other
+    groups as dicts."""
     c = base.get_config()
     c.compute.update({name: model.pop(name) for name in tuple(model) if name in c.compute})
     c.model.update(architecture=architecture, **(MODEL | model))
@@ -48,15 +48,15 @@ def model(architecture="yoco_u", **fields) -> ModelConfig:
 
 
 def compute(**fields) -> Compute:
-    """How a model is run, resolved; the fields of `config.compute` that differ from base.py's."""
+    """How a model runs, resolved. fields: those of `config.compute` that differ from base.py."""
     return resolve(config(**fields).compute)
 
 
 @functools.cache
 def params(config: ModelConfig, seed: int = 0):
-    """Random parameters; numpy makes them, because compiling flax's initialisation takes seconds.
+    """Random parameters from numpy, because flax's initialisation takes seconds to compile.
 
-    Norm scales are not all 1, so that a forgotten one is noticed.
+    Norm scales are not all 1, so that tests find one that is not used.
     """
     rng = np.random.default_rng(seed)
 
@@ -69,17 +69,17 @@ def params(config: ModelConfig, seed: int = 0):
 
 
 def fresh_state(setup, params) -> TrainState:
-    """A first state from given parameters, without compiling an initialisation.
+    """A first state from given parameters, without the compilation of an initialisation.
 
-    Placed as the state of later steps is: for another place a step is traced and compiled anew.
+    It is placed like the state of later steps. Otherwise a step would be compiled a second time.
     """
-    params = jax.tree.map(jnp.array, params)  # a step takes its state's memory
+    params = jax.tree.map(jnp.array, params)  # copies, because a step donates its state
     state = TrainState(jnp.int32(0), params, setup.optimizer.init(params))
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, setup.abstract_state))
 
 
 def logprobs(logits, tokens):
-    """log p(tokens[:, i] | all before) from all logits [B, N, V], for i from 1 on: [B, N - 1]."""
+    """log p(tokens[:, i] | all before) [B, N - 1] from all logits [B, N, V], for i >= 1."""
     logps = np.asarray(jax.nn.log_softmax(logits[:, : tokens.shape[1] - 1]))
     return np.take_along_axis(logps, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
 
@@ -101,7 +101,7 @@ def batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0) -> Ba
 
 
 def packed_batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0) -> Batch:
-    """Rows of two documents each, cut at a place of their own."""
+    """Rows with two documents each. Every row has its own boundary between them."""
     plain = batch(size, length, vocab, seed)
     cuts = np.random.default_rng(seed).integers(1, length, (size, 1))
     at = np.arange(length)[None]
@@ -145,7 +145,7 @@ def value_and_grad(params, config: ModelConfig, tokens, compute: Compute | None 
 
 
 def assert_close(a, b, tolerance=1e-5):
-    """Trees equal within `tolerance` of the largest entry of each array."""
+    """Two trees are equal. tolerance: relative to the largest entry of each array."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True

@@ -26,7 +26,7 @@ def model(architecture="yoco_u", step=7, seed=0, **fields) -> Pretrained:
 
 
 def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
-    """What a training run leaves behind, as far as a reader is concerned."""
+    """Writes the files of a training run that a reader needs."""
     config = dataclasses.replace(small(), model=one.config, compute=one.compute)
     program = str(one.config.program)
     tokenizer = one.tokenizer.fingerprint
@@ -35,7 +35,7 @@ def workdir(path: Path, one: Pretrained, *steps: int) -> Path:
     with Checkpointer(path / "checkpoints") as checkpointer:
         for step in steps:
             params = jax.tree.map(jnp.asarray, one.params)
-            moments = jax.tree.map(lambda x: 2 * x, params)  # not to be mistaken for the parameters
+            moments = jax.tree.map(lambda x: 2 * x, params)  # they must differ from the parameters
             assert checkpointer.save(step, TrainState(jnp.int32(step), params, moments))
     return path
 

@@ -1,14 +1,14 @@
 """Checkpoints that survive a kill.
 
-Orbax's CheckpointManager writes the arrays in the background; this file adds what it lacks.
-TensorStore notices truncated files, but not a flipped bit, and it answers damage with hundreds of
-lines. So a finished checkpoint gets an inventory (size and sha256 of every file), written last: a
-folder without one was never finished, a folder that differs from it is damaged, and a resume
-passes over both, before Orbax looks at them.
+Orbax's CheckpointManager writes the arrays in the background. TensorStore, which writes the files,
+notices truncated files but not a flipped bit, and its errors have hundreds of lines. So this file
+adds an inventory to each checkpoint: the size and the sha256 of every file. The inventory is
+written last. A folder without an inventory was never finished. A folder that differs from its
+inventory is damaged. A resume skips both kinds before Orbax reads them.
 
     checkpoints/<step>/{state/, layout/, inventory.json}     checkpoints/passed-over-<step>/
 
-The directory is local or on a file system that all processes share.
+The directory is local, or on a file system that all processes share.
 """
 
 import contextlib
@@ -39,18 +39,18 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves training states and keeps the newest `keep`; when to save is the training loop's own.
+    """Saves training states and keeps the newest `keep`. The training loop decides when to save.
 
-    The state is a pytree of jax arrays; the same tree of `jax.ShapeDtypeStruct` with shardings
-    restores it, onto any mesh. `save` copies the arrays and writes them behind the training: an
-    error of that write is raised, as a UserError, by the next `save` or by `close`.
+    The state is a pytree of jax arrays. The same tree of `jax.ShapeDtypeStruct` with shardings
+    restores it, onto any mesh. `save` copies the arrays and writes them while training continues.
+    The next `save` or `close` raises an error of this write, as a UserError.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         if keep < 2:
             raise UserError(
-                f"Keeping {keep} checkpoint is too few: give 2 or more, so that a damaged newest "
-                "one can be passed over for the one before it."
+                f"Keeping {keep} checkpoint is too few: give 2 or more, so that an older one is "
+                "left if the newest is damaged."
             )
         self.directory = Path(directory).absolute()
         self._manager: ocp.CheckpointManager | None = None
@@ -60,8 +60,8 @@ class Checkpointer:
         self._saving, self._error = -1, None
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager. Nothing on disk is changed before the first call, which comes when a
-        resume is sure of its checkpoint, or with the first save."""
+        """Orbax's manager. Before the first call, nothing on disk is changed. The first call comes
+        with the first save, or when a resume has found a complete checkpoint."""
         if self._closed:
             raise ValueError("This Checkpointer is closed.")
         if self._manager is None:
@@ -75,7 +75,7 @@ class Checkpointer:
                     options=ocp.CheckpointManagerOptions(
                         preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
                         enable_async_checkpointing=True,
-                        cleanup_tmp_directories=True,  # of a run that was killed while saving
+                        cleanup_tmp_directories=True,  # a run was killed while it saved
                         create=False,
                     ),
                 )
@@ -94,10 +94,10 @@ class Checkpointer:
         except UserError as failure:
             if kind is None:
                 raise
-            log.warning("%s", failure)  # the error that ended the run is the one to raise
+            log.warning("%s", failure)  # the error that ended the run is raised
 
     def save(self, step: int, state: PyTree) -> bool:
-        """Begins to save; False if this step has a checkpoint. `state` may be donated after."""
+        """Begins to save; then `state` may be donated. False if this step has a checkpoint."""
         self._raise_error_of_last_save(wait=False)
         if step in self._open_manager().all_steps():
             return False
@@ -115,9 +115,9 @@ class Checkpointer:
         return True
 
     def newest_whole(self) -> int | None:
-        """The step that `restore_latest` restores, found by reading all files of it, once.
+        """The step that `restore_latest` restores. The first call reads all its files.
 
-        Raises UserError if there are finished checkpoints, and all of them are damaged.
+        Raises UserError if there are finished checkpoints and all of them are damaged.
         """
         if self._whole is None:
             finished = [step for step in _steps(self.directory) if self._finished(step)]
@@ -132,11 +132,11 @@ class Checkpointer:
         return step
 
     def restore_latest(self, abstract_state: PyTree) -> tuple[PyTree, int] | None:
-        """The newest whole checkpoint as (state, step), or None if there is none.
+        """The newest undamaged checkpoint as (state, step), or None if there is none.
 
-        Damaged and unfinished ones after it are passed over with a warning and renamed, so that
-        their steps can be saved again. Raises UserError, and touches nothing, if all are damaged or
-        the arrays are not those of `abstract_state`.
+        Skips newer checkpoints that are damaged or unfinished: logs a warning and renames them, so
+        that their steps can be saved again. Raises UserError, and changes nothing, if all are
+        damaged, or if the arrays differ from those of `abstract_state`.
         """
         step = self.newest_whole()
         if step is None:
@@ -148,14 +148,14 @@ class Checkpointer:
         return state, step
 
     def close(self) -> None:
-        """Waits for the last save and raises its error. A second call does nothing."""
+        """Waits for the last save, and raises its error. A second call does nothing."""
         self._closed = True
         if self._manager is not None:
             try:
                 self._raise_error_of_last_save(wait=True)
             finally:
                 manager, self._manager = self._manager, None
-                with contextlib.suppress(Exception):  # it raises the error of the last save again
+                with contextlib.suppress(Exception):  # this raises the error of the last save again
                     manager.wait_until_finished()
                 manager.close()
 
@@ -192,19 +192,19 @@ class Checkpointer:
         latest = max(steps, default=0)
         return (
             f"The checkpoint of step {self._saving} could not be written to {self.directory}: "
-            f"{_reason(error)}. Nothing older is lost: once this is put right, the same command "
-            f"resumes from step {latest}."
+            f"{_reason(error)}. Older ones are not lost: remove the cause, and the same "
+            f"command resumes from step {latest}."
         )
 
 
 def load_params(
     directory: str | os.PathLike, abstract_params: PyTree, step: int | None = None
 ) -> tuple[PyTree, int]:
-    """(params, step) of the newest whole checkpoint, or of that of `step`; nothing on disk is
-    changed.
+    """(params, step) of the checkpoint of `step`, by default of the newest undamaged checkpoint.
 
-    They are cast to the types of `abstract_params` and placed by its shardings (without any: on
-    the first device). Raises UserError if there is no such checkpoint, or if it is damaged.
+    Changes nothing on disk. The parameters get the types and shardings of `abstract_params`
+    (without a sharding: the first device). Raises UserError if there is no such checkpoint, or if
+    it is damaged.
     """
     directory = Path(directory).absolute()
     steps = _steps(directory)
@@ -233,7 +233,7 @@ def _restore(directory: Path, step: int, abstract: PyTree, partial: bool = False
             return manager.restore(step, args=ocp.args.Composite(**items))
 
         stored, wanted = read(layout=ocp.args.JsonRestore())["layout"], _layout(abstract)
-        if partial:  # other entries and types do not matter
+        if partial:  # ignores other entries and other types
             stored = {n: [v[0], wanted[n][1]] for n, v in stored.items() if n in wanted}
         if differing := differences(stored, wanted):
             raise UserError(
@@ -261,7 +261,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _newest_whole(directory: Path, steps: list[int]) -> tuple[int | None, dict[int, str]]:
-    """The newest whole step, and what is wrong with each one after it; process 0 decides."""
+    """The newest undamaged step, and what is wrong with each newer one. Process 0 decides."""
     passed_over = {}
     for step in sorted(steps, reverse=True):
         why = _damage(directory / str(step)) if jax.process_index() == 0 else ""
@@ -275,7 +275,7 @@ def _newest_whole(directory: Path, steps: list[int]) -> tuple[int | None, dict[i
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, as the end of a sentence; empty if nothing is."""
+    """What is wrong with a checkpoint, as the end of a sentence. Empty if nothing is wrong."""
     try:
         expected, found = (
             json.loads((folder / INVENTORY).read_text(encoding="utf-8")),
@@ -292,7 +292,7 @@ def _damage(folder: Path) -> str:
 
 
 def _inventory(folder: Path) -> dict[str, list]:
-    """[size, sha256] of every file but the inventory itself."""
+    """[size, sha256] of every file except the inventory itself."""
     inventory = {}
     with progress(f"Hashing the checkpoint {folder}"):
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -304,7 +304,7 @@ def _inventory(folder: Path) -> dict[str, list]:
 
 
 def _reason(error: Exception) -> str:
-    """The cause in a few words: texts of TensorStore run over hundreds of lines."""
+    """The cause in a few words: an error of TensorStore may have hundreds of lines."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if words := no_room(error):
@@ -313,9 +313,9 @@ def _reason(error: Exception) -> str:
 
 
 def params_sha256(params: PyTree) -> str:
-    """A hash of names, types, shapes and bytes: equal only for bit-for-bit equal parameters.
+    """A hash of names, types, shapes and bytes. Equal hashes mean equal parameters, bit for bit.
 
-    Every process calls it: arrays that are spread over processes are gathered.
+    Every process must call it, because arrays that are split over processes are gathered.
     """
     digest = hashlib.sha256()
     with progress("Hashing the parameters"):

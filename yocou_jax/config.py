@@ -1,8 +1,8 @@
 """Frozen, validated settings, built once from the ConfigDict of a file in configs/.
 
-`configs/base.py` lists every field with its unit or reason and its default; the classes here only
-say what is possible: each field's type and, beside it, its range or set. Each rule that a config
-can break is answered by one sentence (UserError).
+`configs/base.py` lists every field with its default and its unit or reason. The classes here only
+say which values are possible: the type of each field, and its range or its set of values. A config
+that breaks a rule gets one sentence (UserError).
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from ml_collections.config_dict import ConfigDict, RequiredValueError
 from yocou_jax.errors import UserError, shown
 from yocou_jax.program import Program
 
-# The names of pallas_kernels.api (a test compares them), which cannot be imported without jax.
+# The names in pallas_kernels.api, which cannot be imported without jax. A test compares them.
 ATTENTION = ("auto", "pallas_tpu", "pallas_gpu", "triton", "cudnn", "xla", "reference")
 
-PROFILE_FROM = 10  # the first steps compile and warm up
+PROFILE_FROM = 10  # steps before a trace begins: the first ones compile and warm up
 
-MAX_INT32 = 2**31 - 1  # counters and positions on a device
-MAX_SIZE = 2**20  # of a width: the product of two can still be counted in 64 bits
-MAX_TEXT = 4096  # characters, as in a path; Python reads no longer integers
-MAX_LONG_TEXT = 16_384  # of a prompt, or of a mixture of many globs, which takes time to read
+MAX_INT32 = 2**31 - 1  # the largest counter or position on a device
+MAX_SIZE = 2**20  # the largest width: 64 bits hold a count of the product of two
+MAX_TEXT = 4096  # characters, as in a path; Python does not read longer integers
+MAX_LONG_TEXT = 16_384  # characters of a prompt, or of a mixture of many globs
 MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
 
 
@@ -36,10 +36,11 @@ def _require(ok: bool, sentence: str):
 
 
 # --- What one field may be ------------------------------------------------------------------------
-# Each returns a field without a default whose metadata has a rule: from a value to what is wrong
-# with it, as the end of a sentence, or to None. `resume` says whether it may change when a run goes
-# on: no (None); FREE, as it changes how a run is computed, shown, saved or laid out, and not the
-# mathematics; END, as it says when and how a run ends, which no past update may depend on.
+# Each function returns a field without a default. The metadata of the field has a rule. A rule
+# takes a value and returns what is wrong with it (the end of a sentence), or None. `resume` says
+# whether the field may change when a run is resumed. None: it may not. FREE: it may, because it
+# does not change the mathematics, only how a run is computed, shown, saved or split. END: it says
+# when and how a run ends, and may change if no past update depends on it.
 
 FREE, END = "free", "end"
 
@@ -47,7 +48,7 @@ FREE, END = "free", "end"
 def number(
     low: float, high: float, *, above: bool = False, below: bool = False, resume: str | None = None
 ) -> Any:
-    """A field from `low` to `high`; `above` leaves out low itself, and `below` high."""
+    """A field from `low` to `high`. `above` excludes `low` itself, and `below` excludes `high`."""
 
     def rule(value: float) -> str | None:
         if value != value:  # NaN; math.isnan cannot read large integers
@@ -62,12 +63,12 @@ def number(
 
 
 def truth(*, resume: str | None = None) -> Any:
-    """A field that is true or false."""
+    """A field that is True or False."""
     return dataclasses.field(metadata={"resume": resume})
 
 
 def one_of(*choices: str, resume: str | None = None) -> Any:
-    """A field with one of a few names."""
+    """A field whose value is one of `choices`."""
 
     def rule(value: str) -> str | None:
         return None if value in choices else f"is not one of {', '.join(choices)}"
@@ -76,7 +77,7 @@ def one_of(*choices: str, resume: str | None = None) -> Any:
 
 
 def text(*, empty: bool = False, longest: int = MAX_TEXT, resume: str | None = None) -> Any:
-    """A field with a text that files and terminals can hold, by default not an empty one."""
+    """A field with a text that a file or a terminal can hold. It may be empty only with `empty`."""
 
     def rule(value: str) -> str | None:
         if not empty and not value.strip():
@@ -97,7 +98,7 @@ def text(*, empty: bool = False, longest: int = MAX_TEXT, resume: str | None = N
 
 
 def _check_fields(config) -> None:
-    """Applies each field's own rule. Raises UserError for the first that is broken."""
+    """Applies the rule of each field. Raises UserError for the first value that breaks one."""
     group = type(config).__name__.removesuffix("Config").lower()
     for field in dataclasses.fields(config):
         value, rule = getattr(config, field.name), field.metadata.get("rule")
@@ -107,7 +108,7 @@ def _check_fields(config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one model; see configs/base.py for what each field means."""
+    """Sizes of one model. configs/base.py says what each field means."""
 
     architecture: str = text()
     num_layers: int = number(1, MAX_LAYERS)
@@ -150,7 +151,7 @@ class ModelConfig:
             f"model.experts_per_token={self.experts_per_token} is more than "
             f"model.num_experts={self.num_experts}.",
         )
-        # A program that makes no sense is refused here, not at the first step.
+        # An impossible program is an error here, not only at the first step.
         program = self.program
         loops = max(stage.num_loops for stage in program.stages)
         for count, most, what in (
@@ -166,18 +167,19 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """Builds the sizes alone, as `Config.from_dict` does for all settings."""
+        """Builds this group only. `Config.from_dict` builds all groups."""
         return _build(cls, fields, "model.")
 
     @property
     def residual_scale(self) -> float:
-        """Shrinks what each sublayer adds at the start, so that the residual stream's variance does
-        not grow with the depth that a token passes through: 1 / sqrt(2 depth) (GPT-2)."""
+        """Factor of the initial output matrix of each sublayer: 1 / sqrt(2 depth), as in GPT-2. So
+        the variance of the residual stream does not grow with the depth, loops counted."""
         return (2 * self.program.depth) ** -0.5
 
     @property
     def kv_prefix(self) -> int:
-        """Learned keys and values before a full layer's own: ParScale's, with parallel streams."""
+        """Number of learned keys and values before those of a full layer (ParScale); 0 without
+        parallel streams."""
         return self.prefix_length if self.program.streams > 1 else 0
 
     @property
@@ -188,7 +190,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How a model is run; the parameters of a checkpoint mean the same whatever it says."""
+    """How a model runs. This does not change what the parameters of a checkpoint mean."""
 
     dtype: str = one_of("auto", "float32", "bfloat16")
     attention: str = one_of(*ATTENTION, resume=FREE)
@@ -200,20 +202,20 @@ class ComputeConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ComputeConfig":
-        """Builds this group alone, as `Config.from_dict` does for all settings."""
+        """Builds this group only. `Config.from_dict` builds all groups."""
         return _build(cls, fields, "compute.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: str = one_of("adamw", "muon")
-    # Positive numbers have a least one: float32 on the device rounds smaller ones to 0.
+    # The smallest positive value is 1e-30: float32 on the device rounds smaller ones to 0.
     learning_rate: float = number(1e-30, 1000)
     schedule: str = one_of("cosine", "wsd", "constant", resume=END)
     warmup_steps: int = number(0, MAX_INT32)
     decay_fraction: float = number(0, 1, above=True, resume=END)
     final_fraction: float = number(0, 1, resume=END)
-    # Not 1 - 1e-8 either, which float32 rounds to 1: the bias correction would divide by 0.
+    # float32 rounds 1 - 1e-8 to 1, and the bias correction would divide by 0.
     beta1: float = number(0, 0.999_999)
     beta2: float = number(0, 0.999_999)
     momentum: float = number(0, 0.999_999)
@@ -242,7 +244,7 @@ class DataConfig:
     sequence_length: int = number(1, 2**24)
     validation_fraction: float = number(0, 1, above=True, below=True)
     validation_sequences: int = number(1, MAX_INT32, resume=FREE)
-    seed: int = number(0, MAX_INT32)  # components of a mixture take the next ones, below 2^32
+    seed: int = number(0, MAX_INT32)  # parts of a mixture take the next ones, below 2^32
     cache_dir: str = text(resume=FREE)
 
     def __post_init__(self):
@@ -266,14 +268,14 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         _require(
             0 not in sizes.values() and list(sizes.values()).count(-1) <= 1,
-            f"mesh {sizes} needs sizes of at least 1, and at most one -1 (what is left).",
+            f"mesh {sizes} needs sizes of at least 1, and at most one -1 (the devices left).",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     steps: int = number(1, MAX_INT32, resume=END)
-    seed: int = number(0, 2**32 - 1)  # jax.random.key takes 32 bits and drops the others
+    seed: int = number(0, 2**32 - 1)  # jax.random.key uses 32 bits and drops the others
     log_every: int = number(1, MAX_INT32, resume=FREE)
     eval_every: int = number(1, MAX_INT32, resume=FREE)
     sample_every: int = number(1, MAX_INT32, resume=FREE)
@@ -294,7 +296,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on, checked field by field and then together."""
+    """All settings of a run. Each field is checked first, then rules about several fields."""
 
     model: ModelConfig
     compute: ComputeConfig
@@ -312,8 +314,8 @@ class Config:
         )
         _require(
             optimizer.warmup_steps < self.run.steps or optimizer.schedule == "constant",
-            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of "
-            f"run.steps={self.run.steps} to train at the full learning rate.",
+            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves no step of "
+            f"run.steps={self.run.steps} at the full learning rate.",
         )
         _require(
             not (data.packing and self.model.program.streams > 1),
@@ -323,7 +325,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Config":
-        """Builds the settings from a ConfigDict (or nested dicts); every field must be there."""
+        """Builds the settings from a ConfigDict (or nested dicts) that has every field."""
         return _build(cls, fields, "")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -331,8 +333,8 @@ class Config:
 
 
 def with_compute(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings that were written before there was a group `compute`, whose fields were `model`'s;
-    any others as they are."""
+    """Moves the fields of `compute` out of `model`, in settings of a version that had no group
+    `compute`. Returns other settings unchanged."""
     model = fields.get("model")
     if "compute" in fields or not isinstance(model, Mapping):
         return fields
@@ -356,11 +358,11 @@ def _kinds(cls=Config, prefix: str = "") -> dict[str, tuple[type, ...]]:
     return fields
 
 
-FIELDS = _kinds()  # dotted names and the types that their values may have
+FIELDS = _kinds()  # for each dotted name, the possible types of its value
 
 
 def resumable(how: str) -> tuple[str, ...]:
-    """Dotted names of the fields that may change in this way (FREE, END) when a run goes on."""
+    """Dotted names of the fields whose `resume` is `how` (FREE or END)."""
     return tuple(
         f"{group.name}.{field.name}"
         for group in dataclasses.fields(Config)
@@ -370,13 +372,13 @@ def resumable(how: str) -> tuple[str, ...]:
 
 
 def unknown_field(name: str) -> UserError:
-    """The sentence for a dotted name that is no field, with the nearest that is one."""
+    """The error for a dotted name that is not a field. It names the most similar field."""
     sentence = f"The config has no field {shown(name)}."
     if inside := [field for field in FIELDS if field.startswith(name.rstrip(".") + ".")]:
         return UserError(
             f"{sentence} It is a group: name one of its fields, such as '{inside[0]}'."
         )
-    # A name of another group before one that is spelt alike.
+    # The same name in another group is a better guess than a similar spelling.
     last = name.rpartition(".")[2]
     close = [field for field in FIELDS if field.rpartition(".")[2] == last]
     close = close or difflib.get_close_matches(name[:100], FIELDS, n=1)
@@ -385,8 +387,8 @@ def unknown_field(name: str) -> UserError:
 
 
 def check_names(fields: Mapping[str, Any], cls=Config, prefix: str = "") -> None:
-    """Every field is there and no other; values are left for later. Raises UserError."""
-    if not isinstance(fields, Mapping | ConfigDict):  # a ConfigDict does not say that it is one
+    """Raises UserError if a field is missing or unknown. Does not check values."""
+    if not isinstance(fields, Mapping | ConfigDict):  # a ConfigDict is not a Mapping
         what = f"{prefix.rstrip('.')}=" if prefix else "The config "
         raise UserError(f"{what}{shown(fields)} must be a group of fields.")
     known = typing.get_type_hints(cls)
@@ -398,7 +400,7 @@ def check_names(fields: Mapping[str, Any], cls=Config, prefix: str = "") -> None
     for name, kind in known.items():
         try:
             value = fields[name]
-        except RequiredValueError:  # of a placeholder
+        except RequiredValueError:  # the value of a placeholder that was never set
             raise UserError(f"The config has no value for {prefix}{name}.") from None
         if dataclasses.is_dataclass(kind):
             check_names(value, kind, f"{prefix}{name}.")

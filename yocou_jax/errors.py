@@ -1,16 +1,16 @@
-"""The one exception that a command line turns into a sentence instead of a stack trace."""
+"""The one exception of which a command shows a sentence and not a stack trace."""
 
 
 class UserError(ValueError):
-    """Something the user asked for is impossible; the message is the full sentence to show.
+    """The user asked for something impossible. The message is the full sentence to show.
 
     Raise it for bad input (a field, a file, a shape that does not divide), never for a bug:
-    `experiments.cli` prints its message alone and exits with code 2.
+    `experiments.cli` prints only its message and exits with code 2.
     """
 
 
 def shown(value) -> str:
-    """A value as a sentence quotes it: as Python writes it, without the middle of a long one."""
+    """A value to quote in a sentence: its repr, without the middle if it is long."""
     try:
         text = repr(value)
     except ValueError:  # Python does not write integers of more than 4,300 digits

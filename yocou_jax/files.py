@@ -1,4 +1,4 @@
-"""Paths as people type them, and files that are whole or absent; text on disk is always UTF-8."""
+"""Paths that users type, and files that are either complete or absent. All text is UTF-8."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,14 @@ from pathlib import Path
 def resolve(path: str | os.PathLike) -> Path:
     """The path that a user means: `~` and `~name` are home directories, as in a shell.
 
-    Every path of a flag or a config field goes through here, so that all commands find the same
-    file. A name such as `~nobody` that is no user stays as it is.
+    Every path in a flag or a config field is resolved here, so that all commands find the same
+    file. If there is no user of that name (`~nobody`), the path stays unchanged.
     """
     return Path(os.path.expanduser(path))
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """All or nothing, also through a kill or a full disk: a new file takes the old one's place."""
+    """Writes a new file and renames it. A kill or a full disk leaves the old file unchanged."""
     new = path.with_name(path.name + ".new")
     with new.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""What kinds of devices can do: one row per kind, from the data sheets of their makers."""
+"""Speed and memory of devices: one row per kind, from the data sheets of the makers."""
 
 import re
 from typing import NamedTuple
@@ -7,11 +7,11 @@ MIB = 2**20
 
 
 class Hardware(NamedTuple):
-    """One jax device of a kind; None is what nobody here has needed yet.
+    """One jax device of a kind. A value that this code does not need is None.
 
-    peak_flops: dense bf16 FLOP/s, without sparsity. memory_bytes_per_s: of the memory beside the
-    chip (HBM). vmem_bytes: of a TPU's memory for vectors. compute_capability: of an NVIDIA GPU, 90
-    for 9.0.
+    peak_flops: dense bf16 FLOP/s, without sparsity. memory_bytes, memory_bytes_per_s: size and
+    speed of the HBM. vmem_bytes: size of a TPU's vector memory. compute_capability: of an NVIDIA
+    GPU; 90 means 9.0.
     """
 
     peak_flops: float | None = None
@@ -27,8 +27,8 @@ H200 = Hardware(
     memory_bytes_per_s=4_800_000_000_000,
     compute_capability=90,
 )
-# By a pattern of jax.Device.device_kind; the first match counts. Of a TPU v7x chip (2307e12) jax
-# shows each half as a device.
+# (pattern of jax.Device.device_kind, row); the first match counts. A TPU v7x chip (2307e12) has two
+# halves, and jax shows each half as a device.
 KINDS = (
     (r"TPU v4 lite", Hardware()),
     (r"TPU v4", Hardware(275e12)),
@@ -47,5 +47,5 @@ KINDS = (
 
 
 def of(device_kind: str) -> Hardware:
-    """The row of a `jax.Device.device_kind`; one that knows nothing if the table has none."""
+    """The row of a `jax.Device.device_kind`. For an unknown kind, all values are None."""
     return next((row for pattern, row in KINDS if re.search(pattern, device_kind)), Hardware())

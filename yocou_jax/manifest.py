@@ -1,4 +1,4 @@
-"""The manifest of a run: what it was started with, so that a resume is refused when it differs."""
+"""The manifest of a run says what it was started with. A resume with other settings is an error."""
 
 import datetime
 import importlib.metadata
@@ -18,7 +18,7 @@ from yocou_jax.files import write_atomically
 from yocou_jax.trees import differences, flat
 
 FILE = "manifest.json"
-CODE = ("git", "python", "packages", "device")  # what may change the bits of a run that goes on
+CODE = ("git", "python", "packages", "device")  # may change the bits of a resumed run
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 log = logging.getLogger(__name__)
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 def describe(
     config: Mapping, *, corpus: str | None = None, tokenizer: str | None = None, **extra
 ) -> dict:
-    """What a run is started with: its config, code, versions and device.
+    """What a run is started with: config, code, versions and device.
 
-    corpus, tokenizer: fingerprints. extra: anything else worth keeping, as JSON values.
+    corpus, tokenizer: fingerprints. extra: other JSON values to store.
     """
     device = jax.devices()[0].device_kind
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "config": json.loads(json.dumps(config)),  # tuples become lists, as they will be when read
+        "config": json.loads(json.dumps(config)),  # tuples become lists, as in the file
         "corpus": corpus,
         "tokenizer": tokenizer,
         "git": _git_revision(),
@@ -46,7 +46,7 @@ def describe(
 
 
 def read(workdir: Path) -> dict | None:
-    """The manifest of a run, or None with a warning if it cannot be read."""
+    """The manifest of a run. If it cannot be read, logs a warning and returns None."""
     path = workdir / FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -65,10 +65,10 @@ def write(workdir: Path, manifest: Mapping) -> None:
 
 
 def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) -> None:
-    """Whether a run may go on as `now` says; `free` names fields of the config that may change.
+    """Checks that a run with the manifest `before` can be resumed with the manifest `now`.
 
-    Raises UserError if another field, the training text or the tokenizer is another one; warns of
-    other versions and devices.
+    `free` names the fields of the config that may change. Raises UserError if another field, the
+    training text or the tokenizer has changed. Warns of other versions and devices.
     """
     differing = differences(flat(before["config"]), flat(now["config"]), ignore=free)
     if differing:
@@ -77,7 +77,7 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
             words = "another version of this code, whose config has other fields"
         raise UserError(
             f"The run in {workdir} was started with {words}, so it cannot be resumed: "
-            f"{'; '.join(differing)}. Give the old values, or this run a workdir of its own: "
+            f"{'; '.join(differing)}. Give the old values, or give this run a new workdir: "
             f"--workdir={workdir}{_suffix(before, now, free)}."
         )
     for what, words in (("corpus", "training text"), ("tokenizer", "tokenizer")):
@@ -95,7 +95,7 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
 
 
 def _suffix(before: dict, now: dict, free: tuple[str, ...]) -> str:
-    """A name for the folder of a sibling, after the first field that differs: -window=9."""
+    """A suffix for the workdir of a new run: the first field that differs, as in -window=9."""
     old, new = flat(before["config"]), flat(now["config"])
     names = sorted(k for k in old.keys() & new.keys() if k not in free and old[k] != new[k])
     suffix = f"-{names[0].rpartition('.')[2]}={new[names[0]]}" if names else ""
@@ -103,7 +103,7 @@ def _suffix(before: dict, now: dict, free: tuple[str, ...]) -> str:
 
 
 def _git_revision() -> str | None:
-    """The commit of this code, "+dirty" if a tracked file was edited; None outside a checkout."""
+    """The commit of this code, with "+dirty" if a tracked file has changed. None without git."""
     command = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+dirty")
     here = Path(__file__).parent
     try:

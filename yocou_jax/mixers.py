@@ -1,9 +1,10 @@
-"""The kinds of layers that a program can name, and the facts of each: pure arithmetic, no arrays.
+"""The kinds of layers that a program can name, and the facts of each: arithmetic without arrays.
 
-A mixer is the part of a layer that moves information between positions; norms and feed-forward are
+A mixer is the part of a layer that moves information between positions. Norms and feed-forward are
 the same in every layer. `MIXERS` has the facts that programs, accounting and the choice of kernels
-ask for, and `MODULES` in the model, with the same keys, has what is computed. Nothing else knows a
-mixer by its name, so a new one is an entry in each of the two (see CONTRIBUTING.md).
+need. `MODULES` in yocou_jax/model/attention.py has the same keys, and the modules that compute. No
+other code compares the name of a mixer, so a new mixer is one entry in each table (see
+CONTRIBUTING.md).
 """
 
 import typing
@@ -13,10 +14,10 @@ if typing.TYPE_CHECKING:
 
 
 class Kernel(typing.NamedTuple):
-    """Which operation of pallas_kernels.api a layer calls in training, with which arguments.
+    """The operation of pallas_kernels.api that a layer calls in training, and its arguments.
 
-    window: visible keys, the query's own included; None for all before. prefix: learned keys
-    before the first position.
+    window: number of visible keys, the query's own included; None for all keys up to it. prefix:
+    number of learned keys before the first position.
     """
 
     operation: str
@@ -25,22 +26,22 @@ class Kernel(typing.NamedTuple):
 
 
 class Mixer:
-    """Facts of one layer, for one sequence and one parallel stream; numbers are not bytes.
+    """Facts of one layer, for one sequence and one parallel stream. Sizes are numbers, not bytes.
 
-    reads_global: it reads the one global K, V and keeps nothing during inference, so only such
-    layers may follow it. What others keep, their modules say. streams: whether it can run in
-    parallel streams (ParScale).
+    reads_global: whether the layer reads the one global K, V, and so has no memory of its own in
+    inference. Only such layers may follow it. The memory of another layer is made by its module.
+    streams: whether the layer can run in parallel streams (ParScale).
     """
 
     reads_global = False
     streams = False
 
     def kernel(self, config: "ModelConfig") -> Kernel | None:
-        """The attention kernel that training calls; None without one."""
+        """The attention kernel that training calls, or None."""
         return None
 
     def weights(self, config: "ModelConfig") -> int:
-        """Entries of its matrices: each is one multiply-add for each position."""
+        """Entries of its matrices. Each entry costs one multiply-add per position."""
         raise NotImplementedError
 
     def scales(self, config: "ModelConfig") -> int:
@@ -52,47 +53,47 @@ class Mixer:
         return 0
 
     def sequence_flops(self, config: "ModelConfig", length: int) -> int:
-        """Forward FLOPs over a sequence of `length` positions, without those of the weights."""
+        """FLOPs of a forward pass over `length` positions, without those of the matrices."""
         raise NotImplementedError
 
     def step_flops(self, config: "ModelConfig", context: int) -> int:
-        """The same for the newest of `context` positions, in one decode step."""
+        """FLOPs of one decode step at the newest of `context` positions, without the matrices."""
         raise NotImplementedError
 
     def kept(self, config: "ModelConfig", length: int) -> int:
-        """Numbers that its memory holds after `length` positions, in room for just these."""
+        """Numbers that its memory stores for `length` positions, if it has room for no more."""
         raise NotImplementedError
 
     def read(self, config: "ModelConfig", context: int) -> int:
-        """Numbers of a memory that a decode step reads when it sees `context` positions."""
+        """Numbers of its memory that a decode step reads at the newest of `context` positions."""
         raise NotImplementedError
 
 
 class Attention(Mixer):
-    """Softmax attention: what differs between its kinds is which keys a query sees.
+    """Softmax attention. Its kinds differ in the keys that a query sees.
 
-    FLOPs: 2 H for the score and 2 H for the value of each visible (query, key) pair and query head.
+    FLOPs of each visible (query, key) pair and query head: 2 H for the score, 2 H for the value.
     """
 
     own_kv = True  # whether it has W_k and W_v
 
     def pairs(self, config: "ModelConfig", length: int) -> int:
-        """Visible (query, key) pairs of one causal sequence of `length` positions, one head."""
+        """Number of visible (query, key) pairs per head, in a causal sequence of `length`."""
         return length * (length + 1) // 2
 
     def keys(self, config: "ModelConfig", context: int) -> int:
-        """Keys that the newest of `context` positions sees, its own included."""
+        """Number of keys that the newest of `context` positions sees, its own included."""
         return context
 
     def positions(self, config: "ModelConfig", length: int) -> int:
-        """Positions whose keys and values its memory holds (Table 1, column KV memory)."""
+        """Number of positions whose keys and values its memory stores (Table 1, KV memory)."""
         return length
 
     def kernel(self, config: "ModelConfig") -> Kernel:
         return Kernel("cross_attention")
 
     def weights(self, config: "ModelConfig") -> int:
-        """W_q, W_o and, if it has its own, W_k and W_v."""
+        """W_q, W_o and, if the layer has keys and values of its own, W_k and W_v."""
         own_kv = 2 * config.num_kv_heads if self.own_kv else 0
         return config.d_model * config.head_dim * (2 * config.num_heads + own_kv)
 
@@ -132,8 +133,8 @@ class Window(Attention):
 
 
 class Full(Attention):
-    """Causal self-attention over everything before (RoPE), and in parallel streams over each
-    stream's own learned keys and values (ParScale)."""
+    """Causal self-attention over all keys up to the query's own (RoPE). In parallel streams also
+    over the learned keys and values of the stream (ParScale)."""
 
     streams = True
 
@@ -154,7 +155,7 @@ class Full(Attention):
 
 
 class Cross(Attention):
-    """Causal attention on the one global K, V, which it only reads."""
+    """Causal attention to the one global K, V. The layer only reads them."""
 
     reads_global = True
     own_kv = False
@@ -164,7 +165,7 @@ class Cross(Attention):
 
 
 def kv_width(config: "ModelConfig") -> int:
-    """Numbers of one position's keys and values in all heads."""
+    """How many numbers the keys and values of one position are, over all heads."""
     return 2 * config.num_kv_heads * config.head_dim
 
 

@@ -1,11 +1,11 @@
-"""A trained model as one thing: parameters, sizes and tokenizer, read from either of two folders.
+"""A trained model: parameters, sizes and tokenizer, read from one of two kinds of folders.
 
     training workdir     manifest.json    tokenizer.json    checkpoints/
     exported folder      config.json      tokenizer.json    model.safetensors
 
-An exported folder has what inference needs and nothing else; safetensors is the file format that
-other frameworks read too, with the dotted path of each parameter as its name. Hashes tell whether
-the tokenizer is the model's own and the parameters are those that were written.
+An exported folder has only what inference needs. Other frameworks can read safetensors files too;
+the name of each parameter is its dotted path. Hashes show whether the tokenizer is that of the
+model, and whether the parameters are unchanged.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ from yocou_jax.sharding import check_split, tree_shardings
 from yocou_jax.trees import differences, named_leaves
 from yocou_jax.typing import PyTree
 
-FORMAT, VERSION = "yocou_jax", 3  # of an exported folder; another meaning is another version
-READABLE = (2, 3)  # in version 2 the fields of "compute" were those of "model"
+FORMAT, VERSION = "yocou_jax", 3  # of an exported folder; raise it if a field changes its meaning
+READABLE = (2, 3)  # in version 2, the fields of "compute" were in "model"
 CONFIG, WEIGHTS, TOKENIZER = FILES = ("config.json", "model.safetensors", "tokenizer.json")
 CONFIG_FIELDS = {
     *("format", "version", "program", "step", "model", "compute"),
-    *("tokenizer", "end_of_text", "weights"),  # its fingerprint, a name, sha256 of the file
+    *("tokenizer", "end_of_text", "weights"),  # fingerprint; name; sha256 of the file
 }
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names in safetensors and jax
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors: jax
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 class Pretrained:
     """A model to run.
 
-    params: unboxed, as `LanguageModel(config, ...).apply({"params": params}, ...)` takes them;
-        float32 from a workdir, of any floating type of DTYPES from an exported folder.
-    compute: with attention="auto", whatever kernel the model was trained with.
-    step: training steps behind it; None if nobody knows.
+    params: unboxed, for `LanguageModel(config, ...).apply({"params": params}, ...)`. From a workdir
+        they are float32. From an exported folder they have any type of DTYPES.
+    compute: as in training, but with attention="auto".
+    step: number of training steps; None if it is not known.
     """
 
     params: PyTree = dataclasses.field(repr=False)
@@ -74,14 +74,14 @@ class Pretrained:
 
 
 def load(path: str | os.PathLike, mesh: Mesh | None = None, step: int | None = None) -> Pretrained:
-    """Reads a checkpoint of a training workdir (of `step`, or the newest whole one), or an exported
-    folder.
+    """Reads an exported folder, or a training workdir: the checkpoint of `step`, or the newest
+    undamaged one.
 
-    The parameters lie on `mesh` as in training, each device reading its part; without a mesh, on
-    the first device. Nothing on disk is changed.
+    The parameters are split over `mesh` as in training, and each device reads its part. Without a
+    mesh they are on the first device. Nothing on disk is changed.
 
-    Raises UserError if the folder is neither, is not complete, cannot be read, has no such step, or
-    holds another model or tokenizer than its config says.
+    Raises UserError if the folder is of neither kind, is not complete, cannot be read, has no such
+    step, or contains another model or tokenizer than its config says.
     """
     path = resolve(path)
     if not path.exists():
@@ -97,11 +97,11 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None, step: int | None = N
 
 
 def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
-    """Writes an exported folder; the same model gives the same bytes. For a single process.
+    """Writes an exported folder. The same model gives the same bytes. Call it in a single process.
 
-    The folder appears when it is complete: a kill leaves at most a hidden one beside it. Raises
-    UserError if it exists and is not empty, if it cannot be written, or if the parameters are not
-    those of the config.
+    The folder appears when it is complete; after a kill, a hidden folder may remain next to it.
+    Raises UserError if the folder exists and is not empty, if it cannot be written, or if the
+    parameters do not fit the config.
     """
     folder, config = resolve(folder).resolve(), pretrained.config
     found = {name: (list(x.shape), x.dtype.name) for name, x in named_leaves(pretrained.params)}
@@ -125,15 +125,15 @@ def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
     try:
         scratch.mkdir(parents=True)
         (scratch / TOKENIZER).write_bytes(pretrained.tokenizer.to_json().encode())
-        # On a CPU these are views. safetensors writes memory as it lies, and arrays that come from
-        # an accelerator may lie in another order.
+        # safetensors writes the bytes in the order in which they are in memory, and arrays from an
+        # accelerator may have another order than C. On a CPU these arrays are views.
         arrays = {n: np.asarray(x, order="C") for n, x in named_leaves(pretrained.params)}
         save_file(arrays, scratch / WEIGHTS)
         description["weights"] = _sha256(scratch / WEIGHTS)
         (scratch / CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        # safetensors makes files that their owner alone can read.
+        # safetensors makes files that only their owner can read.
         (scratch / WEIGHTS).chmod((scratch / CONFIG).stat().st_mode)
-        for name in FILES:  # on the disk before the folder has its name, also through a power cut
+        for name in FILES:  # on the disk before the rename, in case the power fails
             with (scratch / name).open("rb") as file:
                 os.fsync(file.fileno())
         scratch.rename(folder)
@@ -195,12 +195,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{file} cannot be read: {str(error).rstrip('.')}.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file} does not hold a JSON object.")
+        raise UserError(f"{file} does not contain a JSON object.")
     return value
 
 
 def _model_config(file: Path, fields: Any, program: Any) -> ModelConfig:
-    """The sizes, if this code makes the same program of them as the one that was trained."""
+    """The sizes. Raises UserError if this code makes another program of them than training did."""
     if not isinstance(fields, Mapping):
         raise UserError(f"{file} has no fields under 'model', but {fields!r}.")
     try:
@@ -222,7 +222,7 @@ def _compute_config(file: Path, fields: Any) -> ComputeConfig:
         compute = ComputeConfig.from_dict(fields)
     except UserError as error:
         raise UserError(f"{file} cannot be used: {error}") from error
-    # The kernel belongs to the device that trained, not to the model.
+    # The choice of a kernel is a property of the device that trained, not of the model.
     return dataclasses.replace(compute, attention="auto")
 
 
@@ -233,7 +233,7 @@ def _file_of(path: Path, name: str) -> str:
 
 
 def _placed(config: ModelConfig, mesh: Mesh | None) -> PyTree:
-    """Shapes of the parameters with the shardings that they are to have."""
+    """Shapes of the parameters, with the shardings that they will get."""
     boxed = abstract_params(config)
     params = nn.unbox(boxed)
     if mesh is not None:
@@ -250,7 +250,7 @@ def _placed(config: ModelConfig, mesh: Mesh | None) -> PyTree:
 
 
 def _check_arrays(owner: str, found: dict[str, tuple[list[int], str]], wanted: PyTree) -> None:
-    """Refuses other names, shapes or types than the parameters `wanted` may have."""
+    """Raises UserError if names, shapes or types are not those that `wanted` may have."""
     shapes = {name: list(x.shape) for name, x in named_leaves(nn.unbox(wanted))}
     if differing := differences({name: shape for name, (shape, _) in found.items()}, shapes):
         raise UserError(
@@ -265,9 +265,9 @@ def _check_arrays(owner: str, found: dict[str, tuple[list[int], str]], wanted: P
 
 
 def _read_tokenizer(described: Path, end_of_text: Any, fingerprint: Any) -> Tokenizer:
-    """The tokenizer beside the file `described`, if it is the one that this file names.
+    """The tokenizer in the folder of `described`. Raises UserError if its fingerprint differs.
 
-    One that changes texts was allowed when the model was trained.
+    A lossy tokenizer is possible here, because training has allowed it.
     """
     if not isinstance(end_of_text, str) or not isinstance(fingerprint, str | None):
         raise UserError(
@@ -281,8 +281,8 @@ def _read_tokenizer(described: Path, end_of_text: Any, fingerprint: Any) -> Toke
     elif tokenizer.fingerprint != fingerprint:
         raise UserError(
             f"{file} is not the tokenizer of this model: its fingerprint is "
-            f"{tokenizer.fingerprint}, but {described} has {fingerprint}. Bring the model's own "
-            "back; with another one its text is garbage."
+            f"{tokenizer.fingerprint}, but {described} has {fingerprint}. Put the tokenizer "
+            "of the model there; with another one, the model writes garbage."
         )
     return tokenizer
 
@@ -293,7 +293,7 @@ def _sha256(file: str | os.PathLike) -> str:
 
 
 def _read_arrays(file: str, wanted: PyTree, sha256: str) -> PyTree:
-    """The arrays of a safetensors file in the places of `wanted`; each device's part by itself."""
+    """The arrays of a safetensors file, as a tree like `wanted`. Each device reads its own part."""
     try:
         with safe_open(file, framework="numpy") as stored:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118

@@ -1,17 +1,17 @@
-"""A language model is a short program of stages; everything else follows from that one object.
+"""A language model is a short program of stages. Everything else is derived from this object.
 
     yoco_u = "window*10@3 | cross*10"      10 window layers, applied 3 times; then 10 cross layers
 
-A stage is written `mixer*layers@loops`, stages are joined by `|`, and `, streams=P` at the end runs
+A stage is written `mixer*layers@loops`. The sign `|` joins stages. `, streams=P` at the end runs
 parallel streams (ParScale). The mixers are in mixers.py:
 
     window   causal self-attention over the last W keys, the query's own included (RoPE)
-    full     causal self-attention over everything before (RoPE)
-    cross    causal attention on the one global K, V (no position encoding)
+    full     causal self-attention over all keys up to the query's own (RoPE)
+    cross    causal attention to the one global K, V (no position encoding)
 
-The self-decoder is what comes before the first cross stage, and the cross-decoder is the rest. The
-global K, V are written once, between the two, by one RMSNorm and two projections (YOCO, arXiv
-2405.05254; YOCO-U, arXiv 2604.01220). A new architecture is a new line below.
+The self-decoder is all stages before the first cross stage. The cross-decoder is the other stages.
+Between the two, one RMSNorm and two projections write the global K, V once (YOCO, arXiv 2405.05254;
+YOCO-U, arXiv 2604.01220). A new architecture is a new line below.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from typing import NamedTuple
 from yocou_jax.errors import UserError, shown
 from yocou_jax.mixers import MIXERS
 
-# {all} is the number of layers, {half} half of it. The loop counts are the paper's; a config's
-# `model.num_loops` replaces the count of every stage that has one.
+# {all} is the number of layers, and {half} is half of it. The loop counts are those of the paper.
+# `model.num_loops` of a config replaces the count of every stage that has one.
 ARCHITECTURES: dict[str, str] = {
     "yoco_u": "window*{half}@3 | cross*{half}",
     "yoco": "window*{half} | cross*{half}",
     "transformer": "full*{all}",
     "universal_transformer": "full*{all}@2",
-    # The paper's section 4.2 loops the early half; its appendix E the later: full*10 | full*10@3.
+    # Section 4.2 of the paper loops the first half, appendix E the second: full*10 | full*10@3.
     "rins": "full*{half}@3 | full*{half}",
     "upper_loop": "window*{half} | cross*{half}@3",
     "upper_loop_unshared": "window*{half} | full*{half}@3",
@@ -39,10 +39,10 @@ ARCHITECTURES: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`layers` blocks of one mixer, the whole stack of them applied `loops` times.
+    """`layers` blocks of one mixer. The whole stack of blocks runs `loops` times.
 
-    loops None says that the stage is no loop. A loop run once (1) computes the same, but stays a
-    loop: its count can be changed later, in a config or for a single call.
+    loops=None means that the stage is not a loop. A loop that runs once (1) computes the same, but
+    its count can be changed later, in a config or for a single call.
     """
 
     mixer: str
@@ -62,7 +62,7 @@ class Stage:
 
     @property
     def reads_global(self) -> bool:
-        """Whether its layers read the one global K, V and keep nothing of their own."""
+        """Whether its layers read the one global K, V, and have no memory of their own."""
         return MIXERS[self.mixer].reads_global
 
     @property
@@ -71,7 +71,7 @@ class Stage:
 
     @property
     def depth(self) -> int:
-        """Layers that a token passes through: layers times loops."""
+        """Number of layers that a token passes through: layers times loops."""
         return self.layers * self.num_loops
 
     def __str__(self) -> str:
@@ -79,10 +79,10 @@ class Stage:
 
 
 class Visit(NamedTuple):
-    """One application of one layer on a token's way through a program.
+    """One run of one layer, when a token passes through a program.
 
-    name: of the stage, as its parameters are named. index: of the application within the stage,
-    loop by loop; every (loop, layer) has a memory of its own.
+    name: the name of the stage, which its parameters have too. index: number of this run within the
+    stage, loop by loop. Every (loop, layer) has a memory of its own, and this is its number.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Visit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The stages in order; `streams` parallel copies of the input (ParScale) when above 1."""
+    """The stages in order, and `streams`, the number of parallel copies of the input (ParScale)."""
 
     stages: tuple[Stage, ...]
     streams: int = 1
@@ -122,7 +122,7 @@ class Program:
         if self.streams > 1 and not all(MIXERS[stage.mixer].streams for stage in self.stages):
             raise UserError(
                 f"The program {shown(str(self))} has streams={shown(self.streams)}; parallel "
-                "streams (ParScale) are defined for programs of full stages alone."
+                "streams (ParScale) are defined only for programs of full stages."
             )
 
     @classmethod
@@ -149,9 +149,9 @@ class Program:
 
     @classmethod
     def from_architecture(cls, architecture: str, num_layers: int) -> "Program":
-        """The program of a name in ARCHITECTURES at `num_layers` layers, or a program's own text.
+        """The program of a name in ARCHITECTURES with `num_layers` layers, or of a program's text.
 
-        With a text such as 'window*4@3 | cross*4' the text decides and num_layers is not used.
+        With a text such as 'window*4@3 | cross*4', num_layers is not used.
         """
         if "*" in architecture:
             return cls.parse(architecture)
@@ -169,7 +169,7 @@ class Program:
         return cls.parse(template.format(all=num_layers, half=num_layers // 2))
 
     def with_loops(self, num_loops: int) -> "Program":
-        """The same program with every looped stage run `num_loops` times."""
+        """The same program, in which every looped stage runs `num_loops` times."""
         if num_loops < 1:
             raise UserError(f"num_loops={num_loops} must be at least 1.")
         if all(stage.loops is None for stage in self.stages):
@@ -185,27 +185,28 @@ class Program:
 
     @property
     def layers(self) -> int:
-        """Layers with parameters of their own."""
+        """Number of layers with parameters of their own."""
         return sum(stage.layers for stage in self.stages)
 
     @property
     def depth(self) -> int:
-        """Layers that a token passes through, loops counted."""
+        """Number of layers that a token passes through: each counts once per loop."""
         return sum(stage.depth for stage in self.stages)
 
     @property
     def named_stages(self) -> list[tuple[str, Stage]]:
-        """The stages with the names that their parameters have."""
+        """(name, stage) for each stage. The name is that of its parameters."""
         return [(f"stage_{i}_{stage.mixer}", stage) for i, stage in enumerate(self.stages)]
 
     @property
     def self_decoder(self) -> list[tuple[str, Stage]]:
-        """The named stages before the global K, V: those that a prompt must run through."""
+        """The named stages before the global K, V: every token of a prompt runs through them."""
         return [(name, stage) for name, stage in self.named_stages if not stage.reads_global]
 
     @property
     def cross_decoder(self) -> list[tuple[str, Stage]]:
-        """The named stages that read the global K, V: prefill skips them (YOCO, section 2.2)."""
+        """The named stages that read the global K, V. In prefill, only the last token of a prompt
+        runs through them (YOCO, section 2.2)."""
         return [(name, stage) for name, stage in self.named_stages if stage.reads_global]
 
     @property
@@ -214,7 +215,7 @@ class Program:
         return self.stages[-1].reads_global
 
     def visits(self) -> Iterator[Visit]:
-        """Every layer application that a token passes through, in order."""
+        """Every run of a layer that a token passes through, in order."""
         for name, stage in self.named_stages:
             for loop in range(stage.num_loops):
                 for layer in range(stage.layers):

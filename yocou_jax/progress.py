@@ -1,4 +1,4 @@
-"""A line every few seconds about work that may take long; work that is done sooner says nothing."""
+"""Long work logs a line every few seconds. Work that takes less time logs nothing."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 def with_progress(
     items: Iterable[Item], what: str, size: Callable[[Item], int], total: int | None = None
 ) -> Iterator[Item]:
-    """The same items; logs, say, "Tokenising python: 12.3 MB of 40.1 MB." (sizes in bytes)."""
+    """Yields the items, and logs "Tokenising python: 12.3 MB of 40.1 MB." (`size` is in bytes)."""
     done, last = 0, time.monotonic()
     for item in items:
         yield item
@@ -28,9 +28,9 @@ def with_progress(
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says that the work of the block still goes on, where it cannot be counted: "Hashing x: 10 s."
+    """Logs "Hashing x: 10 s." while the block runs, for work whose progress cannot be counted.
 
-    A thread says it, because the work may be one call of a library.
+    A thread logs the line, because the work may be a single call of a library.
     """
     done, start = threading.Event(), time.monotonic()
 

@@ -1,8 +1,8 @@
-"""The mesh, and the one table that says how every array lies on it.
+"""The mesh, and the one table that says how every array is split over it.
 
-Modules name logical axes; LOGICAL_AXES maps them to mesh axes; all shardings are derived from it
-(`jax.eval_shape` -> specs -> `jit(init, out_shardings=...)`). A new kind of parallelism is a new
-mesh axis and its rows here.
+Modules name logical axes, and LOGICAL_AXES maps them to mesh axes. All shardings are derived from
+this table (`jax.eval_shape` -> specs -> `jit(init, out_shardings=...)`). A new kind of parallelism
+is a new mesh axis and its rows here.
 """
 
 import logging
@@ -18,7 +18,7 @@ from yocou_jax.errors import UserError
 from yocou_jax.typing import Array, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
-REPLICATED_SHARE = 0.25  # of the parameters, above which a warning says that they are not split
+REPLICATED_SHARE = 0.25  # if a larger share of the parameters is not split, a warning says so
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "length": (),
     "activation": (),  # the model width of an activation
     # parameters
-    "embed": ("fsdp",),  # the model width of a matrix
+    "embed": ("fsdp",),  # the model width of a matrix of parameters
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -43,7 +43,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh of axes data, fsdp, tensor over all devices; a size of -1 takes what is left."""
+    """A mesh with the axes data, fsdp, tensor over all devices. -1 means all that are left."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     named = math.prod(max(size, 1) for size in sizes.values())
@@ -61,22 +61,22 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def _does_not_fit(sizes: dict[str, int], named: int, devices: int) -> str:
-    """Why a mesh cannot be laid over that many devices, and what would be possible."""
+    """Says why a mesh does not fit that many devices, and what would be possible."""
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    sentence = f"A mesh of {asked} cannot be laid over {devices} devices"
+    sentence = f"A mesh of {asked} does not fit {devices} devices"
     others = " * ".join(axis for axis, size in sizes.items() if size != -1)
     if -1 in sizes.values():
         return f"{sentence}: {others} is {named}, which does not divide {devices}."
     free = [axis for axis, size in sizes.items() if devices % (named // size) == 0]
-    hint = f" mesh.{free[0]}=-1 would take what the others leave." if free else ""
+    hint = f" mesh.{free[0]}=-1 would take all that are left." if free else ""
     return f"{sentence}: {others} is {named} and must be {devices}.{hint}"
 
 
 def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a mesh with an axis over which no parameter is split: its devices would only repeat.
+    """Raises UserError if a mesh axis splits no parameter: its devices would do the same work.
 
-    Where some are split, a warning says how much of the parameters every device holds whole.
-    boxed: parameters with their logical axes. Raises UserError.
+    If it splits only some parameters, a warning may say which share every device stores as a whole.
+    boxed: parameters with their logical axes.
     """
     boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     for axis in (axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1):
@@ -106,9 +106,9 @@ def _is_split(box: nn.LogicallyPartitioned, mesh, axis: str) -> bool:
 def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes.
 
-    A dimension that its mesh axes do not divide is replicated (so 2 K/V heads work under
-    tensor=4). Raises ValueError when two dimensions of one array claim the same mesh axis, or when
-    a name is not in the table: both are mistakes in a module, not in a config.
+    A dimension that its mesh axes do not divide is replicated, so 2 K/V heads work with tensor=4.
+    Raises ValueError if two dimensions of one array map to the same mesh axis, or if a name is not
+    in the table. Both are mistakes in a module, not in a config.
     """
     if len(axes) != len(shape):
         raise ValueError(f"Logical axes {axes} do not match the shape {shape}.")
@@ -130,7 +130,7 @@ def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Part
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Tells the compiler how an activation lies on the mesh of the context, if there is one."""
+    """Tells the compiler how to split an activation over the mesh of the context, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -138,12 +138,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def attention_partition() -> Partition:
-    """Over which mesh axes the attention kernels split batch rows and heads."""
+    """The mesh axes over which the attention kernels split batch rows and heads."""
     return Partition(batch=LOGICAL_AXES["batch"], heads=LOGICAL_AXES["heads"])
 
 
 def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
-    """NamedShardings of a tree whose parameters are boxed by flax with their logical axes.
+    """The NamedShardings of a tree of parameters in flax boxes, which name their logical axes.
 
     Leaves without a box (step counters, scalars of the optimiser) are replicated.
     """
@@ -157,12 +157,12 @@ def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sequences are split over data and fsdp; every device of a tensor group has the same ones."""
+    """Splits sequences over data and fsdp. All devices of a tensor group have the same ones."""
     axes = (LOGICAL_AXES[name] or None for name in ("batch", "length"))
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Into how many parts the global batch is split on a mesh, by default that of the context."""
+    """Number of parts of the global batch on a mesh, by default on the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])

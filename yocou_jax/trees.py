@@ -1,4 +1,4 @@
-"""Trees of arrays or settings with dotted names, and what differs between two."""
+"""Dotted names for the leaves of trees, and the differences between two trees."""
 
 from collections.abc import Mapping
 
@@ -8,13 +8,13 @@ from yocou_jax.typing import PyTree
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
-    """(dotted path, leaf) in the order of jax.tree.leaves; files and hashes know arrays by it."""
+    """(dotted path, leaf) in the order of jax.tree.leaves. Files and hashes use these paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves]
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one, with dotted names."""
+    """One mapping with dotted names, made from nested mappings."""
     result = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping)
@@ -23,7 +23,7 @@ def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
 
 
 def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> list[str]:
-    """`name: old -> new` for every name whose value differs or is absent on one side."""
+    """`name: old -> new` for every name whose value differs, or that one side lacks."""
     shown = {}
     for name in sorted((old.keys() | new.keys()) - set(ignore)):
         if name not in old or name not in new or old[name] != new[name]:

@@ -1,10 +1,10 @@
-"""The letters that shapes are written in, once, for every docstring, einsum and annotation.
+"""The letters of all shapes, in every docstring, einsum and annotation.
 
 Notation
     B  batch              N  query positions      S  key positions
     D  model width        Q  query heads          K  key/value heads    G  Q / K
     H  head width         F  feed-forward width   E  experts            V  vocabulary
-    W  window: the number of visible keys, the query's own included (query i sees i-W+1 .. i)
+    W  window: the number of visible keys, including that of the query (query i sees i-W+1 .. i)
     L  layers             P  parallel streams
 The loop count is `num_loops`, never T.
 """

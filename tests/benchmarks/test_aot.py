@@ -217,6 +217,7 @@ for kernel in result["kernels"]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.slow
 def test_splash_compiles_for_a_tpu(tmp_path):
     """The whole way from libtpu to cycles, on the baseline of the tile table."""
     environment = os.environ | targets.environment(targets.TARGETS["v6e"], tmp_path)

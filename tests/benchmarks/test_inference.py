@@ -178,6 +178,7 @@ def shown(report) -> str:
     return console.export_text()
 
 
+@pytest.mark.slow
 def test_a_tiny_run_measures_and_a_failing_cell_fails_alone(monkeypatch, tmp_path):
     usual = inference.run_decode
 

@@ -1,4 +1,4 @@
-"""A tiny corpus and a configuration for it; the byte tokenizer unless a test asks for another."""
+"""A tiny corpus and a config for it, with the byte tokenizer if a test names no other one."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 @pytest.fixture
 def corpus(tmp_path):
-    """60 documents of 20 to 90 bytes, each unlike the others; returns their glob and texts."""
+    """60 different documents of 20 to 90 bytes. Returns their glob and texts."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     texts = {}

@@ -1,15 +1,15 @@
-"""Random data files: what is loaded is what was meant, or one sentence says why not.
+"""Random data files: the documents that are loaded are right, or one sentence says why not.
 
     python -m tests.data.fuzz_files --seed=0 --count=2000
 
-A case writes documents to a folder, as text, JSON, parquet or with a tokenizer.json, in one of the
-many ways that mean the same, and may damage a file afterwards. It passes when `load_data`
+A case writes documents to a folder, as text, JSON, parquet or with a tokenizer.json, in one of many
+forms that mean the same. Then it may damage a file. It passes if `load_data`
 
-* gives exactly the documents that were meant (whole files: these; damaged ones: what an
-  independent reading of their bytes gives, never markup or compressed bytes), or
-* raises UserError with one sentence, for damaged files only,
+* gives exactly the documents of the case (for a damaged file: what an independent reader gets from
+  its bytes, and never markup or compressed bytes), or
+* raises UserError with one sentence, only for damaged files,
 
-within 20 s and without any other exception. Exits with 1 when a case fails; `--only=N` runs one.
+within 20 s and without any other exception. Exits with 1 if a case fails. `--only=N` runs one case.
 """
 
 import argparse
@@ -53,7 +53,7 @@ if importlib.util.find_spec("zstandard"):
     import zstandard
 
     def unzstd(content: bytes) -> bytes:
-        """All frames of zstd data; a decompressor alone stops after the first."""
+        """All frames of zstd data. A decompressor alone would stop after the first one."""
         with zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True) as file:
             return file.read()
 
@@ -65,7 +65,7 @@ BAD_VALUES = ["null", "5", "-1e9", "true", "[]", '["text"]', "{}", '{"text": "in
 
 @dataclasses.dataclass
 class Case:
-    """Files in a folder, and the documents that they mean; None: what their bytes say."""
+    """Files in a folder, and the documents in them. None: `reading` decides."""
 
     folder: Path
     source: str
@@ -73,15 +73,15 @@ class Case:
     bad_rows: str = "refuse"
     skipped: int = 0
     tokenizer: str = "bytes"
-    may_refuse: bool = False  # the files are damaged, or too few
-    reading: Callable[[], list[str]] = list  # of damaged files, when they load
+    may_refuse: bool = False  # there are damaged files, or too few files
+    reading: Callable[[], list[str]] = list  # for damaged files that can be loaded
 
 
-# --- Files that mean the documents -------------------------------------------------------------
+# --- Files with documents ----------------------------------------------------------------------
 
 
 def random_texts(rng: random.Random, count: int) -> list[str]:
-    """Documents that differ, of 12 to about 300 characters."""
+    """Different documents of 12 to about 300 characters."""
     ends = ["\n", "\r\n", "\r", " ", ""]
     texts = []
     for i in range(count):
@@ -92,7 +92,7 @@ def random_texts(rng: random.Random, count: int) -> list[str]:
 
 
 def compressed(rng: random.Random, name: str, content: bytes) -> tuple[str, bytes]:
-    """A name and bytes for the content: as it is, or compressed, with or without a suffix."""
+    """A name and bytes for the content: unchanged, or compressed with or without a suffix."""
     suffix = rng.choice(["", *COMPRESS])
     if suffix:
         cut = rng.choice([0, rng.randrange(len(content) + 1)])
@@ -126,7 +126,7 @@ def one_text_file(rng: random.Random, folder: Path) -> Case:
     name, content = compressed(rng, rng.choice(["book.txt", "BOOK", "a + b.txt"]), text.encode())
     (folder / name).write_bytes(content)
     case = Case(folder, f"{folder}/{name}", [text])
-    if kind == "one character":  # pieces are the same, and copies are left out
+    if kind == "one character":  # its pieces are equal, and copies are left out
         case = dataclasses.replace(case, expected=None, may_refuse=True, reading=lambda: [text])
     return case
 
@@ -163,7 +163,7 @@ def json_rows(rng: random.Random, folder: Path) -> Case:
 
 
 def json_files(rng: random.Random, folder: Path) -> Case:
-    """An object per file."""
+    """One object per file."""
     texts = random_texts(rng, rng.randint(8, 20))
     for i, text in enumerate(texts):
         content = json.dumps(a_row(rng, text), indent=rng.choice([None, 2])).encode()
@@ -218,7 +218,7 @@ def damaged_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def damage(rng: random.Random, case: Case) -> Case:
-    """One file is damaged, or bears a name that is not its own."""
+    """Damages one file, or gives it a wrong name."""
     path = rng.choice(sorted(case.folder.iterdir()))
     meant = case.expected or case.reading()
     if rng.random() < 0.2 and len(list(case.folder.iterdir())) == 1:
@@ -228,7 +228,7 @@ def damage(rng: random.Random, case: Case) -> Case:
         return dataclasses.replace(case, reading=lambda: [*meant, "".join(meant)])
     content = path.read_bytes()
     packed = decompressed(content) != content
-    # Nothing but its beginning tells what compressed data without a suffix is.
+    # Compressed data without a suffix is recognised only by its beginning.
     kept = 10 if packed and path.suffix.lower() not in COMPRESS else 0
     path.write_bytes(content[:kept] + damaged_bytes(rng, content[kept:]))
 
@@ -241,7 +241,7 @@ def damage(rng: random.Random, case: Case) -> Case:
 
 
 def plain_reading(content: bytes) -> list[str]:
-    """What the bytes of a file may mean, read in the plainest way: all texts and the whole."""
+    """All texts that the bytes of a file may mean, read in the simplest way, and the whole."""
     content = decompressed(content)
     if b"PAR1" in content:
         return []
@@ -250,13 +250,13 @@ def plain_reading(content: bytes) -> list[str]:
     for piece in re.finditer(r'"text"\s*:\s*("(?:[^"\\]|\\.)*")', whole, re.DOTALL):
         with contextlib.suppress(ValueError):
             texts.append(json.loads(piece[1], strict=False))
-    # Half of a surrogate pair is no character: it becomes U+FFFD.
+    # Half of a surrogate pair is not a character, so it becomes U+FFFD.
     return [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
 
 
 def decompressed(content: bytes) -> bytes:
     for decompress in DECOMPRESS if content else []:
-        with contextlib.suppress(Exception):  # not this kind, or damaged
+        with contextlib.suppress(Exception):  # another compression, or damaged
             return decompressed(decompress(content))
     return content
 
@@ -265,7 +265,7 @@ def decompressed(content: bytes) -> bytes:
 
 
 def tokenizer_file(rng: random.Random, folder: Path) -> Case:
-    """Text files and a tokenizer.json with some damage in its text or its values."""
+    """Text files, and a tokenizer.json with damage in its text or its values."""
     texts = random_texts(rng, rng.randint(8, 30))
     for i, text in enumerate(texts):
         (folder / f"{i:03}.txt").write_bytes(text.encode())
@@ -280,7 +280,7 @@ def tokenizer_file(rng: random.Random, folder: Path) -> Case:
 
 
 def change_json(rng: random.Random, value: Any) -> None:
-    """Changes something somewhere inside."""
+    """Changes a random entry of nested dicts and lists."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
     if not keys:
         return
@@ -308,7 +308,7 @@ def make_case(seed: int, number: int, folder: Path) -> tuple[str, Case]:
 
 
 def loaded(case: Case) -> tuple[list[str], int]:
-    """The documents of the source as `load_data` wrote them, whole; and the rows left out."""
+    """The whole documents as `load_data` wrote them, and the number of rows left out."""
     config = SimpleNamespace(
         source=case.source,
         text_field="text",
@@ -342,7 +342,7 @@ def loaded(case: Case) -> tuple[list[str], int]:
 
 
 def check(case: Case) -> str:
-    """ "loaded" or "refused"; raises what is wrong."""
+    """Returns "loaded" or "refused". Raises an error if the case fails."""
     try:
         documents, skipped = loaded(case)
     except UserError as error:
@@ -377,7 +377,7 @@ def time_limit() -> Iterator[None]:
 
 
 def run(seed: int, numbers: range) -> tuple[collections.Counter, list[str]]:
-    """How many cases of each kind came to which end, and the failures with their traces."""
+    """The number of cases of each kind and result, and the failures with their stack traces."""
     ends, failures = collections.Counter(), []
     for number in numbers:
         with tempfile.TemporaryDirectory() as scratch, time_limit():
@@ -387,7 +387,7 @@ def run(seed: int, numbers: range) -> tuple[collections.Counter, list[str]]:
             try:
                 kind, case = make_case(seed, number, folder)
                 ends[kind, check(case)] += 1
-            except BaseException as error:  # a panic on the Rust side is no Exception
+            except BaseException as error:  # a panic in Rust is not an Exception
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 ends[kind, "FAILED"] += 1

@@ -1,4 +1,4 @@
-"""Every kind of source gives its documents, and every bad source one sentence."""
+"""Every kind of source gives its documents. Every bad source gives one sentence."""
 
 import gzip
 import json
@@ -168,12 +168,12 @@ def test_copies_and_empty_documents_are_left_out(tmp_path):
     assert corpus.summary.duplicates == 1
 
 
-def test_held_out_share_is_the_asked_one_and_grows_monotonically():
+def test_the_held_out_share_is_as_asked_and_grows_monotonically():
     names = [f"file{i}.py" for i in range(4000)]
     held_out = {name for name in names if is_held_out(name, 0.1)}
     assert 0.08 < len(held_out) / len(names) < 0.12
     assert held_out <= {name for name in names if is_held_out(name, 0.2)}
-    # Part of the file format: another value would move documents between the splits.
+    # The hash is part of the file format: another value would move documents between the splits.
     assert round(hash_fraction("argparse.py"), 6) == 0.786127
 
 
@@ -189,7 +189,7 @@ def test_copies_after_the_repair_are_left_out(tmp_path):
 
 
 def split_of(corpus, fraction, held_out_bytes, train_bytes):
-    """Bytes of the two splits, and the names that are held out."""
+    """The bytes of both splits, and the names that are held out."""
     corpus, threshold = split_corpus(corpus, fraction, held_out_bytes, train_bytes)
     sizes, names = [0, 0], set()
     for name, text in corpus.documents():
@@ -199,7 +199,7 @@ def split_of(corpus, fraction, held_out_bytes, train_bytes):
     return sizes, names
 
 
-def test_a_large_corpus_is_split_by_name_alone(tmp_path):
+def test_a_large_corpus_is_split_only_by_name(tmp_path):
     records = [{"text": f"{i} {'x' * (i % 50)}"} for i in range(4000)]
     names = []
     for count in (2000, 4000):
@@ -212,7 +212,7 @@ def test_a_large_corpus_is_split_by_name_alone(tmp_path):
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.02, 0.5, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 3, 20, 300])
-def test_both_splits_get_their_need_whatever_the_names(tmp_path, count, fraction):
+def test_both_splits_get_what_they_need_for_many_names(tmp_path, count, fraction):
     for seed in range(8):
         rows = [
             {"text": "".join(f"{i} words {j}\n" for j in range(6000 // count))}
@@ -227,7 +227,7 @@ def test_both_splits_get_their_need_whatever_the_names(tmp_path, count, fraction
 
 @pytest.mark.parametrize("separator", ["\n", "\r", "\r\n", " ", ""], ids=ascii)
 @pytest.mark.parametrize("size", [300, 5000, 200_000])
-def test_one_document_is_cut_as_small_as_it_takes(tmp_path, size, separator):
+def test_one_document_is_cut_into_pieces_that_are_small_enough(tmp_path, size, separator):
     text = separator.join(f"{i}é" for i in range(size // 4))
     size = len(text.encode())
     (tmp_path / "x.txt").write_bytes(text.encode())
@@ -241,7 +241,7 @@ def test_one_document_is_cut_as_small_as_it_takes(tmp_path, size, separator):
         assert "".join(texts(pieces)) == text
 
 
-def test_what_is_repeated_is_all_held_out_or_not_at_all(tmp_path):
+def test_equal_pieces_are_in_the_same_split(tmp_path):
     for name in "ab":
         log = "".join(f"log {name} {i % 50}\n" for i in range(100))
         (tmp_path / f"{name}.txt").write_text(log + "0123456789abcdef\n" * 3000)
@@ -255,7 +255,7 @@ def test_what_is_repeated_is_all_held_out_or_not_at_all(tmp_path):
     assert all(len(side) == 1 for side in sides.values())
 
 
-def test_the_threshold_falls_between_names_not_within_one(tmp_path):
+def test_the_threshold_is_between_two_names(tmp_path):
     log = "".join(f"log {i}\n" for i in range(60))
     for seed in range(20):
         row = {"text": log + "0123456789abcdef\n" * 300}
@@ -311,7 +311,7 @@ def test_parse_source(source, expected):
 @pytest.mark.parametrize(
     "name", ["a + b.txt", "0.5*a + 0.5*b", "1.0*a", "2*.txt", "'q'", "x[1].txt", " x"]
 )
-def test_a_file_that_exists_is_named_as_it_is(tmp_path, monkeypatch, name):
+def test_the_name_of_an_existing_file_is_not_parsed(tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("its text")
     monkeypatch.chdir(tmp_path)
     for source in (name, str(tmp_path / name)):
@@ -319,7 +319,7 @@ def test_a_file_that_exists_is_named_as_it_is(tmp_path, monkeypatch, name):
         assert texts(open_corpus(source)) == ["its text"]
 
 
-def test_a_glob_that_matches_is_no_mixture(tmp_path, monkeypatch):
+def test_a_glob_that_matches_is_not_a_mixture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("2b.txt", "1ax.txt", "c+3zx.txt"):
         (tmp_path / name).write_text(name)
@@ -357,7 +357,7 @@ def test_bad_weights(source, sentence):
         parse_source(source)
 
 
-def test_home_directories(tmp_path, monkeypatch):
+def test_paths_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("at home")
     for source in ("~/a.txt", "~/*.txt"):
@@ -395,7 +395,7 @@ def test_bad_sources(tmp_path, source, sentence):
         open_corpus(source.format(tmp=tmp_path)).summary  # noqa: B018
 
 
-def test_a_link_to_nothing_is_not_left_out_silently(tmp_path):
+def test_a_broken_link_is_not_left_out_silently(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
     with pytest.raises(UserError, match=r"b.txt' is a link to a file that does not exist"):

@@ -1,4 +1,4 @@
-"""What a file is follows from its content: rows, text or compressed data; binary is never text."""
+"""The content of a file decides whether it is rows, text, compressed or binary (never text)."""
 
 import bz2
 import gzip
@@ -62,7 +62,7 @@ def sentence(path, *arguments):
         "part-00000",
     ],
 )
-def test_one_object_a_line(tmp_path, name, compression):
+def test_one_object_per_line(tmp_path, name, compression):
     name += compression.upper() if name.isupper() else compression
     assert texts(write(tmp_path / name, COMPRESS[compression](LINES))) == TEXTS
 
@@ -110,7 +110,7 @@ def test_rows_under_another_name(tmp_path, rows):
         assert [text for _, text in corpus.documents()] == wanted
 
 
-def test_bytes_that_are_no_text_are_repaired_in_rows_too(tmp_path):
+def test_invalid_bytes_in_rows_are_repaired(tmp_path):
     path = write(tmp_path / "x.jsonl", b'{"text": "a\xffb"}\n{"text": "c"}\n')
     corpus = open_corpus(str(path))
     assert [text for _, text in corpus.documents()] == ["a\ufffdb", "c"]
@@ -162,7 +162,7 @@ def test_a_row_without_text_says_what_is_there_and_where(tmp_path, value, found)
     assert "contains no text; 3 rows had none and were left out." in sentence(lines, "text", "skip")
 
 
-def test_a_line_that_is_no_json_is_damage_whatever_the_policy(tmp_path):
+def test_a_line_that_is_not_json_is_refused_with_each_policy(tmp_path):
     for content in (LINES + b'{"text": ', LINES + b'{"text\xff: "a"}', LINES + b"[" * 10**5):
         path = write(tmp_path / "x.jsonl", content)
         assert "Line 4 of the data file" in sentence(path, "text", "skip")
@@ -177,7 +177,7 @@ def test_parquet_columns_of_text(tmp_path):
     plain = pa.array(TEXTS)
     for column in (plain, plain.cast(pa.large_string()), plain.dictionary_encode()):
         pq.write_table(pa.table({"id": [1, 2, 3], "text": column}), tmp_path / "x.parquet")
-        for name in ("x.parquet", "X.PARQUET", "shard", "x.txt"):  # PAR1 says it
+        for name in ("x.parquet", "X.PARQUET", "shard", "x.txt"):  # PAR1 in the file decides
             assert texts((tmp_path / "x.parquet").rename(tmp_path / name)) == TEXTS
             (tmp_path / name).rename(tmp_path / "x.parquet")
     invalid = pa.array([b"a\xff", b"b"], pa.binary()).view(pa.string())
@@ -216,7 +216,7 @@ def test_parquet_rows_without_text(tmp_path):
 
 
 @pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz"])
-def test_compressed_text_is_told_by_its_content(tmp_path, compression):
+def test_compressed_text_is_recognised_by_its_content(tmp_path, compression):
     compress = COMPRESS[compression]
     for name in (f"x.txt{compression}", f"x.txt{compression.upper()}", "x.txt", "x", "x.py"):
         assert texts(write(tmp_path / name, compress(b"some text"))) == ["some text"]
@@ -314,7 +314,7 @@ def test_text_with_some_invalid_bytes_is_read(tmp_path):
         assert text == content.decode("utf-8", "replace")
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     assert texts(write(tmp_path / "x.txt", BOM + b"text")) == ["text"]
     assert texts(write(tmp_path / "x.txt", gzip.compress(BOM + b"text"))) == ["text"]
     write(tmp_path / "y.txt", BOM + b"more")
@@ -348,6 +348,6 @@ def test_a_pair_of_cr_and_lf_stays_together(before):
     assert not any(part.startswith(b"\n") for part in parts)
 
 
-def test_pieces_of_invalid_bytes_end_too():
+def test_invalid_bytes_are_cut_into_pieces():
     text = b"\x80" * 1000
     assert b"".join(pieces(io.BytesIO(text), 16)) == text

@@ -1,4 +1,4 @@
-"""A few hundred random data files; `python -m tests.data.fuzz_files` runs as many as one likes."""
+"""Tries a few hundred random data files. `python -m tests.data.fuzz_files` can try more."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_random_files_are_read_as_meant_or_refused():
         ("_looks_like_rows", lambda *_: False),
     ],
 )
-def test_the_cases_would_find_a_file_misread(monkeypatch, name, value):
+def test_the_cases_find_a_file_that_is_misread(monkeypatch, name, value):
     monkeypatch.setattr(formats, name, value)
     _, failures = fuzz_files.run(seed=0, numbers=range(60))
     assert failures

@@ -1,4 +1,4 @@
-"""Batches: exact resume, any number of processes, packing, splits, mixtures, the token cache."""
+"""Batches: exact resume, any number of processes, packing, splits, mixtures, token cache."""
 
 import errno
 import json
@@ -80,7 +80,7 @@ def brute_force_packing(tokens, n, i):
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 61])
 def test_packing_against_a_brute_force(n):
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 12, 40)  # one-token documents sit in here as well
+    lengths = rng.integers(1, 12, 40)  # some documents have one token
     tokens = np.concatenate([[EOT, *rng.integers(0, 256, k - 1)] for k in lengths])
     starts = np.cumsum([0, *lengths[:-1]])
     windows = Windows(tokens.astype(np.uint16), starts, n, packing=True)
@@ -128,7 +128,7 @@ def test_seed_decides_the_order(make_config, sharding):
 @pytest.mark.parametrize("packing", [False, True])
 def test_resume_at_step_k_is_bit_identical(make_config, sharding, packing):
     bundle = load_data(make_config(packing=packing))
-    steps = 3 * bundle.num_windows // 8  # over the ends of epochs
+    steps = 3 * bundle.num_windows // 8  # more than one epoch
     whole = take(bundle, sharding, steps)
     for k in (1, 7, steps - 2):
         resumed = take(load_data(make_config(packing=packing)), sharding, 2, start_step=k)
@@ -172,7 +172,7 @@ def test_an_error_of_the_thread_reaches_the_train_loop(make_config, sharding):
 
 
 class OneProcess:
-    """A sharding as one of several processes sees it: only some devices are addressable."""
+    """The view of one of several processes on a sharding: some devices are not addressable."""
 
     def __init__(self, sharding, devices):
         self.sharding, self.devices = sharding, devices
@@ -205,7 +205,7 @@ def test_any_number_of_processes_gives_the_same_global_batch(make_config, shardi
             local = batches.host_batch(k)
             wanted = jax.tree.map(lambda x, rows=batches.local_rows: x[rows], expected[k])
             assert same(local, wanted)
-            assert len(read) == 8 // processes  # no row of another process was read
+            assert len(read) == 8 // processes  # rows of other processes were not read
             seen += batches.local_rows
         assert sorted(seen) == list(range(8))
 
@@ -320,7 +320,7 @@ def test_held_out_documents_are_never_in_training(make_config, corpus, tmp_path)
     for name in corpus.texts:
         assert (f"<{name[:2]}>" in text["held_out"]) == (name in held_out)
         assert (f"<{name[:2]}>" in text["train"]) == (name not in held_out)
-    # What the iterators give comes from these two files and no other.
+    # The iterators read only these two files.
     train = np.array([bundle.stream[r].targets[0] for r in range(bundle.num_windows)])
     assert sorted(train[train != EOT]) == sorted(text["train"].encode())
     validation = [w[i].targets[0] for w, i in bundle.validation.rows]
@@ -345,8 +345,8 @@ def test_mixture_shares_are_exact_and_random_access(make_config, corpus, tmp_pat
 
 
 @pytest.mark.parametrize("second", ["a", "b"])
-def test_every_component_and_every_seed_has_an_order_of_its_own(make_config, tmp_path, second):
-    """Each document fills one window, which tells its number; "b" has the same numbers as "a"."""
+def test_every_component_and_every_seed_has_its_own_order(make_config, tmp_path, second):
+    """Each document fills one window, which shows its number. "a" and "b" have the same numbers."""
     for name in "ab":
         rows = [f'{{"text": "{name}{i:014}"}}\n' for i in range(300)]
         (tmp_path / name).mkdir()
@@ -372,7 +372,7 @@ def meta_of(tmp_path):
 
 @pytest.mark.parametrize("separator", ["\n", " ", "\r"], ids=ascii)
 @pytest.mark.parametrize("seed", range(6))
-def test_small_text_is_split_whatever_its_name(make_config, tmp_path, seed, separator):
+def test_small_text_is_split_for_any_name(make_config, tmp_path, seed, separator):
     text = separator.join(f"{i * 7919 % 100_003}" for i in range(20_000))
     path = tmp_path / f"name{seed}.txt"
     path.write_bytes(text.encode())
@@ -410,7 +410,7 @@ def test_no_held_out_text_in_training_where_documents_are_cut(
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_what_the_sentence_proposes_helps(make_config, tmp_path, tokenizer):
+def test_the_proposal_of_the_sentence_helps(make_config, tmp_path, tokenizer):
     path = tmp_path / "small.txt"
     path.write_text(" ".join(map(str, range(400))))
     changes = {"source": str(path), "tokenizer": tokenizer, "batch_size": 2, "vocab_size": 260}
@@ -439,7 +439,7 @@ def test_rows_without_text_are_refused_or_counted(make_config, tmp_path):
 
 
 def test_a_source_that_changes_while_it_is_read(tmp_path, make_config, monkeypatch):
-    """The tokens would be stored under the name of the text that was there before."""
+    """Otherwise the tokens would be stored under the name of the old text."""
     path = tmp_path / "x.txt"
     text = "".join(f"line {i}\n" for i in range(3000))
     path.write_text(text)
@@ -459,7 +459,7 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, make_config, monkeypat
     assert "poison" not in bytes(x for x in batch.tokens if x < 256).decode()
 
 
-def test_long_work_says_how_far_it_is(make_config, corpus, monkeypatch, caplog):
+def test_long_work_reports_its_progress(make_config, corpus, monkeypatch, caplog):
     caplog.set_level("INFO", "yocou_jax")
     load_data(make_config())
     assert not caplog.records
@@ -479,7 +479,7 @@ def test_validation_counts_exact_bytes(make_config, corpus, sharding, tokenizer,
     )
     validation = load_data(config).validation
     texts = split_texts(corpus, 0.2, held_out=True)
-    # Windows of one token cover every target, so the bytes are those of the documents.
+    # Windows of one token have every target, so the bytes are those of the documents.
     assert validation.num_bytes == sum(len(text.encode()) for text in texts)
     assert validation.num_tokens == validation.num_sequences
     weights = sum(float(b.loss_weights.sum()) for b in validation.batches(sharding))
@@ -531,11 +531,11 @@ def test_second_load_tokenises_nothing(make_config, corpus, monkeypatch):
     assert load_data(make_config()).fingerprint != first.fingerprint
 
 
-def test_other_split_or_tokenizer_is_another_cache(make_config, tmp_path):
+def test_another_split_or_tokenizer_has_another_cache(make_config, tmp_path):
     for changes in ({}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}):
         load_data(make_config(**changes))
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 3
-    load_data(make_config(tokenizer="bpe", validation_fraction=0.3))  # trained on other texts
+    load_data(make_config(tokenizer="bpe", validation_fraction=0.3))  # it has other training texts
     assert len(list((tmp_path / "cache").glob("bpe-*"))) == 2
 
 
@@ -576,7 +576,7 @@ def test_a_kill_while_tokenising_leaves_no_cache(make_config, tmp_path, sharding
     (left,) = cache.iterdir()
     assert left.name.startswith(".tmp-")
     assert take(load_data(config), sharding, 2)
-    assert left.is_dir()  # it could belong to a living process, so only age removes it
+    assert left.is_dir()  # another process may use it, so it is removed only when it is old
     os.utime(left, (0, 0))
     load_data(make_config(tokenizer="bpe"))
     assert not left.is_dir()
@@ -623,7 +623,7 @@ def test_cache_dir_that_cannot_be_made(make_config, tmp_path):
         load_data(make_config(cache_dir=str(tmp_path / "file" / "cache")))
 
 
-def test_cache_dir_at_home(make_config, tmp_path, monkeypatch):
+def test_cache_dir_with_a_tilde(make_config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     load_data(make_config(cache_dir="~/cache"))
     assert list((tmp_path / "home" / "cache").glob("tokens-*"))

@@ -1,4 +1,4 @@
-"""Tokenizers give back every text exactly and know how many bytes each token stands for."""
+"""Tokenizers decode every text exactly, and know the number of bytes of each token."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def test_bpe_is_deterministic_compresses_and_keeps_indentation_in_one_token(bpe)
     assert bpe.vocab_size <= 400
     tokens = [bpe.decode([i]) for i in range(bpe.vocab_size)]
     assert "):\n        " in tokens
-    # A unit of the pattern is the widest a token can be: no token runs over two words.
+    # A token is at most one unit of the pattern, so no token contains two words.
     assert not [t for t in tokens if " " in t.strip()]
 
 
@@ -98,7 +98,7 @@ def test_cached_bpe_trains_once_and_again_for_other_text(tmp_path):
 
 
 def test_tokenizer_json_of_a_byte_fallback_kind(tmp_path):
-    """The SentencePiece style of Gemma: U+2581 for a space, <0x..> for bytes, another eot."""
+    """Like SentencePiece in Gemma: U+2581 for a space, <0x..> for bytes, another end of text."""
     vocab = {"<eos>": 0, "<unk>": 1} | {f"<0x{i:02X}>": 2 + i for i in range(256)} | {"▁": 258}
     backend = Backend(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
@@ -146,7 +146,7 @@ def test_bad_tokenizer_files(tmp_path, bpe):
             load_tokenizer(str(path))
 
 
-def test_a_path_from_home_and_a_byte_order_mark(tmp_path, monkeypatch, bpe):
+def test_a_path_with_a_tilde_and_a_byte_order_mark(tmp_path, monkeypatch, bpe):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "t.json").write_bytes(b"\xef\xbb\xbf" + bpe.to_json().encode())
     assert load_tokenizer("~/t.json").fingerprint == bpe.fingerprint
@@ -157,7 +157,7 @@ def test_tokenizer_is_frozen(bpe):
         bpe.eot_id = 5
 
 
-def test_the_text_of_the_file_is_kept_whatever_the_library_would_write(tmp_path, bpe):
+def test_the_text_of_the_file_is_kept_and_not_written_again(tmp_path, bpe):
     spaced = json.dumps(json.loads(bpe.to_json()), indent=4)
     (tmp_path / "t.json").write_text(spaced, encoding="utf-8")
     tokenizer = load_tokenizer(str(tmp_path / "t.json"))
@@ -199,12 +199,12 @@ def test_units_of_ordinary_text_are_not_cut(bpe):
     assert [end - begin for _, (begin, end) in pieces] == [64, 1 + 60 + 1 + 60, 1]
 
 
-def test_slow_training_says_so(monkeypatch, caplog):
+def test_slow_training_reports_its_progress(monkeypatch, caplog):
     monkeypatch.setattr(progress, "SECONDS", 0.01)
     caplog.set_level(logging.INFO, logger="yocou_jax")
 
     def slow():
-        """Texts that come only when two lines were logged."""
+        """Texts that come only after two lines were logged."""
         yield CODE
         deadline = time.monotonic() + 60
         while len(caplog.records) < 2:
@@ -221,7 +221,7 @@ def test_slow_training_says_so(monkeypatch, caplog):
 
 
 def changed(bpe, **parts) -> str:
-    """The text of `bpe` with another normalizer, pre_tokenizer, decoder or post_processor."""
+    """The JSON of `bpe` with another normalizer, pre_tokenizer, decoder or post_processor."""
     backend = Backend.from_str(bpe.to_json())
     for name, part in parts.items():
         setattr(backend, name, part)
@@ -277,7 +277,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(("part", "step", "words"), LOSSES.values(), ids=LOSSES)
-def test_what_a_tokenizer_changes_is_said(bpe, part, step, words):
+def test_the_sentence_names_what_a_tokenizer_changes(bpe, part, step, words):
     text = changed(bpe, **{part: step})
     with pytest.raises(UserError) as error:
         Tokenizer.from_json(text, "theirs")
@@ -293,8 +293,8 @@ def test_what_a_tokenizer_changes_is_said(bpe, part, step, words):
         assert allowed.num_bytes(ids) == len(allowed.decode(ids).encode())
 
 
-def test_a_tokenizer_that_only_counts_otherwise_is_allowed(bpe):
-    """Prepended and taken off again: nothing is lost, but the first token has a byte too many."""
+def test_a_tokenizer_that_only_counts_more_bytes_is_allowed(bpe):
+    """A prefix is added and removed again: no text is lost, but token 0 has one byte too many."""
     steps = [decoders.ByteLevel(), decoders.Strip("_", 1, 0)]
     text = changed(bpe, normalizer=normalizers.Prepend("_"), decoder=decoders.Sequence(steps))
     tokenizer = Tokenizer.from_json(text)
@@ -302,10 +302,10 @@ def test_a_tokenizer_that_only_counts_otherwise_is_allowed(bpe):
     ids = tokenizer.encode("naïve")
     assert (tokenizer.decode(ids), tokenizer.num_bytes(ids)) == ("naïve", 6)
     two = [tokenizer.eot_id, *ids, tokenizer.eot_id, *ids]
-    assert tokenizer.num_bytes(np.array(two)) == 12  # the start of the second is taken off too
+    assert tokenizer.num_bytes(np.array(two)) == 12  # the prefix of the second is removed too
 
 
-def test_bytes_of_what_comes_back_are_counted_document_by_document(bpe):
+def test_bytes_of_decoded_text_are_counted_per_document(bpe):
     text = changed(bpe, normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]))
     tokenizer = Tokenizer.from_json(text, allow_lossy=True)
     one, two = tokenizer.encode(" e\u0301 "), tokenizer.encode("ab  ")
@@ -321,7 +321,7 @@ def test_bytes_of_a_lossless_tokenizer_need_no_decoding(tokenizer, monkeypatch):
     assert tokenizer.num_bytes(np.array(ids)) == len("naïve 🙂".encode())
 
 
-def test_tokens_that_text_may_write_stay_text(bpe):
+def test_added_tokens_that_occur_in_a_text_are_text(bpe):
     backend = Backend.from_str(bpe.to_json())
     backend.add_tokens([AddedToken("<tool>", normalized=False)])
     tokenizer = Tokenizer.from_json(backend.to_str())
@@ -332,7 +332,7 @@ def test_tokens_that_text_may_write_stay_text(bpe):
         Tokenizer.from_json(backend.to_str())
 
 
-def test_what_is_added_or_cut_by_default_is_not(bpe):
+def test_truncation_padding_and_post_processing_of_the_file_are_off(bpe):
     backend = Backend.from_str(bpe.to_json())
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
@@ -365,7 +365,7 @@ def test_names_of_deepseek_and_others_are_known(name):
     assert name in KNOWN_END_OF_TEXT
 
 
-def test_a_name_decides(bpe):
+def test_the_given_name_of_the_end_of_text_is_used(bpe):
     text = with_specials(bpe, "</s>", "<fin>", "<|im_end|>")
     usual, fin, im = (Tokenizer.from_json(text, "t", name) for name in ("", "<fin>", "<|im_end|>"))
     assert [t.end_of_text for t in (usual, fin, im)] == ["</s>", "<fin>", "<|im_end|>"]
@@ -374,7 +374,7 @@ def test_a_name_decides(bpe):
     assert {t.to_json() for t in (usual, fin, im)} == {text}
 
 
-def test_a_name_that_is_not_there(tmp_path, bpe, tokenizer):
+def test_a_name_that_does_not_exist(tmp_path, bpe, tokenizer):
     (tmp_path / "t.json").write_text(with_specials(bpe, "<fin>"), encoding="utf-8")
     path = str(tmp_path / "t.json")
     assert load_tokenizer(path, "<fin>").end_of_text == "<fin>"
@@ -383,7 +383,7 @@ def test_a_name_that_is_not_there(tmp_path, bpe, tokenizer):
         load_tokenizer(path, "<end>")
     with pytest.raises(UserError, match=rf"none of the end.*data\.end_of_text \({theirs}\)\.$"):
         load_tokenizer(path)
-    for name in ("x", "[EOS]"):  # an ordinary token, and none
+    for name in ("x", "[EOS]"):  # an ordinary token, and a text that is not a token
         with pytest.raises(UserError, match=r"is no special token of the tokenizer 't'"):
             Tokenizer.from_json(tokenizer.to_json(), "t", name)
     again = Tokenizer.from_json(tokenizer.to_json(), "t", "<|endoftext|>")
@@ -406,11 +406,11 @@ def test_an_end_of_text_that_was_no_special_token_becomes_one(bpe):
     assert tokenizer.token_bytes[tokenizer.eot_id] == 0
 
 
-# --- Files that are no tokenizers -----------------------------------------------------------------
+# --- Files that are not tokenizers ----------------------------------------------------------------
 
 
 def parts(value, path=()):
-    """The path of every entry inside of nested dicts and lists."""
+    """The path of every entry in nested dicts and lists."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in pairs:
         yield (*path, key)
@@ -419,7 +419,7 @@ def parts(value, path=()):
 
 
 def mutated(bpe, seed) -> str:
-    """One entry of a good tokenizer.json is lost or has another value."""
+    """A good tokenizer.json in which one entry is missing or has another value."""
     rng, tree = random.Random(seed), json.loads(bpe.to_json())
     wrong = [None, -1, 2**24, 2**40, 1.5, "", "x", [], {}, True, {"type": "Lowercase"}]
     wrong += [{"String": ""}, {"Regex": "("}, {"type": "Metaspace", "replacement": "_"}]
@@ -433,7 +433,7 @@ def mutated(bpe, seed) -> str:
     return json.dumps(tree)
 
 
-def test_no_file_leaves_a_trace(bpe):
+def test_no_damaged_file_gives_a_stack_trace(bpe):
     sentences, good = [], 0
     for seed in range(300):
         try:
@@ -452,10 +452,10 @@ def test_no_file_leaves_a_trace(bpe):
         assert "\n" not in sentence
 
 
-# --- In a run's data ------------------------------------------------------------------------------
+# --- In the data of a run -------------------------------------------------------------------------
 
 
-def test_data_counts_the_bytes_that_come_back(tmp_path, bpe, corpus, make_config):
+def test_data_counts_the_bytes_of_decoded_text(tmp_path, bpe, corpus, make_config):
     (tmp_path / "t.json").write_text(
         changed(bpe, normalizer=normalizers.Replace("naïve", "n")), "utf-8"
     )
@@ -487,8 +487,8 @@ def test_data_has_the_end_of_text_that_was_asked_for(tmp_path, bpe, make_config)
         load_data(make_config(tokenizer=kind, end_of_text="<|endoftext|>"))
 
 
-def test_what_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
-    """A rule with a regular expression that ordinary text never meets."""
+def test_a_change_that_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
+    """A rule with a regular expression that does not match ordinary text."""
     rule = normalizers.Replace(Regex(r"\d{12,}"), "#")
     (tmp_path / "tokenizer.json").write_text(changed(bpe, normalizer=rule))
     assert load_tokenizer(str(tmp_path / "tokenizer.json")).loss == ""
@@ -499,11 +499,11 @@ def test_what_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
         load_data(tiny.config(data=fields).data)
     assert load_data(tiny.config(data=fields | {"allow_lossy_tokenizer": True}).data)
     with pytest.raises(UserError, match="does not give back the exact text of the document"):
-        load_data(tiny.config(data=fields).data)  # whatever is in the cache by now
+        load_data(tiny.config(data=fields).data)  # the cache does not change the result
 
 
-def test_dropout_is_for_training_a_tokenizer_alone(bpe):
-    """With it the same text would have other tokens each time."""
+def test_dropout_of_a_tokenizer_is_off(bpe):
+    """With dropout, the same text would have other tokens each time."""
     stored = json.loads(bpe.to_json())
     stored["model"]["dropout"] = 0.5
     dropping = Tokenizer.from_json(json.dumps(stored))

@@ -1,4 +1,4 @@
-"""The command line: one sentence for each mistake, in any terminal; overrides reach the config."""
+"""The command line: one sentence for each mistake, in any terminal. Overrides change the config."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ SMALL = "--config=configs/yocou_small.py"
 
 
 def command(default=None) -> tuple[flags.FlagValues, flags.FlagHolder]:
-    """Flags as a command defines them, apart from those of the whole process."""
+    """The flags of a command, separate from those of the process."""
     flag_values = flags.FlagValues()
     holder = cli.config_file(copy.deepcopy(default), "What to train.", flag_values)
     flags.DEFINE_string("workdir", None, "A folder.", flag_values=flag_values)
@@ -126,7 +126,7 @@ def test_a_value_may_look_like_a_flag(value):
     assert given == (value, "seed", 3)
 
 
-def test_the_order_and_the_absence_of_config():
+def test_the_order_of_flags_and_a_missing_config():
     assert refusal("--config.run.steps=3", SMALL).startswith("--config must come before")
     assert refusal("--config.run.steps=3") == "The flag --config is missing."
     assert refusal("--config.run.stepz=3").endswith("Did you mean 'run.steps'?")
@@ -134,7 +134,7 @@ def test_the_order_and_the_absence_of_config():
 
 @pytest.mark.parametrize("default", ["configs/yocou_small.py", yocou_small.get_config()])
 def test_overrides_of_a_default_config(default):
-    """It is read when the line is parsed, or its overrides would fail while flags are defined."""
+    """It is read when the line is parsed. Before that, overrides of its fields would fail."""
     assert parsed("--config.run.steps=700", default=default).run.steps == 700
     assert parsed(default=default) == Config.from_dict(yocou_small.get_config())
     assert "Did you mean 'run.steps'?" in refusal("--config.run.stepz=3", default=default)
@@ -168,7 +168,7 @@ def test_a_config_file_that_cannot_be_used(tmp_path, text, sentence):
     assert "mine.py" in found or "The config " in found
 
 
-def test_presets_and_home_directories(tmp_path, monkeypatch):
+def test_presets_and_paths_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text("from configs.yocou_small import get_config")
     assert parsed("--config=~/mine.py:rins").model.architecture == "rins"
@@ -280,7 +280,7 @@ def test_a_mistake_is_one_sentence_and_code_2(run, arguments, sentence):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", sentence + "\n")
 
 
-def test_other_endings(run):
+def test_the_other_exit_codes(run):
     decay = "--config.optimizer.weight_decay"
     result = run("--config=config.py:rins", "--config.model.window=3", f"{decay}=0.6")
     assert (result.returncode, result.stdout, result.stderr) == (75, "ran rins 3\n", "")
@@ -315,7 +315,7 @@ cli.run(main)
     ],
     ids=str,
 )
-def test_what_a_terminal_cannot_show_is_spelt_out(terminal):
+def test_a_character_that_the_terminal_lacks_is_escaped(terminal):
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
     done = subprocess.run(
         [sys.executable, "-c", SHOW],

@@ -1,8 +1,10 @@
-"""The command as a user types it: what it prints, and what a mistake is answered with."""
+"""The command as a user types it: what it prints, and the sentence for each mistake."""
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.trained import assert_same, model, workdir
 from yocou_jax.checkpoint import params_sha256
@@ -16,7 +18,7 @@ def run(*flags) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_a_workdir_and_then_its_export(tmp_path):
+def test_an_export_of_a_workdir_and_of_an_exported_folder(tmp_path):
     one = model(step=3)
     source = workdir(tmp_path / "run", one, 3)
     for name in ("first", "second"):
@@ -37,7 +39,8 @@ def test_a_workdir_and_then_its_export(tmp_path):
         assert rows["params_sha256"] == params_sha256(one.params)
 
 
-def test_a_step_and_a_path_from_home(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_step_and_a_path_with_a_tilde(tmp_path, monkeypatch):
     source = workdir(tmp_path / "run", model(), 1, 2)
     monkeypatch.setenv("HOME", str(tmp_path))
     result = run("--workdir=~/run", "--folder=~/out", "--step=1")
@@ -53,7 +56,7 @@ def leaves(tree):
     return [x for v in tree.values() for x in (leaves(v) if isinstance(v, dict) else [v])]
 
 
-def test_mistakes_are_sentences(tmp_path):
+def test_mistakes_give_sentences(tmp_path):
     for flags, sentence in (
         ([], "The flag --workdir is missing."),
         ([f"--workdir={tmp_path}/no", "--folder=x"], f"The path {tmp_path}/no does not exist."),

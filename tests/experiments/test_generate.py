@@ -1,4 +1,4 @@
-"""The command as a user types it: which texts it writes, and what a mistake is answered with."""
+"""The command as a user types it: the texts that it writes, a sentence for each mistake."""
 
 import dataclasses
 import io
@@ -38,7 +38,7 @@ def run(*flags, typed="", code=0) -> subprocess.CompletedProcess:
 
 
 def here(*given) -> None:
-    """The command in this process, which takes a second instead of many."""
+    """Runs the command in this process, which is much faster."""
     with flagsaver.flagsaver():
         absl_flags.FLAGS(["generate", *map(str, given)])
         command.main([])
@@ -46,14 +46,14 @@ def here(*given) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model in both kinds of folder."""
+    """A model in both kinds of folders."""
     path, one = tmp_path_factory.mktemp("trained"), model(step=3)
     export(path / "exported", one)
     return one, workdir(path / "run", one, 3), path / "exported"
 
 
 def texts(one, prompts, count, **options):
-    """What the library says, the options of `generate` given."""
+    """The texts that the library generates. options: those of `generate`."""
     ids = [[one.tokenizer.eot_id, *one.tokenizer.encode(text)] for text in prompts]
     stop = [one.tokenizer.eot_id]
     run = prepare(one.params, one.config)
@@ -61,7 +61,8 @@ def texts(one, prompts, count, **options):
     return [one.tokenizer.decode(row[row >= 0]) for row in out.tokens]
 
 
-def test_a_workdir_and_an_exported_folder_say_the_same(trained):
+@pytest.mark.slow
+def test_a_workdir_and_an_exported_folder_generate_the_same_text(trained):
     one, source, exported = trained
     (expected,) = texts(one, ["ab"], 12, sampling=Sampling(1.0, top_k=50), seeds=4)
     options = ["--prompt=ab", "--max_new_tokens=12", "--temperature=1", "--top_k=50", "--seed=4"]
@@ -74,6 +75,7 @@ def test_a_workdir_and_an_exported_folder_say_the_same(trained):
             assert part in speed
 
 
+@pytest.mark.slow
 def test_many_prompts_samples_files_and_another_loop_count(trained, tmp_path):
     one, source, _ = trained
     (tmp_path / "prompt.txt").write_text("from a file")
@@ -87,7 +89,7 @@ def test_many_prompts_samples_files_and_another_loop_count(trained, tmp_path):
         for i, prompt in enumerate(prompts)
         for j in range(2)
     ]
-    assert len(result.stdout) == sum(map(len, pieces))  # in whatever order they ended
+    assert len(result.stdout) == sum(map(len, pieces))  # texts may end in any order
     assert all(piece in result.stdout for piece in pieces)
     assert "window*2@2 | cross*2" in result.stderr
 
@@ -106,7 +108,7 @@ def test_a_dialogue_compiles_once(trained):
 
 
 @pytest.mark.slow
-def test_a_reader_who_has_had_enough(trained):
+def test_a_closed_pipe_ends_the_command(trained):
     command = [sys.executable, "-m", "experiments.generate", f"--workdir={trained[1]}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--prompt=a"], cwd=ROOT, **pipes) as process:
@@ -134,14 +136,14 @@ def test_a_reader_who_has_had_enough(trained):
         (["--workdir=x", "--prompt=a", "--temperature=-1"], "sampling.temperature=-1.0 must be"),
     ],
 )
-def test_mistakes_are_sentences(flags, sentence):
+def test_mistakes_give_sentences(flags, sentence):
     result = run(*flags, code=2)
     assert result.stderr.startswith(sentence)
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 
 
-# --- Where a row ends -----------------------------------------------------------------------------
+# --- The end of a row -----------------------------------------------------------------------------
 
 
 def test_rows_that_the_host_ends_are_no_longer_computed():
@@ -176,7 +178,7 @@ def test_stop_texts_of_the_command(trained, capsys):
     here(*options, "--prompt=ab", f"--stop={stop}", "--stop=never")
     out, err = capsys.readouterr()
     assert out == f"ab{first[: first.index(stop)]}\n"
-    assert "decode 8 tokens" in err  # one block, not all 24
+    assert "decode 8 tokens" in err  # one block, and not all 24 tokens
     here(*options, "--prompt=ab", "--prompt=c", f"--stop={stop}")
     out = capsys.readouterr().out
     for i, text in enumerate((first, second)):
@@ -184,10 +186,10 @@ def test_stop_texts_of_the_command(trained, capsys):
         assert f"--- prompt {i} ---\n{prompts[i]}{text[:cut]}\n" in out
 
 
-# --- What a text begins with, and which model goes on ---------------------------------------------
+# --- The prompt and the step of the model ---------------------------------------------------------
 
 
-def test_an_empty_prompt_is_a_text_that_has_nothing_yet(trained, capsys):
+def test_an_empty_prompt_starts_a_new_text(trained, capsys):
     one, _, exported = trained
     (expected,) = texts(one, [""], 6)
     here(f"--workdir={exported}", "--prompt=", "--max_new_tokens=6", "--temperature=0")
@@ -196,7 +198,7 @@ def test_an_empty_prompt_is_a_text_that_has_nothing_yet(trained, capsys):
 
 @pytest.mark.parametrize("stdin", [False, True])
 def test_a_prompt_file_is_read_as_training_reads_text(tmp_path, monkeypatch, stdin):
-    """Line ends stay; a byte-order mark goes, one of them."""
+    """Line ends stay. One byte-order mark is removed."""
     data = "\ufeff\ufeffé\r\nb\rc\n".encode()
     (tmp_path / "p.txt").write_bytes(data)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -225,7 +227,7 @@ def test_a_step_other_than_the_newest(tmp_path, capsys):
 # --- Terminals ------------------------------------------------------------------------------------
 
 
-def test_a_terminal_that_lacks_a_character_gets_its_number(trained):
+def test_a_terminal_that_lacks_a_character_gets_its_escape(trained):
     environment = os.environ | {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
     flags = ["--workdir", trained[2], "--prompt=日é", "--prompt=\u0085", "--max_new_tokens=9"]
     result = subprocess.run(
@@ -263,7 +265,7 @@ VALUES = {
 }
 
 
-WORKED = [  # what is no mistake
+WORKED = [  # these are no mistakes
     *("prompt=", "prompt=a", "prompt=\0", "prompt_file=/dev/null", "stop=a", "stop=\n", "step=3"),
     *("max_new_tokens=2", "num_samples=2", "temperature=1e-50", "temperature=0"),
     *("top_k=0", "top_k=1", f"top_k={10**12}", "min_p=0.99", f"seed={2**31}"),
@@ -283,7 +285,7 @@ def mistyped(folder, seed) -> list[str]:
 
 
 class Reached(Exception):
-    """Everything was checked; the model would run now."""
+    """All checks have passed, and the model would run now."""
 
 
 @pytest.fixture
@@ -293,7 +295,7 @@ def no_model(monkeypatch, typed):
 
     typed(b"a")
 
-    def prepare(params, config, compute):  # without compiling
+    def prepare(params, config, compute):  # nothing is compiled
         return inference.PreparedModel(params, config, resolve(compute))
 
     monkeypatch.setattr(inference, "prepare", prepare)
@@ -301,19 +303,19 @@ def no_model(monkeypatch, typed):
 
 
 def answer(given) -> str:
-    """The sentence that a command ends with; "" if the model would do what was asked."""
+    """The sentence at the end of a command, or "" if the model would run."""
     try:
         here(*given)
     except Reached:
         return ""
     except UserError as error:
         return str(error)
-    except absl_flags.Error as error:  # which `cli` turns into a sentence
+    except absl_flags.Error as error:  # `cli` turns it into a sentence
         return f"{error}."
     return ""
 
 
-def test_every_wrong_value_is_a_sentence(trained, no_model):
+def test_every_wrong_value_gives_a_sentence(trained, no_model):
     given = [f"--workdir={trained[2]}", "--prompt=a", "--max_new_tokens=2"]
     worked = []
     for name, values in VALUES.items():
@@ -325,13 +327,13 @@ def test_every_wrong_value_is_a_sentence(trained, no_model):
     assert worked == WORKED
 
 
-def test_several_mistyped_flags_leave_no_trace(trained, no_model):
+def test_several_mistyped_flags_give_no_stack_trace(trained, no_model):
     for seed in range(150):
         sentence = answer(mistyped(trained[2], seed))
         assert sentence == "" or sentence.endswith(".")
 
 
-def test_another_loop_count_than_the_trained_one_is_told(trained, no_model, capsys):
+def test_another_loop_count_than_the_trained_one_gives_a_notice(trained, no_model, capsys):
     def told(*given):
         assert answer([f"--workdir={trained[2]}", "--prompt=a", *given]) == ""
         return [x for x in capsys.readouterr().err.splitlines() if x.startswith("trained at")]

@@ -1,4 +1,4 @@
-"""What `--help` expects of a run, by the accounting and the paper."""
+"""The figures that `--help` expects of a run agree with the accounting and the paper."""
 
 import re
 
@@ -14,12 +14,12 @@ BIG = Config.from_dict(yocou_1b.get_config()).model
 
 
 def _line(start: str) -> list[float]:
-    """The figures of that line of the module's docstring."""
+    """The figures in one line of the docstring of the module."""
     (line,) = [x for x in profile_inference.__doc__.splitlines() if x.strip().startswith(start)]
     return [float(word) for word in re.findall(r"\d+\.\d+", line)]
 
 
-def test_what_the_docstring_expects_is_what_the_accounting_and_the_paper_say():
+def test_figures_of_the_docstring_agree_with_the_accounting_and_the_paper():
     other = accounting.sibling(BIG, "transformer")
     flops, own = accounting.prefill_flops_per_token, BIG
     expected = [flops(other, n) / flops(own, n) for n in paper.LENGTHS]

@@ -51,7 +51,7 @@ def test_rows_of_several_end_at_their_own_stop(capsys):
     assert capsys.readouterr().out == "--- prompt 0 ---\nb=aa\n--- prompt 1 ---\n2xyyy\n"
 
 
-def test_a_dialogue_goes_on_after_bytes_that_are_no_text_and_after_ctrl_c(typed, capsys):
+def test_a_dialogue_goes_on_after_invalid_bytes_and_after_ctrl_c(typed, capsys):
     heard = []
 
     def write(texts):
@@ -74,5 +74,5 @@ def test_ctrl_c_between_texts_ends_the_dialogue(monkeypatch, typed):
 
     typed(b"")
     monkeypatch.setattr("builtins.input", interrupted)
-    with pytest.raises(KeyboardInterrupt):  # which `cli` turns into exit code 130
+    with pytest.raises(KeyboardInterrupt):  # `cli` turns it into exit code 130
         talk(None)

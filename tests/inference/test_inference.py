@@ -1,4 +1,4 @@
-"""Prefill and decode against training's forward pass; generation, forks, and what is refused."""
+"""Prefill and decode equal the forward pass of training; generation, forks, refused arguments."""
 
 import collections
 import contextlib
@@ -30,9 +30,9 @@ from yocou_jax.model import logits as forward
 from yocou_jax.program import ARCHITECTURES
 from yocou_jax.sharding import make_mesh
 
-# Of window 4: a prompt shorter than it, as long, one longer, and several windows long.
+# The window is 4. Prompts: shorter, as long, one position longer, and several windows long.
 LENGTHS = np.array([3, 4, 5, 17])
-TEXT = 24  # prompts and what is decoded behind the longest of them
+TEXT = 24  # positions of the longest prompt and of what is decoded after it
 
 full_logits = jax.jit(forward, static_argnames=("config", "num_loops", "compute"))
 
@@ -54,7 +54,7 @@ def assert_equal(got, want, scale, tolerance=1e-5):
 
 
 def check_against_the_forward_pass(config, chunk, capacity=TEXT, steps=7):
-    """The token after each prompt of a ragged prefill, and every decode step."""
+    """Checks the logits after each prompt of a ragged prefill, and after every decode step."""
     tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
     scale, rows = np.abs(want).max(), np.arange(len(LENGTHS))
     prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 7)
@@ -83,7 +83,7 @@ def test_a_ragged_prefill_and_decode_are_the_forward_pass(name):
     ],
 )
 def test_scores_are_the_forward_pass_at_every_position(name):
-    """In rows of different lengths, and going on from a prompt that was read and forked."""
+    """For rows of different lengths, and for continuations of a prompt that was forked."""
     config = tiny.model(name)
     tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
     scale, logps = np.abs(want).max(), tiny.logprobs(want, tokens)
@@ -113,7 +113,7 @@ def test_two_cross_stages_read_one_cache():
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 3, 4, 8, 17, 40])
 def test_the_chunk_size_does_not_matter(chunk):
-    """Chunks below, at and beyond the window, the prompt and the cache (24 positions)."""
+    """Chunks are shorter or longer than the window, the prompt and the cache (24 positions)."""
     check_against_the_forward_pass(tiny.model("yoco_u", num_layers=2), chunk)
 
 
@@ -122,10 +122,11 @@ def test_the_chunk_size_does_not_matter(chunk):
     "program", ["full*2", "window*1@2 | full*1", pytest.param("full*2, streams=2", id="streams")]
 )
 @pytest.mark.parametrize("chunk", [8, 24])
-def test_neither_does_it_for_full_layers(program, chunk):
+def test_the_chunk_size_does_not_matter_for_full_layers(program, chunk):
     check_against_the_forward_pass(tiny.model(program), chunk, steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -137,7 +138,7 @@ def test_neither_does_it_for_full_layers(program, chunk):
     ],
     ids=["experts", "norms and rope", "tied", "window of one", "window beyond the text"],
 )
-def test_so_they_are_for_every_kind_of_layer(fields):
+def test_a_ragged_prefill_and_decode_with_options_are_the_forward_pass(fields):
     check_against_the_forward_pass(tiny.model("yoco_u", num_layers=2, **fields), chunk=6, steps=4)
 
 
@@ -161,8 +162,8 @@ def test_a_model_runs_at_other_loop_counts_than_its_own(num_loops):
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "transformer", "parscale"])
-def test_a_second_text_goes_on_behind_a_first(name):
-    """Rows of different lengths, and what is appended of different lengths as well."""
+def test_a_second_text_is_appended_to_a_first(name):
+    """The rows have different lengths, and the second texts too."""
     config = tiny.model(name, num_layers=2)
     tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
     more = np.array([6, 1, 7, 4])
@@ -182,7 +183,7 @@ def test_rows_that_are_not_active_stay_as_they_are():
     rows = np.arange(len(LENGTHS))
     cache, _ = prefill(model(config), tokens[:, :17], LENGTHS, capacity=TEXT)
     active = np.array([True, False, True, False])
-    for _ in range(5):  # the rings of window 4 would be overwritten
+    for _ in range(5):  # enough steps to overwrite the rings of window 4
         cache, _ = inference.decode_step(model(config), cache, np.full(4, 9), active & False)
     cache, _ = inference.decode_step(model(config), cache, tokens[rows, LENGTHS], active)
     np.testing.assert_array_equal(cache.lengths, LENGTHS + active)
@@ -191,8 +192,8 @@ def test_rows_that_are_not_active_stay_as_they_are():
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "parscale"])
-def test_in_bfloat16_it_is_as_exact_as_training(name):
-    """The error against float32 is at most half again that of the training forward pass."""
+def test_inference_in_bfloat16_is_as_exact_as_training(name):
+    """The error against float32 is at most 1.5 times that of the forward pass of training."""
     config = tiny.model(name, num_layers=2, **(tiny.MOE if name == "yoco_u" else {}))
     half = tiny.compute(dtype="bfloat16")
     want, tokens = expected(config), tiny.tokens(len(LENGTHS), TEXT)
@@ -212,7 +213,7 @@ def test_in_bfloat16_it_is_as_exact_as_training(name):
     [("parscale", {}), ("yoco_u", tiny.MOE), ("yoco", {"tie_embeddings": True, "qk_norm": True})],
 )
 def test_prepared_parameters_are_what_training_computes_with(name, fields):
-    """Rounded where the forward pass rounds them, and nowhere else: put back, nothing changes."""
+    """They are rounded like in the forward pass: with them, its result does not change."""
     config, half = tiny.model(name, num_layers=2, **fields), tiny.compute(dtype="bfloat16")
     params = tiny.params(config)
     prepared = dict(prepare(params, config, half).params)
@@ -233,7 +234,7 @@ def test_prepared_parameters_are_what_training_computes_with(name, fields):
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "upper_loop_unshared", "parscale"])
-def test_a_forked_cache_is_that_of_two_prefills(name):
+def test_a_forked_cache_equals_that_of_separate_prefills(name):
     config = tiny.model(name, num_layers=2)
     tokens = np.asarray(tiny.tokens(2, 12))
     rows = np.array([1, 0, 1])
@@ -242,7 +243,7 @@ def test_a_forked_cache_is_that_of_two_prefills(name):
     apart, want = prefill(model(config), tokens[rows], np.array([7, 12, 7]), capacity=16, chunk=5)
     assert_equal(logits, np.asarray(want), np.abs(want).max())
     tiny.assert_close(forked, apart)
-    for step in range(3):  # three ways on
+    for step in range(3):  # each row continues in another way
         forked, logits = inference.decode_step(model(config), forked, rows + 3 * step)
         apart, want = inference.decode_step(model(config), apart, rows + 3 * step)
         assert_equal(logits, np.asarray(want), np.abs(want).max())
@@ -250,18 +251,18 @@ def test_a_forked_cache_is_that_of_two_prefills(name):
 
 # --- Generation -----------------------------------------------------------------------------------
 
-# The last one is of another bucket, and so read in other chunks, than the others alone are.
+# The last prompt has another bucket than the others, and so other chunks.
 PROMPTS = [[5, 9, 2], [1], [8, 8, 3, 1, 30, 11, 4, 6, 2, 19, 7, 7, 25, 3, 14, 0, 31, 5]]
 
 
 def text_logits(config, text):
-    """Of every position of one text, by the forward pass."""
+    """Logits of every position of one text, from the forward pass."""
     padded = jnp.asarray([[*text, *[0] * (32 - len(text))]])
     return np.asarray(full_logits(tiny.params(config), config, padded)[0, : len(text)])
 
 
 def recomputed(config, prompt, count):
-    """Greedy tokens by running the whole text again for each."""
+    """Greedy tokens. The whole text runs again for each of them."""
     text = list(prompt)
     for _ in range(count):
         text.append(int(text_logits(config, text)[-1].argmax()))
@@ -279,6 +280,7 @@ def test_greedy_text_does_not_depend_on_the_batch(name):
         np.testing.assert_array_equal(alone.tokens[0], recomputed(config, prompt, 9))
 
 
+@pytest.mark.slow
 def test_a_row_is_drawn_by_its_own_seed():
     run, sampling = model(tiny.model("yoco_u", num_layers=2)), Sampling(temperature=1.5, top_p=0.9)
     draw = functools.partial(generate, run, max_new_tokens=8, sampling=sampling)
@@ -291,7 +293,7 @@ def test_a_row_is_drawn_by_its_own_seed():
     np.testing.assert_array_equal(three[0], together.tokens[0])
 
 
-def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own(monkeypatch):
+def test_streamed_blocks_are_the_result_and_logprobs_those_of_the_model(monkeypatch):
     config = tiny.model("yoco_u", num_layers=2)
     options = {"sampling": Sampling(temperature=1.3, top_k=20), "seeds": 3, "logprobs": True}
     calls, block = [], generation._generate_block
@@ -299,7 +301,7 @@ def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own(monkeypatch):
         generation, "_generate_block", lambda *a, **k: calls.append(k) or block(*a, **k)
     )
     whole = generate(model(config), PROMPTS, max_new_tokens=11, **options)
-    assert len(calls) == 1  # no way back to the host between tokens
+    assert len(calls) == 1  # tokens do not go to the host one by one
     blocks = []
     streamed = generate(
         model(config), PROMPTS, max_new_tokens=11, on_tokens=blocks.append, block=4, **options
@@ -318,7 +320,7 @@ def test_streamed_blocks_are_the_whole_and_logprobs_the_models_own(monkeypatch):
 
 
 def check_what_comes_next(config, out):
-    """The logits to go on from are those behind every row's own end."""
+    """Checks that the returned logits are those after the end of every row."""
     for row, prompt in enumerate(PROMPTS):
         text = [*prompt, *out.tokens[row, : out.lengths[row]]]
         want = text_logits(config, text)[-1]
@@ -340,13 +342,13 @@ def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
         np.testing.assert_array_equal(out.tokens[row, :length], free[row, :length])
         assert (out.tokens[row, length:] == -1).all()
         assert not out.logprobs[row, length:].any()
-    assert out.lengths.min() < out.lengths.max() < 12  # some ended, and stood still in the loop
+    assert out.lengths.min() < out.lengths.max() < 12  # some ended, and did not change any more
     check_what_comes_next(config, out)
     streamed = generate(run, PROMPTS, on_tokens=lambda _: None, **options)
     np.testing.assert_array_equal(streamed.tokens, out.tokens)
 
 
-def test_every_row_may_have_a_limit_of_its_own():
+def test_every_row_may_have_its_own_limit():
     config = tiny.model("yoco_u", num_layers=2)
     free = generate(model(config), PROMPTS, max_new_tokens=9).tokens
     out = generate(model(config), PROMPTS, max_new_tokens=[2, 9, 5])
@@ -358,8 +360,8 @@ def test_every_row_may_have_a_limit_of_its_own():
     check_what_comes_next(config, out)
 
 
-def test_to_stop_and_go_on_is_to_go_on():
-    """Same seeds, same tokens, as a draw depends on the position; the penalty remembers, too."""
+def test_two_calls_of_generate_give_the_tokens_of_one():
+    """A draw depends on seed and position. The penalty also counts tokens of the first call."""
     run = model(tiny.model("yoco_u", num_layers=2))
     options = {"sampling": Sampling(temperature=2.0, repetition_penalty=2.0), "seeds": 5}
     whole = generate(run, PROMPTS, max_new_tokens=9, **options)
@@ -368,7 +370,7 @@ def test_to_stop_and_go_on_is_to_go_on():
     np.testing.assert_array_equal(np.hstack([part.tokens, rest.tokens]), whole.tokens)
 
 
-def test_filters_reach_the_loop_and_steps_draw_anew():
+def test_the_loop_filters_logits_and_draws_new_noise_in_each_step():
     run = model(tiny.model("yoco_u", num_layers=2))
     hot = Sampling(temperature=50.0, top_k=1)
     np.testing.assert_array_equal(
@@ -377,7 +379,8 @@ def test_filters_reach_the_loop_and_steps_draw_anew():
     )
     uniform = Sampling(temperature=1e6)
     tokens = generate(run, [[3]], num_samples=500, max_new_tokens=2, sampling=uniform).tokens
-    assert 0 < (tokens[:, 0] == tokens[:, 1]).mean() < 0.1  # one in 32; all, if noise came back
+    # 1 in 32 pairs are equal. With the same noise in both steps, all pairs would be.
+    assert 0 < (tokens[:, 0] == tokens[:, 1]).mean() < 0.1
 
 
 def test_a_repetition_penalty_counts_prompt_and_output():
@@ -388,10 +391,10 @@ def test_a_repetition_penalty_counts_prompt_and_output():
     for prompt, row in zip(PROMPTS, tokens, strict=True):
         assert len({*prompt, *row.tolist()}) == len({*prompt}) + 12
     plain = generate(run, PROMPTS, max_new_tokens=12).tokens
-    assert any(len(set(row.tolist())) < 12 for row in plain)  # it would repeat itself
+    assert any(len(set(row.tolist())) < 12 for row in plain)  # without it, tokens repeat
 
 
-def test_several_samples_of_a_prompt_are_those_of_copies_of_it():
+def test_samples_of_a_prompt_equal_those_of_copies_of_it():
     run = model(tiny.model("yoco_u", num_layers=2))
     options = {
         "max_new_tokens": 6,
@@ -404,8 +407,8 @@ def test_several_samples_of_a_prompt_are_those_of_copies_of_it():
 
 
 def test_samples_follow_the_models_distribution():
-    """2,000 continuations of one prompt, forked: chi-square of the first token. The quantile at
-    p = 0.001 for 31 degrees of freedom is 61.1."""
+    """Chi-square of the first token of 2,000 continuations of one prompt. The quantile at p = 0.001
+    for 31 degrees of freedom is 61.1."""
     config = tiny.model("yoco_u", num_layers=2)
     cache, logits = prefill(model(config), np.array([PROMPTS[0]]), capacity=8)
     rows = np.zeros(2000, int)
@@ -430,7 +433,7 @@ def test_samples_follow_the_models_distribution():
 
 @pytest.fixture
 def compiled(caplog):
-    """Names of the programs compiled so far, as jax logs them."""
+    """Names of the programs that were compiled so far, from the log of jax."""
     with jax.log_compiles():
         yield lambda: collections.Counter(re.findall(r"Compiling jit\((\w+)\)", caplog.text))
 
@@ -443,7 +446,7 @@ def inference_programs(counter):
 
 
 def test_prompts_of_one_bucket_share_their_programs(compiled):
-    run = model(tiny.model("yoco_u", num_layers=2, vocab_size=33))  # of this test alone
+    run = model(tiny.model("yoco_u", num_layers=2, vocab_size=33))  # only this test has this size
     generate(run, [[1] * 35], max_new_tokens=5, capacity=64)
     assert inference_programs(compiled()) == PROGRAMS
     for length in (33, 37, 40):
@@ -455,9 +458,9 @@ def test_prompts_of_one_bucket_share_their_programs(compiled):
     assert inference_programs(compiled())["prefill_chunk"] == 2
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_chunk_and_every_block_runs_the_same_program(devices, compiled):
-    """Also for parameters that were put on a device, as a checkpoint's are, or on a mesh."""
+    """Also for parameters that were put on a device (like those of a checkpoint) or on a mesh."""
     config = tiny.model("yoco_u", num_layers=2, vocab_size=34)
     mesh = make_mesh(MeshConfig(data=devices, fsdp=1, tensor=1), jax.devices()[:devices])
     options = {"max_new_tokens": 9, "on_tokens": lambda _: None, "block": 3, "chunk": 4}
@@ -484,14 +487,14 @@ def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunk
         assert inference.default_sizes(batch, 10_000)[1] == chunk
     with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))):
         assert inference.default_sizes(64, 10_000)[1] == 2048  # 8 rows on each device
-        assert inference.default_sizes(100, 10_000)[1] == 128  # does not divide: 100 on each
-    assert inference.default_sizes(1, 5000, 64) == (6144, 2048)  # its bucket would be 5120
+        assert inference.default_sizes(100, 10_000)[1] == 128  # 8 does not divide it: 100 on each
+    assert inference.default_sizes(1, 5000, 64) == (6144, 2048)  # without chunks it were 5120
     assert inference.default_sizes(4, 90, 20) == (112, 96)
     assert inference.default_sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
 
 
-@pytest.mark.parametrize("name", ["yoco_u", "parscale"])
-def test_eight_devices_say_what_one_does(name):
+@pytest.mark.parametrize("name", ["yoco_u", pytest.param("parscale", marks=pytest.mark.slow)])
+def test_eight_devices_generate_what_one_does(name):
     config = tiny.model(name, num_layers=2)
     prompts = [*PROMPTS, [3, 3, 3]]
     options = {"max_new_tokens": 8, "sampling": Sampling(temperature=0.7), "logprobs": True}
@@ -507,7 +510,7 @@ def test_eight_devices_say_what_one_does(name):
     assert entry.addressable_shards[0].data.size == entry.size / 8  # over rows and K/V heads
 
 
-# --- What is refused ------------------------------------------------------------------------------
+# --- Arguments that are refused -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -521,7 +524,7 @@ def test_eight_devices_say_what_one_does(name):
         ([1, 2], {}, "Prompt 0 is no list of token ids: encode text first."),
         (["def f"], {}, "Prompt 0 is no list of token ids: encode text first."),
         ([[1] * 9], {"capacity": 12}, "Prompt 0 has 9 positions and 4 new ones, more than the 12"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must lie between 1 and"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be between 1 and"),
         (
             [[1]],
             {"max_new_tokens": 2.5},
@@ -539,7 +542,7 @@ def test_eight_devices_say_what_one_does(name):
             "Prompt 1 has 9 positions and 4 new ones, more than the 12",
         ),
         ([[1]], {"sampling": Sampling(temperature=-1.0)}, "sampling.temperature=-1.0 must be"),
-        ([[1]], {"stop_tokens": [99]}, "stop_tokens=[99] must lie between 0 and 31."),
+        ([[1]], {"stop_tokens": [99]}, "stop_tokens=[99] must be between 0 and 31."),
         ([[1]], {"stop_tokens": [1.5]}, "stop_tokens=[1.5] must be a list of token ids from 0 to"),
         ([[1]], {"stop_tokens": 3}, "stop_tokens=3 must be a list of token ids from 0 to 31."),
         (
@@ -547,11 +550,11 @@ def test_eight_devices_say_what_one_does(name):
             {"seeds": [1]},
             "seeds=[1] must be a whole number, or one for each of 2 rows, from 0",
         ),
-        ([[1]], {"seeds": 2**32}, "seeds=4294967296 must lie between 0 and 4294967295."),
+        ([[1]], {"seeds": 2**32}, "seeds=4294967296 must be between 0 and 4294967295."),
         ([[1]], {"seeds": "x"}, "seeds='x' must be a whole number"),
-        ([[1]], {"block": 0}, "block=0 must lie between 1 and"),
+        ([[1]], {"block": 0}, "block=0 must be between 1 and"),
         ([[1]], {"chunk": 0}, "chunk=0 must be at least 1 position."),
-        ([[1]], {"num_samples": 0}, "num_samples=0 must lie between 1 and"),
+        ([[1]], {"num_samples": 0}, "num_samples=0 must be between 1 and"),
     ],
 )
 def test_bad_requests_get_one_clear_sentence(prompts, options, sentence):
@@ -566,34 +569,34 @@ def refused(sentence):
     return pytest.raises(UserError, match=re.escape(sentence))
 
 
-@pytest.mark.parametrize("name", ["yoco_u", "parscale"])
-def test_a_cache_that_is_full_is_refused_before_it_is_touched(name):
+@pytest.mark.parametrize("name", ["yoco_u", pytest.param("parscale", marks=pytest.mark.slow)])
+def test_a_cache_that_is_full_is_refused_before_it_is_changed(name):
     run = model(tiny.model(name, num_layers=2))
     prompts = np.array([[1, 2, 3], [4, 5, 6]])
     cache, logits = prefill(run, prompts, np.array([3, 1]), capacity=5)
-    with refused("more than the 5 that the cache holds"):
+    with refused("more than the 5 that fit into the cache"):
         prefill(run, prompts, memory=cache)
     with refused("Prompt 0 has 3 positions and 3 new ones, more than the 5"):
         generate_from(run, cache, logits, max_new_tokens=3)
     out = generate_from(run, cache, logits, max_new_tokens=[2, 4])
     assert out.memory.lengths.tolist() == [5, 5]
-    given_up = "The cache was given up to an earlier call; to use it twice, fork it first."
+    given_up = "The cache was donated to an earlier call; to use it twice, fork it first."
     with refused(given_up):
         generate_from(run, cache, logits, max_new_tokens=1)
     with refused(given_up):
         fork(cache, [0])
     _, logits = inference.decode_step(run, fork(out.memory, [0, 1]), np.array([1, 1]))
-    assert np.isnan(logits).all()  # a loop of one's own cannot miss it
+    assert np.isnan(logits).all()  # so a loop around decode_step sees the mistake
     cache, _ = prefill(run, prompts)
     with refused("Row 0 has no logits"):
         generate_from(run, cache, np.asarray(logits), max_new_tokens=1)
 
 
-def test_a_new_cache_has_room_to_go_on():
+def test_a_new_cache_has_room_for_more_tokens():
     config = tiny.model("yoco_u", num_layers=2)
     tokens = np.asarray(tiny.tokens(1, 18))
     want = expected(config, 1, 18)
-    cache, _ = prefill(model(config), tokens[:, :16])  # a bucket exactly
+    cache, _ = prefill(model(config), tokens[:, :16])  # exactly one bucket
     for at in (16, 17):
         cache, logits = inference.decode_step(model(config), cache, tokens[:, at])
         assert_equal(logits, want[:, at], np.abs(want).max())
@@ -606,10 +609,10 @@ def test_caches_and_rows_that_do_not_fit_are_refused():
         prepare(tiny.params(config), dataclasses.replace(config, num_loops=2)),
     )
     cache, logits = prefill(run, np.array([[1, 2, 3], [4, 5, 6]]))
-    with refused("A cache of 2 rows cannot go on with 1 prompts"):
+    with refused("A cache of 2 rows does not fit 1 prompts"):
         prefill(run, np.array([[1]]), memory=cache)
     for stranger in (other, model(tiny.model("transformer"))):
-        with refused("The cache is not one of this model"):
+        with refused("The cache does not fit this model"):
             generate_from(stranger, cache, logits, max_new_tokens=1)
     with refused("capacity=9 cannot be given with a memory"):
         prefill(run, np.array([[1], [2]]), memory=cache, capacity=9)
@@ -625,8 +628,8 @@ def test_caches_and_rows_that_do_not_fit_are_refused():
             prefill(run, np.array([[1, 2]]), np.array(lengths))
 
 
-def test_windows_alone_never_fill():
-    """A program of rings only has no capacity: any text fits."""
+def test_a_program_with_windows_only_has_no_capacity():
+    """A ring is never full, so a text of any length fits."""
     config = tiny.model("window*2@2")
     tokens = np.asarray(tiny.tokens(2, 40))
     cache, logits = prefill(model(config), tokens, chunk=16, capacity=8)

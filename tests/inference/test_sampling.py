@@ -1,4 +1,4 @@
-"""Drawn tokens follow the distribution that the settings describe, computed here once more."""
+"""Drawn tokens follow the distribution of the settings, which this file computes again."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from yocou_jax.inference.sampling import (
 
 V, DRAWS = 16, 20_000
 LOGITS = np.random.default_rng(0).normal(size=V) * 1.5
-SEEN = np.arange(V) % 3 == 0  # of both signs, the likeliest token among them
+SEEN = np.arange(V) % 3 == 0  # logits of both signs, with the most likely token
 Z_999 = 3.0902  # the 0.999 quantile of the normal distribution
 
 
@@ -36,7 +36,7 @@ def filtered(logits, sampling, seen=None, sort=True):
 
 
 def probabilities(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """The distribution over tokens in float64, one token after another as the papers say it."""
+    """The distribution over tokens in float64, token by token, as in the papers."""
     x = LOGITS.astype(np.float64).copy()
     for token in np.flatnonzero(SEEN):
         x[token] *= repetition_penalty if x[token] < 0 else 1 / repetition_penalty
@@ -60,16 +60,16 @@ def probabilities(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_pen
 
 
 def chi_square(counts, p):
-    """(statistic, its 0.999 quantile under p); infinite if a token of probability 0 was drawn.
+    """(statistic, its 0.999 quantile under p). Infinite if a token of probability 0 was drawn.
 
-    The quantile is Wilson and Hilferty's: the cube root of a chi-square variable over its degrees
-    of freedom d is nearly normal, with mean 1 - 2/(9d) and variance 2/(9d). It is 2.3%
-    too large at d = 2 and closer for every other d that occurs here.
+    The quantile is the approximation of Wilson and Hilferty: for d degrees of freedom, the cube
+    root of (chi-square / d) is nearly normal with mean 1 - 2/(9d) and variance 2/(9d). It is 2.3%
+    too large for d = 2, and better for every other d that occurs here.
     """
     expected = p * counts.sum()
     if counts[expected == 0].any():
         return np.inf, 0.0
-    # The statistic is chi-square only where enough is expected: rare tokens share one cell.
+    # The statistic is chi-square only for cells with enough draws, so rare tokens share one cell.
     rare = expected < 10
     counts, expected = (np.append(a[~rare], a[rare].sum()) for a in (counts, expected))
     counts, expected = counts[expected > 0], expected[expected > 0]
@@ -79,7 +79,7 @@ def chi_square(counts, p):
     return np.sum((counts - expected) ** 2 / expected), quantile
 
 
-def test_the_quantile_is_that_of_tables():
+def test_the_quantile_agrees_with_tables():
     for d, table in ((2, 13.816), (5, 20.515), (10, 29.588), (15, 37.697)):
         _, quantile = chi_square(np.full(d + 1, 1000), np.full(d + 1, 1 / (d + 1)))
         assert abs(quantile / table - 1) < 0.025
@@ -118,16 +118,16 @@ def test_draws_follow_the_distribution(fields):
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
-def test_the_probabilities_themselves(fields):
-    """What the draws cannot show: the filtered logits are the distribution, to float32's digits."""
+def test_the_filtered_logits_are_the_distribution(fields):
+    """To the digits of float32, which the draws cannot show."""
     x = filtered(LOGITS[None].astype(np.float32), Sampling(**fields), SEEN[None])
     expected = probabilities(**fields)
     np.testing.assert_array_equal(np.isneginf(x[0]), expected == 0)
     np.testing.assert_allclose(jax.nn.softmax(x)[0], expected, rtol=1e-5)
 
 
-def test_the_probabilities_with_settings_in_every_combination():
-    """Each filter before or after each other one, in rows of their own."""
+def test_the_filtered_logits_for_every_combination_of_settings():
+    """Every combination has its own row."""
     values = {
         "temperature": (0.5, 1.0, 2.0),
         "top_k": (0, 4, 9),
@@ -161,8 +161,9 @@ def test_the_chi_square_notices_a_slightly_wrong_distribution(fields, other):
     assert statistic > quantile
 
 
-def test_top_p_takes_the_mass_that_top_k_left():
-    """The other order would keep more: half of what 3 tokens have is less than half of it all."""
+def test_top_p_is_a_share_of_what_top_k_keeps():
+    """Half of the probability of 3 tokens is less than half of that of all tokens. So the other
+    order would keep more."""
     p = np.array([0.2, 0.17, 0.15, 0.13, 0.12, 0.12, 0.11])
     x = filtered(np.log(p)[None], Sampling(top_k=3, top_p=0.5))
     assert np.isfinite(x[0]).tolist() == [True, True] + [False] * 5
@@ -170,8 +171,8 @@ def test_top_p_takes_the_mass_that_top_k_left():
     assert np.isfinite(x[0]).tolist() == [True, True, True] + [False] * 4
 
 
-def test_the_nucleus_includes_the_token_that_reaches_p_and_never_is_empty():
-    p = np.array([0.125, 0.5, 0.25, 0.125])  # exact in binary, so that >= can be told from >
+def test_the_nucleus_includes_the_token_that_reaches_p_and_is_never_empty():
+    p = np.array([0.125, 0.5, 0.25, 0.125])  # exact in binary, so that >= and > differ
     for top_p, kept in (
         (0.5, [1]),
         (0.51, [1, 2]),
@@ -183,8 +184,8 @@ def test_the_nucleus_includes_the_token_that_reaches_p_and_never_is_empty():
         assert np.flatnonzero(np.isfinite(x[0])).tolist() == kept, top_p
 
 
-def test_a_long_tail_survives_when_top_p_is_off():
-    """Where a float32 sum no longer grows, a comparison with p = 1 would cut off tokens."""
+def test_a_long_tail_is_kept_when_top_p_is_off():
+    """At the end a float32 sum does not grow any more: a comparison with p = 1 would cut tokens."""
     x = np.full((2, 100_000), -30.0, np.float32)
     x[:, 7] = 0
     out = filtered(x, Sampling(top_k=np.array([0, 2]), top_p=np.array([1.0, 0.5])))
@@ -214,7 +215,7 @@ def test_the_penalty_moves_both_signs_down_and_only_seen_tokens():
     seen = np.array([[True, True, False, False, False]])
     out = filtered(x, Sampling(repetition_penalty=2.0), seen)
     np.testing.assert_allclose(out, [[-1.0, -6.0, -1.0, -3.0, 0.0]], rtol=1e-6)
-    # Without the tokens there is nothing to penalise.
+    # Without `seen` no token gets a penalty.
     np.testing.assert_allclose(filtered(x, Sampling(repetition_penalty=2.0)), x - 2)
 
 
@@ -239,7 +240,7 @@ def keys(n=32, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
 
-def test_temperature_0_is_top_1_is_the_argmax():
+def test_temperature_0_and_top_1_take_the_argmax():
     x, seen = rows(), rows(seed=2) > 0
     for sampling in (Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=1e-42)):
         np.testing.assert_array_equal(draw(x, keys(), sampling, None), x.argmax(-1))
@@ -250,7 +251,7 @@ def test_temperature_0_is_top_1_is_the_argmax():
         assert (penalised.argmax(-1) != x.argmax(-1)).any()
 
 
-def test_the_first_of_equals_is_taken():
+def test_the_first_of_equal_logits_is_taken():
     x = np.array([[1.0, 2, 2, 0], [0.0, 0, 0, 0]])
     assert draw(x, keys(2), Sampling(temperature=0.0), None).tolist() == [1, 0]
 
@@ -322,7 +323,7 @@ def test_new_values_compile_nothing():
 # --- Settings -------------------------------------------------------------------------------------
 
 
-def test_check_makes_columns():
+def test_check_makes_arrays():
     checked = check(Sampling(temperature=1, top_k=np.uint8(7), top_p=[0.5, 1, 1]), 3)
     assert checked.temperature.tolist() == [1, 1, 1]
     assert checked.top_k.tolist() == [7, 7, 7]
@@ -334,7 +335,7 @@ def test_check_makes_columns():
     jax.tree.map(np.testing.assert_array_equal, again, checked)
 
 
-def test_what_a_loop_must_know_before_it_is_compiled():
+def test_needs_sort_and_needs_seen():
     assert not needs_sort(Sampling(temperature=0.5, min_p=0.1))
     assert needs_sort(Sampling(top_k=1))
     assert needs_sort(Sampling(top_p=0.9))

@@ -32,7 +32,7 @@ def test_a_stop_text_ends_a_row_wherever_its_tokens_are_cut(kind, text, stops, s
     row, ids, seen = TextRow(tokenizer, 999, stops), tokenizer.encode(text), ""
     for (block,) in token_blocks([*ids, tokenizer.eot_id], steps=steps):
         row.add(block)
-        assert row.text.startswith(seen)  # nothing that was shown is taken back
+        assert row.text.startswith(seen)  # text that was shown stays
         assert shown.startswith(row.text)
         seen = row.text
     assert row.text == shown
@@ -40,8 +40,8 @@ def test_a_stop_text_ends_a_row_wherever_its_tokens_are_cut(kind, text, stops, s
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_bytes_that_are_no_text_hold_nothing_else_back(steps):
-    """What ends in half a character (or in bytes that never become one) is shown up to there."""
+def test_invalid_bytes_do_not_delay_the_text_before_them(steps):
+    """A text that ends in half a character, or in invalid bytes, is shown up to them."""
     tokenizer = load_tokenizer("bytes")
     row, ids = TextRow(tokenizer, 99, ["!"]), [*b"ab", 0xE6, *b"c", 0x97, 0x97, *b"d!ef", 0xE6]
     for i, (block,) in enumerate(token_blocks(ids, steps=steps)):
@@ -52,7 +52,7 @@ def test_bytes_that_are_no_text_hold_nothing_else_back(steps):
 
 
 @pytest.mark.parametrize("ends", ["limit", "end of text", "stop"])
-def test_a_row_that_ended_takes_nothing_more(ends):
+def test_a_row_that_has_ended_ignores_more_tokens(ends):
     tokenizer = load_tokenizer("bytes")
     row = TextRow(tokenizer, 2 if ends == "limit" else 9, ["b"] if ends == "stop" else ["c"])
     last = tokenizer.eot_id if ends == "end of text" else ord("b")

@@ -18,7 +18,7 @@ KERNELS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["yoco_u", "transformer"])
+@pytest.mark.parametrize("name", ["yoco_u", pytest.param("transformer", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_ragged_prefill_and_decode_are_the_forward_pass_in_plain_xla(implementation, name):
     """Rings, a cache that is not full behind a chunk of queries, lengths of each row."""

@@ -1,7 +1,7 @@
-"""The seam: a new kind of layer is one entry of facts and one module, and everything else follows.
+"""A new kind of layer is one entry of facts and one module. The rest is derived from them.
 
-The mixer of this file is the causal mean of the last four values, as CONTRIBUTING.md would have one
-added. Nothing outside the two tables knows it.
+The mixer of this file is the causal mean of the last four values. It is added with the recipe of
+CONTRIBUTING.md. Only the two tables know it.
 """
 
 import re
@@ -35,7 +35,7 @@ class MeanFacts(Mixer):
         return 2 * config.d_model * config.num_kv_heads * config.head_dim
 
     def sequence_flops(self, config, length):
-        return 0  # sums, and no products
+        return 0  # it has sums, but no products
 
     def step_flops(self, config, context):
         return 0
@@ -48,7 +48,7 @@ class MeanFacts(Mixer):
 
 @flax.struct.dataclass
 class LastValues:
-    """The newest values [B, SPAN - 1, K, H], zeros before the first."""
+    """The newest values [B, SPAN - 1, K, H], with zeros before the first position."""
 
     values: jax.Array
     capacity = None
@@ -88,7 +88,7 @@ class CausalMean(MixerModule):
 
 @pytest.fixture(scope="module", autouse=True)
 def mean_mixer():
-    """The two entries. The tables are left as they were."""
+    """Adds the two entries, and removes them after the test."""
     MIXERS["mean"], MODULES["mean"] = MeanFacts(), CausalMean
     yield
     del MIXERS["mean"], MODULES["mean"]
@@ -99,7 +99,7 @@ def test_the_two_tables_have_the_same_keys():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_it_is_accounted_for(program):
+def test_parameters_and_bytes_of_the_new_mixer(program):
     config = tiny.model(program, num_loops=None)
     params = tiny.params(config)
     sizes = accounting.parameters(config)
@@ -107,11 +107,11 @@ def test_it_is_accounted_for(program):
     described = jax.eval_shape(lambda: empty_memory(config, 3, 50, jnp.float32))
     assert described.nbytes == 3 * accounting.kv_bytes(config, 50, 4)
     assert accounting.report(config, (8, 64))["program"] == program
-    per_token = 2 * (sizes.total - sizes.parts["embedding"])  # more than once in a loop
+    per_token = 2 * (sizes.total - sizes.parts["embedding"])  # a loop has a multiple of it
     assert accounting.decode_flops_per_token(config, 8) > 0.9 * per_token
 
 
-def test_its_flops_are_those_of_its_matrices():
+def test_flops_of_the_new_mixer_are_those_of_its_matrices():
     one, two = (tiny.model(f"mean*{layers}") for layers in (1, 2))
     c = one
     layer = 2 * c.d_model * c.num_kv_heads * c.head_dim + 3 * c.d_model * c.d_ff
@@ -120,7 +120,7 @@ def test_its_flops_are_those_of_its_matrices():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_it_prefills_and_decodes_as_it_is_trained(program):
+def test_prefill_and_decode_of_the_new_mixer_are_the_forward_pass(program):
     config = tiny.model(program, num_loops=None)
     params, tokens, lengths = tiny.params(config), tiny.tokens(3, 14), np.array([3, 7, 11])
     want, rows = np.asarray(logits(params, config, tokens)), np.arange(3)
@@ -136,8 +136,8 @@ def test_it_prefills_and_decodes_as_it_is_trained(program):
     assert forked.nbytes == memory.nbytes * 2 // 3
 
 
-def test_it_trains_and_is_sharded():
-    """On a mesh of all three axes as on one device; its kernel, which it has not, is not asked."""
+def test_the_new_mixer_trains_and_is_sharded():
+    """A mesh of all three axes gives the numbers of one device. The mixer needs no kernel."""
     config = tiny.config(PROGRAMS[0], num_loops=None, optimizer={"learning_rate": 1e-2})
     assert list(attention_choices(config)) == ["cross attention"]
     params, losses = tiny.params(config.model), {}
@@ -159,7 +159,7 @@ def test_it_trains_and_is_sharded():
     assert value == wanted
 
 
-def test_no_mixer_is_known_by_its_name_elsewhere():
+def test_no_other_code_compares_the_name_of_a_mixer():
     tables = {"mixers.py", "attention.py"}
     names = re.compile(r"""(==|!=|\bin\b|\bnot in\b)\s*[({\[]?["'](window|full|cross)["']""")
     for folder in ("yocou_jax", "pallas_kernels", "benchmarks", "experiments"):

@@ -1,4 +1,4 @@
-"""Routed experts against a plain loop over experts, on one device and on eight."""
+"""Compares routed experts with a plain loop over experts, on one device and on eight."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6, D)), jnp.float32)
 
 
 def layer(**fields):
-    """(a function of parameters and x, parameters) of one feed-forward with experts."""
+    """One feed-forward with experts: (a function of parameters and x, its parameters)."""
     module = MixtureOfExperts(tiny.model(**(tiny.MOE | fields)), jnp.float32)
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), X))["params"]
     rng = np.random.default_rng(2)
@@ -31,7 +31,7 @@ def swiglu(x, gate, up, down):
 
 
 def loop_over_experts(params, x, per_token):
-    """Every expert sees every token; the weights of those not chosen are 0."""
+    """Every expert gets every token. An expert that is not chosen has weight 0."""
     logits = x @ params["router"]["kernel"]
     p = jax.nn.softmax(logits, axis=-1)
     kth = jnp.sort(p, axis=-1)[..., -per_token][..., None]
@@ -47,7 +47,7 @@ def loop_over_experts(params, x, per_token):
 
 
 def gradients(f, params, x):
-    """Of a projection of the output, to parameters and input."""
+    """Gradients of a projection of the output, for parameters and input."""
     direction = jax.random.normal(jax.random.key(3), x.shape)
     return jax.jit(jax.value_and_grad(lambda p, x: (f(p, x) * direction).sum(), argnums=(0, 1)))(
         params, x
@@ -71,7 +71,7 @@ def test_routed_experts_are_a_loop_over_experts(fields):
     tiny.assert_close(got, gradients(lambda p, x: loop_over_experts(p, x, k), params, X), 2e-5)
 
 
-def test_no_token_is_dropped_when_all_want_one_expert():
+def test_no_token_is_dropped_when_all_choose_one_expert():
     apply, params, _ = layer(experts_per_token=1, num_shared_experts=0)
     params["router"]["kernel"] = jnp.zeros((D, 4)).at[0, 2].set(100.0)
     x = X.at[..., 0].set(1.0)
@@ -79,7 +79,7 @@ def test_no_token_is_dropped_when_all_want_one_expert():
     expert = (params[name][2] for name in ("gate", "up", "down"))
     np.testing.assert_allclose(y, swiglu(x, *expert), atol=2e-5)
     np.testing.assert_allclose(stats.load, [0, 0, 4, 0])
-    np.testing.assert_allclose(stats.load_balance, 4.0, rtol=1e-5)  # the worst there is
+    np.testing.assert_allclose(stats.load_balance, 4.0, rtol=1e-5)  # the maximum
 
 
 def test_a_router_without_preference_has_balance_one():
@@ -116,7 +116,7 @@ def test_the_balance_loss_moves_the_router():
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)
 def test_eight_devices_compute_what_one_does(sizes):
-    """Width 12 divides over tensor=2 and not over tensor=8."""
+    """tensor=2 divides the width 12, tensor=8 does not."""
     apply, params, boxed = layer()
 
     def both(params, x):
@@ -131,8 +131,8 @@ def test_eight_devices_compute_what_one_does(sizes):
     tiny.assert_close(got, jax.device_get(expected), 1e-5)
 
 
-def test_the_router_computes_in_float32_whatever_the_compute_type():
-    """In bfloat16 a router would send tokens elsewhere: its logits are right to three digits."""
+def test_the_router_computes_in_float32_for_each_compute_type():
+    """bfloat16 has three digits: its rounding would send tokens to other experts."""
     module = MixtureOfExperts(tiny.model(**tiny.MOE), jnp.bfloat16)
     _, params, _ = layer()
     x = X.astype(jnp.bfloat16)
@@ -150,7 +150,7 @@ def test_the_router_computes_in_float32_whatever_the_compute_type():
 
 
 def test_experts_split_over_devices_are_refused(monkeypatch):
-    """They would be numbered from 0 on every device, and tokens would reach the wrong ones."""
+    """Every device would number its experts from 0, and tokens would go to wrong experts."""
     monkeypatch.setitem(LOGICAL_AXES, "experts", ("data",))
     apply, params, _ = layer()
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))

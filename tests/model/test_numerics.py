@@ -1,7 +1,8 @@
-"""What is computed in float32 whatever the compute type, and how large parameters begin.
+"""What is computed in float32 for each compute type, and the size of initial parameters.
 
-In bfloat16 a result may differ from the exact one by its last rounding only: half a unit in the
-last place, 2^-8 of its size. An intermediate in bfloat16 shows as an error of several units.
+A result in bfloat16 may differ from the exact one only by its last rounding: half a unit in the
+last place, which is 2^-8 of its size. An intermediate result in bfloat16 gives an error of several
+units.
 """
 
 import flax.linen as nn
@@ -34,7 +35,7 @@ def assert_rounded_once(got, want):
     np.testing.assert_allclose(exact(got), want, rtol=1.01 * ROUNDING, atol=1e-30)
 
 
-# --- In float32 whatever the compute type ---------------------------------------------------------
+# --- In float32 for each compute type -------------------------------------------------------------
 
 
 def test_rms_norm_and_its_gradient():
@@ -62,7 +63,7 @@ def test_gated_silu_and_its_gradient():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_rope_at_positions_far_into_a_text(dtype):
-    """bfloat16 counts to 256: with angles in it, all later positions would be mixed up."""
+    """bfloat16 has integers up to 256: with angles in bfloat16, later positions would be equal."""
     x = bfloat16(1, 8, 2, 16).astype(dtype)
     positions = np.array([[0, 1, 255, 257, 300, 1023, 4097, 8191]])
     want = oracle.rotate(exact(x), positions, 100.0)
@@ -81,13 +82,13 @@ def test_logits_leave_the_product_in_float32():
     nll = lse - np.take_along_axis(want, np.asarray(targets)[..., None], -1)[..., 0]
     total, sums = cross_entropy(hidden, head, targets)
     np.testing.assert_allclose((sums.nll, sums.z), (nll.sum(), (lse**2).sum()), rtol=1e-5)
-    # With a gradient another piece of code runs.
+    # With a gradient, other code runs.
     again, _ = jax.value_and_grad(lambda h: cross_entropy(h, head, targets)[0])(hidden)
     np.testing.assert_allclose((total, again), nll.sum(), rtol=1e-5)
 
 
 def test_the_global_keys_and_values_are_float32():
-    """So that the gradients of all cross layers are added up in float32."""
+    """So the gradients of all cross layers are summed in float32."""
     config = tiny.model(cross_rope=True)
     module = GlobalKeyValue(config, jnp.bfloat16)
     x, context = jnp.zeros((2, 6, config.d_model), jnp.bfloat16), Context(jnp.arange(6)[None])
@@ -107,8 +108,9 @@ def test_the_global_keys_and_values_are_float32():
     ids=["experts", "streams"],
 )
 def test_initial_parameters_have_the_size_of_their_fan_in(program, fields):
-    """1 / sqrt(inputs); what is added to the residual stream besides by 1 / sqrt(2 depth), loops
-    counted; embedding and head 1 / sqrt(D); prefixes 1; norm scales exactly 1."""
+    """1 / sqrt(inputs). Matrices that write to the residual stream also have a factor
+    1 / sqrt(2 depth), where loops count. Embedding and head: 1 / sqrt(D). Prefixes: 1. Norm scales:
+    exactly 1."""
     wide = {"d_model": 64, "d_ff": 96, "vocab_size": 128, "prefix_length": 16, "expert_width": 48}
     config = tiny.model(program, **(fields | wide))
     streams = config.program.streams

@@ -1,4 +1,4 @@
-"""One run a workdir: who owns it, who is refused, and what a dead owner leaves."""
+"""One run per workdir: which run owns it, which is refused, and what a dead owner leaves."""
 
 import fcntl
 import json
@@ -28,7 +28,7 @@ with WorkdirLock(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds tmp_path/run."""
+    """Another process, which holds tmp_path/run."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE
     )
@@ -43,25 +43,25 @@ def owner(folder: Path) -> dict:
     return json.loads((folder / lock.FILE).read_text())
 
 
-def test_the_second_is_refused_until_the_first_is_dead(tmp_path, holder):
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, holder):
     run = tmp_path / "run"
     with pytest.raises(UserError) as error, WorkdirLock(run):
         pass
     said = owner(run)
     for word in (f"process {holder.pid}", said["host"], said["started"], f"--workdir={run}-2."):
         assert word in str(error.value)
-    assert owner(run) == said  # the refused one has changed nothing
+    assert owner(run) == said  # the refused run has changed nothing
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert owner(run)["pid"] == holder.pid  # a kill leaves the file, but no lock
     with WorkdirLock(run):
         assert owner(run)["pid"] == os.getpid()
     assert not (run / lock.FILE).exists()
-    with WorkdirLock(run):  # and again
+    with WorkdirLock(run):  # a second time
         pass
 
 
-def test_a_folder_made_for_nothing_is_removed_again(tmp_path):
+def test_a_new_folder_that_stays_empty_is_removed_again(tmp_path):
     with pytest.raises(ZeroDivisionError), WorkdirLock(tmp_path / "a" / "b"):
         raise ZeroDivisionError
     assert not (tmp_path / "a").exists()
@@ -70,7 +70,7 @@ def test_a_folder_made_for_nothing_is_removed_again(tmp_path):
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["kept"]
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_an_unwritable_workdir_gives_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"workdir .*file/run cannot be written to: Not a dir"):
         WorkdirLock(tmp_path / "file" / "run").__enter__()
@@ -94,8 +94,8 @@ def claim(folder: Path, **fields) -> Path:
     return folder
 
 
-def test_without_locks_a_dead_owner_is_known_by_its_silence(tmp_path, no_flock):
-    """Not by its process id, which another process may have by now."""
+def test_without_locks_an_owner_without_beats_is_dead(tmp_path, no_flock):
+    """Its process id does not count, because another process may have it now."""
     here = lock.socket.gethostname()
     with WorkdirLock(claim(tmp_path / "a", host=here, pid=os.getppid())):
         assert owner(tmp_path / "a")["pid"] == os.getpid()
@@ -110,17 +110,17 @@ def test_an_owner_on_another_host_is_alive_as_long_as_it_beats(tmp_path, monkeyp
     monkeypatch.setattr(lock, "BEAT_S", 0.5)
     with WorkdirLock(tmp_path / "run"):
         monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
-        monkeypatch.setattr(lock, "_flock", lambda file: True)  # its locks do not reach us
+        monkeypatch.setattr(lock, "_flock", lambda file: True)  # the hosts do not share locks
         with pytest.raises(UserError, match="in use"):
             WorkdirLock(tmp_path / "run").__enter__()
 
 
-def test_an_owner_that_stood_still_for_long_gives_way(tmp_path, monkeypatch):
-    """It may go on later: then it says so, and leaves the workdir to the new owner."""
+def test_an_owner_that_misses_its_beats_loses_the_workdir(tmp_path, monkeypatch):
+    """If it runs again later, it raises an error, and leaves the workdir to the new owner."""
     monkeypatch.setattr(lock, "BEAT_S", 0.1)
     with WorkdirLock(tmp_path / "run") as first:
         first.check()
-        first._ended.set()  # no beats any more
+        first._ended.set()  # it has no beats any more
         monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
         monkeypatch.setattr(lock, "_flock", lambda file: True)
         second = WorkdirLock(tmp_path / "run").__enter__()
@@ -137,15 +137,15 @@ def test_a_removed_workdir_is_noticed(tmp_path):
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(UserError, match="was removed"):
         first.check()
-    with WorkdirLock(tmp_path / "a"):  # another run in a new folder of that name
+    with WorkdirLock(tmp_path / "a"):  # another run in a new folder with this name
         with pytest.raises(UserError, match="Another run has taken it"):
             first.check()
         first.__exit__()
         assert owner(tmp_path / "a")["pid"] == os.getpid()
 
 
-def test_of_many_that_start_at_once_one_wins(tmp_path):
-    """Processes, because locks of the operating system are theirs."""
+def test_of_many_runs_that_start_together_one_gets_the_workdir(tmp_path):
+    """They are processes, because a process owns a lock of the operating system."""
     line = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     processes = [subprocess.Popen(line, cwd=ROOT, **pipes) for _ in range(4)]
@@ -164,7 +164,7 @@ def test_of_many_that_start_at_once_one_wins(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": 1}', "\x00", "[" * 4096])
-def test_a_file_that_says_nothing_is_no_owner(tmp_path, text):
+def test_a_file_that_names_no_owner_is_ignored(tmp_path, text):
     (tmp_path / lock.FILE).write_text(text)
     with WorkdirLock(tmp_path):
         assert owner(tmp_path)["pid"] == os.getpid()

@@ -1,4 +1,4 @@
-"""The host loop: what a changed end of the schedule means, and samples that go wrong."""
+"""The host loop: a changed end of the schedule, weights of other runs, samples that fail."""
 
 import io
 import json
@@ -32,10 +32,10 @@ def config(steps, schedule, **optimizer):
     [
         (config(10, "constant"), config(20, "constant"), 10),
         (config(20, "constant"), config(10, "constant"), 10),
-        (config(20, "wsd"), config(40, "wsd"), 10),  # updates 0 .. 9 are before the decay
+        (config(20, "wsd"), config(40, "wsd"), 10),  # updates 0 to 9 are before the decay
         (config(20, "constant"), config(20, "wsd"), 10),
         (config(20, "wsd"), config(20, "wsd", final_fraction=0.5), 10),
-        (config(20, "cosine"), config(30, "cosine"), 2),  # nothing but warm-up was done
+        (config(20, "cosine"), config(30, "cosine"), 2),  # these are the warm-up
     ],
 )
 def test_an_end_that_no_update_depends_on(old, new, first):
@@ -44,20 +44,20 @@ def test_an_end_that_no_update_depends_on(old, new, first):
     assert exact
 
 
-def test_an_end_after_the_decay_began_is_told():
+def test_a_new_end_after_the_decay_began_gives_a_notice():
     words, exact = new_end(config(20, "wsd"), config(40, "wsd"), 20)
     assert not exact
     assert "run.steps: 20 -> 40" in words
-    assert "update 21 is 0.000955, where the old schedule has 0.0001" in words
+    assert "update 21 is 0.000955; in the old schedule it is 0.0001" in words
     words, _ = new_end(config(20, "wsd"), config(20, "constant"), 11)
     assert "optimizer.schedule: 'wsd' -> 'constant'" in words
-    assert "not the run that the new values alone would give" in words
+    assert "A run with the new values from its start would differ" in words
     words, _ = new_end(config(20, "wsd"), config(15, "wsd"), 15)  # nothing is left to train
     assert "learning rate" not in words
 
 
 def test_a_jump_of_the_learning_rate_is_not_forgotten(tmp_path):
-    """A later change of the end that is exact by itself does not make the run an exact one."""
+    """A later change of the end that is exact by itself does not make the run exact."""
     before = {"config": config(40, "wsd").to_dict(), "resumes": [{"exact": False}]}
     words, exact = going_on(tmp_path, before, config(60, "wsd"), 20, None)
     assert not exact
@@ -79,14 +79,14 @@ def test_a_jump_of_the_learning_rate_is_not_forgotten(tmp_path):
         (config(20, "constant"), config(10, "constant"), 11, "11 updates already"),
     ],
 )
-def test_an_end_that_makes_no_sense(old, new, first, words):
+def test_a_new_end_that_is_refused(old, new, first, words):
     with pytest.raises(UserError, match=words):
         new_end(old, new, first)
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Builds runs of one tiny model on a text of their own; the console writes nowhere."""
+    """Makes runs of one tiny model with their own text. The console writes nowhere."""
     rng = random.Random(0)
     text = "\n".join("".join(rng.choices("abcd ", k=60)) for _ in range(400))
     (tmp_path / "text.txt").write_text(text)
@@ -113,7 +113,7 @@ def make_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
+def test_a_sample_that_fails_comes_after_the_checkpoint_and_the_run_goes_on(
     make_run, monkeypatch, caplog
 ):
     run, saved = make_run(steps=2, eval_every=2, sample_every=1, checkpoint_every=1), []
@@ -130,9 +130,10 @@ def test_a_sample_that_goes_wrong_comes_after_the_checkpoint_and_ends_nothing(
     assert summary["tokens"] == 2 * 8 * 16
 
 
-def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
-    """Bit for bit, with a schedule whose past does not depend on its end; here from a workdir of
-    before the fields of `compute` were a group."""
+@pytest.mark.slow
+def test_a_run_that_is_made_longer_equals_the_longer_run(make_run, tmp_path):
+    """Bit for bit, with a schedule whose past does not depend on its end. The workdir is older than
+    the group `compute`."""
     make_run(steps=3).train()
     path = tmp_path / "run" / "manifest.json"
     old = json.loads(path.read_text())
@@ -154,7 +155,8 @@ def test_a_run_made_longer_is_the_longer_run(make_run, tmp_path):
         make_run(steps=5).train()
 
 
-def test_a_run_from_the_weights_of_another(make_run, tmp_path):
+@pytest.mark.slow
+def test_a_run_from_the_weights_of_another_run(make_run, tmp_path):
     first = make_run("first", steps=2).train()
     source = tmp_path / "first"
     changed = {"model": {"num_loops": 3}, "init_from": source}
@@ -162,7 +164,7 @@ def test_a_run_from_the_weights_of_another(make_run, tmp_path):
     tuned.train()
     origin = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["init_from"]
     assert origin == {"path": str(source), "step": 2}
-    # Once it has a checkpoint, that is where it goes on.
+    # After it has a checkpoint, it continues from there.
     again = make_run("tuned", steps=3, **changed).train()
     assert again["final_params_sha256"] != first["final_params_sha256"]
     for run, words in (
@@ -177,7 +179,7 @@ def test_a_run_from_the_weights_of_another(make_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_parameters_of_another_run_come_unchanged(make_run, tmp_path):
+def test_init_from_does_not_change_the_parameters(make_run, tmp_path):
     make_run("first", steps=2).train()
     run = make_run("second", tmp_path / "first", steps=2)
     run._load_data()
@@ -189,8 +191,8 @@ def test_the_parameters_of_another_run_come_unchanged(make_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
-    """A sweep takes a run with a summary for a finished one."""
+def test_a_summary_of_a_shorter_run_is_removed(make_run, tmp_path):
+    """A sweep treats a run with a summary as finished."""
     make_run(steps=2).train()
     path = tmp_path / "run" / "summary.json"
     old = json.loads(path.read_text())
@@ -205,8 +207,8 @@ def test_a_summary_of_another_length_is_not_this_runs(make_run, tmp_path):
     assert not path.exists()
 
 
-def test_what_stops_a_run_is_saved_before_anything_is_shown(make_run, monkeypatch):
-    """At its last step, whether a checkpoint is due there or not."""
+def test_the_last_step_is_saved_before_a_sample_is_shown(make_run, monkeypatch):
+    """Also if no checkpoint is due at the last step."""
     run, saved = make_run(steps=3, sample_every=3, checkpoint_every=2), []
 
     def look(self, params, step):

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against the plain one, and what it keeps in memory."""
+"""Compares the chunked cross-entropy with the plain one, and checks its memory."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from yocou_jax.training.loss import cross_entropy
 
 
 def plain(hidden, head, targets, weights, z_loss):
-    """(what to differentiate, sum nll, sum z) with all logits at once."""
+    """(the sum to differentiate, sum nll, sum z), with all logits at once."""
     logits = (hidden @ head).astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] * weights
@@ -34,7 +34,7 @@ def example(batch, length, vocab, width=4, dtype=jnp.float32):
     return hidden, head, targets, weights
 
 
-# 11 entries make one chunk and 2^20 several; 7 and 5 positions do not divide into them.
+# A vocabulary of 11 makes one chunk, of 2^20 several. They do not divide 7 and 5 positions.
 @pytest.mark.parametrize(
     ("vocab", "length", "z_loss", "shards"),
     [
@@ -62,14 +62,14 @@ def test_values_and_gradients_are_those_of_log_softmax(vocab, length, z_loss, sh
         for f in (chunked, expected)
     )
     tiny.assert_close(got, wanted, 2e-5)
-    # Without a gradient another piece of code runs.
+    # Without a gradient, other code runs.
     total, sums = jax.jit(functools.partial(cross_entropy, z_loss=z_loss, shards=shards))(
         hidden, head, targets, weights
     )
     tiny.assert_close((1.7 * total, (sums.nll, sums.z, sums.weight)), wanted[0], 2e-5)
 
 
-def test_no_weights_count_every_target_once():
+def test_without_weights_every_target_counts_once():
     hidden, head, targets, _ = example(3, 5, 11)
     total, sums = cross_entropy(hidden, head, targets)
     wanted, _ = plain(hidden, head, targets, jnp.ones((3, 5)), 0.0)

@@ -1,4 +1,4 @@
-"""What is written for scripts and people: rows, events, the summary, the terminal."""
+"""What a run writes for scripts and people: rows, events, the summary, the terminal."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from yocou_jax.training.console import Console
 from yocou_jax.training.metrics import MetricsWriter, mfu, read_metrics
 
 
-def test_names_that_others_rely_on():
+def test_the_names_of_the_metrics():
     relied_on = {"loss", "bpb", "val_loss", "val_bpb", "grad_norm", "lr", "tokens_per_s", "mfu"}
     names = [v for k, v in vars(metrics).items() if k.isupper() and isinstance(v, str)]
     assert relied_on | {"data_wait_fraction", "step", "tokens"} <= set(names)
@@ -25,7 +25,7 @@ def test_names_that_others_rely_on():
     assert all(re.fullmatch(r"[a-z_0-9]+", name) for name in names)
 
 
-def test_mfu_is_known_only_where_the_peak_is():
+def test_mfu_is_known_only_if_the_peak_is():
     assert mfu(1000.0, 312e9, "NVIDIA A100-SXM4-80GB", 4) == pytest.approx(0.25)
     assert mfu(1000.0, 312e9, "cpu", 1) is None
 
@@ -36,11 +36,11 @@ def scalars(workdir, tag="loss"):
     return {e.step: e.value for e in events.Scalars(tag)}
 
 
-def test_a_resume_drops_what_came_after_the_checkpoint(tmp_path):
+def test_a_resume_drops_rows_after_the_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path)
     for step in range(10, 60, 10):
         writer.write(step, {"loss": np.float32(step), "tokens": step * 100})
-    with (tmp_path / "metrics.jsonl").open("a") as file:  # no close: the run was killed
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # the killed run has closed nothing
         file.write('{"step": 60, "lo')
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30, 40, 50]
 
@@ -52,11 +52,11 @@ def test_a_resume_drops_what_came_after_the_checkpoint(tmp_path):
     assert json.loads(lines[0]) == {"step": 10, "loss": 10.0, "tokens": 1000}
     assert scalars(tmp_path) == {10: 10.0, 20: 20.0, 30: 30.0, 40: 4.5}
 
-    MetricsWriter(tmp_path).close()  # a run from the start leaves nothing of the old one
+    MetricsWriter(tmp_path).close()  # a new run removes the rows of the old one
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_steps_rise_and_nan_stays_json(tmp_path):
+def test_steps_must_increase_and_nan_becomes_null(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": float("nan"), "lr": 1e-3, "mfu": None})
     with pytest.raises(ValueError, match="Step 1 is written after step 1"):
@@ -106,16 +106,14 @@ def test_plain_lines_are_whole_and_throttled(monkeypatch):
             clock[0] += 1.0
         console.notice("[bold] is not markup, and a long sentence " + "x" * 80)
     lines = out.getvalue().splitlines()
-    assert (
-        len(lines) == 91 + 1
-    )  # every tenth step, the first and the last among them, and the notice
+    assert len(lines) == 91 + 1  # the notice, and every tenth step with the first and the last one
     assert lines[0] == ("step  100/1000  loss 3.220  1.500 bits/byte  45,679 tokens/s  MFU 41.2%")
     assert lines[1].endswith("MFU 41.2%  14:50 left")
     assert lines[-1] == "[bold] is not markup, and a long sentence " + "x" * 80
     assert "\x1b" not in out.getvalue()
 
 
-def test_what_is_not_known_is_not_shown():
+def test_unknown_values_are_not_shown():
     out, console = plain()
     console.start(10)
     console.update(1, {"loss": 2.0, "mfu": None})
@@ -154,7 +152,7 @@ def test_banner():
 
 
 class Gone(io.StringIO):
-    """A terminal that was closed, or a pipe that nobody reads any more."""
+    """A closed terminal, or a pipe that nobody reads any more."""
 
     encoding = "utf-8"
 
@@ -175,8 +173,8 @@ class Gone(io.StringIO):
         UnicodeEncodeError("latin-1", "日", 0, 1, "ordinal not in range(256)"),
     ],
 )
-def test_what_cannot_be_shown_never_ends_a_run(error, terminal, caplog, monkeypatch):
-    monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich points stdout elsewhere, pytest's here
+def test_an_error_of_the_terminal_never_ends_a_run(error, terminal, caplog, monkeypatch):
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich would redirect the stdout of pytest
     out = Gone()
     out.error = error
     with Console(rich.console.Console(file=out, force_terminal=terminal)) as console:
@@ -188,8 +186,8 @@ def test_what_cannot_be_shown_never_ends_a_run(error, terminal, caplog, monkeypa
     assert caplog.text.count("the run goes on") == 1
 
 
-def test_a_kill_leaves_the_cursor_on_the_screen():
-    """Rich hides it while a line is live, and SIGKILL gives nobody the time to bring it back."""
+def test_the_cursor_is_visible_while_a_line_is_live():
+    """Rich hides it while a line is live. After SIGKILL, nothing would show it again."""
     out = io.StringIO()
     with Console(rich.console.Console(file=out, force_terminal=True, width=80)) as console:
         console.start(100)
@@ -198,7 +196,7 @@ def test_a_kill_leaves_the_cursor_on_the_screen():
         assert shown > hidden >= 0
 
 
-def test_a_loss_that_is_not_finite_brings_no_foreign_lines(tmp_path, caplog):
+def test_a_loss_that_is_not_finite_logs_no_warning(tmp_path, caplog):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": math.nan, "grad_norm": math.inf})
     writer.close()

@@ -1,4 +1,4 @@
-"""Schedules, AdamW, Muon and skipped updates against hand computation."""
+"""Schedules, AdamW, Muon and skipped updates, compared with computations by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ def optimizer_of(config, axes) -> optax.GradientTransformation:
 # --- Schedules ------------------------------------------------------------------------------------
 
 
-# Learning rates of every update, in shares of the peak, by hand; None: does not depend on `steps`.
+# Learning rates of all updates, as shares of the peak, by hand. None: independent of `steps`.
 TABLES = [
-    # schedule, warm-up, decay_fraction, final_fraction; the rates; where the decay starts
+    # schedule, warm-up, decay_fraction, final_fraction; the rates; the start of the decay
     ("cosine", 0, 1.0, 0.2, [0.2], 0),
     ("cosine", 0, 1.0, 0.0, [0.75, 0.25, 0.0], 0),
     ("cosine", 1, 1.0, 0.1, [1.0, 0.1], 1),
@@ -34,10 +34,10 @@ TABLES = [
     ("wsd", 0, 0.5, 0.2, [0.2], 0),
     ("wsd", 0, 1.0, 0.0, [0.8, 0.6, 0.4, 0.2, 0.0], 0),
     ("wsd", 0, 0.4, 0.0, [1.0, 1.0, 1.0, 0.5, 0.0], 3),
-    ("wsd", 0, 0.35, 0.0, [1.0, 1.0, 1.0, 0.5, 0.0], 3),  # 1.75 updates are 2
+    ("wsd", 0, 0.35, 0.0, [1.0, 1.0, 1.0, 0.5, 0.0], 3),  # 1.75 updates are rounded to 2
     ("wsd", 2, 0.2, 0.1, [0.5, 1.0, 1.0, 1.0, 0.1], 4),
     ("wsd", 2, 0.01, 0.1, [0.5, 1.0, 1.0, 1.0, 0.1], 4),
-    # A decay longer than what the warm-up leaves takes all of it, without a jump.
+    # A decay that is longer than the rest after the warm-up takes the whole rest, without a jump.
     ("wsd", 3, 0.9, 0.5, [1 / 3, 2 / 3, 1.0, 0.75, 0.5], 3),
     ("wsd", 1, 1.0, 0.2, [1.0, 0.8, 0.6, 0.4, 0.2], 1),
     ("constant", 0, 1.0, 0.1, [1.0, 1.0, 1.0], None),
@@ -73,7 +73,7 @@ def test_every_learning_rate_of_a_short_run(schedule, warmup, decay, final, expe
 def test_a_run_ends_at_the_final_fraction_exactly_and_never_jumps(
     schedule, final, decay, warmup, steps
 ):
-    """One update runs at the peak when a decay follows the warm-up; then no rate rises again."""
+    """If a decay follows the warm-up, one update has the peak. After it no rate rises again."""
     config = schedule_of(schedule, warmup, decay, final)
     found, peak = rates(config, steps), np.float32(2e-3)
     assert found[-1] == np.float32(2e-3 * final)
@@ -86,7 +86,7 @@ def test_a_run_ends_at_the_final_fraction_exactly_and_never_jumps(
     if final < 1:
         assert found[start] < peak
         assert (falls > 0).all()
-    # No step down is larger than its share of a straight line (wsd) or than the cosine's steepest.
+    # No step down is larger than that of a straight line (wsd), or than the steepest of the cosine.
     steepest = np.pi / 2 if schedule == "cosine" else 1.0
     most = steepest * peak * (1 - final) / (steps - start)
     assert falls.max(initial=0) <= most * (1 + 1e-3) + 1e-9
@@ -119,7 +119,7 @@ def _random(seed, scale=1.0):
 
 
 def test_adamw_by_hand_for_three_steps():
-    """Clipping, both moments with bias correction, and decay of matrices alone."""
+    """Clipping, both moments with bias correction, and decay only of matrices."""
     lr, b1, b2, eps, decay, clip = 0.01, 0.8, 0.9, 1e-3, 0.5, 2.0
     config = settings(
         **{"learning_rate": lr, "beta1": b1, "beta2": b2, "eps": eps, "weight_decay": decay},
@@ -150,7 +150,7 @@ def test_adamw_by_hand_for_three_steps():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_matrices_decay(name):
-    """With gradients of 0 an update is nothing but the decay."""
+    """If all gradients are 0, an update is only the decay."""
     config = tiny.model("full*2, streams=2", qk_norm=True)
     axes, params = logical_axes(abstract_params(config)), tiny.params(config)
     optimizer = optimizer_of(
@@ -171,7 +171,7 @@ def test_only_matrices_decay(name):
 
 
 def _matrices(path: str, x) -> np.ndarray | None:
-    """A parameter as [count, rows, columns], written down anew for each kind; None: no matrix."""
+    """A parameter as [count, rows, columns], written here for each kind. None: not a matrix."""
     x = np.asarray(x)
     if any(part in path for part in ("'query']['project'", "'key']['kernel'", "'value']['kernel'")):
         return x.reshape(-1, x.shape[-3], x.shape[-2] * x.shape[-1])
@@ -188,7 +188,8 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     fields = {"name": "muon", "schedule": "constant", "warmup_steps": 0, "learning_rate": 0.1}
     optimizer = optimizer_of(settings(**fields, weight_decay=0.0, clip_norm=1e9), axes)
     rng = np.random.default_rng(5)
-    # Matrices of one stack differ in size a hundredfold: orthogonalised together they would show.
+    # The matrices of one stack differ in size by a factor of 100. If they were orthogonalised
+    # together, this would change the result.
     grads = jax.tree.map(
         lambda x: jnp.asarray(
             rng.normal(size=x.shape)
@@ -204,25 +205,25 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     ):
         where = jax.tree_util.keystr(path)
         matrices = _matrices(where, update)
-        if matrices is None:  # the first step of Adam: the sign, times the learning rate
+        if matrices is None:  # the first step of Adam is the sign times the learning rate
             np.testing.assert_allclose(update, -0.1 * np.sign(grad), rtol=1e-3, err_msg=where)
             counts["adam"] += 1
             continue
         counts["muon"] += 1
         values = np.linalg.svd(matrices, compute_uv=False)
-        # Newton-Schulz leaves singular values around 1, between about 0.6 and 1.3, here times
-        # 0.2 sqrt(longer side), which makes the size of an entry that of AdamW's.
+        # After Newton-Schulz, singular values are between about 0.6 and 1.3. Here they are scaled
+        # by 0.2 sqrt(longer side), so that an entry is as large as with AdamW.
         values /= 0.1 * 0.2 * np.sqrt(max(matrices.shape[1:]))
         assert values.min() > 0.3, where
         assert values.max() < 1.5, where
-        # And they point downhill.
+        # The update reduces the loss.
         assert (np.asarray(update) * np.asarray(grad)).sum() < 0, where
     assert counts["muon"] >= 12
     assert counts["adam"] >= 8
 
 
 def _newton_schulz(x, eps) -> np.ndarray:
-    """One matrix: five steps of x <- a x + (b A + c A^2) x, A = x x^T, in float64."""
+    """One matrix: five steps x <- a x + (b A + c A^2) x with A = x x^T, in float64."""
     x = x / (np.sqrt(np.sum(x**2)) + eps)
     for _ in range(5):
         a = x @ x.T
@@ -232,7 +233,7 @@ def _newton_schulz(x, eps) -> np.ndarray:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.6, 0.95])
 def test_muon_by_hand_for_three_steps(momentum):
-    """Nesterov with a bias correction for each part; eps is large here, so that it shows."""
+    """Nesterov with a bias correction for each part. eps is large, so that it has an effect."""
     lr, decay, eps, b = 0.01, 0.5, 0.3, momentum
     config = settings(
         **{"name": "muon", "learning_rate": lr, "weight_decay": decay, "eps": eps, "momentum": b},
@@ -278,8 +279,8 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(bad):
     assert int(state.total_notfinite) == 2
 
 
-def test_no_number_of_bad_updates_in_a_row_lets_one_through():
-    """The host stops the run after a few of them; until then optax must not apply one."""
+def test_many_bad_updates_in_a_row_are_all_skipped():
+    """The host stops the run after some of them. Until then, optax must not apply any."""
     optimizer = optimizer_of(settings(max_skipped_updates=2), AXES)
     params, broken = _random(0), _random(1)
     broken["matrix"] = broken["matrix"].at[0, 0].set(np.nan)

@@ -1,4 +1,4 @@
-"""Text to global batches: `load_data(config)` is the one entry."""
+"""From text to global batches. `load_data(config)` is the only entry point."""
 
 from yocou_jax.data.pipeline import Batch, DataBundle, TrainIterator, Validation, load_data
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer

@@ -1,16 +1,16 @@
-"""Documents: where text comes from, in which order, and which of it is held out.
+"""Documents: where text comes from, in which order, and which documents are held out.
 
 A source is one of
 
-    python                the running interpreter's standard library, read in place, no network
+    python                the standard library of the running Python (no network)
     site_packages         every .py file of the installed packages
-    path or glob          files of text, JSON or parquet, also compressed; `**` crosses directories
+    path or glob          files of text, JSON or parquet, also compressed; `**` matches directories
     hf:org/name[/config]  the train split of a Hugging Face data set (needs `datasets`)
-    w*source + w*source   a mixture; w is the share of training sequences and the shares sum to 1
+    w*source + w*source   a mixture; w is a share of the training sequences, and the sum is 1
 
-Several text files are one document each, and so is each row of JSON or parquet. A single text file
-is cut at line ends into pieces of about 16 KiB, because the held-out split needs more than one
-document. `split_corpus` says what happens when there are too few documents all the same.
+Each text file is a document, and so is each row of JSON or parquet. A single text file is cut at
+line ends into pieces of about 16 KiB, because the held-out split needs more than one document.
+`split_corpus` says what happens if there are still too few documents.
 """
 
 import glob
@@ -35,12 +35,12 @@ from yocou_jax.files import resolve
 from yocou_jax.progress import with_progress
 
 PIECE_SIZES = (PIECE_BYTES, 4096, 1024, 256, 64, 16)
-MAX_EXCESS = 1 / 8  # of a corpus, held out more than asked, before its documents are cut
-ENOUGH = 0.9  # of what is possible, before documents are cut
-# Tests of the standard library hold invalid encodings on purpose; lib2to3 reads Python 2.
+MAX_EXCESS = 1 / 8  # if more of a corpus is held out than asked plus this, documents are cut
+ENOUGH = 0.9  # if a smaller share of what is possible is reached, documents are cut
+# Tests of the standard library contain invalid encodings on purpose; lib2to3 has Python 2.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 
-SPELT_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes
+SPELT_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others represent bytes
 WEIGHT = r"[-+]?(?:\d[\d.,_]*|\.\d[\d.]*|inf|infinity|nan)(?:e[-+]?\d+)?%?"
 WEIGHTED = re.compile(rf"{WEIGHT}\s*\*", re.IGNORECASE)
 SEPARATOR = re.compile(rf"\s+\+\s+|\s*\+\s*(?={WEIGHT}\s*\*)", re.IGNORECASE)
@@ -48,24 +48,24 @@ QUOTED = re.compile(r"""(^|\*\s*)((["']).*?\3)(?=\s*(?:\+|$))""", re.DOTALL)
 
 
 class Document(NamedTuple):
-    """One text with a name that does not depend on the machine: the split hashes the name."""
+    """One text and its name. The split hashes the name, so it must not depend on the machine."""
 
     name: str
     text: str
 
 
 def text_bytes(document: Document) -> int:
-    """UTF-8 bytes of its text."""
+    """Number of UTF-8 bytes of the text."""
     return len(document.text.encode())
 
 
 class CorpusSummary(NamedTuple):
-    """What one pass over a corpus read. `fingerprint` changes with any name or character."""
+    """What one pass over a corpus has read. `fingerprint` changes with any name or character."""
 
     fingerprint: str  # sha256, 64 hexadecimal digits
     documents: int
     bytes: int  # UTF-8, after the repair of invalid bytes
-    invalid: int  # documents with invalid UTF-8; the bad bytes became U+FFFD
+    invalid: int  # documents with invalid UTF-8; U+FFFD replaces the bad bytes
     duplicates: int  # documents left out because an earlier one has the same text
     skipped: int  # rows without text left out (data.bad_rows='skip')
 
@@ -74,19 +74,19 @@ class CorpusSummary(NamedTuple):
 class Corpus:
     """The documents of one source, in an order that is the same on every machine.
 
-    Empty documents and exact copies of earlier ones are left out, so that no held-out text is
-    seen in training under another name.
+    Empty documents and exact copies of earlier documents are left out, so that training sees no
+    held-out text under another name.
     """
 
     source: str
     read: Callable[[], Iterator[Raw]]
     bad_rows: str = "refuse"  # or "skip"
-    piece_bytes: int | None = None  # None: documents stay as they are read
+    piece_bytes: int | None = None  # size of the pieces of a document; None: documents stay whole
 
     def documents(self) -> Iterator[Document]:
-        """Every document once, in order; reads the source again on each call.
+        """Every document once, in order. Each call reads the source again.
 
-        Raises UserError at the end if these are not the documents that `summary` has read.
+        Raises UserError at the end if these are other documents than `summary` has read.
         """
         total = hashlib.sha256()
         for document in self._documents(Counter()):
@@ -110,14 +110,14 @@ class Corpus:
                     raise raw
                 counts["skipped"] += 1
                 continue
-            if isinstance(raw, str):  # rows: lone surrogates are spelt ones, or invalid bytes
+            if isinstance(raw, str):  # a row: a lone surrogate is an escape or an invalid byte
                 text = SPELT_SURROGATE.sub("\ufffd", raw)
                 text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
                 repaired = text != raw
             else:
                 text = raw.decode("utf-8", "replace")
                 repaired = text.encode() != raw
-            # Of the repaired text: two documents may differ in their invalid bytes alone.
+            # A hash of the repaired text: two documents may differ only in their invalid bytes.
             digest = hashlib.sha256(text.encode()).digest()
             if not text or digest in seen:
                 counts["duplicates"] += bool(text)
@@ -128,7 +128,7 @@ class Corpus:
 
     @cached_property
     def _pass(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
-        """The summary, and of each document the hash of its name and its bytes, by hash."""
+        """The summary; and for each document, sorted by hash: the hash of its name; its bytes."""
         counts, total = Counter(duplicates=0, invalid=0, skipped=0), hashlib.sha256()
         hashes, sizes = array("d"), array("q")
         documents = self._documents(counts)
@@ -148,12 +148,12 @@ class Corpus:
 
     @property
     def summary(self) -> CorpusSummary:
-        """One full pass over the source. Raises UserError when there is no text in it."""
+        """One full pass over the source. Raises UserError if it contains no text."""
         return self._pass[0]
 
     @property
     def sizes_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of the names [documents], ascending, and the bytes of these documents."""
+        """Hashes of the names [documents], ascending, and the sizes of these documents in bytes."""
         return self._pass[1:]
 
 
@@ -164,8 +164,8 @@ def _add(total: Any, document: Document) -> None:
 
 
 def _in_pieces(documents: Iterable[Document], size: int) -> Iterator[Document]:
-    """Every text in pieces. A piece that repeats an earlier one has its name, so that either both
-    are held out or none."""
+    """The texts in pieces. A piece that is equal to an earlier one gets its name, so that both are
+    held out, or none."""
     names: dict[bytes, str] = {}
     for name, text in documents:
         for number, piece in enumerate(pieces(io.BytesIO(text.encode()), size)):
@@ -174,31 +174,31 @@ def _in_pieces(documents: Iterable[Document], size: int) -> Iterator[Document]:
 
 
 def hash_fraction(name: str, salt: str = "") -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """A number in [0, 1) that depends only on the name and the salt."""
     digest = hashlib.sha256(f"{salt}{name}".encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def is_held_out(name: str, validation_fraction: float) -> bool:
-    """True for about `validation_fraction` of the names, on every machine the same ones."""
+    """True for about `validation_fraction` of the names, the same ones on every machine."""
     return hash_fraction(name) < validation_fraction
 
 
 class Split(NamedTuple):
-    """A corpus, perhaps in pieces, of which the names that hash below `threshold` are held out."""
+    """A corpus, perhaps in pieces. Documents whose names hash below `threshold` are held out."""
 
     corpus: Corpus
     threshold: float
 
 
 def split_corpus(corpus: Corpus, fraction: float, held_out_bytes: int, train_bytes: int) -> Split:
-    """Which documents are held out: as a rule those whose names hash below `fraction`.
+    """Decides which documents are held out. The rule: those whose names hash below `fraction`.
 
-    So more documents leave the split of the others as it is. Where that gives one of the splits
-    fewer bytes than it needs, the threshold is moved: it takes the documents with the smallest
-    hashes, as many as needed. Where the documents are too few or too large for that, all of them
-    are cut into pieces, as small as it takes. When there is not enough text at all, both splits get
-    the same share of their need.
+    With this rule, new documents do not change the split of the old ones. If one split then has
+    fewer bytes than it needs, the threshold moves: the documents with the smallest hashes are held
+    out, as many as needed. If the documents are too few or too large for this, all of them are cut
+    into pieces that are small enough. If there is not enough text at all, both splits get the same
+    share of what they need.
     """
     needs = held_out_bytes, train_bytes
     tried = []
@@ -216,14 +216,14 @@ def split_corpus(corpus: Corpus, fraction: float, held_out_bytes: int, train_byt
 def _threshold(
     corpus: Corpus, fraction: float, needs: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """The threshold nearest to `fraction` at which the needs are met best.
+    """Of the thresholds that meet the needs best, the one nearest to `fraction`.
 
-    With it the part of the needs that is met, at most 1, and the share of bytes held out.
+    Returns it, the share of the needs that it meets (at most 1), and the share of bytes held out.
     """
     hashes, sizes = corpus.sizes_by_hash
-    held_out = np.concatenate([[0], np.cumsum(sizes)])  # bytes when the first k documents are
+    held_out = np.concatenate([[0], np.cumsum(sizes)])  # bytes of the first k documents
     met = np.minimum(held_out / needs[0], (held_out[-1] - held_out) / needs[1]).clip(max=1)
-    met[1:-1][hashes[1:] == hashes[:-1]] = 0  # the same name, which is held out or not
+    met[1:-1][hashes[1:] == hashes[:-1]] = 0  # documents of one name are held out together
     asked = np.searchsorted(hashes, fraction)
     best = np.flatnonzero(met == met.max())
     count = best[np.abs(best - asked).argmin()]
@@ -237,20 +237,20 @@ def parse_source(source: str) -> list[tuple[float, str]]:
     >>> parse_source("0.7*python + 0.3*books/*.txt")
     [(0.7, 'python'), (0.3, 'books/*.txt')]
 
-    What names a file that exists, or is a glob that matches one, is that and no mixture. Terms are
-    separated by ` + `, or by a `+` with a weight and `*` after it; spaces do not matter then. A
-    term's source may stand in quotes, in which everything is part of its name:
+    A source that is the name of a file, or a glob that matches a file, is not a mixture. Terms are
+    separated by ` + `, or by a `+` that a weight and `*` follow (with or without spaces). The
+    source of a term may be in quotes. Then everything between them is part of its name:
 
     >>> parse_source("0.5*'a + b.txt'+0.5*python")
     [(0.5, 'a + b.txt'), (0.5, 'python')]
 
-    Raises UserError when a term has no weight, a weight is not a positive number, or the weights
-    do not sum to 1.
+    Raises UserError if a term has no weight, if a weight is not a positive number, or if the sum of
+    the weights is not 1.
     """
     if _existing_files(source):
         return [(1.0, source)]
     source = source.strip()
-    # Quoted parts are masked while the terms are looked for.
+    # Quoted parts are masked, so that no separator is found inside them.
     masked = QUOTED.sub(lambda found: found[1] + "_" * len(found[2]), source)
     ends = [found.span() for found in SEPARATOR.finditer(masked)]
     begins = [0, *(end for _, end in ends)]
@@ -262,10 +262,10 @@ def parse_source(source: str) -> list[tuple[float, str]]:
     for term in terms:
         match = re.fullmatch(rf"({WEIGHT})\s*\*\s*(.+)", term, re.DOTALL | re.IGNORECASE)
         weight = _number(match[1]) if match else 0.0
-        if not 0 < weight < float("inf"):  # False for nan, too
+        if not 0 < weight < float("inf"):  # NaN fails this test too
             raise UserError(
                 f"The term {term!r} of the data mixture {source!r} needs a positive weight in "
-                "front, as in '0.7*python + 0.3*books/*.txt'; a path with ' + ' in it stands in "
+                "front, as in '0.7*python + 0.3*books/*.txt'; write a path with ' + ' in it in "
                 f"quotes. {no_glob}"
             )
         mixture.append((weight, _unquoted(match[2].strip())))
@@ -291,11 +291,11 @@ def _unquoted(source: str) -> str:
 
 
 def _existing_files(source: str) -> list[Path]:
-    """The files that a path or a glob names. A path first: a file name may hold [ or *."""
+    """The files that a path or a glob names. A path is tried first: a name may contain [ or *."""
     pattern = str(resolve(source))
     try:
         names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-    except RecursionError:  # hundreds of folders deep
+    except RecursionError:  # the pattern has hundreds of folders
         names = []
     for name in names:
         if os.path.islink(name) and not os.path.exists(name):
@@ -304,7 +304,7 @@ def _existing_files(source: str) -> list[Path]:
 
 
 def open_corpus(source: str, text_field: str = "text", bad_rows: str = "refuse") -> Corpus:
-    """The corpus of one source without weights. Raises UserError when the source is unknown."""
+    """The corpus of one source without weights. Raises UserError if the source is unknown."""
     if source == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
         read = _files_reader(_python_files(root, STDLIB_SKIPPED), root, text_field)
@@ -361,7 +361,7 @@ def _read_hugging_face(source: str, text_field: str) -> Iterator[Raw]:
     name, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
     try:
         rows = datasets.load_dataset(name, config, split="train")
-    except Exception as error:  # the hub's errors share no base class
+    except Exception as error:  # the errors of the hub have no common base class
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"The Hugging Face data set {name!r} (config {config!r}, split 'train') could not be "

@@ -1,9 +1,9 @@
-"""From one file to its documents: compression, JSON and parquet rows, text, and what is refused.
+"""From one file to its documents: compression, rows of JSON and parquet, text, and binary files.
 
-What a file is follows from its content where content can tell (compression, parquet, binary) and
-from its name otherwise; `.GZ` is `.gz`, and a compression's suffix or a shard's number at the end
-does not count. Where a name says nothing (no suffix), `{"` at the beginning says JSON; where it
-says something else (`.txt`, `.bak`), a first object with the text field does.
+The content of a file decides what it is, if it can (compression, parquet, binary). Otherwise the
+name decides: `.GZ` is `.gz`, and the suffix of a compression or the number of a shard at the end
+does not count. A file without a suffix is JSON if it begins with `{"`. A file with another suffix
+(`.txt`, `.bak`) is JSON if it begins with objects, and one of them has the text field.
 """
 
 import bz2
@@ -20,16 +20,16 @@ from typing import Any, BinaryIO
 
 from yocou_jax.errors import UserError
 
-# (name, text); or bytes of text, or the sentence that says why a row has no text.
+# A name; and a text, the bytes of a text, or an error that says why a row has no text.
 Raw = tuple[str, str | bytes | UserError]
 
-BLOCK_BYTES = 64 * 1024  # the part of a file that is looked at to see what it is
-PIECE_BYTES = 16 * 1024  # of a single text file, which is cut: the split needs several documents
+BLOCK_BYTES = 64 * 1024  # the beginning of a file, which decides what it is
+PIECE_BYTES = 16 * 1024  # size of the pieces of a single text file: a split needs documents
 BOM = "\ufeff".encode()
-MAX_NOT_TEXT = 1 / 3  # of the characters; more and the file is binary, or in another encoding
+MAX_NOT_TEXT = 1 / 3  # share of the characters; above, a file is binary or in another encoding
 CONTROL = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b"))
 ROWS = {".json", ".jsonl", ".ndjson", ".jsonlines", ".ldjson"}
-# How compressed data begins; zstd may begin with a frame to skip.
+# How compressed data begins. zstd may begin with a skippable frame.
 COMPRESSED = re.compile(
     rb"(?P<gzip>\x1f\x8b\x08)"
     rb"|(?P<bzip2>BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90))"
@@ -44,13 +44,13 @@ COMPRESSION_OF = {
     ".zst": "zstd",
     ".zstd": "zstd",
 }
-# Of JSON: the name of a field with the brace or comma before it; what follows the value of one, up
-# to the next comma or after the end of the object; what is between two rows.
+# Parts of JSON. FIELD: the name of a field, with the brace or comma before it. AFTER_FIELD: what
+# follows the value of a field, to the next comma or after the object. BETWEEN_ROWS: between rows.
 FIELD = re.compile(r'[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
 AFTER_FIELD = re.compile(r"\s*(?:\}[\s,\]\ufeff]*)?")
 BETWEEN_ROWS = re.compile(r"[\s\[,\]\ufeff]*")
-MAX_COMPRESSIONS = 3  # one inside the other; there are files that hold themselves
-BINARY = {  # the beginning of files that could pass for text, or that deserve their name
+MAX_COMPRESSIONS = 3  # one inside the other; some files contain themselves
+BINARY = {  # the beginning of binary files; an error names what they are
     b"PK\x03\x04": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!\x1a\x07": "a rar archive",
@@ -76,8 +76,8 @@ BINARY = {  # the beginning of files that could pass for text, or that deserve t
 def read_file(name: str, path: Path, text_field: str, alone: bool) -> Iterator[Raw]:
     """The documents of one file: its rows, or all of its text.
 
-    A text that is `alone` in its source comes in pieces of about PIECE_BYTES, read bit by bit.
-    Raises UserError for a file that is binary, damaged, or not what its name says.
+    A text that is `alone` in its source is read in pieces of about PIECE_BYTES. Raises UserError
+    for a file that is binary, damaged, or not what its name says.
     """
     try:
         with _open_inflated(path) as file:
@@ -95,14 +95,14 @@ def read_file(name: str, path: Path, text_field: str, alone: bool) -> Iterator[R
 
 
 def _reason(error: BaseException) -> str:
-    """What an error of another library says, as the end of a sentence."""
+    """The message of an error of another library, as the end of a sentence."""
     return " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
 
 
 def _rows(
     name: str, path: Path, file: io.BufferedReader, head: bytes, text_field: str
 ) -> Iterator[Raw] | None:
-    """The rows of a file that holds some; None for text, with `file` after its byte-order mark."""
+    """The rows of a file. For text returns None, and `file` is after the byte-order mark."""
     suffix = _suffix(path)
     if suffix == ".parquet" or head.startswith(b"PAR1"):
         if isinstance(file.raw, _Inflated):
@@ -117,7 +117,7 @@ def _rows(
 
 
 def _suffix(path: Path) -> str:
-    """The last suffix with letters that names no compression, in lower case."""
+    """In lower case, the last suffix that has letters and does not name a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and (suffixes[-1] in COMPRESSION_OF or not re.search("[a-z]", suffixes[-1])):
         suffixes.pop()
@@ -125,8 +125,8 @@ def _suffix(path: Path) -> str:
 
 
 def _looks_like_rows(suffix: str, head: bytes, text_field: str) -> bool:
-    """Whether a file whose name does not say so holds JSON: objects from its beginning on, and,
-    where the name says something else, the text field in one of them."""
+    """Whether a file with another name contains JSON: it begins with objects. If it has a suffix,
+    one of them must also have the text field."""
     text = head.removeprefix(BOM).decode("utf-8", "replace")
     decoder, at = json.JSONDecoder(), BETWEEN_ROWS.match(text).end()
     try:
@@ -136,10 +136,10 @@ def _looks_like_rows(suffix: str, head: bytes, text_field: str) -> bool:
                     return True
                 _, at = decoder.raw_decode(text, key.end())
                 at = AFTER_FIELD.match(text, at).end()
-            else:  # an object without fields, null, or what is no JSON
+            else:  # an object without fields, null, or not JSON
                 _, at = decoder.raw_decode(text, at)
                 at = BETWEEN_ROWS.match(text, at).end()
-    except (ValueError, RecursionError):  # no JSON, or cut where the head ends
+    except (ValueError, RecursionError):  # not JSON, or `head` ends inside a value
         pass
     return False
 
@@ -149,7 +149,7 @@ def _refuse_binary(head: bytes, path: Path) -> None:
     if what is None and head[257:262] == b"ustar":
         what = "a tar archive"
     if what is None and b"\0" in head:
-        what = "binary (it holds NUL bytes)"
+        what = "binary (it contains NUL bytes)"
     if what is None and _share_not_text(head) > MAX_NOT_TEXT:
         what = "binary or in another encoding than UTF-8"
     if what:
@@ -160,7 +160,7 @@ def _refuse_binary(head: bytes, path: Path) -> None:
 
 
 def _share_not_text(head: bytes) -> float:
-    """The share of characters that are invalid UTF-8 or stand in CONTROL."""
+    """The share of characters that are invalid UTF-8 or in CONTROL."""
     text = head.decode("utf-8", "replace")
     invalid = text.count("\ufffd") - head.count("\ufffd".encode())
     control = len(head) - len(head.translate(None, CONTROL))
@@ -171,7 +171,7 @@ def _share_not_text(head: bytes) -> float:
 
 
 class _Inflated(io.RawIOBase):
-    """A stream of chunks of bytes as a file that fills every read."""
+    """Makes a file of an iterator of bytes. Every read is full, except the last one."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self.chunks, self.rest = chunks, memoryview(b"")
@@ -194,7 +194,7 @@ class _Inflated(io.RawIOBase):
 
 @contextmanager
 def _open_inflated(path: Path) -> Iterator[io.BufferedReader]:
-    """The content of a file, decompressed as often as it was compressed."""
+    """The content of a file, which is decompressed as often as it was compressed."""
     with open(path, "rb", buffering=BLOCK_BYTES) as file:
         content = file
         for _ in range(MAX_COMPRESSIONS):
@@ -210,7 +210,7 @@ def _open_inflated(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _inflate(file: BinaryIO, kind: str, path: Path) -> Iterator[bytes]:
-    """Every member of a compressed file, one after the other; zeros may stand between them."""
+    """The content of every member of a compressed file. Zeros may be between the members."""
     new_decoder = _decoder(kind, path)
     decoder = new_decoder()
     while data := file.read(BLOCK_BYTES):
@@ -221,7 +221,7 @@ def _inflate(file: BinaryIO, kind: str, path: Path) -> Iterator[bytes]:
                 continue
             try:
                 yield decoder.decompress(data)
-            except Exception as error:  # each library has errors of its own
+            except Exception as error:  # each library has its own errors
                 raise OSError(f"its {kind} data is damaged ({_reason(error)})") from error
             data = decoder.unused_data if decoder.eof else b""
     if not decoder.eof:
@@ -258,7 +258,7 @@ def _zstd_decoder(path: Path) -> Callable[[], Any]:
 def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
     """Pieces that end at the first line end after `size` bytes.
 
-    A line that is longer than that again is cut at 2 * size, between two characters.
+    If there is none before 2 * size, a piece ends there, between two characters.
     """
     rest = b""
     while rest := rest + file.read(2 * size + 1 - len(rest)):
@@ -268,7 +268,7 @@ def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def _piece_end(text: bytes, size: int) -> int:
-    # The last byte may be a \n and not a \r: a \n may follow that, and the two are one line end.
+    # A \r before a \n is not a line end, so the \r must have a byte after it.
     for line_end, stop in ((b"\n", 2 * size + 1), (b"\r", 2 * size)):
         at = text.find(line_end, size, stop)
         if at >= 0:
@@ -276,7 +276,7 @@ def _piece_end(text: bytes, size: int) -> int:
     if len(text) <= 2 * size:
         return len(text)
     at = 2 * size
-    while at > 2 * size - 3 and text[at] & 0xC0 == 0x80:  # the bytes of a character after its first
+    while at > 2 * size - 3 and text[at] & 0xC0 == 0x80:  # not the first byte of a character
         at -= 1
     return at
 
@@ -285,7 +285,7 @@ def _piece_end(text: bytes, size: int) -> int:
 
 
 def text_of(record: Any, text_field: str, where: str) -> str | bytes | UserError:
-    """The text of a row, or the sentence that says what is there in its place."""
+    """The text of a row, or an error that says what the row has instead."""
     if not isinstance(record, dict):
         found = f"is {_kind(record)}, not an object with the field {text_field!r} (data.text_field)"
     elif text_field not in record:
@@ -322,14 +322,15 @@ def _json_texts(name: str, path: Path, file: io.BufferedReader, text_field: str)
 
 
 def _json_rows(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, str, Any]]:
-    """(number, what is numbered, row): one JSON value a line, or any values one after the other.
+    """(number, "Line" or "Row", row) for each row of a JSON file.
 
-    The first line that is not blank decides: a whole value that is no list means lines. Otherwise
-    the file is read as a whole, and each element of a list is a row.
+    If the first line that is not blank is a complete value and not a list, each line is a row.
+    Otherwise the file is read as a whole, as a series of values. Each value is a row, and each
+    element of a list is a row.
     """
     first = True
     for number, line in enumerate(file, 1):
-        line = line.removeprefix(BOM)  # files with a mark, joined
+        line = line.removeprefix(BOM)  # someone has joined files with byte-order marks
         if not line.strip():
             continue
         try:
@@ -362,7 +363,7 @@ def _json_values(content: bytes, path: Path) -> Iterator[Any]:
 
 
 def _decoded(content: bytes) -> str:
-    # Bytes that are not UTF-8 become lone surrogates, which Corpus repairs and counts.
+    # Invalid UTF-8 becomes lone surrogates, which Corpus repairs and counts.
     return content.decode("utf-8", "surrogateescape")
 
 
@@ -397,6 +398,6 @@ def _parquet_rows(file: Any, text_field: str) -> Iterator[dict[str, Any]]:
 def _column_values(column: Any) -> list[Any]:
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # strings that another program wrote without a check
+    except UnicodeDecodeError:  # another program has written invalid UTF-8
         texts = column.cast("large_string").cast("large_binary").to_pylist()
         return [text and text.decode("utf-8", "surrogateescape") for text in texts]

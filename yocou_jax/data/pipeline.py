@@ -1,9 +1,9 @@
-"""From a data configuration to global batches: tokenise once, then random access.
+"""From a data configuration to global batches: tokenise once, then read windows in any order.
 
-The documents of a split are joined as <eot> doc <eot> doc ... in one memory map. Window i holds
-tokens i*N .. i*N + N: inputs are all but the last, targets all but the first. Row r of the
-training stream is a pure function of (corpus, seed, r), so the state of the iterator is one
-integer, and any number of processes gets the same global batches.
+The documents of a split are joined as <eot> doc <eot> doc ... in one memory map. Window i contains
+the tokens i*N .. i*N + N. Inputs are all but the last, targets are all but the first. Row r of the
+training stream is a pure function of (corpus, seed, r). So the state of the iterator is one
+integer, and the global batches do not depend on the number of processes.
 """
 
 import json
@@ -41,12 +41,12 @@ from yocou_jax.files import resolve
 from yocou_jax.progress import with_progress
 from yocou_jax.typing import Array, Float, Int
 
-FORMAT = 3  # part of the cache key: raise it when the files below change their meaning
+FORMAT = 3  # part of the cache key; raise it if the files of the cache change their meaning
 SPLITS = ("train", "held_out")
 BPE_SAMPLE_BYTES = 32 * 1024**2  # enough text for tens of thousands of merges, about 15 s
-ENCODE_BYTES = 4 * 1024**2  # text encoded at once: bounds the memory, keeps every core busy
-MOST_BYTES_PER_TOKEN = 8  # on average, of texts too small for their split to be left to chance
-STALE_SECONDS = 7 * 24 * 3600  # a scratch directory this old was left by a killed process
+ENCODE_BYTES = 4 * 1024**2  # text encoded at once: limits memory, and keeps every core busy
+MOST_BYTES_PER_TOKEN = 8  # at most, on average: so a split of a small text is large enough
+STALE_SECONDS = 7 * 24 * 3600  # an older scratch directory is from a killed process
 
 
 @jax.tree_util.register_dataclass
@@ -54,10 +54,10 @@ STALE_SECONDS = 7 * 24 * 3600  # a scratch directory this old was left by a kill
 class Batch:
     """One global batch, or one row of it without the axis B.
 
-    With packing, segment_ids count the documents of a row from 1 and positions restart at 0 with
-    each of them; without it these two are None. loss_weights None means that every target counts.
-    Packing counts them all too: the target behind a document's last token is the next one's <eot>,
-    which is how a model learns to end a text.
+    With packing, segment_ids number the documents of a row from 1, and positions start again at 0
+    in each document. Without packing both are None. loss_weights None means that every target
+    counts. With packing every target counts too: the target of the last token of a document is the
+    <eot> of the next document, and so a model learns to end a text.
     """
 
     tokens: Int[Array, "B N"]
@@ -69,10 +69,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of N + 1 tokens over one memory map; consecutive windows share one token.
+    """Windows of N + 1 tokens of one memory map. Consecutive windows share one token.
 
-    tokens: uint16 or uint32 [T]; starts: int64 [documents], the index of each document's <eot>.
-    The last tokens that fill no whole window are left out.
+    tokens: uint16 or uint32 [T]. starts: int64 [documents], the index of each document's <eot>.
+    The last tokens, which do not fill a window, are left out.
     """
 
     tokens: np.ndarray
@@ -89,7 +89,7 @@ class Windows:
         tokens = self.tokens[begin : begin + n + 1].astype(np.int32)
         if not self.packing:
             return Batch(tokens[:-1], tokens[1:], None, None, None)
-        # The document that is under way when the window begins is segment 1.
+        # The document of the first token of the window is segment 1.
         first, last = np.searchsorted(self.starts, [begin + 1, begin + n])
         step = np.zeros(n, np.int32)
         step[self.starts[first:last] - begin] = 1
@@ -101,10 +101,10 @@ class Windows:
 
 @dataclass(frozen=True)
 class Batches:
-    """Random access to global batches on a sharding: batch k holds rows k*B .. k*B + B - 1.
+    """Global batches with a sharding, in any order. Batch k has the rows k*B .. k*B + B - 1.
 
-    A process reads only the rows that its own devices hold. Raises UserError when [B, N] does
-    not divide over the mesh.
+    A process reads only the rows of its own devices. Raises UserError if the mesh does not divide
+    [B, N].
     """
 
     row: Callable[[int], Batch]
@@ -127,7 +127,7 @@ class Batches:
 
     @cached_property
     def local_rows(self) -> list[int]:
-        """The rows of a batch, within 0 .. B - 1, that this process has to read."""
+        """The rows of a batch, from 0 .. B - 1, that this process must read."""
         spans = self.sharding.addressable_devices_indices_map(self.shape).values()
         return sorted({r for rows, _ in spans for r in range(*rows.indices(self.batch_size))})
 
@@ -151,9 +151,9 @@ class Batches:
 
 
 class TrainIterator:
-    """An endless iterator of global batches, read ahead by one background thread.
+    """An endless iterator of global batches. A background thread reads batches in advance.
 
-    `step` is the whole state: the number of batches handed out. Close it, or use it in `with`,
+    The state is `step`, the number of batches that it has returned. Close it, or use it in `with`,
     to stop the thread.
     """
 
@@ -184,9 +184,9 @@ class TrainIterator:
 
 @dataclass(frozen=True)
 class Validation:
-    """The first windows of the held-out split: the same rows at every call.
+    """The first windows of the held-out split: the same rows in every call.
 
-    num_tokens counts the targets, num_bytes the UTF-8 bytes they stand for, so
+    num_tokens is the number of targets, and num_bytes is the number of their UTF-8 bytes, so
     bits per byte = (mean nats per token) * num_tokens / (ln 2 * num_bytes).
     """
 
@@ -202,15 +202,15 @@ class Validation:
     def _row(self, i: int) -> Batch:
         windows, index = self.rows[min(i, len(self.rows) - 1)]
         row = windows[index]
-        # The last batch is filled up with rows that do not count.
+        # Rows that fill the last batch do not count.
         weights = np.full(len(row.tokens), i < len(self.rows), np.float32)
         return Batch(row.tokens, row.targets, weights, row.segment_ids, row.positions)
 
     def batches(
         self, sharding: jax.sharding.Sharding, batch_size: int | None = None
     ) -> Iterator[Batch]:
-        """Every sequence once, by default in batches of the training's size; loss_weights are
-        always set and sum to num_tokens."""
+        """Every sequence once, by default in batches of the training size. loss_weights are always
+        set, and their sum is num_tokens."""
         size, length = batch_size or self.batch_size, self.rows[0][0].sequence_length
         batches = Batches(self._row, size, length, sharding)
         return (batches[k] for k in range(-(-len(self.rows) // size)))
@@ -218,7 +218,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class DataBundle:
-    """Everything a run needs to know of its data. Counts are of the training split."""
+    """All that a run needs to know about its data. Numbers are those of the training split."""
 
     tokenizer: Tokenizer
     stream: grain.MapDataset  # row r of the training stream
@@ -239,24 +239,24 @@ class DataBundle:
         return self.num_bytes / self.num_tokens
 
     def abstract_batch(self, sharding: jax.sharding.Sharding) -> Batch:
-        """Shapes and types of a training batch, to compile for."""
+        """Shapes and types of a training batch, to compile the step."""
         shape = (self.batch_size, self.sequence_length)
         return jax.tree.map(
             lambda row: jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding), self.stream[0]
         )
 
     def train(self, sharding: jax.sharding.Sharding, start_step: int = 0) -> TrainIterator:
-        """The iterator whose next batch is number `start_step`, bit for bit."""
+        """An iterator that begins with batch number `start_step`."""
         row = self.stream.__getitem__
         batches = Batches(row, self.batch_size, self.sequence_length, sharding)
         return TrainIterator(batches, start_step)
 
 
 def load_data(config: Any) -> DataBundle:
-    """Read, tokenise (once per corpus and tokenizer, into config.cache_dir) and open the data.
+    """Reads the data and tokenises it, once per corpus and tokenizer, into config.cache_dir.
 
-    `config` has the fields of DataConfig. Every process of a run calls this; all must see the same
-    documents. Raises UserError for every input that cannot be used.
+    `config` has the fields of DataConfig. Every process of a run calls this, and all must see the
+    same documents. Raises UserError for input that cannot be used.
     """
     parts = _parts(config)
     cache_dir = resolve(config.cache_dir)
@@ -307,7 +307,7 @@ def load_data(config: Any) -> DataBundle:
 
 
 def _parts(config: Any) -> list[tuple[float, Split]]:
-    """Weight and split of each component; a split has a window to hold out and a batch to train."""
+    """Weight and split of each part of a mixture. A split needs a held-out window and a batch."""
     parts = []
     for weight, name in parse_source(config.source):
         corpus = open_corpus(name, config.text_field, config.bad_rows)
@@ -331,7 +331,7 @@ def _require_windows(corpus: Corpus, meta: dict[str, Any], sequence_length: int)
 
 
 def _training_stream(train: list[tuple[float, Windows]], seed: int) -> grain.MapDataset:
-    """Each component visits all its windows once per epoch, in an order new to each epoch."""
+    """Each part of a mixture reads all its windows once per epoch, in a new order."""
     parts = [
         grain.MapDataset.source(windows).seed(seed + i).shuffle().repeat()
         for i, (_, windows) in enumerate(train)
@@ -342,7 +342,7 @@ def _training_stream(train: list[tuple[float, Windows]], seed: int) -> grain.Map
 def _validation(
     held_out: list[tuple[float, Windows]], tokenizer: Tokenizer, config: Any
 ) -> Validation:
-    """As many sequences of each component as its weight asks for, fewer where the split ends."""
+    """The share of sequences of each part is its weight, or less if its split is too small."""
     rows = []
     for weight, windows in held_out:
         wanted = max(1, round(weight * config.validation_sequences))
@@ -356,7 +356,7 @@ def _validation(
 
 
 def _bpe_sample(parts: list[tuple[float, Split]]) -> Iterator[str]:
-    """Training documents, by hash of their names when there are more than BPE_SAMPLE_BYTES."""
+    """Training documents. If they are more than BPE_SAMPLE_BYTES, the hash of a name decides."""
     for weight, (corpus, threshold) in parts:
         share = weight * BPE_SAMPLE_BYTES / corpus.summary.bytes
         for name, text in corpus.documents():
@@ -365,7 +365,7 @@ def _bpe_sample(parts: list[tuple[float, Split]]) -> Iterator[str]:
 
 
 def _require_same_everywhere(fingerprint: str) -> None:
-    """Two Python versions have two standard libraries: processes must not train on both."""
+    """Raises UserError if processes read different data, as two versions of Python would."""
     if jax.process_count() == 1:
         return
     mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
@@ -378,13 +378,13 @@ def _require_same_everywhere(fingerprint: str) -> None:
         )
 
 
-# --- The token cache: a directory that is whole or absent -------------------------------------
+# --- The token cache: a directory that is complete or absent ----------------------------------
 
 
 def _tokenised(
     split: Split, tokenizer: Tokenizer, cache_dir: Path, allow_lossy: bool
 ) -> tuple[Path, dict[str, Any]]:
-    """The cache of a corpus, built when it is absent, and its meta.json."""
+    """The cache directory of a corpus, and its meta.json. Makes the cache if it is absent."""
     fingerprint = split.corpus.summary.fingerprint
     key = f"{FORMAT} {fingerprint} {tokenizer.fingerprint} {split.threshold!r} {allow_lossy}"
     directory = cache_dir / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
@@ -396,15 +396,15 @@ def _tokenised(
 
 @contextmanager
 def _whole_or_absent(directory: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `directory` in one rename at the end of the block.
+    """A scratch directory. At the end of the block, one rename makes it `directory`.
 
-    When another process was first, its result stays: both hold the same bytes.
+    If another process was faster, its result stays. Both have the same bytes.
     """
     scratch = directory.parent / f".tmp-{uuid.uuid4().hex}"
     try:
         scratch.mkdir(parents=True)
         for old in directory.parent.glob(".tmp-*"):
-            with suppress(OSError):  # its owner may rename or remove it meanwhile
+            with suppress(OSError):  # its owner may rename or remove it now
                 if time.time() - old.stat().st_mtime > STALE_SECONDS:
                     shutil.rmtree(old)
         yield scratch
@@ -439,7 +439,7 @@ def _write_tokens(split: Split, tokenizer: Tokenizer, allow_lossy: bool, out: Pa
                 documents, tokenizer.encode_batch([d.text for d in documents]), strict=True
             ):
                 size = tokenizer.num_bytes(ids)
-                if not allow_lossy and size != len(text.encode()):  # what no probe has shown
+                if not allow_lossy and size != len(text.encode()):  # no probe has shown this
                     raise UserError(
                         f"The tokenizer does not give back the exact text of the document {name!r} "
                         f"of {corpus.source!r}: {len(text.encode())} bytes become {size}. Use "
@@ -472,7 +472,7 @@ def _open_windows(directory: Path, meta: dict[str, Any], split: str, config: Any
     path, dtype, count = directory / f"{split}.bin", np.dtype(meta["dtype"]), meta[split]["tokens"]
     if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
         raise UserError(f"The data cache '{directory}' is damaged; delete it and run again.")
-    # mmap refuses an empty file.
+    # mmap cannot map an empty file.
     tokens = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
     starts = np.load(directory / f"{split}.starts.npy")
     return Windows(tokens, starts, config.sequence_length, config.packing)

@@ -1,7 +1,8 @@
-"""Text to token ids and back: bytes, a byte-level BPE, or any tokenizer.json.
+"""From text to token ids and back: bytes, a byte-level BPE, or any tokenizer.json.
 
-A tokenizer should give back every text exactly. One that does not (it writes lower case, say) is
-refused with what it changes, or allowed by name; bytes are then counted on what it gives back.
+A tokenizer should give back every text exactly. If it does not (for example it writes lower case),
+it is an error that says what changes, unless data.allow_lossy_tokenizer is set. Then bytes are
+counted in the text that the tokenizer gives back.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from yocou_jax.progress import progress
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING)
-# In this order, where nothing is said; those of GPT-2, Llama, DeepSeek and others.
+# Without data.end_of_text, the first of these that exists; of GPT-2, Llama, DeepSeek and others.
 KNOWN_END_OF_TEXT = (
     END_OF_TEXT,
     "<|end_of_text|>",
@@ -42,17 +43,17 @@ KNOWN_END_OF_TEXT = (
     "<EOS>",
     "[EOS]",
 )
-LARGEST_VOCABULARY = 2**24  # tables of that many entries still fit into any memory
+LARGEST_VOCABULARY = 2**24  # tables of this size still fit into any memory
 
 log = logging.getLogger(__name__)
 
-# One token never spans two of these units. An identifier takes one symbol or space in front
-# (".append", "(self", " for"), and a newline keeps the indentation after it, also behind closing
-# punctuation ("):\n        "). On the standard library with 4k tokens: 3.72 bytes per token of
-# held-out text against 3.59 for the pattern of GPT-2.
-# No unit is longer than about 64 characters, because training costs the square of the longest one,
-# and a text of one word (base64, DNA, minified code) is a single unit otherwise. On the standard
-# library that changes bytes per token by 0.01%.
+# The units of a text; no token spans two of them. An identifier includes one symbol or space before
+# it (".append", "(self", " for"). A newline includes the indentation after it, and punctuation
+# before it ("):\n        "). On the standard library with 4k tokens, held-out text has 3.72 bytes
+# per token, and 3.59 with the pattern of GPT-2.
+# No unit is longer than about 64 characters: the cost of training grows with the square of the
+# longest unit, and without a limit a text of one word (base64, DNA, minified code) is one unit. On
+# the standard library, the limit changes bytes per token by 0.01%.
 PATTERN = (
     r"[^\r\n\p{L}\p{N}_]?[\p{L}_][\p{L}\p{N}_]{0,63}"
     r"|\p{N}{1,3}"
@@ -61,7 +62,7 @@ PATTERN = (
     r"|[^\S\n]{1,64}"
 )
 
-# Texts that show what a tokenizer changes, by the name of what is changed; the plainest first.
+# Texts that show what a tokenizer changes. The key names the change; the simplest comes first.
 PROBES = {
     "plain letters": ["abc"],
     "single spaces": ["a b c"],
@@ -93,22 +94,22 @@ PROBES = {
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Encodes UTF-8 text; `backend` None means one token per byte.
+    """Encodes UTF-8 text. `backend` None means one token per byte.
 
-    Special tokens are never produced by text (the literal "<|endoftext|>" becomes ordinary
-    tokens) and are left out by `decode`. `eot_id` stands in front of every document.
+    Text never becomes a special token (the literal "<|endoftext|>" becomes ordinary tokens), and
+    `decode` leaves special tokens out. `eot_id` comes before every document.
     """
 
-    backend: tokenizers.Tokenizer | None = field(repr=False)  # its repr is the vocabulary
+    backend: tokenizers.Tokenizer | None = field(repr=False)  # its repr is the whole vocabulary
     vocab_size: int
     eot_id: int
     pad_id: int
-    text: str = field(default="bytes", repr=False)  # of the tokenizer.json, or this one word
-    loss: str = ""  # what it changes in texts; "": it gives back every text exactly
-    additive: bool = True  # whether the bytes of a text are the sum of its tokens' token_bytes
+    text: str = field(default="bytes", repr=False)  # the tokenizer.json, or this word
+    loss: str = ""  # what it changes in texts; "": nothing
+    additive: bool = True  # whether the bytes of a text are the sum of token_bytes of its tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int64 [tokens], without any special token."""
+        """The ids of each text, int64 [tokens], without special tokens."""
         if self.backend is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -118,15 +119,15 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are not valid UTF-8 (half a character) become U+FFFD."""
+        """The text of ids. U+FFFD replaces bytes that are not valid UTF-8 (half a character)."""
         ids = [int(i) for i in ids]
         if self.backend is None:
             return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def num_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes that the ids [tokens] stand for. Of a tokenizer that changes texts: bytes of
-        what it gives back, document by document."""
+        """Number of UTF-8 bytes of the text of the ids [tokens]. For a tokenizer that changes
+        texts, of the text that it gives back, document by document."""
         ids = np.asarray(ids, np.int64)
         if self.additive:
             return int(self.token_bytes[ids].sum())
@@ -135,15 +136,15 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int64 [vocab_size]; 0 for special tokens."""
+        """Number of UTF-8 bytes of each id, int64 [vocab_size]; 0 for special tokens."""
         if self.backend is None:
             return np.array([1] * 256 + [0] * len(SPECIAL_TOKENS))
         sizes = np.zeros(self.vocab_size, np.int64)
         byte_level = "ByteLevel" in json.dumps(json.loads(self.backend.to_str())["decoder"])
         for token, i in self.backend.get_vocab().items():
-            if byte_level:  # one character of the alphabet is one byte
+            if byte_level:  # each character of the alphabet is one byte
                 sizes[i] = len(token)
-            else:  # SentencePiece: <0x0A> is a byte, U+2581 a space
+            else:  # SentencePiece: <0x0A> is a byte, U+2581 is a space
                 is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
                 sizes[i] = 1 if is_byte else len(token.replace("▁", " ").encode())
         for i, added in self.backend.get_added_tokens_decoder().items():
@@ -152,17 +153,17 @@ class Tokenizer:
 
     @property
     def end_of_text(self) -> str:
-        """The name of the token `eot_id`, as data.end_of_text takes it."""
+        """The name of the token `eot_id`, a value for data.end_of_text."""
         return next(name for name, i in _special_tokens(self.backend).items() if i == self.eot_id)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides the ids: the text of the file, and which token ends a
+        """sha256 of all that decides the ids: the text of the file, and the token that ends a
         document."""
         return hashlib.sha256(f"{self.eot_id} {self.text}".encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The text to keep beside a checkpoint; `Tokenizer.from_json` reads it back."""
+        """The text to store with a checkpoint. `Tokenizer.from_json` reads it."""
         return self.text
 
     @staticmethod
@@ -172,12 +173,12 @@ class Tokenizer:
         """A tokenizer of the text of a tokenizer.json, or of the word "bytes".
 
         Args:
-          name: for sentences.
+          name: used in messages.
           end_of_text: name of the token that ends a document; "": the first of KNOWN_END_OF_TEXT.
-          allow_lossy: also one that changes texts.
+          allow_lossy: allows a tokenizer that changes texts.
 
         Raises:
-          UserError: no tokenizer, no such end-of-text token, or one that changes texts.
+          UserError: not a tokenizer, no such end-of-text token, or it changes texts.
         """
         if text.strip() == "bytes":
             eot_id = _end_of_text_id(None, name, end_of_text)
@@ -189,9 +190,9 @@ class Tokenizer:
             backend.no_truncation()
             backend.encode_special_tokens = True
             if isinstance(backend.model, models.BPE):
-                backend.model.dropout = None  # the same text has the same tokens, always
+                backend.model.dropout = None  # the same text must always have the same tokens
         eot_id = _end_of_text_id(backend, name, end_of_text)
-        backend.add_special_tokens([backend.id_to_token(eot_id)])  # if it was an ordinary one
+        backend.add_special_tokens([backend.id_to_token(eot_id)])  # it may be an ordinary token
         pad_id = backend.token_to_id(PADDING)
         vocab_size = max(backend.get_vocab().values()) + 1  # ids may have gaps
         if vocab_size > LARGEST_VOCABULARY:
@@ -207,13 +208,13 @@ class Tokenizer:
             raise UserError(
                 f"The tokenizer {name!r} does not give back the exact text: {found.loss}. Bits per "
                 "byte would count other bytes than the text has. Use another tokenizer, or set "
-                "data.allow_lossy_tokenizer=True: then they count what the tokenizer gives back."
+                "data.allow_lossy_tokenizer=True: then they count the bytes that it gives back."
             )
         return found
 
 
 def _special_tokens(backend: tokenizers.Tokenizer | None) -> dict[str, int]:
-    """The tokens that may end a document, by name: those that a tokenizer.json has added."""
+    """{name: id} of the tokens that may end a document: the added tokens of a tokenizer.json."""
     if backend is None:
         return {END_OF_TEXT: 256, PADDING: 257}
     return {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
@@ -239,8 +240,8 @@ def _end_of_text_id(backend: tokenizers.Tokenizer | None, name: str, end_of_text
 
 
 def _check_merges(stored: Any) -> None:
-    """Refuses merges without the prefix that the model itself names: the library cuts as many bytes
-    from them as the prefix has, and ends the whole process when that halves a character."""
+    """Raises ValueError if a merge lacks the prefix that the model names. The library would remove
+    as many bytes as the prefix has, and would end the process if this cuts a character."""
     model = stored.get("model") if isinstance(stored, dict) else None
     prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
     for merge in model.get("merges", []) if prefix else []:
@@ -251,7 +252,7 @@ def _check_merges(stored: Any) -> None:
 
 @contextmanager
 def _rust_errors(sentence: str) -> Iterator[None]:
-    """UserError for what the Rust side raises: bare Exception, and BaseException for a panic."""
+    """Raises UserError for errors of the Rust library: Exception, or BaseException for a panic."""
     try:
         yield
     except BaseException as error:
@@ -262,11 +263,11 @@ def _rust_errors(sentence: str) -> Iterator[None]:
 
 
 def _judged(tokenizer: Tokenizer) -> Tokenizer:
-    """The same with `loss` and `additive` as the probes show them."""
+    """The same tokenizer, with the `loss` and `additive` that the probes show."""
     start, letter, _ = tokenizer.decode(tokenizer.encode("a")).rpartition("a")
     if start and letter:
         what = "a space" if start == " " else ascii(start)
-        loss = f"it puts {what} in front of a text (add_prefix_space, or a step of that kind)"
+        loss = f"it puts {what} in front of a text (add_prefix_space, or a similar step)"
         return replace(tokenizer, loss=loss, additive=False)
     stored = json.loads(tokenizer.text)
     steps = [stored.get(step) for step in ("normalizer", "pre_tokenizer", "decoder")]
@@ -291,7 +292,7 @@ def _judged(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _patterns(value: Any) -> Iterator[str]:
-    """The literal texts that the steps of a tokenizer.json look for."""
+    """The literal texts in the rules of a tokenizer.json."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from [inner] if key == "String" and isinstance(inner, str) else _patterns(inner)
@@ -301,15 +302,15 @@ def _patterns(value: Any) -> Iterator[str]:
 
 
 def _short(text: str) -> str:
-    """A text as Python writes it in ASCII: characters that look alike are told apart."""
+    """A text in ASCII, as Python writes it, because some characters look the same."""
     shown = ascii(text)
     return shown if len(shown) <= 60 else f"{shown[:50]}...{shown[0]} of {len(text)} characters"
 
 
 def load_tokenizer(name: str, end_of_text: str = "", allow_lossy: bool = False) -> Tokenizer:
-    """ "bytes" or the path of a tokenizer.json; for the rest see `Tokenizer.from_json`.
+    """The tokenizer "bytes", or that of a tokenizer.json. Arguments as in `Tokenizer.from_json`.
 
-    Raises UserError when it cannot be read or used.
+    Raises UserError if it cannot be read or used.
     """
     if name == "bytes":
         return Tokenizer.from_json("bytes", name, end_of_text)
@@ -327,10 +328,10 @@ def load_tokenizer(name: str, end_of_text: str = "", allow_lossy: bool = False) 
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with at most `vocab_size` tokens; every text round-trips.
+    """A byte-level BPE with at most `vocab_size` tokens. It gives back every text exactly.
 
-    The same texts in the same order give the same tokenizer. Raises UserError when vocab_size
-    cannot hold the 256 bytes and the special tokens.
+    The same texts in the same order give the same tokenizer. Raises UserError if vocab_size is too
+    small for the 256 bytes and the special tokens.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise UserError(
@@ -357,7 +358,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def cached_bpe(texts: Iterable[str], vocab_size: int, cache_dir: Path, key: str) -> Tokenizer:
-    """`train_bpe`, kept as cache_dir/bpe-<key>.json, where `key` names the texts."""
+    """`train_bpe`, stored in a file bpe-*.json of cache_dir. `key` identifies the texts."""
     digest = hashlib.sha256(f"{key} {vocab_size} {PATTERN}".encode()).hexdigest()[:16]
     path = cache_dir / f"bpe-{digest}.json"
     if path.is_file():

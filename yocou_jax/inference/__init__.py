@@ -1,16 +1,16 @@
-"""Inference with a memory of the past: prefill that stops early, decode steps, generation, scores.
+"""Inference with a memory of past positions: prefill, decode steps, generation and scores.
 
     model = prepare(params, config)                      # matrices in bfloat16, a tree per layer
     memory, logits = prefill(model, tokens, lengths, new_tokens=64)   # [B, N] -> next [B, V]
     memory, logits = decode_step(model, memory, tokens)  # one more token for each row
     out = generate(model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.8))
-    memory, logits, logprobs = score(model, tokens, lengths)          # of the tokens given
+    memory, logits, logprobs = score(model, tokens, lengths)          # of given tokens
 
-Rooms: weights (parameters made ready), forward (memory in, memory out), request (what was asked
-for, checked), sampling (from logits to a token), generation (the loop around them), text (from
-tokens to what can be shown).
+Modules: weights (parameters for inference), forward (the forward pass, which extends a memory),
+request (checks of the arguments), sampling (from logits to a token), generation (the loop), text
+(from tokens to text that can be shown).
 
-Another loop count than the trained one is another config: dataclasses.replace(config, num_loops=5).
+To run another number of loops than in training: dataclasses.replace(config, num_loops=5).
 """
 
 from yocou_jax.inference.forward import (

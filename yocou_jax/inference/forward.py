@@ -1,10 +1,11 @@
 """The forward pass of inference, which reads and extends a memory.
 
-Prefill runs the self-decoder over the prompt, in chunks of one size, and the cross-decoder for the
-last position of each row alone (YOCO, section 2.2): the work of a YOCO is linear in the prompt, and
-beyond the memory that is kept, it needs room that does not depend on it. (Full layers look back
-from each chunk; plain XLA also makes a transposed copy of one layer's keys and values for that.)
-Layers and loops are unrolled, so that each has arrays of its own (see memory.py).
+Prefill runs the self-decoder over the prompt, in chunks of one size, and the cross-decoder only for
+the last position of each row (YOCO, section 2.2). So the work of a YOCO is linear in the length of
+the prompt, and apart from the memory, its space does not depend on this length. (In full layers,
+each chunk attends to all positions before it; for this, plain XLA also makes a transposed copy of
+the keys and values of one layer.) Layers and loops are unrolled, so that each (loop, layer) has
+arrays of its own (see memory.py).
 """
 
 import functools
@@ -28,11 +29,11 @@ from yocou_jax.typing import Array, Bool, Float, Int
 RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual stream
 
 
-# keep_unused: what is made of nothing is placed where the parameters are, as all that follows will
-# be, and the programs that follow are compiled for that place once.
+# keep_unused: the result does not depend on the parameters, but it must be on the same devices.
+# Otherwise the programs that take it would be compiled a second time.
 @functools.partial(jax.jit, static_argnames=("batch", "capacity"), keep_unused=True)
 def new_memory(model: PreparedModel, batch: int, capacity: int) -> Memory:
-    """An empty memory in the compute type, with what is learned (prefixes) in its place."""
+    """An empty memory in the compute type, with learned prefixes in it."""
     config = model.config
     memory = empty_memory(config, batch, capacity, model.compute.dtype)
     stages = {
@@ -64,8 +65,8 @@ def _no_logits(model: PreparedModel, batch: int) -> Float[Array, "B V"]:
 
 @functools.partial(jax.jit, static_argnames="block")
 def _layer(params, x, context: Context, memory, *, block: Block):
-    """One layer, and its memory with the new positions. A jit of its own, so that unrolled layers
-    are traced and lowered only once."""
+    """Runs one layer, and writes the new positions to its memory. This is a jit of its own, so that
+    unrolled layers are traced and lowered only once."""
     x, out = block.apply({"params": params}, x, context, memory)
     return x, None if memory is None else memory.commit(out.new, context.at)
 
@@ -77,9 +78,10 @@ def _block(model: PreparedModel, visit: Visit) -> Block:
 def self_decoder(
     model: PreparedModel, memory: Memory, tokens: Int[Array, "B N"], at: NewPositions
 ) -> tuple[Float[Array, "PB N D"], Memory, Context]:
-    """Runs every stage that has a memory and the global K, V projection: appends the tokens.
+    """Runs the stages before the cross-decoder, and writes the global K, V.
 
-    Returns the residual stream, the memory and the context in which the cross-decoder goes on.
+    Returns the residual stream, the memory with the new tokens, and the context of the
+    cross-decoder.
     """
     config = model.config
     at_streams = at.for_streams(config.program.streams)
@@ -104,8 +106,8 @@ def self_decoder(
 def cross_decoder(
     model: PreparedModel, x: Float[Array, "PB N D"], context: Context
 ) -> Float[Array, "B N V"]:
-    """Runs the stages that read the global K, V, the final norm and the head, for the positions of
-    x; in a program without such stages the norm and the head alone."""
+    """Runs the stages that read the global K, V (if any), the final norm and the head, for the
+    positions of x."""
     config = model.config
     for visit in config.program.visits():
         if visit.stage.reads_global:
@@ -118,7 +120,7 @@ def cross_decoder(
 
 
 def _last(x, last, count: Int[Array, " B"]):
-    """x [PB, C, D] at each row's last new position, [PB, 1, D]; `last` where none is new."""
+    """x [PB, C, D] at the last new position of each row: [PB, 1, D]. A row without one: `last`."""
     tiled = jnp.tile(count, x.shape[0] // count.shape[0])[:, None, None]
     picked = jnp.take_along_axis(x, jnp.maximum(tiled - 1, 0), axis=1)
     return jnp.where(tiled > 0, picked, last)
@@ -126,10 +128,10 @@ def _last(x, last, count: Int[Array, " B"]):
 
 @functools.partial(jax.jit, donate_argnames=("memory", "last"), static_argnames="whole")
 def prefill_chunk(model, memory, last, tokens, count, start, *, whole):
-    """One chunk [B, C] of which row b has the first count[b]; start None: each row's own length.
+    """One chunk [B, C], in which row b has count[b] tokens.
 
-    last [PB, 1, D] is each row's residual stream at its last position so far, before the
-    cross-decoder.
+    start: the first position of the chunk; None: each row starts at its own length.
+    last [PB, 1, D]: the residual stream before the cross-decoder, at the last position of each row.
     """
     at = NewPositions(memory.lengths if start is None else start, count, whole)
     x, memory, _ = self_decoder(model, memory, tokens, at)
@@ -138,15 +140,15 @@ def prefill_chunk(model, memory, last, tokens, count, start, *, whole):
 
 @jax.jit
 def next_logits(model, memory, last):
-    """The cross-decoder for the last position of each row: logits [B, V] of what comes next."""
+    """Runs the cross-decoder for the last position of each row: logits [B, V] of the next token."""
     at = NewPositions(memory.lengths - 1, jnp.ones_like(memory.lengths))
     context = Context(at.positions(1), at=at, global_cache=memory.global_kv)
     return cross_decoder(model, last, context)[:, 0]
 
 
 def _chunks(prompts: Prompts, fresh: bool):
-    """For each chunk its tokens [B, C], how many of them exist in each row [B], and where it starts
-    (None: at each row's own length); and whether all chunks of a row fit into its memory whole.
+    """The arguments of each chunk: tokens [B, C], how many of them exist in each row [B], and start
+    (see `prefill_chunk`). Also whether the memory has room for all chunks, with their padding.
     """
     (B, N), C = prompts.tokens.shape, prompts.chunk
     width = -(-N // C) * C
@@ -166,7 +168,7 @@ def _chunks(prompts: Prompts, fresh: bool):
 def run_prefill(
     model: PreparedModel, prompts: Prompts, memory: Memory | None = None
 ) -> tuple[Memory, Float[Array, "B V"]]:
-    """`prefill` of a request that was checked."""
+    """`prefill` without its checks."""
     B = len(prompts.lengths)
     chunks, whole = _chunks(prompts, memory is None)
     memory = new_memory(model, B, prompts.capacity) if memory is None else memory
@@ -186,18 +188,18 @@ def prefill(
     capacity: int | None = None,
     chunk: int | None = None,
 ) -> tuple[Memory, Float[Array, "B V"]]:
-    """Appends prompts to a memory, which is given up to this call, or to a new one.
+    """Appends prompts to a memory, which is donated (it cannot be used again), or to a new one.
 
-    Row b is tokens[b, :lengths[b]] (all of it without lengths). A new memory has room for
-    `capacity` positions, by default some more than prompts and `new_tokens` need. The work is done
-    in chunks of `chunk` positions; see `default_sizes` for the defaults.
+    Row b is tokens[b, :lengths[b]], or tokens[b] without lengths. A new memory has room for
+    `capacity` positions. The default is enough for the prompts and `new_tokens`. Prefill runs in
+    chunks of `chunk` positions. See `default_sizes` for both defaults.
 
     Returns:
       The memory and the logits [B, V] (float32) of the token after each row.
 
     Raises:
-      UserError: an empty row, a token outside the vocabulary, more positions than the memory holds,
-        a memory of another model.
+      UserError: an empty row, a token outside the vocabulary, more positions than fit into the
+        memory, a memory of another model.
     """
     sizes = {"new_tokens": new_tokens, "capacity": capacity, "chunk": chunk}
     prompts = request.check_prefill(model, tokens, lengths, memory, **sizes)
@@ -209,8 +211,11 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnames="memory", static_argnames="whole")
 def score_chunk(model, memory, logits, tokens, count, start, *, whole):
-    """One chunk as in `prefill_chunk`, the cross-decoder everywhere: also the log-probabilities
-    [B, C] of the tokens, the first by `logits` [B, V], and the logits of what comes next."""
+    """One chunk as in `prefill_chunk`, but the cross-decoder runs at every position.
+
+    logits [B, V]: they predict the first token of the chunk. Returns the memory, the logits of the
+    token after the chunk, and the log-probabilities [B, C] of the tokens.
+    """
     at = NewPositions(memory.lengths if start is None else start, count, whole)
     x, memory, context = self_decoder(model, memory, tokens, at)
     after = cross_decoder(model, x, context)
@@ -231,19 +236,20 @@ def score(
     capacity: int | None = None,
     chunk: int | None = None,
 ) -> tuple[Memory, Float[Array, "B V"], Float[Array, "B N"]]:
-    """The log-probabilities of given tokens, those of the whole forward pass: every layer runs at
-    every position, where `prefill` leaves the cross-decoder out.
+    """The log-probabilities of given tokens. Every layer runs at every position. (`prefill` runs
+    the cross-decoder only at the last one.)
 
-    Arguments and errors are those of `prefill`, and `logits` of the first token of each row, as the
-    call that made `memory` has returned them: what several continuations share is read once,
+    Arguments and errors are those of `prefill`. `logits` [B, V] predict the first token of each
+    row; the call that made `memory` has returned them. So a context that several continuations
+    share runs only once:
 
         memory, logits = prefill(model, context)
         _, _, logprobs = score(model, endings, memory=fork(memory, rows), logits=logits[rows])
 
     Returns:
-      The memory, the logits [B, V] of what comes next, and log p(tokens[b, i] | all before)
-      [B, max(lengths)] in float32 nats. Nothing predicts the first token without `logits`: NaN, as
-      after the end of a row.
+      The memory, the logits [B, V] of the token after each row, and log p(tokens[b, i] | all
+      before) [B, max(lengths)] in nats, float32. It is NaN after the end of a row, and for the
+      first token without `logits`, because nothing predicts it.
     """
     sizes = {"new_tokens": new_tokens, "capacity": capacity, "chunk": chunk}
     prompts = request.check_prefill(model, tokens, lengths, memory, **sizes, all_logits=True)
@@ -270,7 +276,7 @@ def score(
 def _fork(memory: Memory, rows: Int[Array, " M"]) -> Memory:
     batch = memory.lengths.shape[0]
 
-    def take(x):  # with parallel streams, x has every stream of every row, stream by stream
+    def take(x):  # with parallel streams, the rows of x are stream-major
         streams = jnp.arange(x.shape[0] // batch)
         return x[(streams[:, None] * batch + rows).reshape(-1)]
 
@@ -278,10 +284,10 @@ def _fork(memory: Memory, rows: Int[Array, " M"]) -> Memory:
 
 
 def fork(memory: Memory, rows: Sequence[int]) -> Memory:
-    """A memory of the rows `rows` of this one, copies, to continue each in another way:
-    fork(memory, [0, 0, 0, 1]) gives the first prompt three continuations, and the second one.
+    """Copies rows of a memory into a new one, so that a prompt can have several continuations:
+    fork(memory, [0, 0, 0, 1]) makes three copies of row 0, and one of row 1.
 
-    The logits go along as logits[rows]. Raises UserError for rows that are not there.
+    logits[rows] are the logits of the copies. Raises UserError for rows that do not exist.
     """
     request.check_alive(memory)
     batch = memory.lengths.shape[0]
@@ -293,7 +299,7 @@ def fork(memory: Memory, rows: Sequence[int]) -> Memory:
 
 
 def step(model: PreparedModel, memory: Memory, tokens: Int[Array, " B"], active: Bool[Array, " B"]):
-    """`decode_step` without its checks, to be part of a larger program."""
+    """`decode_step` without its check, as a part of a larger program."""
     at = NewPositions(memory.lengths, active.astype(jnp.int32))
     x, memory, context = self_decoder(model, memory, tokens[:, None], at)
     return memory, cross_decoder(model, x, context)[:, 0]
@@ -306,10 +312,10 @@ def decode_step(
     tokens: Int[Array, " B"],
     active: Bool[Array, " B"] | None = None,
 ) -> tuple[Memory, Float[Array, "B V"]]:
-    """Appends one token to every row (to those that are `active`), and says what comes next: logits
-    [B, V] in float32. The memory is given up.
+    """Appends one token to every row, or to every `active` row. The given memory is donated.
 
-    Rows that are not active, or whose token found the memory full, get NaN.
+    Returns the memory, and the logits [B, V] of the next token in float32. They are NaN for a row
+    that is not active, or whose memory was full already.
     """
     if active is None:
         active = jnp.ones(tokens.shape, bool)
@@ -322,10 +328,9 @@ def decode_step(
 def programs(
     model: PreparedModel, batch: int, capacity: int, chunk: int
 ) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """The programs of `prefill` (a chunk of a new memory, and the logits after the last one), of
-    `score` and of `decode_step`: functions that lower them for these sizes, to count their FLOPs,
-    to look at their HLO or to compile them side by side. The model may be a description
-    (`jax.eval_shape`)."""
+    """Functions that lower the programs of `prefill` (a chunk, and the logits after the last one),
+    `score` and `decode_step` for these sizes, with a new memory. They are used to count FLOPs, to
+    read the HLO, or to compile in parallel. `jax.eval_shape` may have made the model."""
 
     def i32(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,4 +1,4 @@
-"""What inference is asked for, checked on the host before any work: a sentence for each mistake."""
+"""Checks the arguments of inference on the host, before any work. Each mistake is a UserError."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,19 +16,19 @@ from yocou_jax.model import Compute, empty_memory
 from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import batch_ways
 
-# Positions of a prompt at once: enough rows to fill a device's matrix unit, and for large batches
-# fewer (down to 128), because of their activations: 2 GB for 16,384 positions on one device at 1.3B
-# in bfloat16, by XLA's account.
+# Positions of a chunk: enough rows to fill the matrix unit of a device. For large batches there are
+# fewer (at least 128), because activations need memory: as XLA reports, 2 GB for 16,384 positions
+# on one device, with 1.3B parameters in bfloat16.
 CHUNK, CHUNK_OF_ALL_ROWS = 2048, 16_384
 LOGITS_OF_A_CHUNK = 2**28  # 1 GB in float32
 
-# Takes new tokens [B, n]; may return which rows [B] are to end here.
+# Gets new tokens [B, n]. May return which rows [B] end here.
 OnTokens = Callable[[np.ndarray], np.ndarray | Sequence[bool] | None]
 
 
 class Prompts(NamedTuple):
-    """What is to be appended, checked: tokens [B, N] (int32, 0 after the end of each row), lengths
-    [B], the capacity of a new memory and the positions of a chunk."""
+    """Checked prompts: tokens [B, N] (int32, 0 after the end of each row), lengths [B], the
+    capacity of a new memory, and the number of positions of a chunk."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -37,8 +37,8 @@ class Prompts(NamedTuple):
 
 
 def bucket(n: int, least: int = 16) -> int:
-    """The least of 1, 1.25, 1.5, 1.75 times a power of two that holds n: shapes for which there is
-    one compiled program each, at most a quarter larger than needed (or `least`)."""
+    """n, rounded up to 1, 1.25, 1.5 or 1.75 times a power of two, and at least `least`. So many
+    sizes share few compiled programs, and above `least` a size grows by at most a quarter."""
     if n <= least:
         return least
     quarter = max(1, 2 ** ((n - 1).bit_length() - 3))
@@ -53,8 +53,8 @@ def default_sizes(
     capacity: int | None = None,
     chunk: int | None = None,
 ) -> tuple[int, int]:
-    """(capacity, chunk) for a batch of prompts of up to `longest` positions and what comes after
-    them, where none is given. Requests of the same sizes share their compiled programs."""
+    """(capacity, chunk) for a batch of prompts of at most `longest` positions, and `new_tokens`
+    after them. Given values stay. Requests with the same sizes share their compiled programs."""
     if chunk is None:
         ways = batch_ways()
         rows = batch if batch % ways else batch // ways  # on each device
@@ -62,7 +62,7 @@ def default_sizes(
         chunk = min(CHUNK, share, bucket(longest))
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1 position.")
-    if capacity is None:  # room for whole chunks: the last one is then written in one piece
+    if capacity is None:  # room for whole chunks, so that the last one is written in one piece
         capacity = max(bucket(longest + new_tokens), -(-longest // chunk) * chunk)
     return capacity, chunk
 
@@ -78,7 +78,7 @@ def check_prefill(
     chunk: int | None,
     all_logits: bool = False,
 ) -> Prompts:
-    """A request of `prefill` or, with all_logits, of `score`. Raises UserError as they say."""
+    """Checks a call of `prefill`, or of `score` with all_logits. Raises the errors listed there."""
     tokens, lengths = check_prompts(model.config, tokens, lengths)
     if chunk is None and all_logits:
         _, usual = default_sizes(*tokens.shape)
@@ -112,7 +112,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_prompts(config: ModelConfig, tokens, lengths) -> tuple[np.ndarray, np.ndarray]:
-    """tokens [B, max(lengths)] with 0 behind the end of each row, and lengths [B], both int32."""
+    """tokens [B, max(lengths)] with 0 after the end of each row, and lengths [B], both int32."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(
@@ -144,44 +144,42 @@ def _capacity_of_one(config: ModelConfig, compute: Compute) -> int | None:
 
 
 def has_capacity(model: PreparedModel) -> bool:
-    """Whether anything is kept that can fill."""
+    """Whether any part of the memory can become full."""
     return _capacity_of_one(model.config, model.compute) is not None
 
 
 def check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | int = 0) -> None:
-    """Whether rows of `lengths` [B] and what is to come fit into `room` positions (None: any)."""
+    """Checks that rows of `lengths` [B] and new tokens fit into `room` positions (None: any)."""
     needed = lengths.astype(np.int64) + new_tokens
     row = int(np.argmax(needed))
     if room is not None and needed[row] > room:
         new = needed[row] - lengths[row]
         raise UserError(
             f"Prompt {row} has {lengths[row]} positions{f' and {new} new ones' if new else ''}, "
-            f"more than the {room} that the cache holds."
+            f"more than the {room} that fit into the cache."
         )
 
 
 def check_alive(memory: Memory) -> None:
-    """Whether the arrays were not donated to an earlier call."""
+    """Checks that the arrays were not donated to an earlier call."""
     if memory.lengths.is_deleted():
-        raise UserError(
-            "The cache was given up to an earlier call; to use it twice, fork it first."
-        )
+        raise UserError("The cache was donated to an earlier call; to use it twice, fork it first.")
 
 
 def _described(config: ModelConfig, compute: Compute, batch: int, capacity: int) -> Memory:
-    """The description of a memory in the compute type; allocates nothing."""
+    """Shapes and types of a memory in the compute type. Allocates nothing."""
     return jax.eval_shape(functools.partial(empty_memory, config, batch, capacity, compute.dtype))
 
 
 def check_memory(
     model: PreparedModel, memory: Memory, lengths: np.ndarray, new_tokens: np.ndarray | int = 0
 ) -> None:
-    """Whether `lengths` positions and new tokens may be appended to the memory."""
+    """Checks that `lengths` positions and new tokens can be appended to the memory."""
     check_alive(memory)
     before = np.asarray(memory.lengths)
     if before.shape != lengths.shape:
         raise UserError(
-            f"A cache of {before.shape[0]} rows cannot go on with {lengths.shape[0]} prompts."
+            f"A cache of {before.shape[0]} rows does not fit {lengths.shape[0]} prompts."
         )
     room = memory.capacity
     like = _described(model.config, model.compute, len(before), room or 1)
@@ -189,7 +187,7 @@ def check_memory(
     kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(m)] for m in (like, memory)]
     if not same or kinds[0] != kinds[1]:
         raise UserError(
-            f"The cache is not one of this model, '{model.config.program}': it has other layers, "
+            f"The cache does not fit this model, '{model.config.program}': it has other layers, "
             "loops or sizes."
         )
     check_room(before + lengths, room, new_tokens)
@@ -201,7 +199,7 @@ def check_shape(name: str, x, shape: tuple[int, ...]) -> None:
 
 
 def whole_numbers(name: str, value, shapes, words: str, low: int, high: int) -> np.ndarray:
-    """The numbers as int64 of one of the shapes; `words` say which those are."""
+    """The numbers as int64. They must have one of the shapes, which `words` describe."""
     try:
         array = np.asarray(value)
     except ValueError:  # nested lists of different lengths
@@ -209,17 +207,17 @@ def whole_numbers(name: str, value, shapes, words: str, low: int, high: int) -> 
     if array.dtype.kind not in "iu" or array.shape not in shapes:
         raise UserError(f"{name}={value!r} must be {words} from {low} to {high}.")
     if (array < low).any() or (array > high).any():
-        raise UserError(f"{name}={value!r} must lie between {low} and {high}.")
+        raise UserError(f"{name}={value!r} must be between {low} and {high}.")
     return array.astype(np.int64)
 
 
 def whole_number(name: str, value: int) -> int:
-    """One from 1 up."""
+    """A whole number, at least 1."""
     return int(whole_numbers(name, value, [()], "a whole number", 1, 2**31 - 1))
 
 
 class Request(NamedTuple):
-    """What was asked for, checked: limit, seeds [B], sampling of arrays [B], stop [any]."""
+    """Checked arguments of `generate`: limit [B], sampling (arrays [B]), seeds [B], stop [any]."""
 
     limit: np.ndarray
     sampling: Sampling

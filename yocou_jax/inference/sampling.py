@@ -1,8 +1,9 @@
-"""From logits to tokens: which distribution is sampled, and one draw from it for every row.
+"""From logits to tokens: the distribution of the next token, and one draw from it for every row.
 
 The order, as in Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p.
-Top-k and top-p both keep a prefix of the descending order, so one sort serves them, and the rest
-costs O(V). All settings are arrays under jit: other values, also row by row, compile nothing.
+Top-k and top-p both keep the first tokens in descending order, so one sort is enough for both, and
+the rest costs O(V). Under jit all settings are arrays, so other values compile nothing, also if
+they differ between rows.
 """
 
 from collections.abc import Callable
@@ -19,17 +20,18 @@ from yocou_jax.typing import Array, Bool, Float, Int, Key
 
 @flax.struct.dataclass
 class Sampling:
-    """How tokens are drawn: each field one number for all rows, or an array [B], one per row.
+    """How tokens are drawn. Each field is one number for all rows, or an array [B], one per row.
 
-    temperature: the logits are divided by it; 0 takes the likeliest token (the first of equals).
-    top_k: only the k likeliest tokens; 0 is off. Of equal logits those of lower index come first,
-        so exactly k are kept.
-    top_p: only the smallest set of likeliest tokens with a mass of at least p, of what top_k left
-        (nucleus sampling, Holtzman et al. 2020), and always one; 1 is off.
-    min_p: only tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024); 0 is
-        off.
-    repetition_penalty: logits of tokens that were seen are divided by it where positive and
-        multiplied where negative (CTRL, Keskar et al. 2019); 1 is off.
+    temperature: divides the logits. 0 takes the most likely token (of equal ones, the first).
+    top_k: keeps the k most likely tokens. Of equal logits, those with a lower index come first, so
+        exactly k are kept. 0 is off.
+    top_p: of the tokens that top_k keeps, keeps the smallest set of most likely tokens with a share
+        of at least p of their probability, and at least one token (nucleus sampling, Holtzman et
+        al. 2020). 1 is off.
+    min_p: keeps tokens that are at least min_p times as likely as the most likely one (Nguyen et
+        al. 2024). 0 is off.
+    repetition_penalty: divides the positive logits of tokens that were seen, and multiplies the
+        negative ones (CTRL, Keskar et al. 2019). 1 is off.
     """
 
     temperature: Float[Array, " B"] | float = 1.0
@@ -39,7 +41,7 @@ class Sampling:
     repetition_penalty: Float[Array, " B"] | float = 1.0
 
 
-# What each field may be: its type, the test, and the test in words.
+# For each field: its type, a test of its values, and this test in words.
 RULES: dict[str, tuple[type, Callable[[np.ndarray], np.ndarray], str]] = {
     "temperature": (np.float32, lambda x: x >= 0, "finite and at least 0 (0 is greedy)"),
     "top_k": (np.int32, lambda x: x >= 0, "at least 0 (0 keeps all tokens)"),
@@ -52,8 +54,8 @@ RULES: dict[str, tuple[type, Callable[[np.ndarray], np.ndarray], str]] = {
 def check(sampling: Sampling, batch: int) -> Sampling:
     """The same settings as arrays [batch] of float32 (top_k: int32). Runs on the host.
 
-    Raises UserError for a value that is impossible, not finite or no number, and for an array that
-    is not one value per row.
+    Raises UserError for a value that is out of range, not finite or not a number, and for an array
+    that does not have one value per row.
     """
     return Sampling(**{name: _column(name, getattr(sampling, name), batch) for name in RULES})
 
@@ -74,10 +76,10 @@ def _column(name: str, value: Any, batch: int) -> np.ndarray:
             f"sampling.{name} has the shape {given.shape}, but must be one {wanted} or one for "
             f"each row, ({batch},)."
         )
-    if dtype is np.int32:  # no vocabulary is larger, and a cast alone would wrap around
+    if dtype is np.int32:  # no vocabulary is larger; without `clip` the cast would wrap around
         array = given.astype(np.int64).clip(-1, np.iinfo(np.int32).max).astype(np.int32)
     else:
-        with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+        with np.errstate(over="ignore"):  # too large for float32: infinite, which is refused below
             array = given.astype(np.float32)
     wrong = np.flatnonzero(~(possible(array) & np.isfinite(array)))
     if wrong.size:
@@ -87,15 +89,15 @@ def _column(name: str, value: Any, batch: int) -> np.ndarray:
 
 
 def needs_sort(sampling: Sampling) -> bool:
-    """Whether top-k or top-p is in use in any row; a question for the host, like `check`.
+    """Whether any row uses top-k or top-p. Runs on the host, like `check`.
 
-    Sorting V logits is dear, so a compiled loop is told by the static argument `sort`.
+    Compiled loops take it as the static argument `sort`, because to sort V logits is expensive.
     """
     return bool(np.any(np.asarray(sampling.top_k) > 0) or np.any(np.asarray(sampling.top_p) < 1))
 
 
 def needs_seen(sampling: Sampling) -> bool:
-    """Whether any row has a repetition penalty, so that `seen` must be kept; asked on the host."""
+    """Whether any row has a repetition penalty, and so needs `seen`. Runs on the host."""
     return bool(np.any(np.asarray(sampling.repetition_penalty) != 1))
 
 
@@ -106,15 +108,15 @@ def filter_logits(
     sort: bool,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Float[Array, "B V"]:
-    """The logits of the distribution that is sampled, float32, up to a constant of each row.
+    """The logits of the distribution to sample from, in float32, up to a constant per row.
 
     Args:
       logits: finite or -inf, at least one finite in each row.
-      sort: static; False passes over top_k and top_p (see `needs_sort`).
-      seen: tokens of the prompt or the output so far; None passes over repetition_penalty.
+      sort: static; False ignores top_k and top_p (see `needs_sort`).
+      seen: tokens of the prompt and the output so far; None ignores repetition_penalty.
 
     Returns:
-      -inf for excluded tokens, the largest logit 0. Rows of temperature 0 have one token left.
+      -inf for excluded tokens; the largest logit is 0. Rows with temperature 0 keep one token.
     """
     x = logits.astype(jnp.float32)
     temperature, top_k, top_p, min_p, penalty = (
@@ -123,8 +125,8 @@ def filter_logits(
     )
     if seen is not None:
         x = jnp.where(seen, jnp.where(x > 0, x / penalty, x * penalty), x)
-    # The largest logit becomes 0 before the division, so that no quotient overflows. Hardware takes
-    # numbers and reciprocals below 1e-38 for 0, and -inf * 0 is no number.
+    # The largest logit becomes 0 before the division, so that no quotient overflows. Hardware
+    # treats numbers and reciprocals below 1e-38 as 0, and -inf * 0 is NaN.
     greedy = temperature == 0
     z = (x - x.max(axis=-1, keepdims=True)) / jnp.clip(temperature, 1e-37, 1e37)
     keep = z >= jnp.log(min_p)  # log(p / max p); the same before and after top-k and top-p
@@ -138,18 +140,18 @@ def filter_logits(
 def _likeliest(
     z: Float[Array, "B V"], top_k: Int[Array, "B 1"], top_p: Float[Array, "B 1"]
 ) -> Bool[Array, "B V"]:
-    """What top-k and then top-p keep; the largest entry of each row of z is 0."""
+    """The tokens that top-k and then top-p keep. The largest entry of each row of z is 0."""
     V = z.shape[-1]
     index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-    # Stable, so equal logits stand by index.
+    # The sort is stable, so equal logits are in the order of their index.
     negative, order = jax.lax.sort((-z, index), dimension=-1, is_stable=True, num_keys=1)
     k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
     mass = jnp.where(index < k, jnp.exp(-negative), 0.0)
     upto = jnp.cumsum(mass, axis=-1)
     in_nucleus = (upto - mass < top_p * upto[:, -1:]) & (index < k)
-    # At p = 1 rounding would cut the tail, where the sum no longer grows.
+    # At p = 1 rounding would cut the tail, where the sum does not grow any more.
     count = jnp.where(top_p < 1, jnp.sum(in_nucleus, axis=-1, keepdims=True), k)
-    # The last of the prefix draws the border: no second sort, and no scatter, leads back.
+    # The last token that is kept is the threshold. This needs no second sort and no scatter.
     last = jnp.maximum(count, 1) - 1
     at = jnp.take_along_axis(-negative, last, axis=-1)
     tie = jnp.take_along_axis(order, last, axis=-1)
@@ -164,9 +166,9 @@ def sample(
     sort: bool,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """One token for each row, drawn with the row's own key: rows do not depend on their batch.
+    """Draws one token for each row, with the key of the row, so it does not depend on other rows.
 
-    Arguments as in `filter_logits`; `keys` are typed (jax.random.key), one for each row.
+    Arguments as in `filter_logits`. keys: typed keys (jax.random.key), one for each row.
     """
     filtered = filter_logits(logits, sampling, sort=sort, seen=seen)
     return jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Parameters as inference reads them: cast once, and one tree for each layer."""
+"""Parameters for inference: cast once, with one tree for each layer."""
 
 import functools
 
@@ -15,15 +15,15 @@ from yocou_jax.typing import PyTree
 
 @flax.struct.dataclass
 class PreparedModel:
-    """Parameters with matrices in the compute type, `stage_*` a tuple of one tree per layer instead
-    of stacked arrays, "head" [D, V] also where it is tied."""
+    """Parameters for inference: matrices in the compute type, and in each `stage_*` a tuple with
+    one tree per layer, not stacked arrays. "head" [D, V] exists also if the embedding is tied."""
 
     params: PyTree
     config: ModelConfig = flax.struct.field(pytree_node=False)
     compute: Compute = flax.struct.field(pytree_node=False)
 
     def apply(self, method: str, *args):
-        """A part of `LanguageModel` that is no stage."""
+        """Calls a part of `LanguageModel` that is not a stage."""
         model = LanguageModel(self.config, self.compute)
         return model.apply({"params": self.params}, *args, method=method)
 
@@ -31,11 +31,10 @@ class PreparedModel:
 def prepare(
     params: PyTree, config: ModelConfig, compute: Compute | ComputeConfig | None = None
 ) -> PreparedModel:
-    """The trained parameters (see `LanguageModel`) made ready; the results are those of training's
-    forward pass, to the bit of every cast. Copies: let go of `params` if memory is short.
+    """Prepares trained parameters (see `LanguageModel`). Every cast gives the same bits as in the
+    forward pass of training. The result is a copy: delete `params` if memory is short.
 
-    compute: how to run it, as `pretrained.load` returns how it was trained; by default what the
-    device does best.
+    compute: how to run the model. `pretrained.load` returns how it was trained. None: the defaults.
     """
     compute = compute if isinstance(compute, Compute) else resolve(compute)
     return PreparedModel(_prepared(params, config, compute.dtype), config, compute)

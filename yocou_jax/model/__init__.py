@@ -1,4 +1,4 @@
-"""What a model computes: layers, mixers, experts, what inference keeps, and the whole."""
+"""The model: layers, mixers, experts, the memory of inference, and the language model."""
 
 from yocou_jax.model.compute import Compute, resolve
 from yocou_jax.model.language_model import (

@@ -1,7 +1,7 @@
-"""The mixers as modules: window, full and cross attention, and the writer of the global K, V.
+"""The mixers as modules: window, full and cross attention, and the module of the global K, V.
 
-The mathematics (masks, softmax, backward) is in pallas_kernels; here is what has parameters.
-`MODULES` has the same keys as `MIXERS`, which has the facts.
+The modules have the parameters. pallas_kernels has the mathematics: masks, softmax, backward.
+`MODULES` has the same keys as `MIXERS`, which has the facts of each mixer.
 """
 
 import flax.linen as nn
@@ -20,14 +20,14 @@ from yocou_jax.typing import Array, Float, Int
 
 @flax.struct.dataclass
 class Context:
-    """What every layer of a forward pass sees besides the residual stream.
+    """What every layer of a forward pass sees in addition to the residual stream.
 
-    positions [B or 1, N] for RoPE, restarting at each document when documents are packed;
-    segment_ids [B, N] then keep attention inside a document (None: one document a row);
-    global_kv is that of these positions, None until it is written; cross layers read it.
-
-    Inference: `at` says how many positions each row has already, and global_cache has the global
-    K, V of those and of these.
+    positions [B or 1, N]: for RoPE. They start again at 0 in each packed document.
+    segment_ids [B, N]: keep attention inside each packed document. None: one document per row.
+    global_kv: the global K, V of these positions, which cross layers read. None before they are
+        written.
+    at: in inference, how many positions each row has already.
+    global_cache: in inference, the global K, V of the positions before these, and of these.
     """
 
     positions: Int[Array, "B N"]
@@ -38,7 +38,7 @@ class Context:
 
 
 class Query(nn.Module):
-    """W_q x [B, N, Q, H], RMS-normed per head with qk_norm."""
+    """W_q x [B, N, Q, H]; with qk_norm, RMSNorm on each head."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -54,7 +54,7 @@ class Query(nn.Module):
 
 
 class KeyValueWriter(nn.Module):
-    """W_k x and W_v x; keys RMS-normed per head with qk_norm."""
+    """W_k x and W_v x; with qk_norm, RMSNorm on the keys of each head."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -71,7 +71,7 @@ class KeyValueWriter(nn.Module):
 
 
 class Output(nn.Module):
-    """W_o: [B, N, Q, H] back to the model width."""
+    """W_o: from [B, N, Q, H] to the model width."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -91,7 +91,7 @@ def attention_options(compute: Compute) -> dict:
 def attend_to_ring(
     q: Float[Array, "B N Q H"], new: KeyValue, ring: Ring, at: NewPositions, **options
 ) -> Float[Array, "B N Q H"]:
-    """Attention of N new positions over the ring, which does not have them yet, and each other."""
+    """Attention of N new positions to the ring, which does not have them yet, and to each other."""
     W = ring.k.shape[1]
     if q.shape[1] == 1:
         ring = ring.commit(new, at)
@@ -106,12 +106,11 @@ def attend_to_ring(
 def attend_to_cache(
     q: Float[Array, "B N Q H"], new: KeyValue | None, cache: Cache, at: NewPositions, **options
 ) -> Float[Array, "B N Q H"]:
-    """Attention of N new positions over a cache that has them already; `new` are they alone (not
-    read for a single one).
+    """Attention of N new positions to a cache that has them already.
 
-    Several positions attend to what was there before, all of which each of them sees, and to each
-    other; the two results are joined. So a chunk needs no static offset, and
-    rows may be of different lengths.
+    new: keys and values of the new positions (not used for N = 1). For N > 1, one call attends to
+    the positions before, which all new ones see, and another to the new ones; `join` combines
+    the two results. So a chunk needs no static offset, and rows may have different lengths.
     """
     at = cache.slots(at)
     if q.shape[1] == 1:
@@ -127,11 +126,11 @@ def attend_to_cache(
 
 
 class MixerModule(nn.Module):
-    """What every kind of layer has in common: how it is called and what it keeps.
+    """What all mixers have in common: the call and the memory.
 
-    __call__(x [B, N, D], context, memory) returns y [B, N, D] and what is new. Training has no
-    memory (None) and returns None for what is new. In inference `memory` is the layer's own, made
-    by `empty`, and what is new is written to it by its `commit`.
+    __call__(x [B, N, D], context, memory) returns y [B, N, D] and what is new for the memory. In
+    training, both `memory` and what is new are None. In inference, `empty` has made the memory of
+    the layer, and its `commit` writes what is new.
     """
 
     config: ModelConfig
@@ -143,18 +142,18 @@ class MixerModule(nn.Module):
 
     @staticmethod
     def empty(config: ModelConfig, rows: int, capacity: int, dtype):
-        """A memory for `rows` sequences (of every parallel stream) of at most `capacity` positions;
-        None for a mixer that keeps nothing."""
+        """A memory for `rows` sequences (counted in every parallel stream) of at most `capacity`
+        positions. None for a mixer without a memory."""
         return None
 
     @staticmethod
     def begin(memory, params):
-        """An empty memory with what is learned in its place; params: the mixer's own."""
+        """An empty memory, with the learned keys and values in it. params: those of the mixer."""
         return memory
 
 
 class SelfAttention(MixerModule):
-    """Causal self-attention with RoPE; `_attend` says over which keys."""
+    """Causal self-attention with RoPE. `_attend` decides which keys a query sees."""
 
     @nn.compact
     def __call__(
@@ -185,8 +184,8 @@ class WindowAttention(SelfAttention):
 
 
 class FullAttention(SelfAttention):
-    """y_i attends to keys 0 .. i, and with parallel streams also to the stream's own learned keys
-    and values (ParScale, arXiv 2505.10475), which are the first slots of its cache."""
+    """y_i attends to keys 0 .. i. With parallel streams it also attends to the learned keys of its
+    stream (ParScale, arXiv 2505.10475), which are in the first slots of the cache."""
 
     @staticmethod
     def empty(config: ModelConfig, rows: int, capacity: int, dtype) -> Cache:
@@ -206,17 +205,17 @@ class FullAttention(SelfAttention):
             return attend_to_cache(q, kv, cache.commit(kv, context.at), context.at, **options)
         if prefix:
             kv = self._prepend_prefix(kv)
-        # Queries come after the prefix, so that all of it is visible to each of them.
+        # Queries come after the prefix, so each query sees all of it.
         return api.cross_attention(
             *(q, kv.k, kv.v), q_offset=prefix, segment_ids=context.segment_ids, **options
         )
 
     def _prepend_prefix(self, kv: KeyValue) -> KeyValue:
-        """Puts each stream's learned keys and values before the sequence's; B is stream-major."""
+        """Puts the learned keys and values of each stream before the others. B is stream-major."""
         c = self.config
         shape = (2, c.program.streams, c.prefix_length, c.num_kv_heads, c.head_dim)
         axes = (None, "streams", "prefix", "kv_heads", "head_dim")  # keys, then values
-        # Unit variance, as W_k x and W_v x have for a normed x.
+        # Unit variance: for a normed x, W_k x and W_v x have it too.
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), axes)
         prefix = self.param("prefix", init, shape, jnp.float32)
         prefix = stream_prefix(prefix, kv.k.shape[0], self.dtype)
@@ -230,10 +229,10 @@ def stream_prefix(prefix: Float[Array, "2 P S K H"], rows: int, dtype) -> KeyVal
 
 
 class GlobalKeyValue(nn.Module):
-    """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: written once, for every cross layer (YOCO, eq. 2).
+    """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: written once, for all cross layers (YOCO, eq. 2).
 
-    Returned in float32: the kernels read it in their own dtype and return its gradients in
-    float32, so that those of all cross layers are summed in float32.
+    The result is float32. The kernels cast it to their own dtype, but return its gradients in
+    float32, so that the gradients of all cross layers are summed in float32.
     """
 
     config: ModelConfig
@@ -250,7 +249,7 @@ class GlobalKeyValue(nn.Module):
 
 
 class CrossAttention(MixerModule):
-    """Causal attention on the global K, V, without position encoding unless cross_rope."""
+    """Causal attention to the global K, V. It has position encoding only with cross_rope."""
 
     @nn.compact
     def __call__(

@@ -1,4 +1,4 @@
-"""How a model is run on the device at hand: `config.compute`, resolved once."""
+"""How a model runs on this device: `config.compute`, without "auto" for its dtype."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ from yocou_jax.config import ComputeConfig
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """dtype: of activations and matrix products; parameters are float32 always. attention: the name
-    of an implementation of pallas_kernels, or "auto". remat, scan: see configs/base.py."""
+    """dtype: of activations and matrix products; parameters are always float32. attention: the name
+    of an implementation in pallas_kernels, or "auto". remat, scan: see configs/base.py."""
 
     dtype: jnp.dtype
     attention: str = "auto"
@@ -20,7 +20,7 @@ class Compute:
 
 
 def resolve(config: ComputeConfig | None = None) -> Compute:
-    """What a config asks for, "auto" answered by the device; None asks for nothing."""
+    """The settings of `config`, where the device decides about dtype="auto". None: the defaults."""
     dtype = "auto" if config is None else config.dtype
     if dtype == "auto":
         dtype = "float32" if target_device().platform == "cpu" else "bfloat16"

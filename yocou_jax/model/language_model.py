@@ -7,8 +7,8 @@
     (before the first cross stage:  K, V = RMSNorm(x) W_k, RMSNorm(x) W_v)
     logits = RMSNorm(x) W_out
 
-Nothing happens between loops but composition. Layers and loops are `nn.scan`s, so neither the
-compile time nor (for loops) the parameters grow with them.
+The output of one loop is the input of the next one; nothing else happens between loops. Layers and
+loops are `nn.scan`s, so the compile time does not grow with them. Loops add no parameters.
 """
 
 import functools
@@ -29,8 +29,8 @@ from yocou_jax.program import Stage
 from yocou_jax.sharding import constrain
 from yocou_jax.typing import Array, Float, Int, PyTree
 
-# What a backward pass keeps of each layer; all else is computed again. "attention" spares the
-# quadratic part: the kernels name their output and log-sum-exp.
+# What a backward pass keeps of each layer. It computes the rest again. "attention" keeps the output
+# and the log-sum-exp, which the kernels name, so that the quadratic part does not run again.
 REMAT = {
     "attention": jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse"),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -39,8 +39,11 @@ REMAT = {
 
 @flax.struct.dataclass
 class BlockOutput:
-    """What a layer returns besides x: its routing (None without experts) and, in inference, what
-    its memory is to `commit` (None if it keeps nothing)."""
+    """What a layer returns in addition to x.
+
+    router: routing statistics (None without experts). new: in inference, what the layer's memory
+    has to `commit` (None for a layer without a memory).
+    """
 
     router: RouterStats | None
     new: PyTree
@@ -71,10 +74,10 @@ class Block(nn.Module):
 
 
 class StageStack(nn.Module):
-    """The layers of one stage, applied once or in a loop.
+    """The layers of one stage, which run once or in a loop.
 
-    Parameters are stacked over layers, [layers, ...], and shared by the loops. Returns x and the
-    routing statistics stacked over all layer applications (None without experts).
+    Parameters are stacked over layers, [layers, ...], and all loops share them. Returns x, and the
+    routing statistics stacked over all runs of a layer (None without experts).
     """
 
     config: ModelConfig
@@ -84,7 +87,7 @@ class StageStack(nn.Module):
     def setup(self):
         block = Block
         if self.compute.remat != "none":
-            # A scan's body needs no barrier against common-subexpression elimination.
+            # The body of a scan needs no barrier against common-subexpression elimination.
             block = nn.remat(Block, policy=REMAT[self.compute.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
@@ -93,8 +96,8 @@ class StageStack(nn.Module):
             in_axes=nn.broadcast,
             length=self.stage.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            # A check that traces the layer once more. Initialisation keeps it: it is what brings
-            # shared parameters out of a loop, and without it they would be drawn differently.
+            # This check traces the layer once more. Initialisation needs it: it moves shared
+            # parameters out of a loop, and without it other random numbers would be drawn.
             check_constancy_invariants=self.is_initializing(),
         )(self.config, self.compute, self.stage.mixer)
 
@@ -132,9 +135,9 @@ class StageStack(nn.Module):
 
 @flax.struct.dataclass
 class ModelOutput:
-    """hidden [B, N, D]: the final norm's output, which the head maps to logits.
+    """hidden [B, N, D]: the output of the final norm, which the head maps to logits.
 
-    router: statistics of every layer application, stacked (None without experts).
+    router: routing statistics, stacked over all runs of a layer (None without experts).
     """
 
     hidden: Float[Array, "B N D"]
@@ -142,7 +145,7 @@ class ModelOutput:
 
 
 class LanguageModel(nn.Module):
-    """A program with its embedding and head. Parameters: see `accounting.parameters`."""
+    """A program with an embedding and a head. `accounting.parameters` counts its parameters."""
 
     config: ModelConfig
     compute: Compute
@@ -173,7 +176,7 @@ class LanguageModel(nn.Module):
         *,
         num_loops: int | None = None,
     ) -> ModelOutput:
-        """num_loops runs every looped stage that many times, whatever the config says."""
+        """num_loops: how often every looped stage runs; None: as the config says."""
         c = self.config
         program = c.program if num_loops is None else c.program.with_loops(num_loops)
         if positions is None:
@@ -188,19 +191,19 @@ class LanguageModel(nn.Module):
         return ModelOutput(self.read_out(x), router)
 
     def _run(self, stages: list[tuple[str, Stage]], x, context: Context):
-        """One half of the program; also the routing statistics of each stage."""
+        """Runs one half of the program. Returns x, and the routing statistics of each stage."""
         router = []
         for name, stage in stages:
             x, stats = self.stages[name](x, context, stage.num_loops)
             router.append(stats)
         return x, router
 
-    # The parts that are not stages, also for inference, which runs the stages layer by layer.
+    # The parts that are not stages. Inference calls them too, and runs the stages layer by layer.
 
     def embed(self, tokens: Int[Array, "B N"]) -> Float[Array, "PB N D"]:
-        """The residual stream at the start, one copy per parallel stream (stream-major)."""
+        """The residual stream before the first layer, once per parallel stream (stream-major)."""
         c = self.config
-        # Scaled to unit variance (as in YOCO's code): at D^-0.5 the first sublayers would drown it.
+        # Unit variance, as in YOCO's code: at D^-0.5 it would be small next to the first sublayers.
         x = c.d_model**0.5 * jnp.take(self.embedding, tokens, axis=0)
         x = constrain(x.astype(self.compute.dtype), "batch", "length", "activation")
         return jnp.tile(x, (c.program.streams, 1, 1)) if c.program.streams > 1 else x
@@ -209,15 +212,15 @@ class LanguageModel(nn.Module):
         return self.global_kv(x, context)
 
     def read_out(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
-        """The final norm, and the mix of parallel streams: what the head maps to logits."""
+        """The final norm and the mix of parallel streams. The head maps the result to logits."""
         x = self.final_norm(x)
         return self._mix_streams(x) if self.config.program.streams > 1 else x
 
     def _mix_streams(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
         """sum_p ((1 - eps) w_p + eps / P) x_p, w = softmax(linear map of all x_p).
 
-        ParScale (arXiv 2505.10475) calls the map an MLP; in its public code it is Linear(P D to D),
-        SiLU, Linear(D to P), both with biases. Here it is one matrix [P, D, P], without bias.
+        ParScale (arXiv 2505.10475) calls the map an MLP. In its public code it is Linear(P D to D),
+        SiLU, Linear(D to P), both with biases. Here it is one matrix [P, D, P] without bias.
         """
         streams, floor = self.config.program.streams, self.config.gate_floor
         x = x.reshape(streams, -1, *x.shape[1:])
@@ -226,19 +229,19 @@ class LanguageModel(nn.Module):
         return jnp.einsum("pbnd,bnp->bnd", x, weights.astype(x.dtype))
 
 
-@functools.cache  # tracing an initialisation takes a second, and a start asks several times
+@functools.cache  # to trace an initialisation takes a second, and a start needs it several times
 def abstract_params(config: ModelConfig) -> PyTree:
-    """Shapes of all parameters, boxed with their logical axes; allocates nothing."""
+    """Shapes of all parameters, boxed with their logical axes. Allocates nothing."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     model = LanguageModel(config, Compute(jnp.dtype("float32")))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
 
 
 def empty_memory(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16) -> Memory:
-    """What inference keeps, for `batch` sequences of at most `capacity` positions; what is learned
-    (ParScale's prefix) is not in its place yet.
+    """An empty memory for `batch` sequences of at most `capacity` positions, without ParScale's
+    learned prefix.
 
-    Under `jax.eval_shape` it allocates nothing and describes shapes and types.
+    Under `jax.eval_shape` it allocates nothing, and describes shapes and types.
     """
     program, rows = config.program, batch * config.program.streams
     stages = {
@@ -252,7 +255,7 @@ def empty_memory(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloa
 
 
 def head_matrix(params: PyTree, config: ModelConfig) -> Float[Array, "D V"]:
-    """The output head W_out; with tied embeddings it is the embedding table transposed."""
+    """The output head W_out. With tied embeddings it is the transposed embedding table."""
     return params["embedding"].T if config.tie_embeddings else params["head"]
 
 
@@ -263,12 +266,13 @@ def logits(
     compute: Compute | None = None,
     **kwargs,
 ) -> Float[Array, "B N V"]:
-    """All logits at once in float32: for tests, analysis and short texts (training chunks them)."""
+    """All logits at once in float32, for tests, analysis and short texts. Training computes logits
+    in chunks."""
     model = LanguageModel(config, compute or resolve())
     hidden = model.apply({"params": params}, tokens, **kwargs).hidden
     return to_logits(hidden, head_matrix(params, config))
 
 
 def to_logits(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
-    """Logits in float32 of a product in the type of `hidden`."""
+    """Logits in float32. The factors of the product have the type of `hidden`."""
     return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)

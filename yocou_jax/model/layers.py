@@ -16,12 +16,12 @@ def fan_in_init(fan_in: int, scale: float = 1.0) -> Callable:
 
 
 class ExactPartitioned(nn.LogicallyPartitioned):
-    """The box of a parameter that is used in float32 whatever the compute type: inference keeps it
-    so, where it casts all others once."""
+    """The box of a parameter that is always used in float32. Inference does not cast it to the
+    compute type, as it casts the others."""
 
 
 def exact(init: Callable, axes: tuple[str | None, ...]) -> Callable:
-    """As `nn.with_logical_partitioning`, for a parameter that is used in float32."""
+    """Like `nn.with_logical_partitioning`, for a parameter that is always used in float32."""
 
     @functools.wraps(init)
     def boxed(*args, **kwargs) -> ExactPartitioned:
@@ -31,17 +31,17 @@ def exact(init: Callable, axes: tuple[str | None, ...]) -> Callable:
 
 
 class Linear(nn.Module):
-    """y = x W without bias; W may have several output dimensions, and contract several of x.
+    """y = x W without bias. W may have several input and several output dimensions.
 
-    x [..., *inputs], W [*inputs, *features], y [..., *features]. The product is always one
-    two-dimensional matrix product, which is what XLA does best on every backend.
+    x [..., *inputs], W [*inputs, *features], y [..., *features]. It is always computed as one
+    product of two-dimensional matrices, which XLA does best on every backend.
     """
 
     features: tuple[int, ...]
     axes: tuple[str, ...]  # logical axes of W, inputs first
     dtype: jnp.dtype
     init_scale: float = 1.0
-    exact: bool = False  # of a router or a gate, which is float32 whatever the compute type
+    exact: bool = False  # True for a router or a gate, which is always float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -55,7 +55,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
         kernel = kernel.astype(self.dtype).reshape(fan_in, -1)
         leading = x.shape[: x.ndim - num_in]
-        # Whoever asks for float32 means it: TPUs would use bfloat16 passes.
+        # float32 must be exact: by default, TPUs would use bfloat16 passes.
         precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         y = jnp.matmul(x.reshape(-1, fan_in), kernel, precision=precision)
         return y.reshape(*leading, *self.features)
@@ -74,7 +74,7 @@ def _rms(x, eps):
     return x * inverse, inverse
 
 
-# By hand, so that backward keeps x alone: autodiff keeps three arrays of its size.
+# Written by hand, so that backward keeps only x. autodiff keeps three arrays of this size.
 def _rms_norm_fwd(x, scale, eps):
     return rms_norm(x, scale, eps), (x, scale)
 
@@ -92,7 +92,7 @@ rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned scale."""
+    """`rms_norm` with a scale that is learned."""
 
     eps: float
 
@@ -104,9 +104,10 @@ class RMSNorm(nn.Module):
 
 
 def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "B N"], theta: float) -> Array:
-    """Rotary position embedding (Su et al. 2021), halves rotated: (x1, x2) -> (x1 c - x2 s, ...).
+    """Rotary position embedding (Su et al. 2021). x1 and x2 are the two halves of a head:
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
-    Angles are positions * theta^(-2i/H), computed in float32.
+    The angles are positions * theta^(-2i/H), in float32.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -118,11 +119,11 @@ def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "B N"], theta: fl
 
 @jax.custom_vjp
 def gated_silu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """silu(gate) * up, in float32; gate's type comes back."""
+    """silu(gate) * up, computed in float32. The result has the type of `gate`."""
     return (nn.silu(gate.astype(jnp.float32)) * up).astype(gate.dtype)
 
 
-# By hand for the same reason as rms_norm: backward keeps gate and up, not the sigmoid between.
+# Written by hand for the same reason: backward keeps gate and up, but not the sigmoid.
 def _gated_silu_bwd(residuals, g):
     dtype = g.dtype
     gate, up, g = (x.astype(jnp.float32) for x in (*residuals, g))
@@ -143,7 +144,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        # Two matrices: side by side in one, their gradients would have to be joined and split.
+        # Two matrices. If they were one, their gradients would have to be joined and split.
         gate = Linear((self.width,), ("embed", "mlp"), self.dtype, name="gate")(x)
         up = Linear((self.width,), ("embed", "mlp"), self.dtype, name="up")(x)
         return Linear((x.shape[-1],), ("mlp", "embed"), self.dtype, self.out_scale, name="down")(

@@ -1,14 +1,14 @@
-"""What inference keeps of the past, as typed dataclasses, and how new positions enter it.
+"""The memory of inference: typed dataclasses that store what layers need from past positions.
 
-A window layer keeps a ring buffer of W positions for each loop, because each loop has keys and
-values of its own; a full layer keeps every position for each loop; the global K, V exist once.
-Each (loop, layer) has arrays of its own, so that a step writes one position in place and kernels
-read the rest where it is stored: of a stacked array XLA hands a kernel a copy.
+A window layer stores a ring buffer of W positions for each loop, because each loop has keys and
+values of its own. A full layer stores every position for each loop. The global K, V exist once.
+Each (loop, layer) has arrays of its own, so that a step writes one position in place, and kernels
+read the arrays where they are. From a stacked array, XLA would give a kernel a copy.
 
-A layer never writes. It reads its memory and the new positions (`Ring.peek`, for one), and returns
-what is new; the forward pass then calls `commit`, which writes the positions that count. The memory
-of another kind of layer is a flax dataclass with `commit`, `constrained` and `capacity` like these,
-whose arrays begin with an axis of rows.
+A layer never writes. It reads its memory and the new positions (for example with `Ring.peek`), and
+returns what is new. Then the forward pass calls `commit`, which writes the positions that count.
+The memory of a new kind of layer is a flax dataclass with `commit`, `constrained` and `capacity`,
+as here. The first axis of its arrays is the rows.
 """
 
 import flax.struct
@@ -19,17 +19,17 @@ from yocou_jax.config import ModelConfig
 from yocou_jax.sharding import constrain
 from yocou_jax.typing import Array, Float, Int
 
-# The logical axes of every array of keys or values (sharding.LOGICAL_AXES lays them on a mesh).
+# The logical axes of every array of keys or values (sharding.LOGICAL_AXES maps them to a mesh).
 KV_AXES = ("batch", "length", "kv_heads", "head_dim")
 
 
 @flax.struct.dataclass
 class NewPositions:
-    """N new positions for every row: row b has `start[b]` already, and the first `count[b]` of the
-    new ones exist. A scalar start is the same for all rows.
+    """N new positions for every row. Row b has `start[b]` positions already, and the first
+    `count[b]` of the new ones exist. A scalar `start` is the same for all rows.
 
-    whole: no row would be written beyond its capacity even if all N new positions existed; what
-    comes after count then may be written too, as nobody reads it.
+    whole: all N new positions fit into every row. Then those after `count` may be written too,
+    because nobody reads them.
     """
 
     start: Int[Array, " B"] | Int[Array, ""]
@@ -44,7 +44,7 @@ class NewPositions:
         return self.start + self.count
 
     def for_streams(self, streams: int) -> "NewPositions":
-        """The same positions in each of the parallel streams, whose rows are stream-major."""
+        """The same positions in each parallel stream. The rows are stream-major."""
         if streams == 1:
             return self
         start = jnp.tile(self.start, streams) if jnp.ndim(self.start) else self.start
@@ -52,7 +52,7 @@ class NewPositions:
 
 
 class KeyValue(flax.struct.PyTreeNode):
-    """Keys and values as attention reads them: k, v [B, S, K, H], rotated and normed if at all."""
+    """Keys and values that attention reads: k, v [B, S, K, H], after RoPE and norm, if any."""
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
@@ -63,38 +63,38 @@ class KeyValue(flax.struct.PyTreeNode):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), **fields)
 
     def constrained(self):
-        """Tells the compiler how it lies on the mesh: what one program returns must lie as the next
-        one takes it, or that is compiled twice."""
+        """Tells the compiler how to split the arrays over the mesh. Each program must return them
+        as the next one takes them, or the next one is compiled twice."""
         return self.replace(k=constrain(self.k, *KV_AXES), v=constrain(self.v, *KV_AXES))
 
     def updated(self, put, new: "KeyValue"):
-        """put(array, new array) for both, the new one in the array's type."""
+        """put(array, new array) for k and for v. The new array gets the type of the old one."""
         k, v = put(self.k, new.k.astype(self.k.dtype)), put(self.v, new.v.astype(self.v.dtype))
         return self.replace(k=k, v=v)
 
     def _scatter(self, new: "KeyValue", slots: Int[Array, "B N"]):
-        """Slots beyond the array are dropped."""
+        """Writes position n of row b to slots[b, n]. Drops slots beyond the array."""
         rows = jnp.arange(slots.shape[0])[:, None]
         return self.updated(lambda x, n: x.at[rows, slots].set(n, mode="drop"), new)
 
 
 class Cache(KeyValue):
-    """Every position: p is stored in slot prefix + p. The slots before it hold what was learned
-    (ParScale's prefix) and are visible to every position."""
+    """Stores every position: position p is in slot prefix + p. The first `prefix` slots store what
+    was learned (ParScale's prefix), and every position sees them."""
 
     prefix: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def capacity(self) -> int:
-        """Positions that each row can hold."""
+        """Number of positions that fit into each row."""
         return self.k.shape[1] - self.prefix
 
     def slots(self, at: NewPositions) -> NewPositions:
-        """The new positions, counted in slots."""
+        """The slots of the new positions."""
         return at.replace(start=at.start + self.prefix)
 
     def commit(self, new: KeyValue, at: NewPositions) -> "Cache":
-        """`new` [B, N, K, H] written after what each row has."""
+        """The cache with `new` [B, N, K, H] after the positions that each row has."""
         at, N = self.slots(at), new.k.shape[1]
         if jnp.ndim(at.start) == 0 and at.whole:
             return self.updated(
@@ -105,17 +105,17 @@ class Cache(KeyValue):
 
 
 class Ring(KeyValue):
-    """The newest W positions: p is stored in slot p mod W. Their order does not matter to softmax,
-    because RoPE is applied before."""
+    """Stores the newest W positions: position p is in slot p mod W. Attention does not depend on
+    their order, because RoPE is applied before."""
 
     @property
     def capacity(self) -> None:
-        """A ring never fills."""
+        """None: a ring is never full."""
         return None
 
     def peek(self, new: KeyValue, at: NewPositions) -> tuple[KeyValue, Int[Array, "B W+N"]]:
-        """What N new positions see: the last W positions before them and then `new`, in order, and
-        which of them exist (1 or 0). New positions after count exist for the order's sake: no
+        """What N new positions see: the last W positions before them and then `new`, in order; and
+        1 for each position that exists, else 0. New positions after `count` have a 1 too: no
         earlier query sees them."""
         W, (B, N) = self.k.shape[1], new.k.shape[:2]
 
@@ -130,14 +130,14 @@ class Ring(KeyValue):
         return KeyValue(joined.k, joined.v), exists.astype(jnp.int32)
 
     def commit(self, new: KeyValue, at: NewPositions) -> "Ring":
-        """The ring with `new` [B, N, K, H] over its oldest positions."""
+        """The ring, in which `new` [B, N, K, H] replaces the oldest positions."""
         W = self.k.shape[1]
         if new.k.shape[1] == 1:
             slots = jnp.where(at.count > 0, at.start % W, W)
             return self._scatter(new, slots[:, None])
         joined, _ = self.peek(new, at)
         start = jnp.broadcast_to(at.start, at.count.shape)[:, None]
-        # Slot s keeps the newest position p with p mod W = s, which is p - start + W in joined.
+        # Slot s gets the newest position p with p mod W = s. In `joined` it is at p - start + W.
         newest = at.end[:, None] - 1
         position = newest - (newest - jnp.arange(W)) % W
         picked = (position - start + W)[..., None, None]
@@ -146,14 +146,13 @@ class Ring(KeyValue):
 
 @flax.struct.dataclass
 class Memory:
-    """All that a model keeps of B sequences.
+    """All that a model stores of B sequences.
 
-    stages: for each stage of the self-decoder, by the name that its parameters have, a tuple with
-    one Ring or Cache for each (loop, layer), loop by loop. With parallel streams their rows count
-    each of them (stream-major).
-
-    global_kv: the one cache that grows with the text, whatever the depth and the loops.
-    lengths [B]: positions written to each row, a prefix not counted.
+    stages: for each stage of the self-decoder, under the name of its parameters, a tuple with one
+        Ring or Cache for each (loop, layer), loop by loop. With parallel streams, every stream has
+        rows of its own (stream-major).
+    global_kv: the one global cache. Its size does not depend on the depth or the loops.
+    lengths [B]: number of positions written to each row, without a prefix.
     """
 
     stages: dict[str, tuple]
@@ -162,20 +161,20 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all but the lengths, real or described by `jax.eval_shape`."""
+        """Bytes of all arrays except `lengths`, also if `jax.eval_shape` only describes them."""
         leaves = jax.tree.leaves((self.stages, self.global_kv))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     @property
     def capacity(self) -> int | None:
-        """Positions that each row can hold; None if nothing that is kept ever fills."""
+        """Number of positions that fit into each row. None if no part of it is ever full."""
         parts = [part for stage in self.stages.values() for part in stage] + [self.global_kv]
         return min(
             (p.capacity for p in parts if p is not None and p.capacity is not None), default=None
         )
 
     def constrained(self) -> "Memory":
-        """As `KeyValue.constrained`, for everything."""
+        """`KeyValue.constrained` for every part."""
         return Memory(
             {
                 name: tuple(None if m is None else m.constrained() for m in stage)

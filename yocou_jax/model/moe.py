@@ -1,7 +1,7 @@
-"""Mixture-of-experts feed-forward: top-k routed SwiGLU experts and shared ones, dropless.
+"""Mixture-of-experts feed-forward: SwiGLU experts, the top k of them per token, and shared ones.
 
-Tokens are sorted by expert and go through `jax.lax.ragged_dot`, one matrix product with as many
-groups as experts, so no token is dropped and no capacity is padded.
+Tokens are sorted by expert. `jax.lax.ragged_dot` is one matrix product with one group per expert,
+so no token is dropped, and no expert is padded to a capacity.
 """
 
 import flax.linen as nn
@@ -17,15 +17,15 @@ from yocou_jax.typing import Array, Float, Int
 
 @flax.struct.dataclass
 class RouterStats:
-    """One layer's routing. load_balance is 1 when the load is uniform, and E / k at the worst.
+    """Routing statistics of one layer. load_balance is 1 for a uniform load, and at most E / k.
 
-    All three average over every token that runs through the layer: in each loop and stream, and
-    those of loss weight 0 (rows that fill the last validation batch) like any other.
+    All three are means over every token of the layer, in every loop and stream. A token with loss
+    weight 0 (in the rows that fill the last validation batch) counts too.
 
-    load_balance  E sum_e f_e P_e over the share of assignments f and the mean probability P
+    load_balance  E sum_e f_e P_e, with the share of assignments f and the mean probability P
                   (Switch Transformer, eq. 4)
     router_z      mean of logsumexp(router logits)^2 (ST-MoE, eq. 5)
-    load [E]      share of the assignments that each expert receives, times E (1 is uniform)
+    load [E]      E times the share of the assignments that each expert gets (uniform: 1)
     """
 
     load_balance: Float[Array, ""]
@@ -41,12 +41,12 @@ def _experts(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "M D"]:
-    """Sends each token through its chosen experts and adds the results by weight."""
+    """Sends each token through its chosen experts, and returns the weighted sum of the results."""
     num_experts, (tokens, per_token) = gate.shape[0], chosen.shape
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
-    # A permutation, and said to be one: its gradient is a scatter without collisions, so that it is
-    # the same on every run on a GPU, too.
+    # unique_indices: this is a permutation, so its gradient is a scatter without collisions. It is
+    # the same in every run, also on a GPU.
     x_sorted = jnp.repeat(x, per_token, axis=0).at[order].get(unique_indices=True)
     hidden = gated_silu(
         jax.lax.ragged_dot(x_sorted, gate, group_sizes),
@@ -60,8 +60,8 @@ def _experts(
 class MixtureOfExperts(nn.Module):
     """sum over the top-k experts of p_e SwiGLU_e(x), plus the shared experts.
 
-    The probabilities are a float32 softmax over all experts; the k chosen ones are scaled to sum
-    to 1. The shared experts are one SwiGLU of their joint width.
+    The probabilities are a float32 softmax over all experts. Those of the k chosen experts are
+    scaled, so that their sum is 1. The shared experts are one SwiGLU, as wide as all of them.
     """
 
     config: ModelConfig
@@ -102,12 +102,14 @@ class MixtureOfExperts(nn.Module):
 
 
 def _sharded_experts(x, weights, chosen, *kernels):
-    """`_experts` on every device's own tokens: a sort across devices would gather all of them.
+    """Runs `_experts` on each device with its own tokens. A sort across devices would gather all
+    tokens.
 
-    Each tensor shard holds a slice of every expert's width, so the results are summed over it.
+    Each tensor shard has a slice of the width of every expert, so the results are summed over the
+    shards.
 
     Raises NotImplementedError if LOGICAL_AXES splits the experts themselves: `_experts` counts the
-    tokens of all experts and would send them to the wrong ones of a slice.
+    tokens of all experts, and would send them to wrong experts of a slice.
     """
 
     def flat(x, weights, chosen, *kernels):
@@ -117,7 +119,7 @@ def _sharded_experts(x, weights, chosen, *kernels):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return flat(x, weights, chosen, *kernels)
-    # As LOGICAL_AXES has it, but for "embed": every device needs all rows of its experts' matrices.
+    # From LOGICAL_AXES, except "embed": every device needs all rows of its experts' matrices.
     batch = spec_for(("batch", "length", None), x.shape, mesh)
     into = spec_for(("experts", None, "mlp"), kernels[0].shape, mesh)
     out = spec_for(("experts", "mlp", None), kernels[-1].shape, mesh)

@@ -1,4 +1,4 @@
-"""What a run is, section by section, before its first step."""
+"""The facts of a run, which are shown before its first step."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from yocou_jax.model import resolve
 def banner(
     config: Config, data: DataBundle, mesh: Mesh, attention: dict[str, str], workdir: Path
 ) -> dict[str, dict]:
-    """Everything a person wants to know before the first step, section by section.
+    """The facts of a run, by section: device, model, compute, data.
 
-    attention: what `attention_choices` has answered.
+    attention: the result of `attention_choices`.
     """
     model, length = config.model, config.data.sequence_length
     device, parameters = jax.devices()[0], accounting.parameters(model)
@@ -60,7 +60,7 @@ def banner(
 
 
 def attention_choices(config: Config) -> dict[str, str]:
-    """Which implementation runs each kind of attention of a training step, and why."""
+    """The implementation that runs each kind of attention in a training step, and the reason."""
     m, length = config.model, config.data.sequence_length
     rows = config.data.batch_size // config.optimizer.accumulation_steps
     choices = {}
@@ -81,7 +81,7 @@ def attention_choices(config: Config) -> dict[str, str]:
         except UnsupportedCall as error:
             raise UserError(f"compute.attention='{config.compute.attention}': {error}") from error
         name = kernel.operation.replace("_", " ")
-        if name in choices:  # of another kind of layer
+        if name in choices:  # another kind of layer has the same operation
             name += f", window {kernel.window}, prefix {kernel.prefix}"
         choices[name] = f"{choice.implementation} ({choice.reason})"
     return choices

@@ -1,4 +1,4 @@
-"""The terminal of a run: a banner, one live line, notices and samples. It never ends a run."""
+"""Shows a run on the terminal: a banner, one live line, notices and samples."""
 
 import contextlib
 import functools
@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def _never_ends_a_run(show: Callable) -> Callable:
-    """A method of Console that loses its terminal (closed, a pipe nobody reads, an encoding that
-    lacks a character) says so once in the log; from then on nothing is shown, and the run goes on.
-    """
+    """Decorates a method of Console. If the terminal fails (it is closed, nobody reads the pipe, or
+    the encoding lacks a character), the log says so once, and the run goes on without it."""
 
     @functools.wraps(show)
     def guarded(self, *args, **kwargs) -> None:
@@ -31,21 +30,21 @@ def _never_ends_a_run(show: Callable) -> Callable:
             return
         try:
             show(self, *args, **kwargs)
-        except (OSError, ValueError, SystemExit) as error:  # the last: rich, of a broken pipe
+        except (OSError, ValueError, SystemExit) as error:  # rich exits on a broken pipe
             self._lost = True
             with contextlib.suppress(OSError, ValueError):
-                why = "its reader has gone" if isinstance(error, SystemExit) else error
+                why = "nobody reads the pipe" if isinstance(error, SystemExit) else error
                 log.warning("Nothing more is shown here (%s); the run goes on.", why)
 
     return guarded
 
 
 class Console(Reporter):
-    """The terminal of a run: a banner, one live line, and notices and samples that do not break it.
+    """Shows a run on the terminal: a banner, one live line, and notices and samples above it.
 
-    On a terminal the line is redrawn in place. Elsewhere (a log file, CI) it is printed as a plain
-    line, at the first step, the last, and at most every `plain_every_s` seconds between. What goes
-    wrong with showing never ends a run.
+    On a terminal the live line is redrawn in place. Elsewhere (a log file, CI) it is printed as a
+    plain line: at the first step, at the last step, and at most every `plain_every_s` seconds
+    between them. An error of the terminal never ends a run.
     """
 
     def __init__(self, console: rich.console.Console | None = None, *, plain_every_s: float = 10.0):
@@ -65,7 +64,7 @@ class Console(Reporter):
 
     @_never_ends_a_run
     def banner(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
-        """A table of key/value sections; values as text, integers with thousands separators."""
+        """Prints sections of keys and values. Integers have thousands separators."""
         table = rich.table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
@@ -79,16 +78,16 @@ class Console(Reporter):
 
     @_never_ends_a_run
     def start(self, total_steps: int) -> None:
-        """Begins the live line of a run that ends at `total_steps`."""
+        """Starts the live line of a run that ends at `total_steps`."""
         self._total, self._first = total_steps, None
         if self.console.is_terminal:
             self._live = rich.live.Live(console=self.console, refresh_per_second=4)
             self._live.start()
-            self.console.show_cursor(True)  # a run that is killed cannot bring it back
+            self.console.show_cursor(True)  # rich hides it, and a killed run cannot show it again
 
     @_never_ends_a_run
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Shows step, loss, bits per byte, tokens/s, MFU and the time left, as far as known."""
+        """Shows the step, and if known: loss, bits per byte, tokens/s, MFU, remaining time."""
         now = time.monotonic()
         self._first = self._first or (step, now)
         line = self._line(step, values, now)
@@ -100,7 +99,7 @@ class Console(Reporter):
 
     @_never_ends_a_run
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """A line above the live line for the validation, which all runs have."""
+        """Prints the result of the validation above the live line."""
         if VAL_LOSS in values:
             self._print(
                 f"step {step}: validation loss {values[VAL_LOSS]:.4f} nats/token, "
@@ -109,12 +108,12 @@ class Console(Reporter):
 
     @_never_ends_a_run
     def notice(self, text: str) -> None:
-        """A sentence above the live line."""
+        """Prints a sentence above the live line."""
         self._print(text)
 
     @_never_ends_a_run
     def sample(self, text: str, title: str) -> None:
-        """Generated text, verbatim, above the live line."""
+        """Prints generated text, unchanged, above the live line."""
         self.console.print(
             rich.panel.Panel(rich.text.Text(text), title=title, title_align="left", style="dim")
         )
@@ -134,7 +133,7 @@ class Console(Reporter):
             if (value := values.get(name)) is not None:
                 parts.append(form.format(float(value)))
         first_step, first_time = self._first
-        if step > first_step:  # the first interval has compilation in it, so it does not count
+        if step > first_step:  # the first interval includes compilation, so it does not count
             left = (now - first_time) / (step - first_step) * max(self._total - step, 0)
             parts.append(f"{duration(left)} left")
         return "  ".join(parts)
@@ -149,7 +148,7 @@ _LINE = (
 
 
 def show(value: object) -> str:
-    """A number as a person writes it; anything else as str() has it."""
+    """A number with thousands separators, a float with 4 digits. Other values: their str()."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -1,8 +1,8 @@
-"""What looks at the model every so many steps of a run, and at its end.
+"""Evaluators look at the model at regular steps of a run, and at its end.
 
-An evaluator is made from the run when its data has been read. `measure` comes before the checkpoint
-of its step, and its metrics enter the row of that step; `show` comes after the checkpoint, and what
-goes wrong in it ends nothing.
+An evaluator is made from the run after its data was read. `measure` is called before the checkpoint
+of its step, and its metrics are written to the row of that step. `show` is called after the
+checkpoint, and an error in it does not end the run.
 """
 
 import math
@@ -19,17 +19,17 @@ if typing.TYPE_CHECKING:
 
 
 class Evaluator:
-    """every: after how many steps it is due; at the end of a run all are."""
+    """every: number of steps between two calls. At the end of a run every evaluator is called."""
 
     name: str
     every: int
 
     def measure(self, params, step: int) -> dict[str, float]:
-        """Metrics by name. Every process calls it."""
+        """Returns metrics by name. Every process calls it."""
         return {}
 
     def show(self, params, step: int) -> None:
-        """What is to be seen besides metrics. Every process calls it."""
+        """Shows what is not a metric. Every process calls it."""
 
 
 class Validation(Evaluator):
@@ -39,7 +39,7 @@ class Validation(Evaluator):
 
     def __init__(self, run: "Run"):
         self.run, self.every = run, run.config.run.eval_every
-        # No more sequences at once than a microbatch has: what fits there fits here.
+        # As many sequences as a microbatch has: if training fits into memory, validation does too.
         size = run.config.data.batch_size // run.config.optimizer.accumulation_steps
         self.batches = list(run.data.validation.batches(run.sharding, size))
 
@@ -54,7 +54,7 @@ class Validation(Evaluator):
 
 
 class Sample(Evaluator):
-    """A text that goes on from run.sample_prompt, drawn by the step: a resume repeats it."""
+    """A text that continues run.sample_prompt. Its seed is the step: a resumed run repeats it."""
 
     name = "sample"
 

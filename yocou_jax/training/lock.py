@@ -1,10 +1,10 @@
-"""One owner for each workdir: a second run in it would overwrite what the first one writes.
+"""One owner for each workdir: a second run in it would overwrite the files of the first one.
 
-The owner holds a lock of the operating system (flock) on workdir/owner.json, which ends with the
-process however that ends, so nothing stays locked after a kill. The file says who the owner is:
-host, process id and start. Some shared file systems have no such locks, or keep them apart by
-host, so an owner also touches the file at every beat; one whose lock cannot be seen from here is
-taken for dead once it misses two beats.
+The owner holds a lock of the operating system (flock) on workdir/owner.json. The lock ends with the
+process, also if it is killed, so nothing stays locked. The file names the owner: host, process id
+and start. Some shared file systems have no locks, or do not share them between hosts. So an owner
+also touches the file at every beat. If this host cannot see the lock of an owner, the owner counts
+as dead after it has missed two beats.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 
 class WorkdirLock:
-    """Holds a workdir for this run, from `with` to its end; makes the folder if there is none.
+    """Holds a workdir for this run inside a `with` block. Makes the folder if it does not exist.
 
-    Every process of a run enters; process 0 takes the lock. A folder made here that is still empty
-    at the end is removed again. Raises UserError if another run holds the workdir, or if it cannot
-    be written to.
+    Every process of a run enters the block, and process 0 takes the lock. If a folder was made here
+    and is still empty at the end, it is removed again. Raises UserError if another run holds the
+    workdir, or if it cannot be written to.
     """
 
     def __init__(self, workdir: Path):
@@ -69,14 +69,14 @@ class WorkdirLock:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 if _read_owner(self._file) == self._me and _is_at(self._file, self.path):
-                    self.path.unlink()  # while it is held: whoever opened it sees that it is gone
+                    self.path.unlink()  # still locked, so a run that has opened it sees this
             self._beats.join(timeout=1)
             os.close(self._file)
         self._remove_made()
 
     def check(self) -> None:
-        """Raises UserError if the workdir is not this run's any more: it was removed, or another
-        run took it while this one stood still (a suspended machine, a file system that hung).
+        """Raises UserError if the workdir does not belong to this run any more: it was removed, or
+        another run took it while this one did not run (suspended machine, hanging file system).
 
         Every process calls it, before it writes what another run may overwrite.
         """
@@ -86,12 +86,12 @@ class WorkdirLock:
         try:
             if _is_at(self._file, self.path) and _read_owner(self._file) == self._me:
                 return
-        except OSError:  # a file system that hangs: the write that follows will tell
+        except OSError:  # the file system does not answer; the next write will show it
             return
         what = "Another run has taken it" if self.path.exists() else f"{self.path} was removed"
         raise UserError(
-            f"The workdir {self.workdir} is not this run's any more, so it ends without saving: "
-            f"{what}."
+            f"The workdir {self.workdir} does not belong to this run any more, so the run ends "
+            f"without saving: {what}."
         )
 
     def _take(self) -> None:
@@ -103,14 +103,14 @@ class WorkdirLock:
                 owner = _read_owner(file)
                 if locked is False or (owner and _alive(owner, self.path, locked)):
                     raise UserError(_refusal(self.workdir, owner))
-                if not _is_at(file, self.path):  # its owner has just removed it
+                if not _is_at(file, self.path):  # the owner has just removed it
                     os.close(file)
                     continue
                 if owner:
                     log.info("%s was left by a run that has ended (%s).", self.path, _who(owner))
                 os.ftruncate(file, 0)
                 os.pwrite(file, json.dumps(self._me).encode(), 0)
-                if locked is None:  # the last of several that write at once wins
+                if locked is None:  # if several runs write at once, the last one wins
                     time.sleep(BEAT_S / 10)
                     if (winner := _read_owner(file)) != self._me:
                         raise UserError(_refusal(self.workdir, winner))
@@ -129,13 +129,13 @@ class WorkdirLock:
                 os.utime(self._file)
 
     def _remove_made(self) -> None:
-        with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
             for folder in reversed(self._made):
                 folder.rmdir()
 
 
 def _on_process_0(act: Callable[[], None]) -> None:
-    """Does it on process 0; a UserError there is one on every process: nobody goes on alone."""
+    """Calls `act` on process 0. If it raises UserError, every process does, so that all end."""
     error = None
     if jax.process_index() == 0:
         try:
@@ -145,13 +145,13 @@ def _on_process_0(act: Callable[[], None]) -> None:
     if jax.process_count() > 1:
         refused = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
         if refused and not error:
-            error = UserError("Process 0 does not have the workdir, so this one ends too.")
+            error = UserError("Process 0 does not hold the workdir, so this process ends too.")
     if error:
         raise error
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Makes a folder and returns those that were not there, outermost first."""
+    """Makes a folder and its parents. Returns those that did not exist, the outermost first."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -164,13 +164,13 @@ def _flock(file: int) -> bool | None:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        log.info("No locks on this file system (%s): the owner's file alone counts.", error)
+        log.info("This file system has no locks (%s): only the file of the owner counts.", error)
         return None
     return True
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file is the one that the path names now."""
+    """Whether the path still names this open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file), path.stat())
     return False
@@ -182,7 +182,7 @@ def _myself() -> dict:
 
 
 def _read_owner(file: int) -> dict | None:
-    """What the file says; None if it is new, or not whole."""
+    """The owner that the file names. None if the file is new or incomplete."""
     try:
         owner = json.loads(os.pread(file, 4096, 0))
         return owner if owner.keys() >= {"host", "pid", "started"} else None
@@ -191,12 +191,12 @@ def _read_owner(file: int) -> dict | None:
 
 
 def _alive(owner: dict, path: Path, locked: bool | None) -> bool:
-    """Whether the owner that the file names still runs, seen from a process that `locked` it."""
+    """Whether the owner that the file names still runs. locked: the result of `_flock`."""
     if locked and owner["host"] == socket.gethostname():
-        return False  # or it would have the lock
-    log.info("Waiting %.0f s to see whether %s is still at work.", 2.5 * BEAT_S, _who(owner))
-    # Two readings of one clock, that of the file system: those of two hosts may differ.
-    with contextlib.suppress(FileNotFoundError):  # it has ended while we looked
+        return False  # if it still ran, it would have the lock
+    log.info("Waiting %.0f s to see whether %s still runs.", 2.5 * BEAT_S, _who(owner))
+    # Compares two times of the file system's clock, because the clocks of two hosts may differ.
+    with contextlib.suppress(FileNotFoundError):  # the owner has ended and removed its file
         before = path.stat().st_mtime_ns
         deadline = time.monotonic() + 2.5 * BEAT_S
         while time.monotonic() < deadline:
@@ -213,6 +213,6 @@ def _who(owner: dict) -> str:
 def _refusal(workdir: Path, owner: dict | None) -> str:
     who = f" ({_who(owner)})" if owner else ""
     return (
-        f"The workdir {workdir} is in use by another run{who}. Wait for its end, or give this run "
-        f"a workdir of its own: --workdir={workdir}-2."
+        f"The workdir {workdir} is in use by another run{who}. Wait until it ends, or give this "
+        f"run another workdir: --workdir={workdir}-2."
     )

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, in chunks: [B, N, V] logits never exist at once."""
+"""Cross-entropy of a linear head in chunks, so that the logits [B, N, V] never exist at once."""
 
 import functools
 
@@ -9,17 +9,18 @@ import jax.numpy as jnp
 from pallas_kernels import target_device
 from yocou_jax.typing import Array, Float, Int
 
-# Logits alive at once on each device. An accelerator wants thousands of rows in a product with the
-# head, whose gradient is read and written once a chunk; a CPU wants them near its caches.
+# Number of logits in memory at once on each device. An accelerator needs thousands of rows in each
+# product with the head, because each chunk reads and writes the gradient of the head once. On a CPU
+# a chunk should not be much larger than the caches.
 CHUNK_LOGITS = {"cpu": 2**22}
 CHUNK_LOGITS_ACCELERATOR = 2**26
 
 
 @flax.struct.dataclass
 class LossSums:
-    """Sums over weighted targets, so that microbatches and devices can be added before dividing.
+    """Sums over weighted targets: those of microbatches and devices are added, and then divided.
 
-    nll: -log p(target) in nats; z: logsumexp(logits)^2; weight: the number of targets counted.
+    nll: -log p(target) in nats; z: logsumexp(logits)^2; weight: the sum of the weights.
     """
 
     nll: Float[Array, ""]
@@ -28,16 +29,16 @@ class LossSums:
 
 
 def _num_chunks(rows: int, length: int, vocab: int) -> int:
-    """Into how many chunks of positions a device's rows are cut; at most one per position."""
+    """Number of chunks of positions for the rows of one device; at most one per position."""
     limit = CHUNK_LOGITS.get(target_device().platform, CHUNK_LOGITS_ACCELERATOR)
     return min(length, -(-rows * vocab // limit))
 
 
 def _to_chunks(x, shards: int, chunks: int):
-    """[B, N, ...] -> [chunks, shards, rows, ...], each chunk some positions of every sequence.
+    """[B, N, ...] -> [chunks, shards, rows, ...]. Each chunk has some positions of every sequence.
 
-    Sequences are split over devices, so a chunk of positions is work for all of them; the axis
-    `shards` keeps their rows apart. Positions are padded with zeros to a multiple of the chunks.
+    Sequences are split over devices, so every device has work in each chunk. The axis `shards`
+    separates their rows. Positions are padded with zeros to a multiple of the number of chunks.
     """
     batch, length = x.shape[:2]
     pad = -length % chunks
@@ -54,8 +55,8 @@ def _from_chunks(x, batch: int, length: int):
 
 
 def _chunk(hidden, head, targets, weights):
-    """One chunk: softmax [shards, rows, V], lse [shards, rows], the sums of nll and of lse^2."""
-    # float32 out of the product: rounding logits to bfloat16 would cost hundredths of a nat.
+    """One chunk: softmax [shards, rows, V], lse [shards, rows], weighted sums of nll and lse^2."""
+    # The product returns float32: logits rounded to bfloat16 would cost hundredths of a nat.
     logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - top)
@@ -67,7 +68,7 @@ def _chunk(hidden, head, targets, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(hidden, head, targets, weights, z_loss, shards):
-    """sum(nll) + z_loss sum(z) as the differentiable value; (sum nll, sum z) beside it."""
+    """Returns sum(nll) + z_loss sum(z), which is differentiable, and (sum nll, sum z)."""
     batch, length, _ = hidden.shape
     chunks = _num_chunks(batch // shards * length, length, head.shape[1])
     head = head.astype(hidden.dtype)
@@ -83,8 +84,8 @@ def _cross_entropy(hidden, head, targets, weights, z_loss, shards):
 
 
 def _cross_entropy_fwd(hidden, head, targets, weights, z_loss, shards):
-    """Computes the gradients already in the forward pass: the logits are at hand, and scaling by
-    the incoming cotangent later costs far less than a second product with the head."""
+    """The forward pass computes the gradients too, because it has the logits. The backward pass
+    multiplies them by the cotangent, which costs far less than a second product with the head."""
     batch, length, _ = hidden.shape
     width, vocab = head.shape
     chunks = _num_chunks(batch // shards * length, length, vocab)
@@ -97,9 +98,9 @@ def _cross_entropy_fwd(hidden, head, targets, weights, z_loss, shards):
         scale = (w * (1 + 2 * z_loss * lse))[..., None]
         one_hot = t[..., None] == jnp.arange(vocab)
         d_logits = (p * scale - jnp.where(one_hot, w[..., None], 0.0)).astype(hidden.dtype)
-        # Two products read d_logits: without the barrier XLA computes it once for each.
+        # Two products read d_logits. Without the barrier, XLA computes it twice.
         d_logits = jax.lax.optimization_barrier(d_logits)
-        # Every shard adds to a head gradient of its own: summed over devices once, after the scan.
+        # Every shard has its own gradient of the head. They are summed once, after the scan.
         d_head += jnp.einsum("srd,srv->sdv", h, d_logits, preferred_element_type=jnp.float32)
         return (nll_sum + nll, z_sum + z, d_head), d_logits @ cast.T
 
@@ -129,13 +130,13 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], LossSums]:
     """Sum over targets of weight * (nll + z_loss * z), differentiable in hidden and head.
 
-    weights None counts every target once. z is logsumexp(logits)^2 (PaLM, section 5). shards: into
-    how many parts devices split the batch (`sharding.batch_ways`). Returns the sum to differentiate
-    and its parts. Only first derivatives, in reverse mode.
+    weights: None counts every target once. z: logsumexp(logits)^2 (PaLM, section 5). shards: number
+    of parts of the batch on the mesh (`sharding.batch_ways`). Returns the sum to differentiate, and
+    its parts. It has only first derivatives, in reverse mode.
     """
     if weights is None:
         weights = jnp.ones(targets.shape, jnp.float32)
     if hidden.shape[0] % shards:
-        shards = 1  # such a batch is not split over devices either
+        shards = 1  # such a batch is not split over devices
     total, (nll, z) = _cross_entropy(hidden, head, targets, weights, z_loss, shards)
     return total, LossSums(nll=nll, z=z, weight=jnp.sum(weights))

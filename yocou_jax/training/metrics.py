@@ -1,6 +1,6 @@
-"""What a run reports, in files: metrics.jsonl, TensorBoard and summary.json.
+"""The metrics of a run, and their files: metrics.jsonl, TensorBoard and summary.json.
 
-The names below are an API: scripts, notebooks and later studies read them from metrics.jsonl.
+The names below are an API: scripts and notebooks read them from metrics.jsonl.
 """
 
 import json
@@ -25,38 +25,39 @@ log = logging.getLogger(__name__)
 STEP = "step"  # updates done
 TOKENS = "tokens"  # targets trained on since step 0
 LOSS = "loss"  # cross-entropy of the training batch, nats per token
-BPB = "bpb"  # the same in bits per byte of text
+BPB = "bpb"  # the same, in bits per byte of text
 VAL_LOSS = "val_loss"  # on the fixed validation set, nats per token
 VAL_BPB = "val_bpb"
-GRAD_NORM = "grad_norm"  # global, before clipping
+GRAD_NORM = "grad_norm"  # of all gradients together, before clipping
 LR = "lr"
 TOKENS_PER_S = "tokens_per_s"  # over all devices, since the last logged step
-MFU = "mfu"  # share of the peak FLOP/s; absent where the peak is unknown
+MFU = "mfu"  # share of the peak FLOP/s; absent if the peak is unknown
 DATA_WAIT_FRACTION = "data_wait_fraction"  # share of the time spent waiting for batches
 SKIPPED_UPDATES = "skipped_updates"  # non-finite updates since step 0
-SKIPPED_IN_A_ROW = "skipped_in_a_row"  # of those, the latest ones without a good one between
+SKIPPED_IN_A_ROW = "skipped_in_a_row"  # non-finite updates since the last finite one
 Z_LOSS = "z_loss"  # mean logsumexp(logits)^2
-LOAD_BALANCE = "load_balance"  # of the routers: 1 is uniform, experts / experts per token the worst
+LOAD_BALANCE = "load_balance"  # of the routers: 1 if uniform, at most experts / experts per token
 ROUTER_Z = "router_z"
-EXPERT_LOAD_MAX = "expert_load_max"  # of the busiest expert, 1 is uniform
+EXPERT_LOAD_MAX = "expert_load_max"  # of the busiest expert: 1 if uniform
 EXPERT_LOAD_MIN = "expert_load_min"
 
 
 def mfu(
     tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int
 ) -> float | None:
-    """Model FLOP/s over the peak of all devices; None where the peak is unknown (a CPU)."""
+    """Model FLOP/s divided by the peak of all devices. None if the peak is unknown (a CPU)."""
     peak = hardware.of(device_kind).peak_flops
     return None if peak is None else tokens_per_s * flops_per_token / (peak * devices)
 
 
 class MetricsWriter:
-    """metrics.jsonl, summary.json and TensorBoard events of one run; only process 0 makes one.
+    """Writes metrics.jsonl, summary.json and TensorBoard events of a run. Only process 0 makes one.
 
-    `resume_step` (None: from the start) drops what a killed run wrote after that checkpoint, so no
-    step appears twice. Write the row of a step before saving its checkpoint: a kill between the
-    two would lose it. All is written at once and in this thread, so a kill loses nothing, and a
-    full disk raises its OSError here (tensorboardX's SummaryWriter would hang on it instead).
+    resume_step: the step of the checkpoint (None: a new run). Later rows of a killed run are
+    dropped, so no step appears twice. Write the row of a step before you save its checkpoint: in
+    the other order, a kill between the two loses the row. Every call writes immediately and in this
+    thread. So a kill loses nothing, and a full disk raises OSError here. (With tensorboardX's
+    SummaryWriter, the run would hang.)
     """
 
     def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
@@ -68,20 +69,20 @@ class MetricsWriter:
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._last_step = kept[-1][STEP] if kept else -1
         self._file = self.path.open("a", encoding="utf-8")
-        # The suffix: two starts within one second would write the same file.
+        # Without the suffix, two starts in the same second would write to one file.
         self._events = EventsWriter(str(self.tensorboard / "events"), f".{time.time_ns()}")
-        # TensorBoard forgets what earlier files of the run say of this step and later ones.
+        # TensorBoard then ignores this step and later ones in earlier files of the run.
         first = self._last_step + 1
         self._write_event(first, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One row: numbers (or 0-d arrays) by name; None is left out. Steps must rise."""
+        """Writes one row: numbers (or 0-d arrays) by name, without None. Steps must increase."""
         if step <= self._last_step:
             raise ValueError(f"Step {step} is written after step {self._last_step}.")
         self._last_step = step
         known = {k: v for k, v in values.items() if v is not None}
         row = {k: v if isinstance(v, int | str) else float(v) for k, v in known.items()}
-        # JSON has no NaN: a loss that is not finite is null there, and NaN in TensorBoard.
+        # JSON has no NaN, so a loss that is not finite is null there. In TensorBoard it is NaN.
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -89,17 +90,17 @@ class MetricsWriter:
         self._file.flush()
         for name, value in row.items():
             if not isinstance(value, str):
-                # By hand: tensorboardX prints a warning of its own for each value that is NaN.
+                # Not with tensorboardX's `scalar`, which prints a warning for each NaN.
                 scalar = Summary.Value(tag=name, simple_value=value)
                 self._write_event(step, summary=Summary(value=[scalar]))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """A sample or the config, shown as typed (TensorBoard would read it as Markdown)."""
+        """Writes a sample or the config, indented: TensorBoard would read it as Markdown."""
         indented = "\n".join("    " + line for line in text.splitlines())
         self._write_event(step, summary=tb.text(tag, indented))
 
     def hparams(self, config: Mapping) -> None:
-        """The config for TensorBoard's HPARAMS tab, beside val_loss and val_bpb."""
+        """Writes the config for TensorBoard's HPARAMS tab, with val_loss and val_bpb."""
         numbers_or_text = {
             k: v if isinstance(v, int | float | str) else repr(v) for k, v in flat(config).items()
         }
@@ -107,7 +108,7 @@ class MetricsWriter:
             self._write_event(0, summary=part)
 
     def summary(self, values: Mapping) -> None:
-        """Writes summary.json, all or nothing."""
+        """Writes summary.json atomically."""
         write_atomically(self.workdir / "summary.json", json.dumps(dict(values), indent=1) + "\n")
 
     def close(self) -> None:
@@ -120,7 +121,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """The rows of a metrics.jsonl (no file: none), without a last line that a kill cut off."""
+    """The rows of a metrics.jsonl, without a last line that a kill cut off. No file: no rows."""
     rows = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

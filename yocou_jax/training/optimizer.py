@@ -1,4 +1,4 @@
-"""AdamW or Muon with clipping, a schedule, and non-finite updates skipped."""
+"""AdamW or Muon, with clipping and a schedule. Updates that are not finite are skipped."""
 
 import math
 
@@ -9,21 +9,21 @@ import optax
 from yocou_jax.config import OptimizerConfig
 from yocou_jax.typing import PyTree
 
-# The share of orthogonalised updates in AdamW's step size: with it Muon takes AdamW's learning rate
-# and weight decay as they are (Moonlight, arXiv 2502.16982, eq. 4).
+# Scales orthogonalised updates to the size of AdamW's updates, so that Muon can take the learning
+# rate and weight decay of AdamW (Moonlight, arXiv 2502.16982, eq. 4).
 MUON_CONSISTENT_RMS = 0.2
 
-# Stacked axes that make a parameter many matrices instead of one.
+# Stacked axes: a parameter that has one of them is many matrices.
 _BATCH_AXES = ("layers", "experts")
-# The hidden side of the matrices that Muon is for; embedding, head, router and prefix take AdamW.
+# Matrices with one of these axes take Muon. Embedding, head, router and prefix take AdamW.
 _MUON_AXES = {"heads", "kv_heads", "mlp"}
 
 
 def decay_starts(config: OptimizerConfig, steps: int) -> int | None:
-    """The first update, counted from 0, whose learning rate depends on `steps`; None: none does.
+    """The first update, counted from 0, whose learning rate depends on `steps`, or None.
 
-    A longer run has the same learning rates before it. cosine: the end of the warm-up. wsd: the
-    start of the last `decay_fraction` of the run, never before the end of the warm-up.
+    Before it, a longer run has the same learning rates. cosine: the end of the warm-up. wsd: the
+    start of the last `decay_fraction` of the run, but not before the end of the warm-up.
     """
     if config.schedule == "constant":
         return None
@@ -36,23 +36,23 @@ def decay_starts(config: OptimizerConfig, steps: int) -> int | None:
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of the updates 0 to steps - 1.
 
-    Warm-up: update i takes (i + 1) / warmup_steps of the peak; its last one runs at the peak. Then
-    the rate stays there up to `decay_starts`, and falls in the n updates from there on: the k-th of
-    them, k = 1 to n, takes
+    Warm-up: update i takes (i + 1) / warmup_steps of the peak, so the last one takes the peak. Then
+    the rate stays at the peak until `decay_starts`, and falls in the n updates after that. The k-th
+    of them, k = 1 to n, takes
 
         final_fraction + (1 - final_fraction) * share
         share = (1 + cos(pi k / n)) / 2  (cosine)  or  1 - k / n  (wsd)
 
-    of the peak. So the first is below the peak already (in a long cosine by less than float32
-    holds), the last runs at final_fraction * peak exactly, and without warm-up a cosine begins one
-    update below the peak.
+    of the peak. So the first of them is below the peak already (in a long cosine by less than
+    float32 can represent), and the last one takes exactly final_fraction * peak. Without warm-up,
+    update 0 of a cosine is the first of them.
     """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     start = decay_starts(config, steps)
     start = math.inf if start is None else start
 
     def schedule(count):
-        """count: of the updates done before, int."""
+        """count: number of updates before this one, int."""
         ramp = jnp.minimum((count + 1) / max(1, config.warmup_steps), 1.0)
         fallen = jnp.clip((count + 1 - start) / max(1, steps - start), 0.0, 1.0)
         fallen = (1 - jnp.cos(jnp.pi * fallen)) / 2 if config.schedule == "cosine" else fallen
@@ -66,7 +66,7 @@ def _is_names(x) -> bool:
 
 
 def _muon_dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes of a stacked parameter are the rows and columns of its matrices."""
+    """The axes of a parameter that are rows and columns of its matrices. None: it takes AdamW."""
     if not _MUON_AXES & set(names) or "embed" not in names:
         return None
     embed = names.index("embed")
@@ -78,24 +78,25 @@ def _muon_dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbe
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, axes: PyTree
 ) -> optax.GradientTransformation:
-    """schedule: the learning rate, as `make_schedule` returns it. axes: the tree of the parameters
+    """schedule: the learning rate, as `make_schedule` returns it. axes: the tree of the parameters,
     with a tuple of logical axis names at each leaf.
 
     Weight decay applies to matrices, not to norm scales. An update with a non-finite gradient is
     skipped and counted (`notfinite_count` in a row, `total_notfinite`).
 
-    Muon is `optax.contrib.muon`, for the matrices of attention and feed-forward; all else takes
-    AdamW. With b = momentum, and g the clipped gradient of one matrix, its update t = 1, 2, ... is
+    Muon is `optax.contrib.muon`. It updates the matrices of attention and feed-forward, and AdamW
+    updates the rest. For one matrix with the clipped gradient g, and b = momentum, the update
+    t = 1, 2, ... is
 
         m = b m + (1 - b) g
         d = b m / (1 - b^(t + 1)) + (1 - b) g / (1 - b^t)
         -rate * (0.2 sqrt(max(rows, columns)) NewtonSchulz(d / (|d| + eps)) + weight_decay * matrix)
 
-    d is Nesterov's look ahead, with a bias correction for each of its parts: Jordan's own Muon has
-    none, and differs in the first updates. |d| is the Frobenius norm; Newton-Schulz takes 5 steps
-    with Jordan's coefficients. So `eps` is that of Newton-Schulz as well as AdamW's, and beta1 and
-    beta2 are AdamW's alone. optax 0.2.6 to 0.2.8, and its main branch of August 2026, agree in
-    this; what else it offers (adaptive, preconditioning, coefficients) stays as it is there.
+    d is Nesterov's look-ahead with a bias correction for each of its two parts. Jordan's own Muon
+    has no bias correction, so its first updates differ. |d| is the Frobenius norm. Newton-Schulz
+    takes 5 steps with Jordan's coefficients. So Newton-Schulz and AdamW use `eps`, and only AdamW
+    uses beta1 and beta2. optax 0.2.6 to 0.2.8, and its main branch of August 2026, agree in this.
+    Other options of optax (adaptive, preconditioning, coefficients) have their defaults.
     """
     decay_mask = jax.tree.map(lambda names: "embed" in names, axes, is_leaf=_is_names)
     update = optax.adamw(
@@ -107,7 +108,7 @@ def make_optimizer(
         mask=decay_mask,
     )
     if config.name == "muon":
-        # optax's own split would leave embedding and head without decay and give them NAdam.
+        # The split that optax makes would give NAdam without decay to embedding and head.
         dimensions = jax.tree.map(_muon_dimensions, axes, is_leaf=_is_names)
         muon = optax.contrib.muon(
             schedule,
@@ -122,5 +123,5 @@ def make_optimizer(
         )
         update = optax.partition({"muon": muon, "adamw": update}, labels)
     clipped = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
-    # The host stops the run after several skips in a row; optax must never apply one instead.
+    # The host stops the run after several skips in a row. optax must never apply such an update.
     return optax.apply_if_finite(clipped, max_consecutive_errors=2**30)

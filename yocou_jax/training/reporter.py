@@ -1,25 +1,26 @@
-"""Who is told what a run does."""
+"""The interface through which the training loop reports."""
 
 from collections.abc import Mapping
 
 
 class Reporter:
-    """Told of everything by the loop, and silent; console.Console shows it on a terminal."""
+    """The loop calls it for everything that it reports. This class shows nothing;
+    console.Console shows the reports on a terminal."""
 
     def banner(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
-        """Before the first step: what the run is, section by section."""
+        """Before the first step: the facts of the run, by section."""
 
     def start(self, total_steps: int) -> None:
         """Training begins; it ends at `total_steps`."""
 
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
-        """The metrics of a step, by the names of metrics.py."""
+        """The metrics of a step, under the names in metrics.py."""
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """What the evaluators found after a step."""
+        """The metrics of the evaluators after a step."""
 
     def notice(self, text: str) -> None:
         """A sentence for the user."""
 
     def sample(self, text: str, title: str) -> None:
-        """Text that the model has written."""
+        """A text that the model has written."""

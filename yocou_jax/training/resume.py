@@ -1,4 +1,4 @@
-"""How a run goes on: what may change on the way, another end, the weights of another run."""
+"""How a run is resumed with other settings or another end, or starts from other weights."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,17 +20,17 @@ FREE_FIELDS, END_FIELDS = resumable(FREE), resumable(END)
 def going_on(
     workdir: Path, before: dict, config: Config, first: int, init_from: Path | None
 ) -> tuple[list[str], bool]:
-    """What differs from the last start, whose manifest is `before`, for a run that has done `first`
-    updates, in sentences; and whether its learning rates so far are those of its own schedule.
+    """Compares a run that has done `first` updates with its last start, whose manifest is `before`.
 
-    Raises UserError if it was started from other weights than `init_from`, or if a changed end of
-    its schedule makes no sense.
+    Returns sentences about what has changed, and whether all learning rates so far are those of
+    the schedule in `config`. Raises UserError if the run was started from other weights than
+    `init_from`, or if `new_end` does.
     """
     started = (before.get("init_from") or {}).get("path")
     if init_from is not None and started != str(init_from):
         raise UserError(
             f"The run in {workdir} was started from {started or 'scratch'} and is at step {first}: "
-            f"--init_from={init_from} needs a workdir of its own."
+            f"--init_from={init_from} needs another workdir."
         )
     old, now = flat(before["config"]), flat(config.to_dict())
     changed = differences(old, now, ignore=tuple(k for k in now if k not in FREE_FIELDS))
@@ -46,11 +46,11 @@ def going_on(
 
 
 def new_end(old: Config, new: Config, first: int) -> tuple[str, bool]:
-    """What another end of the schedule does to a run that has done `first` updates, in a sentence,
-    and whether these are the updates that the new schedule has too.
+    """What another end of the schedule changes in a run that has done `first` updates.
 
-    Raises UserError if the run is past its new end, or if its past learning rates depend on the end
-    in a way that cannot be told in a sentence (cosine).
+    Returns a sentence, and whether the new schedule has the same learning rates so far. Raises
+    UserError if the run is past its new end, or if the old or the new schedule is a cosine and an
+    update so far depends on its end.
     """
     if first > new.run.steps:
         raise UserError(
@@ -65,19 +65,19 @@ def new_end(old: Config, new: Config, first: int) -> tuple[str, bool]:
     if "cosine" in (old.optimizer.schedule, new.optimizer.schedule):
         raise UserError(
             f"{words}, but the {first} updates done depend on it: the cosine falls over the whole "
-            "of run.steps. Give the old values, or begin a new run with --init_from=WORKDIR; with "
-            "optimizer.schedule=constant or wsd a run can be made longer."
+            "run.steps. Give the old values, or start a new run with --init_from=WORKDIR. A run "
+            "with optimizer.schedule=constant or wsd can be made longer."
         )
-    words += " after a decay had begun. This is not the run that the new values alone would give"
+    words += " after a decay had begun. A run with the new values from its start would differ"
     if first == new.run.steps:
         return f"{words}.", False
     rates = [float(make_schedule(c.optimizer, c.run.steps)(first)) for c in (old, new)]
-    words += f": the learning rate of update {first + 1} is {rates[1]:.4g}, where the old schedule"
-    return f"{words} has {rates[0]:.4g} (if no update was skipped).", False
+    words += f": the learning rate of update {first + 1} is {rates[1]:.4g}; in the old schedule"
+    return f"{words} it is {rates[0]:.4g} (if no update was skipped).", False
 
 
 class Source(NamedTuple):
-    """The parameters that a run is begun with, as its own are laid out, and what to say of them."""
+    """The parameters that a run starts with, sharded like its own, and sentences about them."""
 
     params: PyTree
     step: int | None
@@ -87,13 +87,13 @@ class Source(NamedTuple):
 def load_source(path: Path, setup: Setup, config: Config, tokenizer: Tokenizer) -> Source:
     """The parameters of a workdir or an exported folder for a run of `config`.
 
-    Raises UserError if its tokenizer or the shape of an array is another one.
+    Raises UserError if its tokenizer or the shape of an array differs.
     """
     source = pretrained.load(path, setup.mesh)
     if source.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"The model of {path} has another tokenizer than this run, so its embeddings would "
-            f"mean nothing: give --config.data.tokenizer={path}/tokenizer.json, and its "
+            f"The model of {path} has another tokenizer than this run, so its embeddings do not "
+            f"fit: give --config.data.tokenizer={path}/tokenizer.json, and its "
             "data.end_of_text and data.allow_lossy_tokenizer."
         )
     wanted = setup.abstract_state.params
@@ -111,6 +111,6 @@ def load_source(path: Path, setup: Setup, config: Config, tokenizer: Tokenizer) 
     old, new = (flat({"model": vars(model), "compute": vars(how)}) for model, how in settings)
     if changed := differences(old, new, ignore=FREE_FIELDS):
         notices.append(f"Its model differs: {'; '.join(changed)}.")
-    # `load` has placed them as training does.
+    # `load` has placed them on the mesh, like training.
     params = jax.tree.map(lambda x, like: x.astype(like.dtype), source.params, wanted)
     return Source(params, source.step, notices)
