@@ -35,7 +35,7 @@ class Plan:
         return jnp.int32(self.S) if lengths is None else jnp.minimum(lengths[b], self.S)
 
     def key_blocks(self, row, rows: int, size: int, limit):
-        """first, last: the blocks of `size` keys of which any of queries row..row+rows sees one."""
+        """first, last: the blocks of `size` keys with any that queries row..row+rows see."""
         position, oldest = self.q_offset + row, jnp.int32(0)
         if self.window is not None:
             oldest = jnp.maximum(position - (self.window - 1), 0)
@@ -54,7 +54,7 @@ class Plan:
         return low, jnp.minimum(jnp.maximum(high, low), last)
 
     def query_blocks(self, key, keys: int, size: int, limit):
-        """first, last: the blocks of `size` queries of which one sees any of keys key..key+keys."""
+        """first, last: the blocks of `size` queries with any that see keys key..key+keys."""
         first = lax.div(jnp.maximum(key - self.q_offset, 0), size)
         end = jnp.int32(self.N)
         if self.window is not None:
