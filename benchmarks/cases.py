@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Mask
+from pallas_kernels.call import decodes
 
 WINDOW = 512
 
 
 class Sizes(NamedTuple):
-    """What is measured on a kind of device. lengths are in the order of their importance, which
-    the time budget goes by; tokens: B * N of a call, at least one row."""
+    """What is measured on a kind of device. lengths: the most important one first, because the time
+    budget may end before the others; tokens: B * N of a call, at least one row."""
 
     dtype: Any
     lengths: tuple[int, ...]
@@ -21,10 +22,10 @@ class Sizes(NamedTuple):
     head_widths: tuple[int, ...]
     decode: tuple[tuple[int, int], ...]  # (B, S) of the global cache
     decode_ring: tuple[int, ...]  # B
-    sample_s: float  # what one sample is meant to take
+    sample_s: float  # how long one sample should take
     rounds: int
-    slowest_call_s: float  # no single call longer than this is tried
-    dense_bytes: int  # nor a dense score matrix larger than this
+    slowest_call_s: float  # no call that is expected to take longer is tried
+    dense_bytes: int  # and no dense matrix of scores that is larger
     copy_bytes: int
     matmul: int
     error_length: int  # N and S of the calls whose errors are measured
@@ -83,7 +84,7 @@ class Case(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        return self.operation.startswith("decode")
+        return decodes(self.operation)
 
     @property
     def pairs(self) -> int:

@@ -8,7 +8,7 @@ from benchmarks import paper
 from benchmarks.report import Grid
 
 VALUE = {"prefill": "tokens_per_s", "decode": "tokens_per_s", "kv": "mib"}
-# What bounds the speed in theory: the inverse ratio of these is what to expect.
+# What bounds the speed in theory: speeds should have the inverse ratio of these.
 COST = {"prefill": "flops_per_token", "decode": "gb_per_step"}
 
 
@@ -24,7 +24,7 @@ def ratios(rows: list[dict], architectures: list[str]) -> list[dict]:
     `of`, at the largest batch that both have. expected: by FLOPs for prefill, by the bytes of a
     step for decode."""
     measured = [row for row in rows if row["status"] == "measured"]
-    measured.sort(key=lambda row: row["batch"])  # so that the largest one comes to stay
+    measured.sort(key=lambda row: row["batch"])  # so that the largest one is kept
     keys = "kind", "architecture", "length", "batch"
     by_key = {tuple(row[key] for key in keys): row for row in measured}
     found = {}
@@ -108,7 +108,7 @@ def findings(report: dict) -> list[str]:
     spreads = [row["spread"] for row in report["rows"] if row.get("samples", 1) > 1]
     if spreads:
         said.append(
-            f"Noise: samples of a measurement lie {statistics.median(spreads):.0%} apart, at most "
+            f"Noise: samples of a measurement are {statistics.median(spreads):.0%} apart, at most "
             f"{max(spreads):.0%}: (max - min) / median."
         )
     return said
@@ -136,7 +136,7 @@ def _aim_line(aim: dict) -> str:
 
 
 def _cell(row: dict) -> str:
-    """A measurement beside the paper's figure."""
+    """A measurement and the paper's figure."""
     beside = f" [{row['paper']:,}]" if row["paper"] else ""
     if row["status"] != "measured":
         return row["status"] + beside

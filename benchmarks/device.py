@@ -1,4 +1,4 @@
-"""What the device at hand does by itself, and which software it runs on."""
+"""How fast the device is by itself, and which software it runs on."""
 
 import datetime
 import functools
@@ -20,16 +20,16 @@ PACKAGES = (
 
 
 def measure(sizes: cases.Sizes) -> dict[str, Any]:
-    """What the device does without us: a copy (read and written bytes counted), a product, and a
-    turn of the loop that is timed, without a call."""
+    """The speed of a copy (read and written bytes count) and of a matrix product, and the time of
+    one turn of the timing loop without a call."""
     x = jnp.ones((sizes.copy_bytes // 4,), jnp.float32)
     size = x.nbytes
-    # In place, or a CPU measures the page faults of a fresh array.
+    # In place: with a new array a CPU would measure page faults.
     once = functools.partial(jax.lax.fori_loop, 0, 4, lambda _, x: x + 1.0)
     copy = jax.jit(once, donate_argnums=0)
     n = sizes.matmul
     a = jax.random.normal(jax.random.key(0), (n, n), sizes.dtype)
-    # Scaled, so that the product of a product stays of size 1.
+    # Scaled, so that the values stay of size 1 in a product of products.
     chain = jax.jit(lambda a: jax.lax.fori_loop(0, 8, lambda _, y: (y @ a) * n**-0.5, a))
     (Q, K), turns = sizes.heads, 100
     case = cases.Case("decode_window", 1, 1, cases.WINDOW, Q, K, sizes.head_widths[0], None)
@@ -42,7 +42,7 @@ def measure(sizes: cases.Sizes) -> dict[str, Any]:
         samples["copy"].append((time.perf_counter() - start) / 4)
         samples["matmul"].append(timing.seconds(chain, a) / 8)
         samples["turn"].append(timing.seconds(empty, *args) / turns)
-    # The first of each compiles.
+    # The first sample of each includes compilation.
     copied, multiplied, turn = (timing.summary(s[1:]) for s in samples.values())
     return {
         "copy_gb_per_s": 2 * size / copied["seconds"] / 1e9,
@@ -67,7 +67,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """All that a time may depend on, the device's runtime among it."""
+    """All versions that a time may depend on, also that of the device's runtime."""
     found = installed(PACKAGES)
     found["runtime"] = jax.devices()[0].client.platform_version.splitlines()[0].strip()
     return found
@@ -78,5 +78,5 @@ def today() -> str:
 
 
 def memory() -> int | None:
-    """Bytes of the device that jax may use; None where it does not say."""
+    """Bytes of the device that jax may use; None if jax does not say."""
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")

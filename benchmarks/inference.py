@@ -58,7 +58,7 @@ ACCELERATOR = Sizes(
     steps=32,
     turns=3,
     enough_s=2.0,
-    budget_s=400,  # what was begun before goes on: compiling one length, or 70 s of rins at 256K
+    budget_s=400,  # what has begun is finished: compiling one length, or 70 s of rins at 256K
     probe=cases.ACCELERATOR._replace(rounds=3),
 )
 CPU = Sizes(
@@ -72,8 +72,9 @@ CPU = Sizes(
     budget_s=300,
     probe=cases.CPU._replace(rounds=3),
 )
-# Stands in on a CPU. Narrow, so that attention is most of a long prompt's work, and wide enough in
-# its feed-forward for yoco_u and the transformer to have equal FLOPs within the lengths: at 4.0K.
+# The model that is measured on a CPU. It is narrow, so that attention is most of a long prompt's
+# work. Its feed-forward is wide enough for yoco_u and the transformer to have equal FLOPs within
+# the lengths measured: at 4.0K.
 SMALL = {
     "num_layers": 4,
     "vocab_size": 512,
@@ -86,7 +87,7 @@ SMALL = {
     "num_experts": 0,
 }
 MOST_PARAMETERS_ON_A_CPU = 30_000_000
-MEMORY_SHARE = 0.92  # the rest is for what `memory` does not count
+MEMORY_SHARE = 0.92  # `memory` does not count all that is needed
 
 
 class Cell(NamedTuple):
@@ -130,7 +131,7 @@ def abstract_memory(config: ModelConfig, compute: Compute, batch: int, capacity:
 
 
 def memory(cell: Cell) -> int:
-    """Bytes that the cell needs at once: parameters, caches, and activations by a rough rule."""
+    """Bytes that the cell needs: parameters, caches, and a rough estimate of activations."""
     c = cell.config
     width = (c.experts_per_token + c.num_shared_experts) * c.expert_width
     width = c.d_model + (width if c.num_experts else c.d_ff) + c.num_heads * c.head_dim
@@ -143,7 +144,7 @@ def memory(cell: Cell) -> int:
 
 
 def device_memory() -> float:
-    """Bytes that jax may use, or most of what a host has left."""
+    """Bytes that jax may use, or 80% of a host's free memory."""
     return device.memory() or 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
@@ -154,8 +155,9 @@ def cells_at(
     room: float,
     compute: Compute | None = None,
 ) -> tuple[list[Cell], list[dict]]:
-    """The cells of one length, those that the aims need first, each with its batch halved until it
-    fits into MEMORY_SHARE of `room` bytes; and rows of those of which not even one row fits."""
+    """The cells of one length, first those that the aims need. The batch of each is halved until it
+    fits into MEMORY_SHARE of `room` bytes. The second list has a report's row for each cell that
+    does not fit with a batch of one."""
     found, left_out = [], []
     prompts = max(1, min(sizes.batch, sizes.prefill_tokens // length))
     chunk = min(length, max(1, sizes.chunk_tokens // prompts))
@@ -184,14 +186,14 @@ def cells_at(
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _noise(seed, mean, std, *, shape, dtype):
-    """Normal random values; the rows of a cache [B, S, K, H] are alike: drawing takes time."""
+    """Normal random values; the rows of a cache [B, S, K, H] are equal, because drawing is slow."""
     drawn = (1, *shape[1:]) if len(shape) == 4 else shape
     values = mean + std * jax.random.normal(jax.random.key(seed), drawn)
     return jnp.broadcast_to(values, shape).astype(dtype)
 
 
 def random_like(tree, std: float):
-    """The tree with random values for its shapes (scales of norms: near 1)."""
+    """Random values in the shapes of the tree; scales of norms are near 1."""
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     leaves = []
     for seed, (path, x) in enumerate(paths):
@@ -226,8 +228,8 @@ def lowered(cell: Cell) -> list[jax.stages.Lowered]:
 
 
 def compile_ahead(cells: list[Cell]) -> dict[Cell, str]:
-    """Compiles the programs of all cells, traced one after the other and compiled side by side.
-    Returns the errors of those that cannot be compiled."""
+    """Traces the programs of all cells one after the other, and compiles them in parallel. Returns
+    the errors of those that cannot be compiled."""
     errors, futures = {}, []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for cell in cells:
@@ -242,7 +244,7 @@ def compile_ahead(cells: list[Cell]) -> dict[Cell, str]:
 
 
 def run_prefill(cell: Cell) -> float:
-    """Seconds of one prefill of the cell's prompts, after one of their first chunk."""
+    """Seconds of one prefill of the cell's prompts, after a prefill of their first chunk alone."""
     model = random_like(abstract_model(cell.config, cell.compute), std=0.02)
     shape = (cell.batch, cell.length)
     tokens = np.random.default_rng(0).integers(0, cell.config.vocab_size, shape).astype(np.int32)
@@ -254,8 +256,8 @@ def run_prefill(cell: Cell) -> float:
 
 
 def run_decode(cell: Cell) -> float:
-    """Seconds of one block of decode steps, the last of which fills the cell's length, after the
-    same block for practice."""
+    """Seconds of one block of decode steps, whose last step fills the cell's length. The same block
+    runs once before, to warm up."""
     model = random_like(abstract_model(cell.config, cell.compute), std=0.02)
     cache = random_like(
         abstract_memory(cell.config, cell.compute, cell.batch, cell.capacity), std=1.0
@@ -302,10 +304,10 @@ def measure_cells(
 ) -> list[dict]:
     """A row for each cell of the groups, one per length, whose programs are compiled together.
 
-    The cells take turns, so that a machine's slow minutes fall on all of them, and all have a first
-    sample before any has a second. A cell that fails, for lack of memory say, fails alone. No run
-    is begun after the deadline (of time.perf_counter). keep: given the rows so far; say: a line
-    about what is done.
+    The cells take turns, so that a machine's slow minutes affect all of them, and all have a first
+    sample before any has a second. If a cell fails, for example for lack of memory, the others go
+    on. No run begins after the deadline (of time.perf_counter). keep gets the rows so far; say gets
+    a line about what is done.
     """
     samples: dict[Cell, list[float]] = {cell: [] for group in groups for cell in group}
     ended: dict[Cell, dict] = {}
@@ -344,7 +346,7 @@ def measure_cells(
 
 @contextlib.contextmanager
 def attention_choices():
-    """The records that say on which implementation each attention runs, and why."""
+    """The log records that say on which implementation each attention runs, and why."""
     logger, handler = api.logger, logging.handlers.BufferingHandler(1000)
     api._log_once.cache_clear()  # what was traced before to learn shapes is not measured
     logger.addHandler(handler)
@@ -366,8 +368,8 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     compute: Compute | None = None,
 ) -> dict[str, Any]:
-    """Everything that fits into the budget, as the report that is shown, drawn and written. keep:
-    given the report as it is after each length; say: a line about what is done."""
+    """Everything that fits into the budget, as the report that is shown, drawn and written. keep
+    gets the report after each length; say gets a line about what is done."""
     start = time.perf_counter()
     base = device.measure(sizes.probe)
     room = device_memory()
@@ -427,7 +429,7 @@ def kv_rows(configs: dict[str, ModelConfig], lengths, compute: Compute | None = 
 def choose_configs(
     config: ModelConfig, architectures: list[str], on_cpu: bool
 ) -> tuple[dict[str, ModelConfig], list[str]]:
-    """A config per architecture, and notes on what was replaced.
+    """A config per architecture, and notes that say what was replaced.
 
     Raises:
       UserError: an architecture that is not in the table, or does not go with these layers.

@@ -1,7 +1,7 @@
-"""The errors and the times of every attention kernel that runs here, beside its baselines.
+"""The errors and the times of every attention kernel that runs here, compared with its baselines.
 
-`measure` makes one report, `failures` judges it, `grids` and `markdown` show it. How a call is
-timed: see `timing.repeated`.
+`measure` makes one report, `failures` judges it, `grids` and `markdown` show it. `timing.repeated`
+says how a call is timed.
 """
 
 import functools
@@ -21,6 +21,7 @@ from benchmarks.report import Grid, page, write_json
 from benchmarks.timing import Pace, first_line
 from pallas_kernels import Call, Mask, api
 from pallas_kernels.attention import reference
+from pallas_kernels.call import decodes
 from pallas_kernels.device import target_device
 from yocou_jax.files import write_atomically
 
@@ -32,8 +33,8 @@ ERROR_OPERATIONS = api.OPERATIONS
 
 
 class Subject(NamedTuple):
-    """call(q, k, v) -> out, or (q, k, v, lengths) -> out for decoding. dense: materialises the
-    scores. ours: one of pallas_kernels that "auto" may take, which must not fail."""
+    """call(q, k, v) -> out, or (q, k, v, lengths) -> out for decoding. dense: it stores all scores.
+    ours: it is one of pallas_kernels that "auto" may take, and so must not fail."""
 
     call: Callable
     ours: bool = False
@@ -41,7 +42,7 @@ class Subject(NamedTuple):
 
 
 def _late(make: Callable[[Case], Callable], case: Case) -> Callable:
-    """make(case), made when it is first called, where an error (an import, a mask that does not fit
+    """make(case), which is made at its first call. So an error (an import, a mask that does not fit
     into memory) fails this one measurement and not the run."""
 
     @functools.cache
@@ -152,8 +153,8 @@ def measure_errors(sizes: Sizes) -> list[dict]:
         for operation in ERROR_OPERATIONS:
             window = N // 4 if operation == "window_attention" else None
             S = cases.WINDOW if operation == "decode_window" else N
-            decodes = operation.startswith("decode")
-            case = Case(operation, 2, 1 if decodes else N, S, Q, K, H, window, not decodes)
+            single = decodes(operation)
+            case = Case(operation, 2, 1 if single else N, S, Q, K, H, window, not single)
             args = inputs(case, jnp.float32, seed=H + S)
             dense = jax.jit(results(case, Subject(functools.partial(_dense, case))))
             rounded = [x.astype(sizes.dtype) if x.dtype == jnp.float32 else x for x in args]
@@ -172,7 +173,7 @@ def measure_errors(sizes: Sizes) -> list[dict]:
                     continue
                 for what, value in got.items():
                     rms, theirs = _rms(value, exact[what]), _rms(plain[what], exact[what])
-                    # In float32 both are sums in another order: a few roundings are no matter.
+                    # In float32 the two only sum in another order: a few roundings do not matter.
                     ratio = rms / max(theirs, 8 * eps if eps < 1e-6 else 0.0)
                     row |= {"result": what, "rms": rms, "reference_rms": theirs, "ratio": ratio}
                     found.append(dict(row))
@@ -201,7 +202,8 @@ def _left_out(case: Case, name: str, subject: Subject, pace: Pace, sizes: Sizes)
 
 
 def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dict], list[str]]:
-    """Times the cases of a group: all is compiled side by side, then implementations take turns."""
+    """Times the cases of a group: all programs are compiled at the same time, then implementations
+    take turns."""
     rows, left_out, planned, programs = [], [], {}, {}
     for case in group:
         args = jax.eval_shape(functools.partial(inputs, case, sizes.dtype, 0))
@@ -239,8 +241,8 @@ def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dic
 
 
 def derived(group: list[Case], rows: list[dict]) -> list[dict]:
-    """Rows of the backward alone, of implementations with a time for the forward and one for both
-    passes: their difference, with the spread that it has if both err in the worst way."""
+    """Rows of the backward alone, for implementations with a time for the forward and one for both
+    passes: the difference of the two, with the spread that it has in the worst case."""
     case, found = group[0], []
     measured = {(row["implementation"], row["pass"]): row for row in rows if not row["error"]}
     for (name, what), both in measured.items():
@@ -279,8 +281,8 @@ def measure(
     keep: Callable[[dict], None] = lambda report: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Everything, in the order of its importance, as far as the budget goes. keep: given the
-    report as it is after each group of cases; say: given a line about each."""
+    """Everything that the budget allows, the most important first. keep gets the report after each
+    group of cases; say gets a line about each."""
     start = time.perf_counter()
 
     def spent() -> float:
@@ -309,7 +311,7 @@ def measure(
     pace = Pace(report["reference"]["matmul_tflops"] * 1e12 / 4)
     longest = 0.0
     for group in cases.grouped(sizes):
-        # Longer sequences take longer; a group that just fits by the longest so far may not.
+        # Longer sequences take longer: a group may take more than the longest one so far.
         if spent() + 1.25 * longest > budget_s:
             report["left_out"] += [f"all, {case.label}: the time budget" for case in group]
             continue
@@ -363,14 +365,14 @@ def grids(report: dict[str, Any]) -> list[Grid]:
     keys = dict.fromkeys((r["operation"], r["H"], r["pass"]) for r in times)
     for operation, H, what in keys:
         rows = [r for r in times if (r["operation"], r["H"], r["pass"]) == (operation, H, what)]
-        decodes = operation.startswith("decode")
         used = [name for name in names if any(r["implementation"] == name for r in rows)]
-        unit = "GB/s (of the copy's), time of a call" if decodes else "TFLOP/s"
+        single = decodes(operation)
+        unit = "GB/s (of the copy's), time of a call" if single else "TFLOP/s"
         table = []
         for B, S in sorted({(r["B"], r["S"]) for r in rows}, key=lambda x: (x[1], x[0])):
             by_name = {r["implementation"]: r for r in rows if (r["B"], r["S"]) == (B, S)}
             table.append([str(S), str(B), *(_cell(by_name.get(name)) for name in used)])
-        title = f"{operation}, H = {H}" + ("" if decodes else f", {what}") + f": {unit}"
+        title = f"{operation}, H = {H}" + ("" if single else f", {what}") + f": {unit}"
         found.append(Grid(title, ["S", "B", *used], table))
     table: dict[tuple, list[str]] = {}
     names = ("out", "dq", "dk", "dv")
@@ -420,6 +422,6 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """kernels.json and kernels.md, each whole at any time."""
+    """Writes kernels.json and kernels.md; each is complete at any time."""
     write_json(folder / "kernels.json", report)
     write_atomically(folder / "kernels.md", markdown(report))

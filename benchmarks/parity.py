@@ -1,4 +1,4 @@
-"""One training run with several implementations of attention, and how far their losses differ."""
+"""The same training run with several implementations of attention, and how much losses differ."""
 
 import contextlib
 import time
@@ -51,7 +51,8 @@ def smaller_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -
 
 
 def compare(run: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Largest difference of a step's loss, and difference of the means of the last tenth."""
+    """The largest difference of a step's loss, that of the means over the last tenth of the steps,
+    and that of the first step."""
     tail = max(1, len(run) // 10)
     return {
         "largest": float(np.abs(run - other).max()),
@@ -65,7 +66,7 @@ def tolerance(control: dict[str, float]) -> float:
 
 
 def within(found: dict[str, float], control: dict[str, float]) -> bool:
-    """False for NaN too."""
+    """Whether the differences are within the tolerance; False for NaN."""
     return max(found["largest"], found["final"]) <= tolerance(control)
 
 
@@ -98,7 +99,7 @@ def check(implementation: str, config: Config) -> bool:
     if interpreted and implementation == "pallas_gpu":
         raise UserError(
             "--implementation=pallas_gpu needs its GPU: Mosaic GPU's interpreter uses callbacks, "
-            "and flax's nn.scan takes what follows them for a dependency of the parameters."
+            "and flax's nn.scan treats what follows them as a dependency of the parameters."
         )
     return interpreted
 

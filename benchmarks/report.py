@@ -14,8 +14,8 @@ from yocou_jax.files import resolve, write_atomically
 
 
 class Grid(NamedTuple):
-    """A table: a title, column names and rows of text. texts: so many columns have words, those
-    after them have numbers, which are aligned at the right."""
+    """A table: a title, column names and rows of text. texts: how many columns have words; the
+    columns after them have numbers, which are aligned at the right."""
 
     title: str
     columns: Sequence[str]
@@ -35,7 +35,7 @@ def table(grid: Grid) -> Table:
 
 
 def console(width: int) -> Console:
-    """A console as wide as the terminal, or of `width` columns where there is none."""
+    """A console as wide as the terminal, or of `width` columns if there is no terminal."""
     return Console(width=None if Console().is_terminal else width)
 
 
@@ -45,7 +45,7 @@ def page(
     grids: Iterable[Grid],
     lists: Iterable[tuple[str, Sequence[str]]],
 ) -> str:
-    """A page of Markdown; a list is a heading and its entries, and is left out without any."""
+    """A page of Markdown; a list is a heading and its entries, and is left out if it has none."""
     lines = [f"# {title}"]
     for paragraph in paragraphs:
         lines += ["", paragraph]
@@ -60,7 +60,7 @@ def page(
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """The report as a file that is whole at any time."""
+    """Writes the report; the file is complete at any time."""
     write_atomically(path, json.dumps(report, indent=1) + "\n")
 
 
@@ -87,7 +87,7 @@ def output_file(flag: str, name: str | None, kinds: Iterable[str]) -> Path | Non
     """The file that a flag names, None without one.
 
     Raises:
-      UserError: its folder does not exist, or its suffix is none of `kinds`.
+      UserError: its folder does not exist, or its suffix is not one of `kinds`.
     """
     path = None if name is None else resolve(name)
     if path is not None and (not path.parent.is_dir() or path.suffix[1:] not in kinds):

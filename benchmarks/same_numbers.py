@@ -51,7 +51,7 @@ PROMPTS = ("def alpha", "one two three return if one two three delta", "")
 
 
 def checkout(revision: str, folder: Path) -> None:
-    """The files of a revision, without registering a worktree that a kill would leave behind."""
+    """Unpacks the files of a revision. A git worktree would stay registered after a kill."""
     command = ["git", "-C", str(ROOT), "archive", "--format=tar", f"{revision}^{{commit}}"]
     archive = subprocess.run(command, capture_output=True, check=False)
     if archive.returncode:
@@ -99,7 +99,7 @@ def run(tree: Path, home: Path, module: str, *arguments: str) -> tuple[str, str]
 
 
 def figures(case: str, tree: Path, home: Path, steps: int) -> dict:
-    """Every number of a case that must not move, by name; how it fails, if it does."""
+    """Every number of a case that must not change, by name; or how the case fails."""
     try:
         return _figures(case, tree, home, steps)
     except UserError as error:
@@ -128,7 +128,7 @@ def _figures(case: str, tree: Path, home: Path, steps: int) -> dict:
 
 
 def differences(here: dict, there: dict) -> dict[str, tuple]:
-    """name -> (here, there), in order, for each figure that is not the same or has no partner."""
+    """name -> (here, there), in order, for each figure that differs or that one side lacks."""
     nothing = "(none)"
     pairs = {name: (here.get(name, nothing), there.get(name, nothing)) for name in here | there}
     # Through repr: NaN is NaN, and 1 is not 1.0.

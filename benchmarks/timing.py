@@ -1,4 +1,4 @@
-"""How times are taken: programs compiled side by side, calls in a loop, medians and spreads."""
+"""How times are taken: compilation in parallel, calls in a loop, medians and spreads."""
 
 import concurrent.futures
 import functools
@@ -14,8 +14,8 @@ from benchmarks.cases import Case
 
 
 def compile_all(programs: dict[Any, tuple[Callable, list]]) -> dict[Any, Callable]:
-    """Compiled functions by key, traced one after the other and compiled side by side. One that
-    cannot be compiled raises its error when it is called."""
+    """Compiled functions by key: they are traced one after the other and compiled in parallel. One
+    that cannot be compiled raises its error when it is called."""
 
     def fails(error, *args):
         raise error
@@ -39,9 +39,9 @@ def repeated(function: Callable, calls: int) -> Callable:
 
     def run(*args):
         def body(_, args):
-            # The first barrier ties all inputs to the one that changes, so that nothing done to
-            # the others, a transposition say, can be moved out of the loop; the second keeps XLA
-            # from computing only the elements that are looked at.
+            # The first barrier binds all inputs to the one that changes, so that no operation on
+            # the others, such as a transposition, can be moved out of the loop. Because of the
+            # second, XLA cannot compute only the elements that are read.
             args = jax.lax.optimization_barrier(args)
             made = jax.lax.optimization_barrier(function(*args))
             seen = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(made))
@@ -68,7 +68,7 @@ def seconds(function: Callable, *args) -> float:
 
 
 def summary(samples: list[float]) -> dict[str, float]:
-    """Their median, how far they are apart as a share of it, and how many they are."""
+    """The median of the samples, (max - min) / median, and how many samples there are."""
     median = statistics.median(samples)
     spread = (max(samples) - min(samples)) / median
     return {"seconds": median, "spread": spread, "samples": len(samples)}

@@ -28,7 +28,7 @@ def _with_architecture(fields: ConfigDict, name: str, num_loops: int | None = No
 
 
 class Trainer:
-    """A model with its state and data, to be stepped in the two ways that are compared."""
+    """A model with its state and data, and the two ways to train it that are compared."""
 
     def __init__(self, config: Config, steps: int):
         self.setup, self.steps = set_up(config), steps
@@ -41,13 +41,13 @@ class Trainer:
         )
 
     def device_only(self):
-        """One batch again and again: nothing but the computation."""
+        """Steps on one batch, again and again: the computation alone."""
         for _ in range(self.steps):
             self.state, _ = self.setup.step(self.state, self.batch)
         return self.state
 
     def as_in_training(self):
-        """A new batch for each step, and the metrics of the step before read: the host loop."""
+        """Steps on new batches, and reads the metrics of the step before, as the host loop does."""
         before = None
         for _ in range(self.steps):
             self.state, out = self.setup.step(self.state, next(self.batches))
@@ -58,7 +58,7 @@ class Trainer:
 
 
 def measure_training(fields: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
-    """The config and its transformer sibling beside a large matrix product, taking turns."""
+    """The config, its transformer sibling and a large matrix product, which take turns."""
     n = 2048
     x = jax.random.normal(jax.random.key(0), (n, n))
     product = jax.jit(jnp.dot)
@@ -134,7 +134,7 @@ def measure_window(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def measure(fields: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
-    """All of it. rounds: times that every measurement is repeated; steps: training steps of one."""
+    """All measurements. rounds: how often each is repeated; steps: training steps of each."""
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -1,20 +1,20 @@
 """Measures prefill, decode and KV cache against the length of the prompt, architecture by
-architecture, on the device at hand, beside the paper's Tables 8, 9 and 10.
+architecture, on this device, and shows the figures of the paper's Tables 8, 9 and 10 next to them.
 
     python -m experiments.profile_inference --config=configs/yocou_1b.py [--json] [--plot=x.png]
 
-Weights are random and in the compute type, no mesh. On a CPU a small model with the same programs
-stands in for one of over 30M parameters.
+Weights are random and in the compute type, without a mesh. On a CPU a small model with the same
+programs replaces one of more than 30M parameters.
 
-Prefill is `inference.prefill` of fresh prompts, of few rows, as it is bound by arithmetic. Decode
-is a compiled loop of greedy steps on a cache of random values: a step's cost depends on lengths
-alone. It runs at the largest batch up to --batch (the paper's 32) that fits, and once more at the
-batch in common with what it is compared to, where that is smaller: every ratio is one at equal
-batches, the plot is not. Measurements take turns and medians count; programs are compiled before,
-side by side. GB/s of decode are the bytes that a step must read, by
-`accounting.decode_bytes_per_step`, beside the copy bandwidth measured in the same run. After
---budget_s nothing more is begun; what was not measured is named. --out=x.json is written after each
-length. Exit code 1: a measurement failed, while the others were made all the same.
+Prefill is `inference.prefill` of new prompts. It has few rows, because it is bound by arithmetic.
+Decode is a compiled loop of greedy steps on a cache of random values: a step's cost depends on
+lengths alone. It runs at the largest batch up to --batch (the paper's 32) that fits. If what it is
+compared with fits only at a smaller batch, it runs at that one too: so every ratio is one at equal
+batches, but the plot is not. Measurements take turns, and medians count. Programs are compiled
+before, in parallel. GB/s of decode are the bytes that a step must read, by
+`accounting.decode_bytes_per_step`; the share is that of the copy bandwidth measured in the same
+run. After --budget_s nothing more is begun; what was not measured is named. --out=x.json is written
+after each length. Exit code 1: a measurement failed; the others were made.
 
 What should come out, by Table 1 and `accounting`, for the 1.3B model. Prefill: a window layer's
 cost per token is constant, a full layer's grows with N, and yoco_u passes 30 layers where the
@@ -24,17 +24,18 @@ transformer passes 20; FLOPs per token of the transformer over those of yoco_u:
     prefill    0.84   1.04   1.45   2.25   3.86    7.07
     measured   0.88   1.14   1.67   2.79   5.04   10.21      (the paper, Table 8)
 
-so yoco_u loses below about 16K, and 10.2 needs full attention to run at 0.67 of the FLOP/s of all
-else: the better the attention kernel, the smaller this ratio. Decode: yoco_u reads half of what
-the transformer does of a long cache, (L/2)(N + W loops) to L N, and twice its weights, so that by
-bytes the ratio is below 2 at any length and equal batch; the bytes of a step over yoco_u's:
+so yoco_u is slower below about 16K. For 10.2, full attention would have to run at 0.67 of the
+FLOP/s of everything else: the better the attention kernel, the smaller this ratio. Decode: of a
+long cache yoco_u reads half of what the transformer reads, (L/2)(N + W loops) to L N, and it reads
+twice the weights. So by bytes the ratio is below 2 at any length and equal batch; the bytes of a
+step, divided by those of yoco_u:
 
     N, batch       8K, 32   16K, 32   64K, 32   256K, 4   256K, 8   256K, 32
     transformer      1.15      1.41      1.80      1.69      1.82       1.94
     yoco             0.72      0.81      0.93      0.90      0.94       0.98
 
-The paper's 2.2 at 256K (Table 9: 303 / 137) is therefore more than bytes explain: its engine fits
-fewer rows at once the larger their caches are, so that it is no ratio at equal batches. KV:
+The paper's 2.2 at 256K (Table 9: 303 / 137) is therefore more than bytes explain: in its engine
+fewer rows fit at once when their caches are larger, so that it is no ratio at equal batches. KV:
 10240 / 542 MiB = 18.9, exactly.
 """
 
@@ -45,6 +46,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -64,22 +66,32 @@ def show(report: dict, out: Console) -> None:
         out.print(line, markup=False)
 
 
+def draw(report: dict, kind: str, axes: Axes) -> None:
+    """The curves of a kind of measurement on log axes, or a sentence if there are none."""
+    for i, name in enumerate(report["programs"]):
+        points = comparison.speeds(report, kind, name)
+        axes.plot(list(points), list(points.values()), "o-", color=f"C{i}", label=name)
+        rows = comparison.curve(report, kind, name).items()
+        known = {n: row["paper"] for n, row in rows if row["paper"]}
+        axes.plot(list(known), list(known.values()), "--", color=f"C{i}", alpha=0.6)
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        # Log axes cannot be drawn without a value.
+        axes.text(0.5, 0.5, "Nothing was measured.", ha="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(report["lengths"], [comparison.short(n) for n in report["lengths"]])
+    axes.set_xlabel("prompt, tokens")
+    axes.grid(alpha=0.3)
+
+
 def plot(report: dict, path: Path) -> None:
-    """Three panels against the length, log axes; the paper's as dashed lines for its own model."""
+    """Three panels against the length; the paper's curves are dashed, for its own model."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     for axes, (kind, title) in zip(figure.subplots(1, 3), comparison.TITLES.items(), strict=True):
-        for i, name in enumerate(report["programs"]):
-            points = comparison.speeds(report, kind, name)
-            axes.plot(list(points), list(points.values()), "o-", color=f"C{i}", label=name)
-            rows = comparison.curve(report, kind, name).items()
-            known = {n: row["paper"] for n, row in rows if row["paper"]}
-            axes.plot(list(known), list(known.values()), "--", color=f"C{i}", alpha=0.6)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(report["lengths"], [comparison.short(n) for n in report["lengths"]])
-        axes.set_xlabel("prompt, tokens")
         axes.set_title(title.split(";")[0])
-        axes.grid(alpha=0.3)
+        draw(report, kind, axes)
     dashed = "; dashed: the paper's, H100" if report["papers_model"] else ""
     figure.suptitle(f"{report['device']}, {report['dtype']}{dashed}")
     figure.axes[0].legend()
@@ -139,7 +151,7 @@ if __name__ == "__main__":
     OUT = flags.DEFINE_string(
         "out", None, "A .json that has all numbers so far, also if cut short."
     )
-    PLOT = flags.DEFINE_string("plot", None, "File for the three curves, a PNG or PDF say.")
+    PLOT = flags.DEFINE_string("plot", None, "File for the three curves, such as a PNG or PDF.")
     BUDGET = flags.DEFINE_float(
         "budget_s", None, "Seconds after which nothing more is begun; 400, on a CPU 300."
     )

@@ -1,4 +1,4 @@
-"""A call as an implementation is asked about it: its facts, without arrays."""
+"""The facts of a call, without its arrays: what an implementation is asked about."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,14 @@ class UnsupportedCall(ValueError):
     message is the reason, as a full sentence."""
 
 
+def decodes(operation: str) -> bool:
+    """Whether each row has a single query: q is [B, Q, H]."""
+    return operation.startswith("decode")
+
+
 class Call(NamedTuple):
-    """What an implementation may decide on. Shapes and dtype are None when a banner asks before
-    there are arrays; a reason that does not depend on them must be given all the same."""
+    """What an implementation may decide on. Shapes and dtype are None when the start of a run asks
+    before there are arrays; a reason that does not depend on them must be given then too."""
 
     operation: str
     device: Device
@@ -29,8 +34,7 @@ class Call(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        """Whether each row has a single query: q is [B, Q, H]."""
-        return self.operation.startswith("decode")
+        return decodes(self.operation)
 
     @property
     def dtype_name(self) -> str | None:

@@ -1,7 +1,7 @@
 """Which device a computation is being traced for, and what kind of GPU a name stands for.
 
-The device of the mesh in use, abstract or not, comes before the host's own: a CPU host that
-compiles for a TPU topology then picks the TPU's kernels.
+The device of the mesh in use, which may be abstract, comes before the host's own: so a CPU host
+that compiles for a TPU topology picks the TPU's kernels.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def _of_mesh(mesh) -> Device | None:
 
 
 def target_device(x: jax.Array | None = None) -> Device:
-    """The device of the context's mesh, else of the mesh that x lies on, else jax's default."""
+    """The device of the context's mesh, else of the mesh of x, else jax's default."""
     found = _of_mesh(jax.sharding.get_abstract_mesh())
     if found is None and x is not None:
         found = _of_mesh(getattr(jax.typeof(x).sharding, "mesh", None))
@@ -79,13 +79,14 @@ def _set(mode: Interpretation | None):
 
 
 def interpret(*, detect_races: bool = False):
-    """Inside, device kernels that are asked for by name run on the host in their interpreters.
-    It is read while tracing: a function that was compiled outside keeps what it had."""
+    """Inside this context, device kernels that are asked for by name run on the host in their
+    interpreters. The setting is read while tracing: a function that was compiled outside does not
+    change."""
     return _set(Interpretation(detect_races))
 
 
 def on_device():
-    """Inside, what an implementation supports is said without regard to a surrounding interpret."""
+    """Inside this context, a surrounding `interpret` does not change what is supported."""
     return _set(None)
 
 

@@ -1,8 +1,8 @@
 """Kernels under a mesh: each device runs them on its own batch rows and heads (shard_map).
 
-XLA cannot look into a kernel, so without this it would gather the operands of one. Attention never
-mixes rows or groups of heads, hence no collective is needed, save for K/V heads that the mesh axes
-do not divide: those are replicated, and their gradients summed (in fp32) over the axes.
+XLA cannot look into a kernel, so without this it would gather the kernel's operands. Attention
+never mixes rows or groups of heads, so no collective is needed, with one exception: K/V heads that
+the mesh axes do not divide are replicated, and their gradients are summed (in fp32) over the axes.
 """
 
 import math
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 class Partition(NamedTuple):
     """The mesh axes over which batch rows and heads are split. Axes that the mesh in use does not
-    have, or that a surrounding shard_map handles already, are passed over."""
+    have, or that a surrounding shard_map already handles, are ignored."""
 
     batch: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
@@ -50,9 +50,9 @@ class Layout(NamedTuple):
 
 
 def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None:
-    """How a call with B rows, Q query and K key/value heads lies on the mesh of the context; None
-    if that has one device. Axes at the end that do not divide are left out: their devices do the
-    same work.
+    """How a call with B rows, Q query and K key/value heads is split over the mesh of the context;
+    None if the mesh has one device. Axes at the end that do not divide the rows or heads are left
+    out: their devices do the same work.
 
     Raises:
       ValueError: an axis of the mesh is of type Explicit.
@@ -90,9 +90,9 @@ def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None
 
 
 def on_each_device(body: Callable, where: Layout, in_specs, out_specs) -> Callable:
-    """body as a shard_map over the mesh: over all of it, since a TPU kernel may be left to XLA's
-    partitioner along no axis. The replication check is off: a pallas_call does not say over which
-    axes its results vary."""
+    """body as a shard_map over all axes of the mesh, since XLA's partitioner must not split a TPU
+    kernel along any axis. The replication check is off: a pallas_call does not say over which axes
+    its results vary."""
     return jax.shard_map(
         body, in_specs=in_specs, out_specs=out_specs, axis_names=set(where.axes), check_vma=False
     )

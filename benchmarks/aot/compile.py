@@ -1,4 +1,4 @@
-"""Compiles every attention kernel for a target, in a process that may die of it."""
+"""Compiles every attention kernel for a target, in a process that the compiler may kill."""
 
 import functools
 import json
@@ -81,8 +81,8 @@ def _append(results: TextIO, row: dict) -> None:
 
 
 def compile_jobs(name: str, folder: str, first: int) -> None:
-    """Compiles from job `first` on, writing a line of JSON before and after each: whoever started
-    this process sees which one killed it."""
+    """Compiles from job `first` on, and writes a line of JSON before and after each job: so the
+    parent process sees which job killed this one."""
     target, dump = TARGETS[name], Path(folder) / "dump"
     on = mesh(target)
     with open(Path(folder) / "results.jsonl", "a", encoding="utf-8") as results:
@@ -97,8 +97,8 @@ def compile_jobs(name: str, folder: str, first: int) -> None:
 
 
 def _run_jobs(name: str) -> list[dict]:
-    """All jobs in a process of their own; one that kills it is reported, and another process goes
-    on after it."""
+    """Runs all jobs in a separate process. If a job kills it, this is reported, and a new process
+    goes on with the next job."""
     target = TARGETS[name]
     code = "import sys; from benchmarks.aot.compile import compile_jobs; "
     code += "compile_jobs(sys.argv[1], sys.argv[2], int(sys.argv[3]))"

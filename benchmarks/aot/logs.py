@@ -31,8 +31,9 @@ class Stretch(NamedTuple):
 
 
 def parse_schedule(utilization: str, bundles: str) -> tuple[list[Stretch], dict[str, int]]:
-    """The stretches with matrix products of one kernel, in order, and slots filled per unit over
-    the whole kernel, from *final_hlo-static-per-bundle-utilization.txt and *final_bundles.txt."""
+    """The stretches of one kernel that have matrix products, in order, and the slots that each unit
+    fills in the whole kernel, from *final_hlo-static-per-bundle-utilization.txt and
+    *final_bundles.txt."""
     lines = utilization.splitlines()
     units = [name.strip() for name in lines[1].split(",")]
     slots = [int(n) for n in lines[2].split()]
@@ -72,9 +73,10 @@ def parse_ptxas(log: str) -> dict[str, Any]:
 
 
 def pairs_per_stretch(jaxpr) -> list[int]:
-    """Pairs of query and key in each piece of straight code of a kernel that handles some, in
-    order: elements of the exponentials that end in a matrix product. Those of a running softmax's
-    corrections do not, and products beyond attention's own do not matter."""
+    """How many pairs of query and key each piece of straight code of a kernel handles, in order,
+    without pieces that handle none: elements of the exponentials that end in a matrix product. The
+    exponentials that correct a running softmax do not end in one, and other products than those of
+    attention do not matter."""
     found, here = [], 0
 
     def walk(jaxpr, copies):
@@ -106,7 +108,7 @@ def attention_kernels(function: Callable, args) -> dict[str, list[int]]:
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "pallas_call":
-                if "decode" not in eqn.params["name"]:  # bound by memory: it has no tiles
+                if "decode" not in eqn.params["name"]:  # decode is bound by memory: no tiles
                     pairs[eqn.params["name"]] = pairs_per_stretch(eqn.params["jaxpr"])
             else:
                 for inner in jaxprs_in_params(eqn.params):
@@ -117,9 +119,10 @@ def attention_kernels(function: Callable, args) -> dict[str, list[int]]:
 
 
 def _tiles(stretches: list[Stretch], pairs: list[int]) -> list[dict[str, Any]]:
-    """Each stretch with its cycles scaled to TILE x TILE pairs; None where its pairs are unknown,
-    because the compiler merged or split what the kernel wrote. A pair takes one exponential, and
-    an instruction makes REGISTER of them, so pairs without enough of these are not believed."""
+    """Each stretch with its cycles scaled to TILE x TILE pairs; None if its pairs are unknown,
+    because the compiler merged or split pieces of the kernel. A pair takes one exponential, and an
+    instruction makes REGISTER of them: a stretch with too few instructions for its pairs counts as
+    unknown."""
     if len(pairs) != len(stretches):
         pairs = [pairs[0] if len(set(pairs)) == 1 else 0] * len(stretches)
     rows = []
@@ -184,7 +187,7 @@ def tpu_kernels(compiled: str, folder: Path, pairs: dict[str, list[int]]) -> lis
 
 def gpu_kernels(folder: Path) -> list[dict]:
     """One entry per kernel that Mosaic GPU assembled into `folder`. Its files are named after the
-    kernel and a number that its two halves, the lowering and the assembling, count differently."""
+    kernel and a number, which lowering and assembling count differently."""
     shared: dict[str, int] = {}
     for name, code in _read(folder, "*.before_layout_inference.txt").items():
         plain = re.sub(r"_\d+$", "", name)

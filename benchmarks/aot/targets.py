@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import api
+from pallas_kernels.call import decodes
 from yocou_jax import hardware
 
 
@@ -81,7 +82,7 @@ class Case(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        return self.operation.startswith("decode")
+        return decodes(self.operation)
 
     @property
     def label(self) -> str:
@@ -98,7 +99,7 @@ class Case(NamedTuple):
 
 
 def _others() -> list[Case]:
-    """What the configs do not use and the implementations say that they support, in small."""
+    """Small cases of what the implementations say that they support and the configs do not use."""
 
     def attention(operation, H, *platforms, N=512, S=512, **options):
         window = 256 if operation == "window_attention" else None

@@ -1,4 +1,4 @@
-"""What the compiled kernels say: failures, our tiles beside those of splash, and tables."""
+"""What the compiled kernels show: failures, our tiles compared with splash's, and tables."""
 
 import math
 from typing import Any
@@ -8,8 +8,8 @@ from benchmarks.report import Grid
 
 
 def compare_with_splash(jobs: list[dict]) -> list[dict]:
-    """Cycles of the slowest tile of each of our kernels beside the same kernel of splash, and how
-    many of our tiles have no known cycles."""
+    """Cycles of the slowest tile of each of our kernels and those of the same kernel of splash, and
+    how many of our tiles have unknown cycles."""
     by_name = {job["operation"]: job.get("kernels", []) for job in jobs if job["model"] == "tile"}
     splash = by_name.pop("splash", [])
     ours = next(iter(by_name.values()), [])
@@ -26,7 +26,7 @@ def compare_with_splash(jobs: list[dict]) -> list[dict]:
 
 
 def failures(target: Target, jobs: list[dict], tiles: list[dict]) -> list[str]:
-    """Everything that makes the command fail, a sentence each."""
+    """Everything that makes the command fail, with a sentence for each."""
     found = []
     for job in jobs:
         where = f"{job['model']}, {job['operation']}"
@@ -83,7 +83,7 @@ COLUMNS = {
 
 
 def kernel_grid(name: str, result: dict[str, Any]) -> Grid:
-    """A line per kernel; those of a program come after it."""
+    """A line per kernel; the first line of a program names the program."""
     platform, rows = TARGETS[name].platform, []
     for job in result["jobs"]:
         first = [job["model"], job["operation"], f"{job.get('compile_s', math.nan):.1f}"]
@@ -107,7 +107,7 @@ def kernel_grid(name: str, result: dict[str, Any]) -> Grid:
 
 
 def tile_grid(tiles: list[dict]) -> Grid:
-    """A tile of ours beside splash's, a line per kernel."""
+    """Our tile and splash's, a line per kernel."""
     whose = [who + what for who in ("splash", "ours") for what in ("", " stretch", " MXU", " VALU")]
     rows = []
     for row in tiles:

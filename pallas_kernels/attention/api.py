@@ -4,8 +4,8 @@ Layout [batch, positions, heads, head width]: B batch, N query positions, S key 
 heads, K key/value heads (Q a multiple of K: head q reads key head q // (Q/K)), H head width,
 W window = the number of visible keys **including self**.
 
-`implementation` is "auto" or a name; a name runs or raises UnsupportedCall with the reason. Choices
-are made here and nowhere else, logged once per operation (logger "pallas_kernels.attention.api").
+`implementation` is "auto" or a name; a name runs or raises UnsupportedCall with the reason. Only
+this file chooses. It logs each choice once per operation (logger "pallas_kernels.attention.api").
 """
 
 import functools
@@ -41,10 +41,10 @@ OPERATIONS = ("window_attention", "cross_attention", "decode_window", "decode_cr
 
 
 class Implementation(NamedTuple):
-    """One backend. `attention` and `decode` have the signatures of those in reference.py and take
-    `partition` besides; `unsupported_reason(call)` is None where it can run, else a full sentence.
-    head_widths: those that `attention` computes with; it pads others to the next. platform: the
-    only one it is for."""
+    """One backend. `attention` and `decode` have the signatures of those in reference.py.
+    `unsupported_reason(call)` is None if the backend can run the call, else a full sentence.
+    head_widths: those that `attention` computes with; it pads others to the next one. platform: the
+    only one that the backend is for; None: any."""
 
     unsupported_reason: Callable[[Call], str | None]
     attention: Callable | None = None
@@ -66,7 +66,7 @@ def _always(call: Call) -> None:
 
 
 def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -> Implementation:
-    """An implementation from the module of its kernels (and of its decode, if that is another)."""
+    """An implementation from the module of its kernels and, if it is another, that of decode."""
     both = Kernels(kernels.forward, kernels.backward, opaque)
     return Implementation(
         getattr(kernels, "unsupported_reason", _always),
@@ -104,8 +104,8 @@ def unsupported_reason(implementation: str, call: Call) -> str | None:
 
 
 def choose_implementation(operation: str, *, implementation: str = "auto", **facts) -> Choice:
-    """Decides what runs. `facts` are fields of `Call` (q_shape=..., dtype=..., window=...), as far
-    as they are known.
+    """Decides what runs. `facts` are those fields of `Call` that are known (q_shape=..., dtype=...,
+    window=...).
 
     Raises:
       UnsupportedCall: an unknown implementation, or the one named cannot run this call.
@@ -200,21 +200,8 @@ def _segments(operation, segment_ids, q, k) -> SegmentIds | None:
     return segment_ids
 
 
-def _attention(
-    operation,
-    q,
-    k,
-    v,
-    *,
-    window,
-    q_offset,
-    segment_ids,
-    kv_lengths,
-    scale,
-    return_lse,
-    implementation,
-    partition,
-):
+def _mask(operation, q, k, v, window, q_offset, segment_ids, kv_lengths) -> Mask:
+    """Checks the arrays, and says who sees whom."""
     _require(q.ndim == 4, f"{operation} needs q as [B, N, Q, H]; got shape {q.shape}.")
     _check_heads(operation, q, k, v)
     q_offset = operator.index(q_offset)
@@ -224,28 +211,28 @@ def _attention(
         kv_lengths = _clipped(kv_lengths, k.shape[1])
     if window is not None:
         window = min(window, q_offset + q.shape[1])  # no query is older
-    segments = _segments(operation, segment_ids, q, k)
-    mask = Mask(window, q_offset, kv_lengths, segments)
+    return Mask(window, q_offset, kv_lengths, _segments(operation, segment_ids, q, k))
+
+
+def _scale(scale: float | None, q) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _attention(operation, q, k, v, mask: Mask, scale, return_lse, implementation, partition):
     call = Call(
         operation,
         target_device(q),
         q.shape,
         k.shape,
         q.dtype,
-        window,
-        segments is not None,
-        kv_lengths is not None,
-        q_offset,
+        mask.window,
+        mask.segments is not None,
+        mask.lengths is not None,
+        mask.q_offset,
         return_lse,
     )
-    out, lse = _select(implementation, call).attention(
-        q,
-        k,
-        v,
-        mask,
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        partition=partition,
-    )
+    attend = _select(implementation, call).attention
+    out, lse = attend(q, k, v, mask, scale=_scale(scale, q), partition=partition)
     return (out, lse) if return_lse else out
 
 
@@ -268,8 +255,8 @@ def window_attention(
       q_offset: position of q[:, 0] on the axis on which k[:, 0] stands at 0.
       segment_ids: documents that must not see each other; one array if N == S.
       scale: multiplies q . k; H ** -0.5 unless given.
-      partition: the mesh axes that split batch rows and heads; kernels then run on each device's
-        own share. Without it a kernel under a mesh of several devices is not split.
+      partition: the mesh axes that split batch rows and heads; each device then runs the kernel on
+        its own share. Without it a kernel under a mesh of several devices is not split.
 
     Returns:
       [B, N, Q, H] in the dtype of q; with return_lse also the natural log of the sum of the
@@ -282,20 +269,9 @@ def window_attention(
     """
     window = operator.index(window)
     _require(window >= 1, f"window_attention needs {window=} to be at least 1 (it counts self).")
-    return _attention(
-        "window_attention",
-        q,
-        k,
-        v,
-        window=window,
-        q_offset=q_offset,
-        segment_ids=segment_ids,
-        kv_lengths=None,
-        scale=scale,
-        return_lse=return_lse,
-        implementation=implementation,
-        partition=partition,
-    )
+    mask = _mask("window_attention", q, k, v, window, q_offset, segment_ids, None)
+    how = scale, return_lse, implementation, partition
+    return _attention("window_attention", q, k, v, mask, *how)
 
 
 def cross_attention(
@@ -314,24 +290,13 @@ def cross_attention(
     """Causal attention over all earlier positions, the query's own included: the cross layers on
     the global K, V, and ordinary full attention when k and v are the layer's own.
 
-    kv_lengths: only the first kv_lengths[b] keys of row b exist. k and v may be float32 beside a
-    bfloat16 q: they are read in bfloat16 and their gradients come in float32, so that layers that
-    share them sum these in float32. The rest as `window_attention`.
+    kv_lengths: only the first kv_lengths[b] keys of row b exist. k and v may be float32 when q is
+    bfloat16: they are read in bfloat16 and their gradients come in float32, so that layers which
+    share k and v sum the gradients in float32. The rest is as in `window_attention`.
     """
-    return _attention(
-        "cross_attention",
-        q,
-        k,
-        v,
-        window=None,
-        q_offset=q_offset,
-        segment_ids=segment_ids,
-        kv_lengths=kv_lengths,
-        scale=scale,
-        return_lse=return_lse,
-        implementation=implementation,
-        partition=partition,
-    )
+    mask = _mask("cross_attention", q, k, v, None, q_offset, segment_ids, kv_lengths)
+    how = scale, return_lse, implementation, partition
+    return _attention("cross_attention", q, k, v, mask, *how)
 
 
 def _decode(operation, q, k, v, lengths, scale, implementation, partition):
@@ -339,14 +304,8 @@ def _decode(operation, q, k, v, lengths, scale, implementation, partition):
     _check_heads(operation, q, k, v)
     _check_rows(operation, "lengths", lengths, q.shape[0])
     call = Call(operation, target_device(q), q.shape, k.shape, q.dtype)
-    return _select(implementation, call).decode(
-        q,
-        k,
-        v,
-        _clipped(lengths, k.shape[1]),
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        partition=partition,
-    )
+    run, lengths = _select(implementation, call).decode, _clipped(lengths, k.shape[1])
+    return run(q, k, v, lengths, scale=_scale(scale, q), partition=partition)
 
 
 def decode_window(
@@ -362,8 +321,8 @@ def decode_window(
     """One query per row over a ring buffer of the last W keys, the query's own included.
 
     lengths[b] counts the positions written to row b so far; the first min(lengths[b], W) slots are
-    valid, in whatever order (softmax does not care, and RoPE is applied before caching). A row of
-    length 0 gives 0.
+    valid. Their order does not matter (a softmax has no order, and RoPE is applied before caching).
+    A row of length 0 gives 0.
     """
     return _decode("decode_window", q, k_ring, v_ring, lengths, scale, implementation, partition)
 

@@ -1,14 +1,14 @@
-"""The one table of block sizes, and of the head widths that they are for.
+"""All block sizes, and the head widths that they are for.
 
-`with block_sizes(xla_blocks=...)` puts another function in the place of one of these.
+`with block_sizes(xla_blocks=...)` replaces one of these functions by another.
 
 q: query positions handled at a time (times G heads = rows of one matrix product).
 kv: keys handled at a time; for a window the whole band of q + W - 1 keys, rounded up.
 
 xla, measured in CPU time on XLA's CPU backend (2 cores, 2 MB of L2 each), forward + backward:
-* full: 128 x 128 beat 256 x 256 by 1.2-1.8x and 128 x 512 by 2-3x from N = 512 to 4096: scores that
-  stay in cache and little waste above the diagonal count for more than long products; 64 x 64 is
-  1.2x better still at N = 256.
+* full: 128 x 128 beat 256 x 256 by 1.2-1.8x and 128 x 512 by 2-3x from N = 512 to 4096: it matters
+  more that scores stay in cache and that few are above the diagonal than that products are long.
+  64 x 64 beats 128 x 128 by 1.2x at N = 256.
 * window: the largest block whose scores fit in about 2 MB. B = 16, 4 heads, W = 128: 32 or 64 beat
   128 by 1.6x; B = 1, 4 heads, W = 512: 128 beats 32 by 1.15x.
 * decode: 512 keys were fastest or within 5% of it, of 128 to 4096, at S = 16384.
@@ -37,10 +37,10 @@ def _set(stand_ins: Mapping[str, Callable], outer: bool = False):
 
 
 def block_sizes(**stand_ins: Callable):
-    """Inside, kernels get their block sizes from the functions given, by the names and with the
-    arguments of those in this file; a function given may ask the one that it stands in for. It is
-    read while tracing: what was compiled outside keeps what it had, and what is compiled inside
-    keeps the functions given.
+    """Inside this context, kernels get their block sizes from the functions given. These have the
+    names and the arguments of the functions in this file, and each may call the one that it
+    replaces. They are called while tracing: what was compiled outside does not change, and what is
+    compiled inside keeps its blocks.
 
     Raises:
       ValueError: a name that is no such function.
@@ -90,14 +90,15 @@ def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Bl
 
 
 def _next(H: int, widths: tuple[int, ...]) -> int:
-    """The least of the widths that holds H; the largest if none does, as an interpreter may ask."""
+    """The smallest of the widths that is at least H; the largest if there is none, which happens in
+    an interpreter."""
     return next((width for width in widths if width >= H), widths[-1])
 
 
 TPU_HEAD_WIDTHS = (64, 128, 256)
 TPU_LANES = 128  # blocks of positions are multiples of it
-# What a kernel may take of VMEM, of 128 MB (v7x: 64); XLA's default of 16 is too little for 8 heads
-# of 256. The kinds are those that the kernels were compiled for.
+# How much VMEM a kernel may take, of 128 MB (v7x: 64); XLA's default of 16 MB is too little for 8
+# heads of 256. These are the kinds of device that the kernels were compiled for.
 TPU_VMEM = {
     "TPU v5 lite": 96 * 2**20,
     "TPU v5": 80 * 2**20,
@@ -108,7 +109,8 @@ TPU_VMEM = {
 
 class TpuBlocks(NamedTuple):
     """q, kv: positions per grid step (of the inner axis only where there is no window: a window's
-    band is one step). compute: at most so many positions of the inner axis per tile of scores."""
+    band is one step). compute: the largest number of positions of the inner axis in a tile of
+    scores."""
 
     q: int
     kv: int
@@ -120,7 +122,8 @@ def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
     """kernel "forward", "dq" or "dkv"; G query heads per K/V head.
 
     Chosen by static cycles on v6e (LLO bundles; H = 128, bf16; never timed on a device), per 512
-    queries and a whole window of W = 512, splash's 512 x 512 blocks needing 1468, 1780 and 2334:
+    queries and a whole window of W = 512, for which splash's 512 x 512 blocks need 1468, 1780 and
+    2334:
     * forward: G = 5, 256 queries in tiles of 256 keys 1106, of 768 1217, of 384 1353; G = 3, H = 64
       256 x 384 1015, 256 x 256 1244; G = 1 512 x 512 1434, 256 x 256 1942.
     * dq: 256 queries and their band of 768 in one tile 1202, 256 x 256 1492, 512 x 512 1516.
@@ -140,23 +143,24 @@ def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
 @_replaceable
 def tpu_sums_on_mxu(kind: str) -> bool:
     """Whether the forward kernel sums p in the matrix unit. Static cycles of a 512 x 512 tile and
-    of its masked variant together, H = 128, with and without: v6e 1559 and 1659, v7x 2182 and 1692,
-    v5e 2927 and 2036, v5p 2973 and 2029 (narrower units, where the columns of ones are not free).
+    of its masked variant together, H = 128, when it does and when it does not: v6e 1559 and 1659,
+    v7x 2182 and 1692, v5e 2927 and 2036, v5p 2973 and 2029 (the units of v5 are
+    narrower, so that the columns of ones cost time).
     """
     return "v6" in kind
 
 
 @_replaceable
 def tpu_decode_rows(H: int) -> int:
-    """Slots x K/V heads per grid step: 1 MB of keys and as much of values in bf16, so that a step's
-    copies take several times what a step costs (about 0.35 us)."""
+    """Slots x K/V heads per grid step: 1 MB of keys and 1 MB of values in bf16, so that the copies
+    of a step take several times as long as the step's fixed cost (about 0.35 us)."""
     return 4096 * 128 // max(H, 128)
 
 
 class GpuBlocks(NamedTuple):
-    """What one thread block of pallas_gpu handles: two consumer warpgroups of `rows` rows each
-    (query positions; keys in the kernel of dk and dv; query heads of a group in decode), past which
-    blocks of the other axis stream through shared memory, `*_stages` of them in flight."""
+    """What one thread block of pallas_gpu handles. Its two consumer warpgroups have `rows` rows
+    each (query positions; keys in the kernel of dk and dv; query heads of a group in decode).
+    Blocks of the other axis stream through shared memory, `*_stages` of them at a time."""
 
     rows: int
     kv: int
@@ -169,8 +173,8 @@ class GpuBlocks(NamedTuple):
     decode_stages: int
 
 
-# By head width. Nothing here was measured on a device: these compiled for an H200
-# without a spilled register, fill its 227 KB of shared memory, and follow FlashAttention-3.
+# By head width. None was measured on a device: they compiled for an H200 without a spilled
+# register, fill its 227 KB of shared memory, and follow FlashAttention-3.
 _GPU_BLOCKS = {
     64: GpuBlocks(64, 128, 4, 128, 4, 64, 6, 64, 10),
     128: GpuBlocks(64, 128, 2, 128, 2, 64, 3, 64, 5),
@@ -195,11 +199,11 @@ class TritonBlocks(NamedTuple):
     stages: int
 
 
-TRITON_DECODE_PROGRAMS = 256  # two or so for each multiprocessor, whatever the batch
+TRITON_DECODE_PROGRAMS = 256  # about two for each multiprocessor, for any batch
 
-# By kernel and head width. Nothing here was measured on a device: the largest steps found that
+# By kernel and head width. None was measured on a device: they are the largest steps found that
 # compiled without a spilled register for sm_80, sm_89 and sm_90, with segments and without, for
-# lengths that the steps divide and others, in the 99 KB of shared memory of sm_86 and sm_89.
+# lengths that the steps divide and for others, in the 99 KB of shared memory of sm_86 and sm_89.
 _TRITON_BLOCKS = {
     ("forward", 64): TritonBlocks(128, 64, 8, 3),
     ("forward", 128): TritonBlocks(128, 64, 8, 3),
@@ -224,7 +228,7 @@ def triton_blocks(compute_capability: int, kernel: str, H: int, segments: bool) 
     """kernel: forward, dq, dkv or decode; H up to the next width of the table."""
     width = _next(H, TRITON_HEAD_WIDTHS)
     if (kernel, width) == ("forward", 64) and compute_capability in (80, 90) and not segments:
-        # 32 rows a warp halve what is read from shared memory; elsewhere they would spill.
+        # 32 rows a warp halve the reads from shared memory; on other devices they would spill.
         return TritonBlocks(128, 64, 4, 3)
     if (kernel, width) == ("forward", 128) and compute_capability not in (80, 90):
         return TritonBlocks(128, 32, 8, 3)

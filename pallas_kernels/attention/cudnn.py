@@ -1,16 +1,16 @@
-"""cuDNN's fused attention through `jax.nn.dot_product_attention`: for comparison, and the fallback
-on GPUs for which no kernel of ours runs.
+"""cuDNN's fused attention through `jax.nn.dot_product_attention`: for comparison, and for GPUs on
+which none of our kernels runs.
 
-Why it exists: the library's kernels are what others measure against, and they run on every NVIDIA
-GPU since Ampere. It computes less than the contract asks for; `unsupported_reason` says what it
-leaves to others. It differentiates itself: nothing here is named for remat, so a rematerialised
-layer runs attention again, and the gradients of k and v are rounded to the dtype of q before they
-are given out in float32.
+Why it exists: others measure against cuDNN's kernels, and these run on every NVIDIA GPU since
+Ampere. cuDNN computes less than the contract asks for; `unsupported_reason` says what it leaves to
+other implementations. It differentiates itself: nothing here is named for remat, so a
+rematerialised layer runs attention again, and the gradients of k and v are rounded to the dtype of
+q before they are returned in float32.
 
-Rounds: products of bf16 or fp16 accumulate in fp32, softmax is fp32; inside it is NVIDIA's.
+How it rounds: products of bf16 or fp16 accumulate in fp32, softmax is fp32; the rest is NVIDIA's.
 
-Runs where jax sees an NVIDIA GPU and its cuDNN; never yet on a device. The arguments that it is
-given are tested on the CPU, where jax.nn runs its own implementation on them.
+What it runs on: machines on which jax sees an NVIDIA GPU and its cuDNN. It never ran on a device
+yet. The arguments that it gets are tested on the CPU, where jax.nn runs its own implementation.
 """
 
 import jax

@@ -1,8 +1,9 @@
 """The one custom gradient that every blocked implementation shares (FlashAttention-2, arXiv
 2307.08691): the forward keeps q, k, v, out and lse; the backward recomputes p block by block.
 
-An implementation brings two functions, `Kernels(forward, backward)`; what they have in common is
-here: the residuals, delta, rows that see nothing, the names for remat, the dtypes of gradients.
+An implementation has two functions, `Kernels(forward, backward)`. What all of them need is in
+this file: the residuals, delta, rows that see nothing, the names for remat, the dtypes of
+gradients.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class Kernels(NamedTuple):
 
     forward: Callable
     backward: Callable
-    opaque: bool = True  # to XLA, which then can neither split them nor see what they return
+    opaque: bool = True  # to XLA, which can neither split them nor look inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,8 @@ def _attention(spec, q, k, v, mask):
 
 
 def _forward(spec, q, k, v, mask):
-    # k and v may be fp32 beside a bf16 q: then they are read in bf16 and their gradients leave
-    # the accumulators unrounded, so that a sum over layers that share them is one in fp32.
+    # k and v may be fp32 when q is bf16. They are read in bf16, but their gradients are not rounded
+    # to it: layers that share k and v then sum the gradients in fp32.
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     out, lse = _run_forward(spec, q, k, v, mask)
     # Named, so that a remat policy can keep them and not run attention again.
@@ -122,10 +123,21 @@ _attention.defvjp(_forward, _backward)
 
 
 def padded_width(H: int, head_widths: tuple[int, ...]) -> int:
-    """The least of head_widths that holds H, or H itself; interpreters take any width."""
+    """The smallest of head_widths that is at least H, or H itself; interpreters take any width."""
     if interpretation() is not None:
         return H
     return next((width for width in head_widths if width >= H), H)
+
+
+_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of matrices, for a pair of query and key
+
+
+def work(kernel: str, q, k, mask: Mask) -> tuple[int, int]:
+    """flops and exponentials of the kernel over the pairs that causality and the window let see
+    each other, for the compilers' cost estimates."""
+    B, N, Q, H = q.shape
+    pairs = B * Q * mask.pairs(N, k.shape[1])
+    return 2 * _PRODUCTS[kernel] * pairs * H, pairs
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -133,8 +145,8 @@ def round_up(x: int, multiple: int) -> int:
 
 
 def padded(x, axis: int, size: int):
-    """x with zeros after it, `size` along the axis. Rows of zeros get gradients of zero; keys of
-    zeros are masked."""
+    """x with zeros at the end of the axis, so that it has `size` there. Rows of zeros get gradients
+    of zero; keys of zeros are masked."""
     if x.shape[axis] == size:
         return x
     widths = [(0, 0)] * x.ndim
@@ -151,12 +163,12 @@ def _check_context(opaque: bool, q, where) -> None:
 
 
 def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, head_widths=()):
-    """Same contract as `reference.attention`, by the kernels given, under the mesh in use. Heads
-    are padded with zeros, which change nothing, to the next of head_widths."""
+    """`reference.attention` by the kernels given, under the mesh in use. Heads are padded with
+    zeros, which change nothing, to the next of head_widths."""
     H = q.shape[-1]
     q, k, v = (padded(x, 3, padded_width(H, head_widths)) for x in (q, k, v))
     if mask.window is not None and mask.window >= mask.q_offset + q.shape[1]:
-        mask = dataclasses.replace(mask, window=None)  # it cuts nothing off
+        mask = dataclasses.replace(mask, window=None)  # the window hides no key
     where = sharding.layout(partition, q.shape[0], q.shape[2], k.shape[2])
     _check_context(kernels.opaque, q, where)
     spec = Spec(kernels, scale, jnp.dtype(k.dtype), where)
@@ -165,7 +177,7 @@ def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, h
 
 
 def decode(kernel: Callable, q, k, v, valid, *, scale, partition=None, opaque=True):
-    """Same contract as `reference.decode`, by the kernel given, under the mesh in use."""
+    """`reference.decode` by the kernel given, under the mesh in use."""
     where = sharding.layout(partition, q.shape[0], q.shape[1], k.shape[2])
     _check_context(opaque, q, where)
     if where is None:

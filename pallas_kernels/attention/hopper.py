@@ -2,13 +2,14 @@
 consumer warpgroups, and the start of a kernel, in Pallas's Mosaic GPU dialect.
 
 The interpreter on the host runs the same kernels; all that differs for it is in this file (`_dot`
-and its users). Registers are the scarce thing: comments say where the compiler needed help to spill
-none, as its report (MOSAIC_GPU_DUMP_PTXAS) showed.
+and its users). Registers are scarce: comments say where the compiler needed help to spill none, as
+its report (MOSAIC_GPU_DUMP_PTXAS) showed.
 """
 
 import functools
 import inspect
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +31,20 @@ PRODUCER = CONSUMERS  # warpgroups 0 and 1 multiply, 2 copies
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
-# Products. What a warpgroup multiplies lies in shared memory, or is in its registers.
+# Products. What a warpgroup multiplies is in shared memory or in its registers.
 
 
 def _dot(a, b):
-    """Stands in for wgmma in the interpreter, which knows it only with both operands in shared
-    memory and an accumulator that starts at 0. commit_smem orders these reads before the copies
-    that will overwrite the operands, which wgmma needs no help for."""
+    """Replaces wgmma in the interpreter, which has wgmma only with both operands in shared memory
+    and an accumulator that starts at 0. commit_smem orders these reads before the copies that will
+    overwrite the operands; with wgmma that order needs no help."""
     plgpu.commit_smem()
     return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def scores(a, b, meanwhile=lambda: None):
-    """a @ b.T in fp32, of a [M H] and b [N H] in shared memory; `meanwhile` is issued after it and
-    before its end."""
+    """a @ b.T in fp32, of a [M H] and b [N H] in shared memory; `meanwhile` is issued after the
+    product is started and before it ends."""
     if interpretation() is not None:
         meanwhile()
         return _dot(a[...], b[...].T)
@@ -56,18 +57,21 @@ def scores(a, b, meanwhile=lambda: None):
     return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def p_and_ds(a, b, probabilities, wait, c, d, delta, overlap: bool):
-    """p = probabilities(a @ b.T) and ds = p * (c @ d.T - delta()), after wait() for c and d.
+def p_and_ds(for_p, for_dp, dp_full, probabilities, delta, overlap: bool):
+    """p = probabilities(a @ b.T) and ds = p * (c @ d.T - delta()), where a, b = for_p and c, d =
+    for_dp. The barrier dp_full says that d has come.
 
-    With `overlap` the second product runs during the exponentials, for which only blocks without a
-    mask have the registers. Otherwise it starts at -delta, which then needs no registers either.
+    With `overlap` the second product runs during the exponentials; only blocks without a mask have
+    the registers for that. Otherwise its accumulator starts at -delta, so that delta needs
+    no registers either.
     """
+    (a, b), (c, d) = for_p, for_dp
     if interpretation() is not None:
         p = probabilities(scores(a, b))
-        wait()
+        plgpu.barrier_wait(dp_full)
         return p, p * (scores(c, d) - delta())
     if overlap:
-        wait()
+        plgpu.barrier_wait(dp_full)
 
         def body(s, dp):
             plgpu.wgmma(s, a, b.transpose((1, 0)))
@@ -78,7 +82,7 @@ def p_and_ds(a, b, probabilities, wait, c, d, delta, overlap: bool):
         p, dp = pl.run_scoped(body, acc, acc)
         return p, p * (dp - delta())
     p = probabilities(scores(a, b))
-    wait()
+    plgpu.barrier_wait(dp_full)
     product = pl.run_state(lambda dp: plgpu.wgmma(dp, c, d.transpose((1, 0))))
     return p, p * product(plgpu.ACC.init(-delta()))
 
@@ -91,7 +95,7 @@ def add_product(acc, a, b):
 
 
 def add_two_products(first, a, b, second, c, d):
-    """first + a @ b, second + c @ d, both in flight together."""
+    """first + a @ b, second + c @ d, computed at the same time."""
     if interpretation() is not None:
         return add_product(first, a, b), add_product(second, c, d)
 
@@ -103,8 +107,8 @@ def add_two_products(first, a, b, second, c, d):
 
 
 def anew(wg):
-    """wg, for indexing a loop-invariant operand inside the loop. Otherwise the compiler computes
-    the descriptors of its 8 slices once and keeps them in 16 registers throughout."""
+    """wg, to index a loop-invariant operand inside the loop. Without this the compiler computes the
+    descriptors of the operand's 8 slices once and keeps them in 16 registers during the loop."""
     return lax.optimization_barrier(wg)
 
 
@@ -135,12 +139,32 @@ def each_column(x, shape):
     return lax.broadcast_in_dim(x, shape, [1])
 
 
+class Softmax(NamedTuple):
+    """A running softmax over blocks of keys. acc [M H]: the sum of p v; total [M]: that of p; both
+    relative to top [M], the largest score so far, in base 2."""
+
+    acc: Any
+    top: Any
+    total: Any
+
+    @classmethod
+    def start(cls, rows: int, H: int):
+        return cls(zeros((rows, H)), per_row(masks.MASKED, rows), per_row(0.0, rows))
+
+    def add_scores(self, s, scale2, seen):
+        """p of a block of scores, and the softmax with it; p v is still to be added to acc."""
+        p, keep, top = exponentials(s, scale2, seen, self.top)
+        total = self.total * keep + p.sum(axis=1)
+        return p, Softmax(self.acc * each_row(keep, self.acc.shape), top, total)
+
+
 def exponentials(s, scale2, seen, top):
     """One step of the running softmax over scores s [M N], before the scale.
 
-    Returns p, the factor by which sums over earlier keys shrink, and the new maximum. Scale first,
-    then mask with a finite number: masked and then scaled in one fused multiply-add, a fully
-    masked row would be infinite. Such a row is shifted by 0, so that its exponentials are 0.
+    Returns p, the factor by which sums over earlier keys shrink, and the new maximum. Scores are
+    scaled first and then masked with a finite number: in the other order, in one fused
+    multiply-add, a fully masked row would be infinite. Such a row is shifted by 0, so that its
+    exponentials are 0.
     """
     if seen is None:
         highest = s.max(axis=1) if scale2 >= 0 else s.min(axis=1)
@@ -160,18 +184,77 @@ def probabilities(s, scale2, seen, lse2):
     return jnp.exp2(s if seen is None else jnp.where(seen, s, masks.MASKED))
 
 
-def both(a, b):
-    return a if b is None else b if a is None else a & b
+# Threads: how warpgroups hand over stages, what a producer does, how a kernel starts.
 
 
-# Threads: how stages are given back and forth, what a producer does, how a kernel starts.
+def at_slot(stream, slot):
+    """One stage of all arrays and barriers of a stream."""
+    return type(stream)(*(None if x is None else x.at[slot] for x in stream))
+
+
+class KeyStream(NamedTuple):
+    """Blocks of keys, of their segment ids (or None) and of values in shared memory: k_full says
+    that keys and ids have come, k_free that they were read."""
+
+    k_smem: Any  # [stages, size, H]
+    v_smem: Any
+    ids_smem: Any  # [stages, size]
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+    @staticmethod
+    def scratch(stages: int, size: int, H: int, dtype, segments=False, readers=CONSUMERS) -> dict:
+        """readers: how many warpgroups read each block."""
+        kv = plgpu.SMEM((stages, size, H), dtype)
+        return {
+            "k_smem": kv,
+            "v_smem": kv,
+            "ids_smem": plgpu.SMEM((stages, size), jnp.int32) if segments else None,
+            "k_full": barriers(stages, 2 if segments else 1),
+            "v_full": barriers(stages),
+            "k_free": barriers(stages, readers),
+            "v_free": barriers(stages, readers),
+        }
+
+    at = at_slot
+
+    def fill(self, first, last, start, k_ref, v_ref, ids_ref, b, head):
+        """The producer's part: blocks first..last of row b and a K/V head, of which block j begins
+        at key start(j)."""
+        size = self.k_smem.shape[1]
+
+        def copies(j, slot):
+            keys, block = pl.ds(start(j), size), self.at(slot)
+
+            def copy_k():
+                plgpu.copy_gmem_to_smem(k_ref.at[b, keys, head], block.k_smem, block.k_full)
+                if ids_ref is not None:
+                    plgpu.copy_gmem_to_smem(ids_ref.at[b, keys], block.ids_smem, block.k_full)
+
+            def copy_v():
+                plgpu.copy_gmem_to_smem(v_ref.at[b, keys, head], block.v_smem, block.v_full)
+
+            return copy_k, copy_v
+
+        stream(first, last, copies, (self.k_free, self.v_free))
+
+
+def copy_out(*pairs):
+    """Copies what this warpgroup wrote to shared memory, smem to ref for each pair, and waits until
+    the copies have ended."""
+    plgpu.commit_smem()
+    for smem, ref in pairs:
+        plgpu.copy_smem_to_gmem(smem, ref)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def stream(first, last, copies, free):
     """The producer's loop: fills the stages in turn with blocks first..last, then waits until the
-    last of them were read (a thread block must not end with arrivals under way). copies(j, slot)
-    are functions that start a copy, `free` has one array of barriers for each, a barrier a stage,
-    on which the consumers give it back."""
+    last of them were read (a thread block must not end while barriers still expect arrivals).
+    copies(j, slot) are functions that start a copy. `free` has an array of barriers for each of
+    them, with a barrier for each stage, on which the consumers say that they have read it."""
     stages = free[0].shape[0]
 
     @pl.loop(first, last)
@@ -202,8 +285,8 @@ def specialise(producer, consumer):
 
 
 def run(body, name: str, *operands, grid, out_type, scratch, cost):
-    """Starts a kernel over grid (batch, tiles, heads), the last axis running fastest. cost is
-    (flops, exponentials); jax 0.11 has no place for it in a Mosaic GPU kernel."""
+    """Starts a kernel over grid (batch, tiles, heads); the last axis changes fastest. cost is
+    (flops, exponentials); jax 0.11 cannot give it to a Mosaic GPU kernel."""
     options = {}
     if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:
         arrays = jax.tree.leaves((operands, out_type))

@@ -1,4 +1,4 @@
-"""Partial results of attention over parts of the keys, joined into that over all of them.
+"""Joins results of attention over parts of the keys into the result over all keys.
 
 out = sum_i exp(lse_i - lse) out_i, where lse is the log of the sum of exponentials over all keys. A
 part in which a row sees nothing (out 0, lse MASKED) counts for nothing.
@@ -13,8 +13,8 @@ Part = tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]
 
 
 def join(first: Part, *others: Part) -> Part:
-    """Parts that were computed by calls of their own, in the natural log; out in the dtype of the
-    first, joined in fp32. The result may be joined with more."""
+    """Joins parts that separate calls computed, whose lse is a natural log. The sum is in fp32,
+    out has the dtype of the first part, and the result may be joined with more parts."""
     out, lse = first
     dtype = out.dtype
     for other, other_lse in others:
@@ -27,7 +27,7 @@ def join(first: Part, *others: Part) -> Part:
 def join_splits(
     out: Float[Array, "..."], lse2: Float[Array, "..."], axis: int
 ) -> Float[Array, "..."]:
-    """The parts along `axis` of what one kernel returned in fp32, their lse in base 2. A row that
+    """Joins the parts along `axis` that one kernel returned in fp32, with lse in base 2. A row that
     sees nothing in any part gives 0."""
     weights = jnp.exp2(lse2 - lse2.max(axis, keepdims=True))
     return (out * weights[..., None]).sum(axis) / weights.sum(axis)[..., None]

@@ -1,8 +1,8 @@
 """The one definition of who sees whom: causality, the window and segments.
 
 Positions are absolute: key s stands at position s, query n at position q_offset + n. A query sees
-its own position and what lies before it; with a window it sees W keys, **its own included**
-(i-W+1 .. i). Public code disagrees by one here, so every implementation takes the rule
+its own position and all before it; with a window it sees W keys, **its own included**
+(i-W+1 .. i). Public code disagrees by one on what W counts, so every implementation takes the rule
 from `visible`.
 """
 
@@ -38,8 +38,9 @@ def visible(q_pos, k_pos, window: int | None):
 
 def visible_int32(q_pos, k_pos, window: int | None):
     """The same for int32 positions, with one comparison: as a number without a sign, a negative age
-    is larger than any window. Written as a shift by the lowest int32, which wraps around; for a
-    kernel that waits for its vector unit (two operations less of five, a tenth of a masked tile).
+    is larger than any window. It is written as a shift by the lowest int32, which wraps around. It
+    is for kernels whose vector unit is the bottleneck: it saves two operations of five, a tenth of
+    the time of a masked tile.
     """
     if window is None:
         return q_pos >= k_pos
@@ -63,7 +64,7 @@ class Mask:
     are its operands.
 
     Args:
-      window: how many keys a query sees, its own included; None: all before it.
+      window: how many keys a query sees, its own included; None: its own and all before.
       q_offset: position of the first query on the axis on which the first key stands at 0.
       lengths: how many keys each row has; None: all of the array's.
       segments: the documents that must not see each other.
@@ -75,8 +76,8 @@ class Mask:
     segments: SegmentIds | None = None
 
     def as_array(self, N: int, S: int) -> Bool[Array, "rows N S"]:
-        """Dense, of B rows or of one for all; for the reference and for tests, no fast path may
-        build it."""
+        """The dense mask, with B rows or with one row for all. It is for the reference and for
+        tests: no fast path may build it."""
         q_pos, k_pos = self.q_offset + jnp.arange(N)[:, None], jnp.arange(S)[None, :]
         seen = visible(q_pos, k_pos, self.window)[None]
         if self.segments is not None:
@@ -86,8 +87,8 @@ class Mask:
         return seen
 
     def pairs(self, N: int, S: int) -> int:
-        """Pairs of a query and a key that it sees, of one row and head, by causality and the window
-        alone: what the arrays hide is not known before the kernel runs."""
+        """How many pairs of a query and a visible key one row and head has, by causality and the
+        window alone: what the arrays hide is not known before the kernel runs."""
         last = self.q_offset + np.arange(N)
         first = 0 if self.window is None else np.maximum(last - self.window + 1, 0)
         return int(np.maximum(np.minimum(last + 1, S) - first, 0).sum())

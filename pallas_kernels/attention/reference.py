@@ -1,7 +1,7 @@
 """The oracle: attention as the textbook writes it, in fp32, with every array dense.
 
 O(N S) memory, differentiated by plain autodiff. Every other implementation is tested against this
-file, so it knows no blocks, no custom gradients and no tricks beyond what an empty row needs.
+file, so it has no blocks, no custom gradients and no tricks except those that an empty row needs.
 """
 
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def _softmax_average(scores, seen, v, spec: str):
 
 
 def _as_read(x, dtype):
-    """x in fp32 with the values that it has in `dtype`; the gradient passes unrounded."""
+    """x in fp32 with the values that it has in `dtype`; the gradient is not rounded."""
     wide = x.astype(jnp.float32)
     return wide + lax.stop_gradient(x.astype(dtype).astype(jnp.float32) - wide)
 
@@ -58,7 +58,7 @@ def decode(
     scale: float,
     partition=None,
 ) -> Float[Array, "B Q H"]:
-    """One query a row over the first `valid` slots, in whatever order they lie."""
+    """One query a row over the first `valid` slots, whose order does not matter."""
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     k, v = (_as_read(x, q.dtype) for x in (k, v))

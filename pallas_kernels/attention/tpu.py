@@ -2,29 +2,29 @@
 
 Why it exists: XLA has no fused attention on TPUs, and jax's splash attention reads every K/V head
 once per query head, steps through a window block by block with a running softmax, and takes its
-masks from host-side tables. Here the window's whole band of bq + W - 1 keys is one grid step, the
-G query heads of a group share the keys as rows of one product, and only tiles on an edge of the
-band are masked.
+masks from tables that the host makes. Here the window's whole band of bq + W - 1 keys is one grid
+step, the G query heads of a group share the keys as rows of one product, and only tiles on an edge
+of the band are masked.
 
-Rounds: products of bf16 inputs accumulate in fp32; scores, softmax and all sums are fp32, in
-base 2; p and ds are rounded to the input dtype before their products. Deterministic.
+How it rounds: products of bf16 inputs accumulate in fp32; scores, softmax and all sums are fp32, in
+base 2; p and ds are rounded to the input dtype before their products. It is deterministic.
 
-Runs on v5e, v5p, v6e and tpu7x by compilation; never yet on a device (see README.md).
+What it runs on: it compiles for v5e, v5p, v6e and tpu7x, and never ran on a device yet (README.md).
 
 Shapes inside: q [B K G N H], k and v [B K S H], lse and delta [B K G N]: positions next to the
-innermost axis, so that a head's block is one matrix. The transposes are left to XLA, which can
-choose layouts that make them free; whether it does in a model was not looked into.
+innermost axis, so that a head's block is one matrix. XLA makes the transposes, and can choose
+layouts that make them free; whether it does so in a model was not examined.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention import tpu_kernels
 from pallas_kernels.attention.blocks import (
     TPU_HEAD_WIDTHS,
     TPU_LANES,
@@ -32,24 +32,12 @@ from pallas_kernels.attention.blocks import (
     tpu_blocks,
     tpu_sums_on_mxu,
 )
-from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
-from pallas_kernels.attention.tpu_bands import Bands, Scalars, Tiles, column
+from pallas_kernels.attention.flash import Spec, kernel_name, padded, round_up, work
+from pallas_kernels.attention.tpu_bands import Bands, Tiles
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation, target_device
 
 _DTYPES = ("bfloat16", "float32")
-NT = (((1,), (1,)), ((), ()))  # a [m h], b [n h] -> [m n]
-NN = (((1,), (0,)), ((), ()))
-TN = (((0,), (0,)), ((), ()))  # a [k m], b [k n] -> [m n]
-# What the backward kernels handle at a time inside a tile (static cycles on v6e, H = 128).
-_DQ_CHUNK = 256  # queries; a tile of 256 x 768 took 601 cycles, in halves 686
-_DKV_CHUNK = 512 * 256  # scores; a tile of 768 x 256 took 757 cycles, in pieces of 256 x 256 881
-
-
-def dot(a, b, dims=NN):
-    # fp32 inputs are a test's or a small model's: exact there, whatever the default precision is.
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def unsupported_reason(call: Call) -> str | None:
@@ -82,8 +70,8 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def _vmem(call: Call) -> int:
-    """Roughly the bytes of VMEM of the largest kernel: blocks, twice for the copies ahead, sums and
-    a tile's temporaries."""
+    """Roughly the bytes of VMEM of the largest kernel: its blocks, twice because the next ones are
+    copied meanwhile, its sums, and the temporary arrays of a tile."""
     G, H = call.group, call.head_width
     item = jnp.dtype(call.dtype).itemsize
     largest = 0
@@ -98,212 +86,6 @@ def _vmem(call: Call) -> int:
         tile = 12 * min(rows if kernel == "forward" else 512, rows) * min(blocks.compute, inner)
         largest = max(largest, arrays + sums + tile)
     return largest
-
-
-def _chunks(n: int, size: int) -> list[slice]:
-    return [slice(low, min(low + size, n)) for low in range(0, n, size)]
-
-
-def _masked(scores, seen):
-    """Scores [rows, keys] whose rows are groups of seen.shape[0] queries."""
-    G = scores.shape[0] // seen.shape[0]
-    grouped = scores.reshape(G, *seen.shape)
-    return jnp.where(seen[None], grouped, masks.MASKED).reshape(scores.shape)
-
-
-def lanes(x, width: int):
-    """x [rows, 128] with equal lanes, as [rows, width]."""
-    if width <= x.shape[1]:
-        return x[:, :width]
-    return jnp.concatenate([x] * (width // x.shape[1]), axis=1)
-
-
-def _each_tile(bands, j, start, tile, n):
-    """Runs tile(0), ... tile(n-1) unless step j repeats another: then its start was moved."""
-
-    def run():
-        lax.fori_loop(0, n, tile, 0)
-
-    pl.when(start == j * bands.size)(run) if bands.steps > 1 else run()
-
-
-def _forward_kernel(tiles, bands, bc, *refs):
-    """Scores [rows, keys], rows = G heads x bq queries. Where the matrix unit is 256 wide and H is
-    not, the row sums come out of the product p v for nothing, as columns of ones beside v; the
-    vector unit, which this kernel waits for, is spared the adds (`tpu_sums_on_mxu`)."""
-    q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref, top, total, acc = refs[3:]
-    scalars = Scalars(*refs[:3], pl.program_id(0))
-    i, j = pl.program_id(2), pl.program_id(3)
-    G, bq, H = q_ref.shape
-    R, width = acc.shape
-    q_first = tiles.q_offset + i * bq
-    limit = tiles.limit(scalars)
-    start = bands.start(i, j, limit if tiles.lengths else None)
-
-    @pl.when(j == 0)
-    def _():
-        top[...] = jnp.full_like(top, masks.MASKED)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
-
-    def tile(c, _):
-        here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
-        k_first = start + c * bc
-
-        def body(masked):
-            s = dot(q_ref[...].reshape(R, H), k_ref[here], NT) * (tiles.scale * LOG2E)
-            if masked:
-                ids = tiles.columns_and_rows(q_ids_ref, slice(None), k_ids_ref, here)
-                s = _masked(s, tiles.seen(q_first, k_first, (bq, bc), 0, limit, *ids))
-            old = top[...]
-            new = jnp.maximum(old, s.max(1, keepdims=True))
-            p = jnp.exp2(s - lanes(new, bc))
-            keep = lanes(jnp.exp2(old - new), max(width, TPU_LANES))
-            v = v_ref[here]
-            if width > H:
-                v = jnp.concatenate([v, jnp.ones((bc, width - H), v.dtype)], axis=1)
-            else:  # whole registers are added here, their lanes at the end
-                sums = functools.reduce(jnp.add, jnp.split(p, bc // TPU_LANES, axis=1))
-                total[...] = total[...] * keep[:, :TPU_LANES] + sums
-            acc[...] = acc[...] * keep[:, :width] + dot(p.astype(v.dtype), v)
-            top[...] = new
-
-        tiles.apply(scalars, q_first, k_first, bq, bc, limit, body)
-        return 0
-
-    _each_tile(bands, j, start, tile, bands.size // bc)
-
-    @pl.when(j == bands.steps - 1)
-    def _():
-        empty = top[...] < masks.MASKED / 2
-        if width > H:
-            sums = lanes(acc[:, H:], TPU_LANES)
-        else:
-            sums = jnp.broadcast_to(total[...].sum(1, keepdims=True), total.shape)
-        sums = jnp.where(empty, 1.0, sums)
-        lse = jnp.where(empty, masks.MASKED, (top[...] + jnp.log2(sums)) / LOG2E)
-        out = acc[:, :H] * lanes(jnp.where(empty, 0.0, 1.0 / sums), H)
-        out_ref[...] = out.reshape(G, bq, H).astype(out_ref.dtype)
-        for g in range(G):
-            lse_ref[g : g + 1] = lse[g * bq : (g + 1) * bq].T[:1]
-
-
-def _pipelined(chunks, products, rest):
-    """rest(chunk, *products(chunk)) for every chunk, with the products one chunk ahead, so that the
-    compiler has matrix work beside the exponentials. Whole tiles at once spill far more registers
-    and take 5-15% longer."""
-    ahead = products(chunks[0])
-    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-        mine, ahead = ahead, None if following is None else products(following)
-        rest(chunk, *mine)
-
-
-def _dq_kernel(tiles, bands, bc, *refs):
-    """Scores [keys, queries], so that lse and delta are rows of lanes as they lie in memory; dq is
-    summed transposed, [H, queries], which keeps the matrix unit's columns full."""
-    q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref, dq_ref, acc = refs[3:]
-    scalars = Scalars(*refs[:3], pl.program_id(0))
-    i, j = pl.program_id(2), pl.program_id(3)
-    G, bq = q_ref.shape[:2]
-    q_first = tiles.q_offset + i * bq
-    limit = tiles.limit(scalars)
-    start = bands.start(i, j, limit if tiles.lengths else None)
-
-    @pl.when(j == 0)
-    def _():
-        acc[...] = jnp.zeros_like(acc)
-
-    def tile(n, _):
-        c, g = n // G, n % G
-        here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
-        k_first = start + c * bc
-
-        def body(masked):
-            k, v = k_ref[here], v_ref[here]
-
-            def products(queries):
-                return dot(k, q_ref[g, queries], NT), dot(v, d_out_ref[g, queries], NT)
-
-            def rest(queries, s, dp):
-                s = s * (tiles.scale * LOG2E)
-                if masked:
-                    ids = tiles.rows_and_columns(q_ids_ref, queries, k_ids_ref, here)
-                    first = q_first + queries.start
-                    s = jnp.where(
-                        tiles.seen(first, k_first, s.shape, 1, limit, *ids), s, masks.MASKED
-                    )
-                p = jnp.exp2(s - lse_ref[pl.ds(g, 1), queries])
-                ds = p * (dp - delta_ref[pl.ds(g, 1), queries])
-                acc[g, :, queries] += dot(k, ds.astype(k.dtype), TN)
-
-            _pipelined(_chunks(bq, _DQ_CHUNK), products, rest)
-
-        tiles.apply(scalars, q_first, k_first, bq, bc, limit, body)
-        return 0
-
-    _each_tile(bands, j, start, tile, bands.size // bc * G)
-
-    @pl.when(j == bands.steps - 1)
-    def _():
-        for g in range(G):
-            dq_ref[g] = (acc[g] * tiles.scale).T.astype(dq_ref.dtype)
-
-
-def _dkv_kernel(tiles, bands, bc, *refs):
-    """Scores [queries, keys]; dk and dv are summed transposed, [H, keys], over the queries of the
-    band and the G heads of the group, in fp32."""
-    q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref = refs[3:11]
-    dk_ref, dv_ref, dk, dv = refs[11:]
-    scalars = Scalars(*refs[:3], pl.program_id(0))
-    i, j = pl.program_id(2), pl.program_id(3)
-    G, bk = q_ref.shape[0], k_ref.shape[0]
-    k_first = i * bk
-    start = bands.start(i, j)
-    limit = tiles.limit(scalars)
-
-    @pl.when(j == 0)
-    def _():
-        dk[...] = jnp.zeros_like(dk)
-        dv[...] = jnp.zeros_like(dv)
-
-    def tile(n, _):
-        c, g = n // G, n % G
-        here = pl.ds(pl.multiple_of(c * bc, TPU_LANES), bc)
-        q_first = tiles.q_offset + start + c * bc
-
-        def body(masked):
-            q, d_out = q_ref[g, here], d_out_ref[g, here]
-            lse = column(lse_ref[pl.ds(g, 1), here])
-            delta = column(delta_ref[pl.ds(g, 1), here])
-
-            def products(rows):
-                return dot(q[rows], k_ref[...], NT), dot(d_out[rows], v_ref[...], NT)
-
-            def rest(rows, s, dp):
-                s = s * (tiles.scale * LOG2E)
-                if masked:
-                    q_ids = pl.ds(c * bc + rows.start, rows.stop - rows.start)
-                    ids = tiles.columns_and_rows(q_ids_ref, q_ids, k_ids_ref, slice(None))
-                    first = q_first + rows.start
-                    s = jnp.where(
-                        tiles.seen(first, k_first, s.shape, 0, limit, *ids), s, masks.MASKED
-                    )
-                p = jnp.exp2(s - lanes(lse[rows], bk))
-                ds = p * (dp - lanes(delta[rows], bk))
-                dv[...] += dot(d_out[rows], p.astype(q.dtype), TN)
-                dk[...] += dot(q[rows], ds.astype(q.dtype), TN)
-
-            _pipelined(_chunks(bc, max(_DKV_CHUNK // bk, TPU_LANES)), products, rest)
-
-        tiles.apply(scalars, q_first, k_first, bc, bk, limit, body)
-        return 0
-
-    _each_tile(bands, j, start, tile, bands.size // bc * G)
-
-    @pl.when(j == bands.steps - 1)
-    def _():
-        dk_ref[...] = (dk[...] * tiles.scale).T.astype(dk_ref.dtype)
-        dv_ref[...] = dv[...].T.astype(dv_ref.dtype)
 
 
 def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, scalars, *args):
@@ -333,13 +115,13 @@ def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cos
 
 
 class _Operands:
-    """The arrays of one call in the kernels' layout, padded, and the specs to read them by."""
+    """The arrays of one call, padded and in the kernels' layout, and the specs of their blocks."""
 
     def __init__(self, spec: Spec, kernel: str, q, k, mask: masks.Mask):
         self.B, self.N, Q, self.H = q.shape
         self.S, self.K = k.shape[1:3]
         self.G = Q // self.K
-        self.mask = mask
+        self.mask, self.work = mask, work(kernel, q, k, mask)
         self.outer = "keys" if kernel == "dkv" else "queries"
         blocks = tpu_blocks(kernel, self.G, mask.window)
         bq = min(blocks.q, round_up(self.N, TPU_LANES))
@@ -409,7 +191,7 @@ class _Operands:
         return lengths, *(ranges(ids) for ids in self.ids())
 
     def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
-        """Blocks of the outer axis, or bands of the inner one, between whole other axes."""
+        """Blocks of the outer axis or bands of the inner one; the other axes are whole."""
         lead = 2 if heads else 1
 
         def index(b, h, i, j, lengths, *_):
@@ -436,19 +218,10 @@ class _Operands:
             return None, None
         return tuple(self._spec(x, (1,), (), heads=False) for x in ("queries", "keys"))
 
-    def cost(self, products: int, arrays) -> pl.CostEstimate:
-        """`products` matrix products per pair of query and key in the blocks that are visited."""
-        bands = self.bands
-        pairs = self.blocks * bands.block * bands.size * bands.steps
-        if self.mask.window is None:
-            pairs //= 2  # about half of them lie above the diagonal
-        heads = self.B * self.K * self.G
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-        return pl.CostEstimate(
-            flops=2 * products * heads * pairs * self.H,
-            transcendentals=heads * pairs,
-            bytes_accessed=size,
-        )
+    def cost(self, arrays) -> pl.CostEstimate:
+        flops, exponentials = self.work
+        moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+        return pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=moved)
 
 
 def forward(spec: Spec, q, k, v, mask: masks.Mask):
@@ -462,14 +235,14 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
         jax.ShapeDtypeStruct(args[0].shape[:-1], jnp.float32),
     )
     out, lse = call_kernel(
-        functools.partial(_forward_kernel, o.tiles, o.bands, o.bc),
+        functools.partial(tpu_kernels.forward_kernel, o.tiles, o.bands, o.bc),
         kernel_name("forward", "pallas_tpu", mask.window),
         o.grid,
         (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs()),
         (o.query_spec(), o.stat_spec()),
         out_shape,
         [(R, TPU_LANES), (R, TPU_LANES), (R, width)],
-        o.cost(2, (args, out_shape)),
+        o.cost((args, out_shape)),
         o.scalars(),
         *args,
     )
@@ -479,7 +252,7 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
 def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     """See flash.Kernels."""
 
-    def gradients(kernel, name, products, out_shapes, out_spec, acc_shape):
+    def gradients(kernel, name, out_shapes, out_spec, acc_shape):
         o = _Operands(spec, name, q, k, mask)
         args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
         args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
@@ -493,24 +266,22 @@ def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
             (out_spec(o),) * len(out_shape),
             out_shape,
             [acc_shape(o)] * len(out_shape),
-            o.cost(products, (args, out_shape)),
+            o.cost((args, out_shape)),
             o.scalars(),
             *args,
         )
         return o, out
 
     o, (dq,) = gradients(
-        _dq_kernel,
+        tpu_kernels.dq_kernel,
         "dq",
-        3,
         lambda q, k: (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         _Operands.query_spec,
         lambda o: (o.G, o.H, o.bands.block),
     )
     _, dkv = gradients(
-        _dkv_kernel,
+        tpu_kernels.dkv_kernel,
         "dkv",
-        4,
         lambda q, k: (jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype),) * 2,
         _Operands.key_spec,
         lambda o: (o.H, o.bands.block),

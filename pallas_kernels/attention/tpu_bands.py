@@ -1,7 +1,7 @@
 """Which tiles of queries and keys the TPU kernels visit, and who sees whom inside one.
 
-`Bands` says which positions of the other axis a block reads, `Scalars` has what is prefetched into
-scalar memory, and `Tiles` runs a tile without a mask, with one, or not at all.
+`Bands` says which positions of the other axis a block reads, `Scalars` has what is copied to scalar
+memory before a kernel starts, and `Tiles` runs a tile without a mask, with one, or not at all.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ def column(row, width=TPU_LANES):
 class Bands:
     """Which positions of the other axis a block of `block` positions reads, in `steps` grid steps
     of `size` positions each: one step for a window, every block up to (or from) the diagonal for
-    full attention. Starts are multiples of 128, and clipped to the array: a step whose start
-    does not change costs no copy, and positions are compared, never assumed.
+    full attention. Starts are multiples of 128, and clipped to the array. So a step may have the
+    start of the step before it, which costs no copy; therefore kernels compare positions.
 
     shift: position of the outer axis' element 0 on the inner axis (q_offset for keys read by
-    queries, -q_offset for queries read by keys). back, ahead: how far behind its first and beyond
+    queries, -q_offset for queries read by keys). back, ahead: how far before its first and after
     its last position a block reads; None: to the end of the array.
     """
 
@@ -55,7 +55,7 @@ class Bands:
         return cls(block, size, 1, length, shift, back, ahead)
 
     def start(self, i, j, limit=None):
-        """First inner position of step j for outer block i, of a row of which `limit` exist."""
+        """First inner position of step j for outer block i, of a row that has `limit` positions."""
         first = self.shift + i * self.block
         last_start = self.length - self.size
         if self.back is None:  # keys of a causal query block: 0 .. its last position
@@ -70,8 +70,8 @@ class Bands:
 
 
 class Scalars(NamedTuple):
-    """What is prefetched into scalar memory, and the batch row at hand. lengths [B]; q_ids, k_ids
-    [2 B, blocks of 128]: a row's lowest and its highest segment id in each block."""
+    """What is in scalar memory, and the batch row b of this grid step. lengths [B]; q_ids, k_ids
+    [2 B, blocks of 128]: the lowest and the highest segment id of a row in each block."""
 
     lengths: Any
     q_ids: Any
@@ -102,9 +102,10 @@ class Tiles:
         return scalars.lengths[scalars.b] if self.lengths else self.S
 
     def apply(self, scalars, q_first, k_first, bq, bk, limit, body):
-        """Runs body(masked: bool) for the tile of queries at positions q_first.. and keys k_first..
-        not at all if nobody sees anybody, without a mask if all see all. Packed documents: a tile
-        is skipped if the ranges of ids are apart, and needs no mask if all ids are one."""
+        """Runs body(masked: bool) for the tile of bq queries from position q_first and bk keys from
+        k_first: not at all if no query sees a key, without a mask if all see all. With segments a
+        tile is skipped if the ranges of ids do not overlap, and needs no mask if all ids are equal.
+        """
         window = self.window
         youngest, oldest = q_first - (k_first + bk - 1), q_first + bq - 1 - k_first
         some, every = oldest >= 0, youngest >= 0
@@ -124,8 +125,8 @@ class Tiles:
         """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it."""
         q_pos = lax.broadcasted_iota(jnp.int32, shape, q_axis)
         k_pos = lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
-        # Only the difference of the two counts; added to the positions along the lanes, of which
-        # there are fewer registers.
+        # Only the difference of the two starts matters. It is added to the positions along the
+        # lanes, which take fewer registers.
         if q_axis == 0:
             zero, k_pos = q_first, k_pos + (k_first - q_first)
         else:

@@ -1,4 +1,4 @@
-"""Decode on TPUs: one query a row over a cache, read as it lies, or over a ring."""
+"""Decode on TPUs: one query a row over a cache, which is read as it is stored, or over a ring."""
 
 import functools
 
@@ -10,13 +10,14 @@ from jax.experimental import pallas as pl
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import TPU_LANES, tpu_decode_rows
 from pallas_kernels.attention.flash import LOG2E, kernel_name
-from pallas_kernels.attention.tpu import NT, call_kernel, dot, lanes
+from pallas_kernels.attention.tpu import call_kernel
+from pallas_kernels.attention.tpu_kernels import NT, dot, lanes
 
 
 def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
-    """All heads at once: rows of k and v are (slot, K/V head), and a score counts where the query
-    head belongs to the row's. The matrix unit, idle anyway, computes K times too many; to part the
-    heads would be a transposition of everything read."""
+    """All heads at once: rows of k and v are (slot, K/V head), and a score counts if the query head
+    belongs to the K/V head of the row. The matrix unit, which has time, computes K times too many
+    scores; to separate the heads, all that is read would have to be transposed."""
     j = pl.program_id(1)
     Q, H = q_ref.shape
     rows = k_ref.shape[0]
@@ -39,7 +40,7 @@ def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total
         p = jnp.exp2(s - new[:, :1])
         keep = jnp.exp2(old - new)
         top[...], total[...] = new, total[...] * keep + p.sum(1, keepdims=True)
-        # What lies beyond the valid slots may be anything, NaN too.
+        # After the valid slots there may be anything, NaN too.
         exists = lax.broadcasted_iota(jnp.int32, v_ref.shape, 0) < valid
         v = jnp.where(exists, v_ref[...], jnp.zeros((), v_ref.dtype))
         acc[...] = acc[...] * lanes(keep, H) + dot(p.astype(v.dtype), v)
@@ -52,17 +53,17 @@ def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Memory-bound: with H = 128 the cache is read as it lies,
-    each valid slot once for all heads, and nothing past the last valid block. With other widths XLA
-    first copies the cache to another layout (seen for H = 64 and 256): a known cost."""
+    """Same contract as `reference.decode`. Memory-bound: with H = 128 the cache is read as it is
+    stored, each valid slot once for all heads, and no block after the last valid one. With other
+    widths XLA first copies the cache to another layout (seen for H = 64 and 256): a known cost."""
     B, Q, H = q.shape
     S, K = k.shape[1:3]
-    # The last block may reach beyond the cache: padding would copy the cache at every step.
+    # The last block may end outside the cache: padding would copy the cache at every step.
     size = min(max(tpu_decode_rows(H) // K // 16, 1) * 16, S)
     k, v = (x.astype(q.dtype).reshape(B, S * K, H) for x in (k, v))
 
     def block(b, j, valid_ref):
-        # Beyond the last valid block the index stays where it is: no copy.
+        # After the last valid block the index does not change, so nothing is copied.
         return b, jnp.minimum(j, jnp.maximum(valid_ref[b] - 1, 0) // size), 0
 
     q_spec = pl.BlockSpec((pl.squeezed, Q, H), lambda b, j, valid_ref: (b, 0, 0))

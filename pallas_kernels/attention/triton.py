@@ -2,19 +2,19 @@
 and RTX 40 (sm_89).
 
 Why it exists: Mosaic GPU's fast path needs Hopper's wgmma. These GPUs have mma.sync and cp.async,
-which Triton schedules well. It compiles for Hopper too, where "auto" prefers pallas_gpu. One
-template serves the window and global attention (FlashAttention-2, arXiv 2307.08691): only blocks
-inside the band are visited, and only those on its edges are masked. dq and dkv are kernels of their
-own without atomics, so a second run gives the same bits. Decoding is split over the keys.
+which Triton schedules well. The kernels compile for Hopper too, where "auto" prefers pallas_gpu.
+One template serves the window and global attention (FlashAttention-2, arXiv 2307.08691): only
+blocks inside the band are visited, and only those on its edges are masked. dq and dkv are separate
+kernels without atomics, so a second run gives the same bits. Decoding is split over the keys.
 
-Rounds: products of bf16 or fp16 accumulate in fp32; scores, softmax and all sums are fp32, in base
-2; p and ds are rounded to the dtype of q before their products, out and dq on leaving the kernel.
-dk and dv are summed over the query heads of a group in the kernel and leave it in
+How it rounds: products of bf16 or fp16 accumulate in fp32; scores, softmax and all sums are fp32,
+in base 2; p and ds are rounded to the dtype of q before their products, out and dq at the end of
+the kernel. dk and dv are summed over the query heads of a group in the kernel, and are returned in
 spec.kv_grad_dtype.
 
-Runs on sm_80, sm_86, sm_89 and sm_90 by compilation (`compile_report`); never yet on a device. The
-kernels are in triton_kernels.py. Under `pallas_kernels.interpret()` they run in numpy on the host,
-in Triton's interpreter, which is how they are tested.
+What it runs on: it compiles for sm_80, sm_86, sm_89 and sm_90 (`compile_report`), and never ran on
+a device yet. The kernels are in triton_kernels.py. Under `pallas_kernels.interpret()` they run in
+numpy on the host, in Triton's interpreter; so they are tested.
 """
 
 import functools
@@ -43,7 +43,7 @@ from pallas_kernels.attention.blocks import (
     TritonBlocks,
     triton_blocks,
 )
-from pallas_kernels.attention.flash import Spec, kernel_name
+from pallas_kernels.attention.flash import Spec, kernel_name, work
 from pallas_kernels.attention.join import join_splits
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.call import Call
@@ -96,8 +96,8 @@ def _missing_triton() -> str | None:
 
 @functools.cache
 def _misfit() -> str | None:
-    """Why jax-triton does not fit this jax. Tried out, since it reaches into jax's insides: 0.4.1
-    with jax 0.12.0.1 can be imported and traced, and fails when jax lowers."""
+    """Why jax-triton does not work with this jax. That is tried out, since jax-triton uses private
+    parts of jax: 0.4.1 with jax 0.12.0.1 can be imported and traced, and fails when jax lowers."""
     try:
         import jax_triton  # noqa: F401
     except Exception as error:
@@ -122,8 +122,8 @@ def _misfit() -> str | None:
 
 @functools.cache
 def _kernels(interpreted: bool = False):
-    """The module of kernels. Triton decides when it decorates whether it compiles or interprets,
-    so there are two copies."""
+    """The module of kernels. A kernel's decorator decides whether Triton compiles or interprets it,
+    so there are two copies of the module."""
     import triton
 
     name = "pallas_kernels.attention.triton_kernels"
@@ -138,8 +138,8 @@ def _kernels(interpreted: bool = False):
 
 
 class _Launch(NamedTuple):
-    """A kernel and all it is given but its input arrays. In every kernel pointers in come first,
-    then scalars, pointers out, constants."""
+    """A kernel and all its arguments except the input arrays. The order in every kernel is pointers
+    to inputs, scalars, pointers to outputs, constants."""
 
     kernel: str
     scalars: list[int]
@@ -184,7 +184,8 @@ def _on_gpu(what: _Launch, arrays, compute_capability: int):
 
 
 class _HostArray:
-    """What Triton's interpreter asks of a tensor, for a numpy array that is worked on in place."""
+    """A numpy array with the methods that Triton's interpreter calls of a tensor; it is changed in
+    place."""
 
     def __init__(self, x: np.ndarray):
         self._x, self.dtype = x, _TYPES[str(x.dtype)]
@@ -246,9 +247,6 @@ def _constants(kernel, blocks, N, S, Q, K, H, *, window, scale, segments, length
     )  # fmt: skip
 
 
-_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
-
-
 def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
     (B, N, Q, H), (S, K) = q.shape, k.shape[1:3]
     device = target_device(q)
@@ -258,11 +256,11 @@ def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
         kernel, blocks, N, S, Q, K, H, window=mask.window, scale=spec.scale,
         segments=segments is not None, lengths=lengths is not None,
     )  # fmt: skip
-    # What is absent is never read; any array will do in its place.
+    # What is absent is never read: any array may be in its place.
     ids = [q, q] if segments is None else [x.astype(jnp.int32) for x in segments]
     valid = q if lengths is None else lengths.astype(jnp.int32)
     grid = _grid(kernel, blocks, B, N, S, Q, K)
-    flops = 2 * _PRODUCTS[kernel] * B * Q * H * mask.pairs(N, S)
+    flops, _ = work(kernel, q, k, mask)
     what = _Launch(kernel, [N, S, mask.q_offset], outs, grid, constants, blocks, flops)
     return _launch(what, [q, k, v, *ids, valid, *rest], device)
 
@@ -293,8 +291,8 @@ def _decode_constants(blocks, Q, K, H, scale, parts) -> dict:
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Parts of the cache are averaged by a program each, and
-    the parts then by XLA, weighted by their sums of exponentials."""
+    """Same contract as `reference.decode`. Each program averages a part of the cache, and XLA then
+    averages the parts, weighted by their sums of exponentials."""
     (B, Q, H), (S, K) = q.shape, k.shape[1:3]
     device = target_device(q)
     blocks = _blocks("decode", H, False, device)
@@ -318,7 +316,7 @@ def decode(q, k, v, valid, *, scale):
     return join_splits(out, lse2, axis=1).astype(q.dtype)
 
 
-# --- What the compiler makes of it ----------------------------------------------------------------
+# --- What the compiler reports --------------------------------------------------------------------
 
 
 def compile_report(compute_capability: int, shapes: Iterable[Mapping]) -> list[dict]:

@@ -1,10 +1,10 @@
-"""The Triton kernels that triton.py launches. Only that file imports this one, and late: Triton is
-no requirement.
+"""The Triton kernels that triton.py launches. Only that file imports this one, when it is needed:
+Triton is no requirement.
 
-Every kernel reads the [batch, positions, heads, head width] arrays where they lie: a program works
-on one head, whose rows are `Q * H` or `K * H` elements apart. Names in capitals are compile-time
-constants; lengths and q_offset are not. Scores are [queries, keys], except in `dkv_kernel`, where
-they are transposed, so that p and ds are the left factors of its products.
+Every kernel reads the [batch, positions, heads, head width] arrays as they are stored: a program
+works on one head, whose rows are `Q * H` or `K * H` elements apart. Names in capitals are
+compile-time constants; lengths and q_offset are not. Scores are [queries, keys], except in
+`dkv_kernel`, where they are transposed, so that p and ds are the left factors of its products.
 """
 
 import triton
@@ -28,7 +28,7 @@ def _named(operation: str):
 
 @triton.jit
 def _largest(x, axis: tl.constexpr):
-    # tl.max, spelt so that the interpreter knows it also where Triton was imported without it.
+    # tl.max, written so that it runs in the interpreter even if Triton was imported without that.
     return tl.reduce(x, axis, tl.standard._elementwise_max)
 
 
@@ -65,9 +65,41 @@ def _vector(ptr, first, limit, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _key_blocks(p0, p1, last_key, WINDOW: tl.constexpr, BK: tl.constexpr, ALL_MASKED: tl.constexpr):
-    """For the queries at positions p0 .. p1: keys [a, b) need masks (the window's edge), [b, c)
-    none, [c, d) do (the diagonal and the end). a, b and c are multiples of BK."""
+def _head(ptr, row, positions, head, HEADS: tl.constexpr, H: tl.constexpr):
+    """Where one head of a batch row begins in [batch, positions, heads, head width]."""
+    return ptr + (row * positions * (HEADS * H) + head * H)
+
+
+@triton.jit
+def _last_key(lengths_ptr, b, S, LENGTHS: tl.constexpr):
+    """How many keys row b has: all of the array's, or as many as lengths says."""
+    last_key = S
+    if LENGTHS:
+        last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    return last_key
+
+
+@triton.jit
+def _query_program(N, Q: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr):
+    """What a program of `forward` and `dq` handles: a query head, its K/V head, the batch row, and
+    the first of BQ queries. The heads of a group run at the same time, because they read the same
+    keys, and the queries with the most keys start first."""
+    G: tl.constexpr = Q // K
+    step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head = kv_head * G + step % G
+    first = ((N + BQ - 1) // BQ - 1 - step // G) * BQ
+    return head, kv_head, b, first
+
+
+@triton.jit
+def _key_blocks(
+    first, N, q_offset, last_key,
+    WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ALL_MASKED: tl.constexpr,
+):  # fmt: skip
+    """For BQ queries from `first` on: keys [a, b) need masks (the window's edge), [b, c) none,
+    [c, d) do (the diagonal and the end). a, b and c are multiples of BK."""
+    p0 = q_offset + first
+    p1 = q_offset + tl.minimum(first + BQ, N) - 1
     d = tl.minimum(p1 + 1, last_key)
     a = 0
     b = 0
@@ -82,8 +114,34 @@ def _key_blocks(p0, p1, last_key, WINDOW: tl.constexpr, BK: tl.constexpr, ALL_MA
 
 
 @triton.jit
+def _query_blocks(
+    first, N, q_offset, last_key,
+    WINDOW: tl.constexpr, LENGTHS: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, ALL_MASKED: tl.constexpr,
+):  # fmt: skip
+    """For BK keys from `first` on: query rows [a, b) need masks (the diagonal), [b, c) none,
+    [c, d) do (the window's edge and the end). a is a multiple of BQ, b and c are too or equal d."""
+    d = N
+    c = N // BQ * BQ
+    if WINDOW is not None:
+        last = tl.minimum(first + BK, last_key) - 1
+        d = tl.minimum(tl.maximum(last + WINDOW - q_offset, 0), N)
+        seen_by_all = tl.maximum(first + WINDOW - q_offset, 0)
+        c = tl.minimum(seen_by_all, N) // BQ * BQ
+    a = tl.maximum(first - q_offset, 0) // BQ * BQ
+    if LENGTHS:
+        d = tl.where(first < last_key, d, 0)
+    b = (tl.maximum(first + BK - 1 - q_offset, 0) + BQ - 1) // BQ * BQ
+    b = tl.maximum(a, tl.minimum(b, d))
+    c = tl.maximum(b, tl.minimum(c, d))
+    if ALL_MASKED:
+        c = b
+    return a, b, c, d
+
+
+@triton.jit
 def _visible(q_pos, k_pos, WINDOW: tl.constexpr):
-    """`mask.visible` in the words that Triton can read."""
+    """`mask.visible`, in Triton."""
     age = q_pos - k_pos
     seen = age >= 0
     if WINDOW is not None:
@@ -93,7 +151,8 @@ def _visible(q_pos, k_pos, WINDOW: tl.constexpr):
 
 @triton.jit
 def _mask_scores(s, q_pos, k_pos, q_ids, kv_ids, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
-    """After the scaling, and finite, so that a row without any key gives no NaN."""
+    """Masks scores that are already scaled, with a finite number, so that a row without any key
+    gives no NaN."""
     seen = _visible(q_pos, k_pos, WINDOW)
     if SEGMENTS:
         seen = seen & (q_ids == kv_ids)
@@ -106,7 +165,7 @@ def _attend(
     K: tl.constexpr, H: tl.constexpr, WINDOW: tl.constexpr, SCALE2: tl.constexpr,
     BK: tl.constexpr, SEGMENTS: tl.constexpr, MASK: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """One stretch of keys with a running softmax in base 2."""
+    """Keys start..end, with a running softmax in base 2."""
     for low in tl.range(start, end, BK):
         k = _rows(k_ptr, low, last_key, K * H, H, BK, MASK and GUARD)
         s = tl.dot(q, tl.trans(k))
@@ -141,23 +200,17 @@ def forward_kernel(
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Programs (query block and head of the group, K/V head, batch row). The heads of a group run
-    side by side, for they read the same keys, and the longest rows of the triangle start first."""
-    G: tl.constexpr = Q // K
-    step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head = kv_head * G + step % G
-    first = ((N + BQ - 1) // BQ - 1 - step // G) * BQ
+    """Programs (query block and head of the group, K/V head, batch row)."""
+    head, kv_head, b, first = _query_program(N, Q, K, BQ)
     row = tl.cast(b, tl.int64)
-    q_ptr += row * N * (Q * H) + head * H
-    out_ptr += row * N * (Q * H) + head * H
-    k_ptr += row * S * (K * H) + kv_head * H
-    v_ptr += row * S * (K * H) + kv_head * H
+    q_ptr = _head(q_ptr, row, N, head, Q, H)
+    out_ptr = _head(out_ptr, row, N, head, Q, H)
+    k_ptr = _head(k_ptr, row, S, kv_head, K, H)
+    v_ptr = _head(v_ptr, row, S, kv_head, K, H)
     lse_ptr += (row * Q + head) * N
     q_ids_ptr += row * N
     kv_ids_ptr += row * S
-    last_key = S
-    if LENGTHS:
-        last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    last_key = _last_key(lengths_ptr, b, S, LENGTHS)
 
     q = _rows(q_ptr, first, N, Q * H, H, BQ, True)
     if SCALE < 0:
@@ -167,9 +220,7 @@ def forward_kernel(
     if SEGMENTS:
         q_ids = _vector(q_ids_ptr, first, N, BQ)[:, None]
     q_pos = q_offset + first + tl.arange(0, BQ)
-    p0 = q_offset + first
-    p1 = q_offset + tl.minimum(first + BQ, N) - 1
-    a, b1, c, d = _key_blocks(p0, p1, last_key, WINDOW, BK, SEGMENTS)
+    a, b1, c, d = _key_blocks(first, N, q_offset, last_key, WINDOW, BQ, BK, SEGMENTS)
 
     top = tl.full([BQ], MASKED, tl.float32)
     total = tl.full([BQ], 0.0, tl.float32)
@@ -231,22 +282,17 @@ def dq_kernel(
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dq: the programs and the blocks that they visit are those of `forward`."""
-    G: tl.constexpr = Q // K
     SCALE2: tl.constexpr = SCALE * LOG2E
-    step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head = kv_head * G + step % G
-    first = ((N + BQ - 1) // BQ - 1 - step // G) * BQ
+    head, kv_head, b, first = _query_program(N, Q, K, BQ)
     row = tl.cast(b, tl.int64)
-    q_ptr += row * N * (Q * H) + head * H
-    do_ptr += row * N * (Q * H) + head * H
-    dq_ptr += row * N * (Q * H) + head * H
-    k_ptr += row * S * (K * H) + kv_head * H
-    v_ptr += row * S * (K * H) + kv_head * H
+    q_ptr = _head(q_ptr, row, N, head, Q, H)
+    do_ptr = _head(do_ptr, row, N, head, Q, H)
+    dq_ptr = _head(dq_ptr, row, N, head, Q, H)
+    k_ptr = _head(k_ptr, row, S, kv_head, K, H)
+    v_ptr = _head(v_ptr, row, S, kv_head, K, H)
     q_ids_ptr += row * N
     kv_ids_ptr += row * S
-    last_key = S
-    if LENGTHS:
-        last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    last_key = _last_key(lengths_ptr, b, S, LENGTHS)
 
     q = _rows(q_ptr, first, N, Q * H, H, BQ, True)
     do = _rows(do_ptr, first, N, Q * H, H, BQ, True)
@@ -256,9 +302,7 @@ def dq_kernel(
     if SEGMENTS:
         q_ids = _vector(q_ids_ptr, first, N, BQ)[:, None]
     q_pos = q_offset + first + tl.arange(0, BQ)
-    p0 = q_offset + first
-    p1 = q_offset + tl.minimum(first + BQ, N) - 1
-    a, b1, c, d = _key_blocks(p0, p1, last_key, WINDOW, BK, SEGMENTS)
+    a, b1, c, d = _key_blocks(first, N, q_offset, last_key, WINDOW, BQ, BK, SEGMENTS)
 
     dq = tl.full([BQ, H], 0.0, tl.float32)
     if WINDOW is not None:
@@ -325,15 +369,13 @@ def dkv_kernel(
     step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = step * BK
     row = tl.cast(b, tl.int64)
-    k_ptr += row * S * (K * H) + kv_head * H
-    v_ptr += row * S * (K * H) + kv_head * H
-    dk_ptr += row * S * (K * H) + kv_head * H
-    dv_ptr += row * S * (K * H) + kv_head * H
+    k_ptr = _head(k_ptr, row, S, kv_head, K, H)
+    v_ptr = _head(v_ptr, row, S, kv_head, K, H)
+    dk_ptr = _head(dk_ptr, row, S, kv_head, K, H)
+    dv_ptr = _head(dv_ptr, row, S, kv_head, K, H)
     q_ids_ptr += row * N
     kv_ids_ptr += row * S
-    last_key = S
-    if LENGTHS:
-        last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    last_key = _last_key(lengths_ptr, b, S, LENGTHS)
 
     k = _rows(k_ptr, first, last_key, K * H, H, BK, True)
     v = _rows(v_ptr, first, last_key, K * H, H, BK, True)
@@ -341,23 +383,9 @@ def dkv_kernel(
     kv_ids = 0
     if SEGMENTS:
         kv_ids = _vector(kv_ids_ptr, first, S, BK)[:, None]
-
-    # Query rows [start, full) and [end_full, end) need masks, those between do not.
-    end = N
-    end_full = N // BQ * BQ
-    if WINDOW is not None:
-        last = tl.minimum(first + BK, last_key) - 1
-        end = tl.minimum(tl.maximum(last + WINDOW - q_offset, 0), N)
-        seen_by_all = tl.maximum(first + WINDOW - q_offset, 0)
-        end_full = tl.minimum(seen_by_all, N) // BQ * BQ
-    start = tl.maximum(first - q_offset, 0) // BQ * BQ
-    if LENGTHS:
-        end = tl.where(first < last_key, end, 0)
-    full = (tl.maximum(first + BK - 1 - q_offset, 0) + BQ - 1) // BQ * BQ
-    full = tl.maximum(start, tl.minimum(full, end))
-    end_full = tl.maximum(full, tl.minimum(end_full, end))
-    if SEGMENTS:
-        end_full = full
+    start, full, end_full, end = _query_blocks(
+        first, N, q_offset, last_key, WINDOW, LENGTHS, BQ, BK, SEGMENTS
+    )
 
     dk = tl.full([BK, H], 0.0, tl.float32)
     dv = tl.full([BK, H], 0.0, tl.float32)
@@ -395,18 +423,18 @@ def decode_kernel(
     Q: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row's cache, for all query heads of a group at once (their rows padded to the
-    smallest product of the tensor cores). Programs (part, K/V head, batch row). Past the valid
-    length nothing is read; a part without keys gives 0 and MASKED."""
+    """One part of a row's cache, for all query heads of a group at once (their rows are padded to
+    the smallest product of the tensor cores). Programs (part, K/V head, batch row). Nothing is read
+    after the valid length; a part without keys gives 0 and MASKED."""
     G: tl.constexpr = Q // K
     SCALE2: tl.constexpr = SCALE * LOG2E
     part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.cast(b, tl.int64)
-    k_ptr += row * S * (K * H) + kv_head * H
-    v_ptr += row * S * (K * H) + kv_head * H
+    k_ptr = _head(k_ptr, row, S, kv_head, K, H)
+    v_ptr = _head(v_ptr, row, S, kv_head, K, H)
     heads = kv_head * G
     start = part * keys_per_part
-    last_key = tl.minimum(tl.load(lengths_ptr + b), S)
+    last_key = _last_key(lengths_ptr, b, S, True)
     end = tl.minimum(start + keys_per_part, last_key)
 
     q = _rows(q_ptr + row * (Q * H), heads, heads + G, H, H, ROWS, True)
@@ -436,5 +464,5 @@ def decode_kernel(
 
 @triton.jit
 def probe_kernel(x_ptr, out_ptr):
-    """Copies a number: the smallest kernel that shows whether jax-triton works at all."""
+    """Copies a number: the smallest kernel that shows whether jax-triton works."""
     tl.store(out_ptr, tl.load(x_ptr))

@@ -9,7 +9,7 @@ Shapes inside: queries [B K R H] with R = G * bq rows, so that the G query heads
 of one matrix product and keys are never repeated. Softmax in base 2, fp32.
 
 Measured on XLA's CPU backend, where one pass over the scores costs as much as a product with them:
-p^T do as written is 2-3 times slower than (do^T) p, hence the transposed gradients of k and v.
+p^T do as written is 2-3 times slower than (do^T) p, so the gradients of k and v are transposed.
 """
 
 import dataclasses
@@ -60,9 +60,9 @@ class _Plan:
 
 
 def _visits(plan: _Plan, i, lengths):
-    """Which keys query block i visits: the number of chunks of bk keys, and chunk j -> its first
-    key. A chunk that would reach beyond the array is moved back inside; none are visited beyond the
-    longest row."""
+    """Which keys query block i visits: the number of chunks of bk keys, and a function from chunk j
+    to its first key. A chunk that would end outside the array is moved back inside. No chunk after
+    the end of the longest row is visited."""
     first = plan.q_offset + i * plan.bq
     last_start = plan.S - plan.bk
     if plan.window is not None:
@@ -82,7 +82,7 @@ def _scores(plan, q, k, mask: Mask, i, j, low):
     k_pos = low + lax.broadcasted_iota(jnp.int32, (plan.bq, plan.bk), 1)
     seen = masks.visible(q_pos, k_pos, plan.window)
     if plan.window is None and plan.S % plan.bk:
-        seen = seen & (k_pos >= j * plan.bk)  # the last chunk was moved back over its neighbour
+        seen = seen & (k_pos >= j * plan.bk)  # the last chunk was moved and overlaps with another
     seen = seen[None]
     if mask.segments is not None:
         seg_q = lax.dynamic_slice_in_dim(mask.segments.q, i * plan.bq, plan.bq, 1)
@@ -166,7 +166,7 @@ def _backward(plan: _Plan, q, k, v, mask: Mask, lse, delta, d_out, kv_grad_dtype
 
 
 def _plan(spec: Spec, q, k, mask: Mask):
-    """The plan, whose N is a multiple of the block's, and the mask for so many queries."""
+    """The plan, whose N is a multiple of bq, and the mask for that many queries."""
     B, N, Q = q.shape[:3]
     S, K = k.shape[1:3]
     bq, bk = xla_blocks(B, Q, N, S, mask.window)
@@ -199,17 +199,17 @@ def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
 
 @jax.named_scope(kernel_name("decode", "xla"))
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`, with a running softmax over chunks of keys, none of them
-    beyond the longest row.
+    """Same contract as `reference.decode`, with a running softmax over chunks of keys. It reads no
+    chunk after the end of the longest row.
 
-    The cache is read as it lies, [S, K H], by queries that are zero outside their own head: K times
-    the multiplications instead of a transposed copy (2.2-3.2 times faster on 2 CPU cores at
-    S = 16384 with 2 or 4 K/V heads; many were not measured). It keeps its own dtype: bf16 is 2-3
-    times faster than its copy in fp32.
+    The cache is read as it is stored, [S, K H], by queries that are zero outside their own head.
+    That is K times the multiplications, but no transposed copy (2.2-3.2 times faster on 2 CPU cores
+    at S = 16384 with 2 or 4 K/V heads; more heads were not measured). The cache keeps its dtype:
+    bf16 is 2-3 times faster than a copy in fp32.
     """
     B, Q, H = q.shape
     S, K = k.shape[1:3]
-    # Two chunks at least: of one, XLA would take the reshaped cache out of the loop, as a copy.
+    # At least two chunks: XLA would take the reshape of a single one out of the loop, as a copy.
     bk = min(-(-S // 2), XLA_DECODE_KEYS)
     own = jnp.eye(K, dtype=q.dtype)
     spread = _einsum("bkgh,kj->bkgjh", q.reshape(B, K, Q // K, H), own).astype(q.dtype)
@@ -218,7 +218,7 @@ def decode(q, k, v, valid, *, scale):
     def chunk(j, state):
         top, total, acc = state
         low = jnp.minimum(j * bk, S - bk)
-        # Sliced before it is reshaped: the loop takes the cache itself, and XLA copies nothing.
+        # Sliced before it is reshaped: so the loop takes the cache itself, and XLA copies nothing.
         kj, vj = (lax.dynamic_slice_in_dim(x, low, bk, 1).reshape(B, bk, K * H) for x in (k, v))
         position = low + jnp.arange(bk)
         seen = (position >= j * bk) & (position < valid[:, None])

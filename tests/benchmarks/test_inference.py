@@ -1,6 +1,7 @@
 """The paper's figures, what is measured where, and one smallest run with a cell that fails."""
 
 import dataclasses
+import io
 import json
 import logging
 import time
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import cases, comparison, inference, paper
@@ -289,6 +291,18 @@ def test_the_decode_block_takes_greedy_steps():
     cache, last = inference.decode_block(model, cache, first, np.int32(5), steps=3)
     assert np.array_equal(last, out.tokens[:, 3])
     assert np.array_equal(cache.lengths, [8, 8])
+
+
+def test_a_plot_says_what_was_not_measured():
+    """With no time at all there are only the sizes of caches, which need no measurement."""
+    configs = siblings(tiny.model(vocab_size=37), ("transformer", "yoco"))
+    report = inference.measure(configs, TINY, budget_s=0)
+    figure = Figure()
+    for axes, kind in zip(figure.subplots(1, 3), comparison.TITLES, strict=True):
+        profile_inference.draw(report, kind, axes)
+    figure.savefig(io.BytesIO())
+    said = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert said == [["Nothing was measured."], ["Nothing was measured."], []]
 
 
 def test_the_papers_own_speeds_reach_the_aims(monkeypatch, tmp_path):

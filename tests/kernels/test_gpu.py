@@ -21,6 +21,7 @@ from pallas_kernels import (
     interpret,
 )
 from pallas_kernels.attention import blocks, gpu, gpu_decode, hopper
+from pallas_kernels.attention.gpu_plan import Plan
 from pallas_kernels.device import Device
 from tests.kernels.cases import (
     Shape,
@@ -171,7 +172,7 @@ def test_plan_visits_exactly_the_blocks_that_hold_visible_pairs(window, q_offset
     are not empty, and the inner ones need no mask. Queries and keys in blocks of other sizes."""
     N, S = 48, 40
     for limit in (0, 13, 40):
-        plan = gpu._Plan(N, S, 1, window, q_offset, 1.0, limit < S)
+        plan = Plan(N, S, 1, window, q_offset, 1.0, limit < S)
         age = q_offset + np.arange(N)[:, None] - np.arange(S)[None, :]
         seen = (age >= 0) & (age < (window or 1000)) & (np.arange(S) < limit)
         for axis, (outer, inner) in ((0, (16, 8)), (1, (8, 16))):
@@ -219,10 +220,3 @@ def test_it_says_why_it_cannot_run():
         assert reason(q_shape=(1, 8, 4, 128), k_shape=(1, 8, 4, 128), dtype=jnp.bfloat16) is None
         with interpret():
             assert reason(Device("cpu", "cpu"), dtype=jnp.dtype("float32")) is None
-
-
-def test_cost_estimate_counts_visible_pairs():
-    plan = gpu._Plan(29, 20, 1, 6, 3, 1.0, True)
-    age = 3 + np.arange(29)[:, None] - np.arange(20)[None, :]
-    pairs = 2 * 4 * int(((age >= 0) & (age < 6)).sum())
-    assert gpu._cost(plan, B=2, Q=4, H=8, products=2) == (4 * pairs * 8, pairs)

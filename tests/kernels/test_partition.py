@@ -56,6 +56,18 @@ def test_no_collective(implementation):
     assert check(mesh, shape, args, attend, reference) == []
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_lengths_and_the_segments_of_queries_and_keys_are_split_with_their_rows(implementation):
+    """They differ between the two rows, which are on different devices, and between q and k."""
+    shape = Shape(24, 40, q_offset=16, Q=4, K=2, H=64)
+    mesh = make_mesh(2, 2)
+    args = put(mesh, inputs(shape))
+    options = {"segment_ids": documents(shape, 15, 11), "kv_lengths": jnp.array([21, 33])}
+    attend = operation(shape, implementation=implementation, partition=PARTITION, **options)
+    reference = operation(shape, implementation="reference", **options)
+    assert check(mesh, shape, args, attend, reference) == []
+
+
 @pytest.mark.parametrize(("Q", "K"), [(4, 1), (4, 2), (12, 3)])
 def test_kv_heads_that_do_not_divide_are_replicated(Q, K):
     """Over 4 devices: 1 head for all, 1 for two, and one that two devices share in part. Only the

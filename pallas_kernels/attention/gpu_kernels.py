@@ -1,0 +1,348 @@
+"""The three attention kernels for NVIDIA Hopper that gpu.py starts: forward, dq, and dk with dv.
+
+A thread block has a producer warpgroup and two consumer warpgroups (`hopper.specialise`). Each
+consumer has `rows` rows in shared memory: queries in the forward and for dq, keys for dk and dv.
+The producer copies blocks of the other axis to shared memory, one after the other, and both
+consumers read them. The function before each kernel says what the kernel needs of shared memory;
+the names there are its keyword arguments. `*_ref` are arrays in device memory, `*_smem` in shared
+memory. By the barriers `*_full` and `*_free` the warpgroups tell each other that something has
+come, or that it was read.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attention import hopper
+from pallas_kernels.attention import mask as masks
+from pallas_kernels.attention.blocks import GpuBlocks
+from pallas_kernels.attention.flash import LOG2E
+from pallas_kernels.attention.gpu_plan import Plan, edges_and_inside
+from pallas_kernels.attention.hopper import CONSUMERS, KeyStream, Softmax, pl, plgpu
+
+
+class _Tile(NamedTuple):
+    """What one thread block handles: the CONSUMERS x `rows` positions from `start` on, of batch row
+    b and one head (a K/V head if they are keys), and the blocks first..last of the other axis. Keys
+    from `limit` on do not exist."""
+
+    b: Any
+    head: Any
+    start: Any
+    limit: Any
+    first: Any
+    last: Any
+
+    @classmethod
+    def of_queries(cls, plan: Plan, q_ref, lengths_ref, rows: int, size: int):
+        """Queries, and blocks of `size` keys. The tiles that see the most keys start first."""
+        b, head = lax.axis_index("batch"), lax.axis_index("heads")
+        tile = q_ref.shape[1] // (CONSUMERS * rows) - 1 - lax.axis_index("tiles")
+        start = tile * (CONSUMERS * rows)
+        limit = plan.limit(lengths_ref, b)
+        return cls(b, head, start, limit, *plan.key_blocks(start, CONSUMERS * rows, size, limit))
+
+    @classmethod
+    def of_keys(cls, plan: Plan, lengths_ref, rows: int, size: int):
+        """Keys, and blocks of `size` queries."""
+        b, head = lax.axis_index("batch"), lax.axis_index("heads")
+        start = lax.axis_index("tiles") * (CONSUMERS * rows)
+        limit = plan.limit(lengths_ref, b)
+        return cls(b, head, start, limit, *plan.query_blocks(start, CONSUMERS * rows, size, limit))
+
+
+def _produce_keys(plan: Plan, tile: _Tile, keys: KeyStream, k_ref, v_ref, ids_ref):
+    """The producer of the forward and of dq."""
+    kv_head = lax.div(tile.head, plan.group)
+    ids = None if ids_ref is None else ids_ref.kv
+    size = keys.k_smem.shape[1]
+    keys.fill(tile.first, tile.last, lambda j: j * size, k_ref, v_ref, ids, tile.b, kv_head)
+
+
+def _in_segment(seen, row_ids, column_ids):
+    """The mask `seen` of a block of scores (None: all are seen) and that of equal segment ids, if
+    there are segments. Ids of rows are in registers, those of columns in shared memory."""
+    if row_ids is None:
+        return seen
+    shape = (row_ids.shape[0], column_ids.shape[0])
+    column_ids = hopper.load_columns(column_ids)
+    same = hopper.each_row(row_ids, shape) == hopper.each_column(column_ids, shape)
+    return same if seen is None else seen & same
+
+
+# --- Forward --------------------------------------------------------------------------------------
+
+
+def forward_scratch(blocks: GpuBlocks, H: int, dtype, segments: bool) -> dict:
+    return {
+        "q_smem": plgpu.SMEM((CONSUMERS, blocks.rows, H), dtype),  # in the end: out
+        "lse_smem": plgpu.SMEM((CONSUMERS, blocks.rows), jnp.float32),
+        "q_full": hopper.barriers(CONSUMERS),
+        "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
+        **KeyStream.scratch(blocks.stages, blocks.kv, H, dtype, segments),
+    }
+
+
+def forward_kernel(
+    plan: Plan, q_ref, k_ref, v_ref, ids_ref, lengths_ref, out_ref, lse_ref,
+    *, q_smem, lse_smem, q_full, turn, **stream,
+):  # fmt: skip
+    """out, lse of 2 x `rows` queries of one head: a running softmax over blocks of keys."""
+    keys, (_, rows, H) = KeyStream(**stream), q_smem.shape
+    stages, size, _ = keys.k_smem.shape
+    tile = _Tile.of_queries(plan, q_ref, lengths_ref, rows, size)
+
+    def consumer(wg):
+        mine = tile.start + wg * rows
+        here = pl.ds(mine, rows)
+        plgpu.copy_gmem_to_smem(q_ref.at[tile.b, here, tile.head], q_smem.at[wg], q_full.at[wg])
+        q_ids = None if ids_ref is None else hopper.load_rows(ids_ref.q.at[tile.b, here])
+
+        def take_turn():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        def step(j, softmax, edge):
+            block = keys.at(lax.rem(j - tile.first, stages))
+            plgpu.barrier_wait(block.k_full)
+            s = hopper.scores(q_smem.at[wg], block.k_smem, take_turn)
+            seen = plan.seen(mine, j * size, tile.limit, s.shape, 0) if edge else None
+            seen = _in_segment(seen, q_ids, block.ids_smem)
+            plgpu.barrier_arrive(block.k_free)
+            p, softmax = softmax.add_scores(s, plan.scale2, seen)
+            p = p.astype(q_smem.dtype)
+            # All of the softmax before the other warpgroup gets the tensor cores.
+            softmax, p = lax.optimization_barrier((softmax, p))
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(block.v_full)
+            plgpu.barrier_wait(turn)
+            acc = hopper.add_product(softmax.acc, p, block.v_smem)
+            plgpu.barrier_arrive(block.v_free)
+            return softmax._replace(acc=acc)
+
+        plgpu.barrier_wait(q_full.at[wg])
+        pl.when(wg == 1)(take_turn)  # half a step after the other
+        inner = plan.inner_key_blocks(mine, rows, size, tile.limit, tile.first, tile.last)
+        softmax = edges_and_inside(step, tile.first, *inner, tile.last, Softmax.start(rows, H))
+        pl.when(wg == 0)(take_turn)
+        _put_results(softmax, q_smem.at[wg], lse_smem.at[wg])
+        hopper.copy_out(
+            (q_smem.at[wg], out_ref.at[tile.b, here, tile.head]),
+            (lse_smem.at[wg], lse_ref.at[tile.b, tile.head, here]),
+        )
+
+    produce = functools.partial(_produce_keys, plan, tile, keys, k_ref, v_ref, ids_ref)
+    hopper.specialise(produce, consumer)
+
+
+def _put_results(softmax: Softmax, out_smem, lse_smem):
+    """out and the natural log of the sums; 0 and MASKED for rows that have seen nothing."""
+    empty = softmax.total == 0.0
+    total = jnp.where(empty, 1.0, softmax.total)
+    lse_smem[...] = jnp.where(empty, masks.MASKED, softmax.top / LOG2E + jnp.log(total))
+    out = softmax.acc * hopper.each_row(1.0 / total, softmax.acc.shape)
+    out_smem[...] = out.astype(out_smem.dtype)
+
+
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+def _put_gradients(wg, place, *gradients):
+    """Writes each (array in registers, smem, ref) to ref[place] through smem[wg]. If ref is float32
+    and the operands are bf16, it would not fit there, and goes straight from the registers. All
+    gradients have the same dtype."""
+    through = [(smem, ref) for _, smem, ref in gradients if ref.dtype == smem.dtype]
+    for x, smem, ref in gradients:
+        if through:
+            smem[wg] = x.astype(smem.dtype)
+        else:
+            ref[place] = x
+    if through:
+        hopper.copy_out(*((smem.at[wg], ref.at[place]) for smem, ref in through))
+
+
+def dq_scratch(blocks: GpuBlocks, H: int, dtype, segments: bool) -> dict:
+    own = plgpu.SMEM((CONSUMERS, blocks.rows, H), dtype)
+    return {
+        "q_smem": own,  # in the end: dq
+        "d_out_smem": own,
+        "q_full": hopper.barriers(CONSUMERS, 2),
+        **KeyStream.scratch(blocks.dq_stages, blocks.dq_kv, H, dtype, segments),
+    }
+
+
+def dq_kernel(
+    plan: Plan, q_ref, k_ref, v_ref, ids_ref, lengths_ref, lse2_ref, delta_ref, d_out_ref, dq_ref,
+    *, q_smem, d_out_smem, q_full, **stream,
+):  # fmt: skip
+    """dq of 2 x `rows` queries of one head: p and ds are computed again, block by block of keys."""
+    keys, (_, rows, H) = KeyStream(**stream), q_smem.shape
+    stages, size, _ = keys.k_smem.shape
+    tile = _Tile.of_queries(plan, q_ref, lengths_ref, rows, size)
+
+    def consumer(wg):
+        mine = tile.start + wg * rows
+        here = pl.ds(mine, rows)
+        place = tile.b, here, tile.head
+        plgpu.copy_gmem_to_smem(q_ref.at[place], q_smem.at[wg], q_full.at[wg])
+        plgpu.copy_gmem_to_smem(d_out_ref.at[place], d_out_smem.at[wg], q_full.at[wg])
+        q_ids = None if ids_ref is None else hopper.load_rows(ids_ref.q.at[tile.b, here])
+        lse2 = hopper.load_rows(lse2_ref.at[tile.b, tile.head, here])
+        delta = hopper.load_rows(delta_ref.at[tile.b, tile.head, here])
+
+        def step(j, dq, edge):
+            block = keys.at(lax.rem(j - tile.first, stages))
+
+            def probabilities(s):
+                seen = plan.seen(mine, j * size, tile.limit, s.shape, 0) if edge else None
+                seen = _in_segment(seen, q_ids, block.ids_smem)
+                return hopper.probabilities(s, plan.scale2, seen, hopper.each_row(lse2, s.shape))
+
+            plgpu.barrier_wait(block.k_full)
+            own = hopper.anew(wg)
+            _, ds = hopper.p_and_ds(
+                (q_smem.at[own], block.k_smem),
+                (d_out_smem.at[own], block.v_smem),
+                block.v_full,
+                probabilities,
+                lambda: hopper.each_row(delta, (rows, size)),
+                overlap=not edge and q_ids is None,
+            )
+            plgpu.barrier_arrive(block.v_free)
+            dq = hopper.add_product(dq, ds.astype(q_smem.dtype), block.k_smem)
+            plgpu.barrier_arrive(block.k_free)
+            return dq
+
+        plgpu.barrier_wait(q_full.at[wg])
+        inner = plan.inner_key_blocks(mine, rows, size, tile.limit, tile.first, tile.last)
+        dq = edges_and_inside(step, tile.first, *inner, tile.last, hopper.zeros((rows, H)))
+        _put_gradients(wg, place, (dq * plan.scale, q_smem, dq_ref))
+
+    produce = functools.partial(_produce_keys, plan, tile, keys, k_ref, v_ref, ids_ref)
+    hopper.specialise(produce, consumer)
+
+
+class _QueryStream(NamedTuple):
+    """Blocks of queries in shared memory, with all that belongs to them. q_full says that q, lse2
+    and the segment ids (if there are any) have come, d_out_full that d_out and delta have come, and
+    free that the block was read."""
+
+    q_smem: Any  # [stages, size, H]
+    d_out_smem: Any
+    lse2_smem: Any  # [stages, size]
+    delta_smem: Any
+    ids_smem: Any
+    q_full: Any
+    d_out_full: Any
+    free: Any
+
+    @staticmethod
+    def scratch(stages: int, size: int, H: int, dtype, segments: bool) -> dict:
+        queries = plgpu.SMEM((stages, size, H), dtype)
+        per_query = plgpu.SMEM((stages, size), jnp.float32)
+        return {
+            "q_smem": queries,
+            "d_out_smem": queries,
+            "lse2_smem": per_query,
+            "delta_smem": per_query,
+            "ids_smem": plgpu.SMEM((stages, size), jnp.int32) if segments else None,
+            "q_full": hopper.barriers(stages, 3 if segments else 2),
+            "d_out_full": hopper.barriers(stages, 2),
+            "free": hopper.barriers(stages, CONSUMERS),
+        }
+
+    at = hopper.at_slot
+
+    def fill(self, plan: Plan, tile: _Tile, q_ref, ids_ref, lse2_ref, delta_ref, d_out_ref):
+        """The producer's part: the tile's blocks of each query head of the group, head by head."""
+        num, size = tile.last - tile.first, self.q_smem.shape[1]
+
+        def copies(t, slot):
+            head = tile.head * plan.group + lax.div(t, num)
+            here = pl.ds((tile.first + lax.rem(t, num)) * size, size)
+            b, block, copy_in = tile.b, self.at(slot), plgpu.copy_gmem_to_smem
+
+            def copy():
+                copy_in(q_ref.at[b, here, head], block.q_smem, block.q_full)
+                copy_in(lse2_ref.at[b, head, here], block.lse2_smem, block.q_full)
+                if ids_ref is not None:
+                    copy_in(ids_ref.q.at[b, here], block.ids_smem, block.q_full)
+                copy_in(d_out_ref.at[b, here, head], block.d_out_smem, block.d_out_full)
+                copy_in(delta_ref.at[b, head, here], block.delta_smem, block.d_out_full)
+
+            return (copy,)
+
+        hopper.stream(jnp.int32(0), plan.group * num, copies, (self.free,))
+
+
+def dkv_scratch(blocks: GpuBlocks, H: int, dtype, segments: bool) -> dict:
+    own = plgpu.SMEM((CONSUMERS, blocks.rows, H), dtype)
+    return {
+        "k_smem": own,  # in the end: dk
+        "v_smem": own,  # in the end: dv
+        "kv_full": hopper.barriers(CONSUMERS, 2),
+        **_QueryStream.scratch(blocks.dkv_stages, blocks.dkv_q, H, dtype, segments),
+    }
+
+
+def dkv_kernel(
+    plan: Plan, q_ref, k_ref, v_ref, ids_ref, lengths_ref, lse2_ref, delta_ref, d_out_ref,
+    dk_ref, dv_ref, *, k_smem, v_smem, kv_full, **stream,
+):  # fmt: skip
+    """dk, dv of 2 x `rows` keys of one K/V head: sums over the query heads of its group, and for
+    each over blocks of queries. Scores are transposed, [keys, queries], so that p and ds can be the
+    left operands of their products without another transposition."""
+    queries, (_, rows, H) = _QueryStream(**stream), k_smem.shape
+    stages, size, _ = queries.q_smem.shape
+    tile = _Tile.of_keys(plan, lengths_ref, rows, size)
+    num = tile.last - tile.first
+
+    def producer():
+        queries.fill(plan, tile, q_ref, ids_ref, lse2_ref, delta_ref, d_out_ref)
+
+    def consumer(wg):
+        mine = tile.start + wg * rows
+        here = pl.ds(mine, rows)
+        place = tile.b, here, tile.head
+        plgpu.copy_gmem_to_smem(k_ref.at[place], k_smem.at[wg], kv_full.at[wg])
+        plgpu.copy_gmem_to_smem(v_ref.at[place], v_smem.at[wg], kv_full.at[wg])
+        kv_ids = None if ids_ref is None else hopper.load_rows(ids_ref.kv.at[tile.b, here])
+        inner = plan.inner_query_blocks(mine, rows, size, tile.limit, tile.first, tile.last)
+
+        def step(g, i, carry, edge):
+            dk, dv = carry
+            block = queries.at(lax.rem(g * num + i - tile.first, stages))
+            own = hopper.anew(wg)
+
+            def probabilities(s):
+                seen = plan.seen(i * size, mine, tile.limit, s.shape, 1) if edge else None
+                seen = _in_segment(seen, kv_ids, block.ids_smem)
+                lse2 = hopper.each_column(hopper.load_columns(block.lse2_smem), s.shape)
+                return hopper.probabilities(s, plan.scale2, seen, lse2)
+
+            plgpu.barrier_wait(block.q_full)
+            p, ds = hopper.p_and_ds(
+                (k_smem.at[own], block.q_smem),
+                (v_smem.at[own], block.d_out_smem),
+                block.d_out_full,
+                probabilities,
+                lambda: hopper.each_column(hopper.load_columns(block.delta_smem), (rows, size)),
+                overlap=not edge and kv_ids is None,
+            )
+            p, ds = p.astype(k_smem.dtype), ds.astype(k_smem.dtype)
+            dv, dk = hopper.add_two_products(dv, p, block.d_out_smem, dk, ds, block.q_smem)
+            plgpu.barrier_arrive(block.free)
+            return dk, dv
+
+        def query_head(g, carry):
+            at_head = functools.partial(step, g)
+            return edges_and_inside(at_head, tile.first, *inner, tile.last, carry)
+
+        plgpu.barrier_wait(kv_full.at[wg])
+        carry = hopper.zeros((rows, H)), hopper.zeros((rows, H))
+        dk, dv = lax.fori_loop(0, plan.group, query_head, carry)
+        _put_gradients(wg, place, (dk * plan.scale, k_smem, dk_ref), (dv, v_smem, dv_ref))
+
+    hopper.specialise(producer, consumer)
