@@ -345,7 +345,7 @@ def with_compute(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 # --- From a ConfigDict ----------------------------------------------------------------------------
 
 
-def _kinds(cls=Config, prefix: str = "") -> dict[str, tuple[type, ...]]:
+def _kinds(cls: Any = Config, prefix: str = "") -> dict[str, tuple[type, ...]]:
     fields = {}
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -384,7 +384,7 @@ def unknown_field(name: str) -> UserError:
     return UserError(f"{sentence} {hint}")
 
 
-def check_names(fields: Mapping[str, Any], cls=Config, prefix: str = "") -> None:
+def check_names(fields: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> None:
     """Every field is there and no other; values are left for later. Raises UserError."""
     if not isinstance(fields, Mapping | ConfigDict):  # a ConfigDict does not say that it is one
         what = f"{prefix.rstrip('.')}=" if prefix else "The config "
