@@ -272,7 +272,7 @@ def _fork(memory: Memory, rows: Int[Array, " M"]) -> Memory:
 
     def take(x):  # with parallel streams, x has every stream of every row, stream by stream
         streams = jnp.arange(x.shape[0] // batch)
-        return x[(streams[:, None] * batch + rows).reshape(-1)]
+        return x[(streams[:, None] * batch + rows[None]).reshape(-1)]
 
     return jax.tree.map(take, memory).constrained()
 

@@ -82,7 +82,7 @@ def _generate_block(model, state, sampling, stop, *, block, sort, logprobs):
             seen = seen.at[jnp.arange(B), chosen].max(active)
         memory, logits = step(model, state.memory, chosen, active)
         logits = jnp.where(active[:, None], logits, state.logits)
-        done = state.done | (chosen[:, None] == stop).any(1) | (memory.lengths >= state.end)
+        done = state.done | (chosen[:, None] == stop[None]).any(1) | (memory.lengths >= state.end)
         return i + 1, _State(memory, logits, seen, state.keys, state.end, done), tokens, logps
 
     logps = jnp.zeros((B, block)) if logprobs else None

@@ -95,7 +95,7 @@ def _cross_entropy_fwd(hidden, head, targets, weights, z_loss, shards):
         h, t, w = chunk
         p, lse, nll, z = _chunk(h, cast, t, w)
         scale = (w * (1 + 2 * z_loss * lse))[..., None]
-        one_hot = t[..., None] == jnp.arange(vocab)
+        one_hot = t[..., None] == jnp.arange(vocab)[None, None]
         d_logits = (p * scale - jnp.where(one_hot, w[..., None], 0.0)).astype(hidden.dtype)
         # Two products read d_logits: without the barrier XLA computes it once for each.
         d_logits = jax.lax.optimization_barrier(d_logits)
