@@ -29,6 +29,8 @@ MAX_TEXT = 4096  # characters, as in a path; Python reads no longer integers
 MAX_LONG_TEXT = 16_384  # of a prompt, or of a mixture of many globs, which takes time to read
 MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
 
+Fields = Mapping[str, Any] | ConfigDict  # which does not say that it is a Mapping
+
 
 def _require(ok: bool, sentence: str):
     if not ok:
@@ -165,7 +167,7 @@ class ModelConfig:
             )
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+    def from_dict(cls, fields: Fields) -> "ModelConfig":
         """Builds the sizes alone, as `Config.from_dict` does for all settings."""
         return _build(cls, fields, "model.")
 
@@ -199,7 +201,7 @@ class ComputeConfig:
         _check_fields(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "ComputeConfig":
+    def from_dict(cls, fields: Fields) -> "ComputeConfig":
         """Builds this group alone, as `Config.from_dict` does for all settings."""
         return _build(cls, fields, "compute.")
 
@@ -322,7 +324,7 @@ class Config:
         )
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Config":
+    def from_dict(cls, fields: Fields) -> "Config":
         """Builds the settings from a ConfigDict (or nested dicts); every field must be there."""
         return _build(cls, fields, "")
 
@@ -384,9 +386,9 @@ def unknown_field(name: str) -> UserError:
     return UserError(f"{sentence} {hint}")
 
 
-def check_names(fields: Mapping[str, Any], cls: Any = Config, prefix: str = "") -> None:
+def check_names(fields: Any, cls: Any = Config, prefix: str = "") -> None:
     """Every field is there and no other; values are left for later. Raises UserError."""
-    if not isinstance(fields, Mapping | ConfigDict):  # a ConfigDict does not say that it is one
+    if not isinstance(fields, Mapping | ConfigDict):
         what = f"{prefix.rstrip('.')}=" if prefix else "The config "
         raise UserError(f"{what}{shown(fields)} must be a group of fields.")
     known = typing.get_type_hints(cls)
@@ -404,7 +406,7 @@ def check_names(fields: Mapping[str, Any], cls: Any = Config, prefix: str = "") 
             check_names(value, kind, f"{prefix}{name}.")
 
 
-def _build(cls, fields: Mapping[str, Any], prefix: str):
+def _build(cls, fields: Any, prefix: str):
     check_names(fields, cls, prefix)
     values = {}
     for name, kind in typing.get_type_hints(cls).items():
@@ -415,7 +417,7 @@ def _build(cls, fields: Mapping[str, Any], prefix: str):
     return cls(**values)
 
 
-def _value(fields: Mapping[str, Any], name: str, prefix: str):
+def _value(fields: Fields, name: str, prefix: str):
     kinds, value = FIELDS[prefix + name], fields[name]
     if float in kinds and type(value) is int:
         if abs(value) > 2**1000:  # more than a float can hold

@@ -8,7 +8,7 @@ Layers and loops are unrolled, so that each has arrays of its own (see memory.py
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from yocou_jax.model.attention import MODULES, Context
 from yocou_jax.model.memory import Memory, NewPositions
 from yocou_jax.program import Visit
 from yocou_jax.sharding import constrain
-from yocou_jax.typing import Array, Bool, Float, Int
+from yocou_jax.typing import AnyArray, Array, Bool, Float, Int, WholeNumbers
 
 RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual stream
 
@@ -178,8 +178,8 @@ def run_prefill(
 
 def prefill(
     model: PreparedModel,
-    tokens: Int[Array, "B N"],
-    lengths: Int[Array, " B"] | None = None,
+    tokens: Int[AnyArray, "B N"],
+    lengths: Int[AnyArray, " B"] | None = None,
     *,
     memory: Memory | None = None,
     new_tokens: int = 256,
@@ -222,11 +222,11 @@ def score_chunk(model, memory, logits, tokens, count, start, *, whole):
 
 def score(
     model: PreparedModel,
-    tokens: Int[Array, "B N"],
-    lengths: Int[Array, " B"] | None = None,
+    tokens: Int[AnyArray, "B N"],
+    lengths: Int[AnyArray, " B"] | None = None,
     *,
     memory: Memory | None = None,
-    logits: Float[Array, "B V"] | None = None,
+    logits: Float[AnyArray, "B V"] | None = None,
     new_tokens: int = 0,
     capacity: int | None = None,
     chunk: int | None = None,
@@ -277,7 +277,7 @@ def _fork(memory: Memory, rows: Int[Array, " M"]) -> Memory:
     return jax.tree.map(take, memory).constrained()
 
 
-def fork(memory: Memory, rows: Sequence[int]) -> Memory:
+def fork(memory: Memory, rows: WholeNumbers) -> Memory:
     """A memory of the rows `rows` of this one, copies, to continue each in another way:
     fork(memory, [0, 0, 0, 1]) gives the first prompt three continuations, and the second one.
 

@@ -15,6 +15,7 @@ from yocou_jax.inference.weights import PreparedModel
 from yocou_jax.model import Compute, empty_memory
 from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import batch_ways
+from yocou_jax.typing import WholeNumbers
 
 # Positions of a prompt at once: enough rows to fill a device's matrix unit, and for large batches
 # fewer (down to 128), because of their activations: 2 GB for 16,384 positions on one device at 1.3B
@@ -217,10 +218,10 @@ class Request(NamedTuple):
 def check_request(
     config: ModelConfig,
     B: int,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int | WholeNumbers,
     sampling: Sampling | None,
-    seeds: int | Sequence[int],
-    stop_tokens: Sequence[int],
+    seeds: int | WholeNumbers,
+    stop_tokens: WholeNumbers,
     logprobs: bool,
     on_tokens: OnTokens | None,
     block: int,

@@ -27,7 +27,7 @@ from yocou_jax.model.memory import Cache, KeyValue, Memory
 from yocou_jax.model.moe import MixtureOfExperts, RouterStats
 from yocou_jax.program import Stage
 from yocou_jax.sharding import constrain
-from yocou_jax.typing import Array, Float, Int, PyTree
+from yocou_jax.typing import AnyArray, Array, Float, Int, PyTree
 
 # What a backward pass keeps of each layer; all else is computed again. "attention" spares the
 # quadratic part: the kernels name their output and log-sum-exp.
@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B N"],
-        positions: Int[Array, "B N"] | None = None,
+        positions: Int[Array, "#B N"] | None = None,
         segment_ids: Int[Array, "B N"] | None = None,
         *,
         num_loops: int | None = None,
@@ -251,7 +251,7 @@ def empty_memory(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloa
     return Memory(stages, global_kv, jnp.zeros((batch,), jnp.int32))
 
 
-def head_matrix(params: PyTree, config: ModelConfig) -> Float[Array, "D V"]:
+def head_matrix(params: PyTree, config: ModelConfig) -> Float[AnyArray, "D V"]:
     """The output head W_out; with tied embeddings it is the embedding table transposed."""
     return params["embedding"].T if config.tie_embeddings else params["head"]
 
@@ -269,6 +269,6 @@ def logits(
     return to_logits(hidden, head_matrix(params, config))
 
 
-def to_logits(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
+def to_logits(hidden: Float[Array, "... D"], head: Float[AnyArray, "D V"]) -> Float[Array, "... V"]:
     """Logits in float32 of a product in the type of `hidden`."""
     return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from yocou_jax.typing import Array, Float, Int
+from yocou_jax.typing import AnyArray, Array, Float, Int
 
 
 def fan_in_init(fan_in: int, scale: float = 1.0) -> Callable:
@@ -62,7 +62,7 @@ class Linear(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Array:
+def rms_norm(x: Float[Array, "... D"], scale: Float[AnyArray, " D"], eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32."""
     normed, _ = _rms(x, eps)
     return (normed * _like(scale, x)).astype(x.dtype)
@@ -108,7 +108,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps)
 
 
-def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "B N"], theta: float) -> Array:
+def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "#B N"], theta: float) -> Array:
     """Rotary position embedding (Su et al. 2021), halves rotated: (x1, x2) -> (x1 c - x2 s, ...).
 
     Angles are positions * theta^(-2i/H), computed in float32.

@@ -113,10 +113,10 @@ class Ring(KeyValue):
         """A ring never fills."""
         return None
 
-    def peek(self, new: KeyValue, at: NewPositions) -> tuple[KeyValue, Int[Array, "B W+N"]]:
-        """What N new positions see: the last W positions before them and then `new`, in order, and
-        which of them exist (1 or 0). New positions after count exist for the order's sake: no
-        earlier query sees them."""
+    def peek(self, new: KeyValue, at: NewPositions) -> tuple[KeyValue, Int[Array, "B S"]]:
+        """What N new positions see: the last W positions before them and then `new`, in order
+        (S = W + N), and which of them exist (1 or 0). New positions after count exist for the
+        order's sake: no earlier query sees them."""
         W, (B, N) = self.k.shape[1], new.k.shape[:2]
 
         def in_order(x):

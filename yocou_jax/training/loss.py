@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target_device
-from yocou_jax.typing import Array, Float, Int
+from yocou_jax.typing import AnyArray, Array, Float, Int
 
 # Logits alive at once on each device. An accelerator wants thousands of rows in a product with the
 # head, whose gradient is read and written once a chunk; a CPU wants them near its caches.
@@ -121,7 +121,7 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 def cross_entropy(
     hidden: Float[Array, "B N D"],
-    head: Float[Array, "D V"],
+    head: Float[AnyArray, "D V"],
     targets: Int[Array, "B N"],
     weights: Float[Array, "B N"] | None = None,
     z_loss: float = 0.0,

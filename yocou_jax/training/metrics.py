@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import summary as tb
 from tensorboardX.event_file_writer import EventsWriter
@@ -74,7 +75,7 @@ class MetricsWriter:
         first = self._last_step + 1
         self._event(first, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One row: numbers (or 0-d arrays) by name; None is left out. Steps must rise."""
         if step <= self._last_step:
             raise ValueError(f"Step {step} is written after step {self._last_step}.")
