@@ -20,7 +20,7 @@ help:
 	@echo "make train      setup, then train $(CONFIG); ARGS='--config.run.steps=50' is passed on"
 	@echo "make test       setup, then the whole test suite"
 	@echo "make test-fast  setup, then the tests that take seconds"
-	@echo "make lint       setup, then ruff's checks and its format check"
+	@echo "make lint       setup, then ruff's checks, its format check, and the types of the arithmetic"
 	@echo "make kernels    compile the attention kernels for $(TARGET): v5e, v5p, v6e, tpu7x, h200 or a100"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) REQUIREMENTS=$(REQUIREMENTS) CONFIG=$(CONFIG) ARGS=$(ARGS)"
 
@@ -78,6 +78,7 @@ test-fast: setup
 lint: setup
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m basedpyright --pythonpath $(VENV)/bin/python
 
 # It has its own environment, because `setup` makes one again if other requirements are asked for.
 kernels: REQUIREMENTS = requirements-aot.txt

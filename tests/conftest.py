@@ -30,7 +30,16 @@ os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 # Python would, is a tenth of the suite's time.
 gc.set_threshold(100_000, 50, 100)
 
-import jax  # noqa: E402, F401
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+from tests import checked  # noqa: E402
+
+# What is wrong in a way that nobody would see: shapes and types against their annotations, arrays
+# that get axes without being asked.
+checked.install()
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["YOCOU_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -50,3 +59,11 @@ def pytest_collection_modifyitems(items):
         return order.get(name, len(order))
 
     items.sort(key=place)
+
+
+@pytest.fixture
+def unchecked():
+    """For a test that hands over what is wrong on purpose, to read the sentence of our own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -275,7 +275,7 @@ def test_a_wrong_nesting_is_refused(change, sentence):
 
 
 @pytest.mark.parametrize("nothing", [None, 3, "model", [1], ["model"]])
-def test_a_value_that_is_not_a_config_is_refused(nothing):
+def test_a_value_that_is_not_a_config_is_refused(nothing, unchecked):
     with pytest.raises(UserError, match=r"^The config .* must be a group of fields\.$"):
         Config.from_dict(nothing)
 

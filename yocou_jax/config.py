@@ -29,6 +29,8 @@ MAX_TEXT = 4096  # characters, as in a path; Python does not read longer integer
 MAX_LONG_TEXT = 16_384  # characters of a prompt, or of a mixture of many globs
 MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
 
+Fields = Mapping[str, Any] | ConfigDict  # which does not say that it is a Mapping
+
 
 def _require(ok: bool, sentence: str):
     if not ok:
@@ -166,7 +168,7 @@ class ModelConfig:
             )
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+    def from_dict(cls, fields: Fields) -> "ModelConfig":
         """Builds this group only. `Config.from_dict` builds all groups."""
         return _build(cls, fields, "model.")
 
@@ -201,7 +203,7 @@ class ComputeConfig:
         _check_fields(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "ComputeConfig":
+    def from_dict(cls, fields: Fields) -> "ComputeConfig":
         """Builds this group only. `Config.from_dict` builds all groups."""
         return _build(cls, fields, "compute.")
 
@@ -324,7 +326,7 @@ class Config:
         )
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Config":
+    def from_dict(cls, fields: Fields) -> "Config":
         """Builds the settings from a ConfigDict (or nested dicts) that has every field."""
         return _build(cls, fields, "")
 
@@ -347,7 +349,7 @@ def with_compute(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 # --- From a ConfigDict ----------------------------------------------------------------------------
 
 
-def _kinds(cls=Config, prefix: str = "") -> dict[str, tuple[type, ...]]:
+def _kinds(cls: Any = Config, prefix: str = "") -> dict[str, tuple[type, ...]]:
     fields = {}
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -386,7 +388,7 @@ def unknown_field(name: str) -> UserError:
     return UserError(f"{sentence} {hint}")
 
 
-def check_names(fields: Mapping[str, Any], cls=Config, prefix: str = "") -> None:
+def check_names(fields: Any, cls: Any = Config, prefix: str = "") -> None:
     """Raises UserError if a field is missing or unknown. Does not check values."""
     if not isinstance(fields, Mapping | ConfigDict):  # a ConfigDict is not a Mapping
         what = f"{prefix.rstrip('.')}=" if prefix else "The config "
@@ -406,7 +408,7 @@ def check_names(fields: Mapping[str, Any], cls=Config, prefix: str = "") -> None
             check_names(value, kind, f"{prefix}{name}.")
 
 
-def _build(cls, fields: Mapping[str, Any], prefix: str):
+def _build(cls, fields: Any, prefix: str):
     check_names(fields, cls, prefix)
     values = {}
     for name, kind in typing.get_type_hints(cls).items():
@@ -417,7 +419,7 @@ def _build(cls, fields: Mapping[str, Any], prefix: str):
     return cls(**values)
 
 
-def _value(fields: Mapping[str, Any], name: str, prefix: str):
+def _value(fields: Fields, name: str, prefix: str):
     kinds, value = FIELDS[prefix + name], fields[name]
     if float in kinds and type(value) is int:
         if abs(value) > 2**1000:  # more than a float can hold

@@ -1,13 +1,14 @@
 """Dotted names for the leaves of trees, and the differences between two trees."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from yocou_jax.typing import PyTree
 
 
-def named_leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """(dotted path, leaf) in the order of jax.tree.leaves. Files and hashes use these paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves]

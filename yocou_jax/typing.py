@@ -9,11 +9,15 @@ Notation
 The loop count is `num_loops`, never T.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PyTree"]
+__all__ = ["AnyArray", "Array", "Bool", "Float", "Int", "Key", "PyTree", "WholeNumbers"]
 
+AnyArray = Array | np.ndarray  # where the host hands over what it has
+WholeNumbers = Sequence[int] | AnyArray
 PyTree = Any

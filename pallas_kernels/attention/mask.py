@@ -83,7 +83,7 @@ class Mask:
         if self.segments is not None:
             seen = seen & same_segment(*self.segments)
         if self.lengths is not None:
-            seen = seen & (jnp.arange(S) < self.lengths[:, None])[:, None, :]
+            seen = seen & (jnp.arange(S)[None] < self.lengths[:, None])[:, None, :]
         return seen
 
     def pairs(self, N: int, S: int) -> int:

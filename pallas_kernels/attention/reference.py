@@ -62,7 +62,7 @@ def decode(
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     k, v = (_as_read(x, q.dtype) for x in (k, v))
-    seen = (jnp.arange(S) < valid[:, None])[:, None, None, :]
+    seen = (jnp.arange(S)[None] < valid[:, None])[:, None, None, :]
     grouped = q.astype(jnp.float32).reshape(B, K, Q // K, H)
     scores = jnp.einsum("bkgh,bskh->bkgs", grouped, k) * scale
     out, _ = _softmax_average(scores, seen, v, "bkgs,bskh->bkgh")

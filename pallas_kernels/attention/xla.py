@@ -89,7 +89,7 @@ def _scores(plan, q, k, mask: Mask, i, j, low):
         seg_k = lax.dynamic_slice_in_dim(mask.segments.kv, low, plan.bk, 1)
         seen = seen & masks.same_segment(seg_q, seg_k)
     if mask.lengths is not None:
-        seen = seen & (k_pos < mask.lengths[:, None, None])
+        seen = seen & (k_pos[None] < mask.lengths[:, None, None])
     grouped = s.reshape(*s.shape[:2], -1, plan.bq, plan.bk)
     return jnp.where(seen[:, None, None], grouped, masks.MASKED).reshape(s.shape)
 
@@ -220,7 +220,7 @@ def decode(q, k, v, valid, *, scale):
         low = jnp.minimum(j * bk, S - bk)
         # Sliced before it is reshaped: so the loop takes the cache itself, and XLA copies nothing.
         kj, vj = (lax.dynamic_slice_in_dim(x, low, bk, 1).reshape(B, bk, K * H) for x in (k, v))
-        position = low + jnp.arange(bk)
+        position = low + jnp.arange(bk)[None]
         seen = (position >= j * bk) & (position < valid[:, None])
         s = _einsum("bqc,bsc->bqs", spread, kj) * (scale * LOG2E)
         s = jnp.where(seen[:, None], s, masks.MASKED)

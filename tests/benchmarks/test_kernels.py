@@ -148,7 +148,7 @@ def test_what_is_built_while_tracing_is_built_once_and_belongs_to_no_trace():
         built.append(jnp.ones(3))
         return lambda x: x + built[0]
 
-    call = kernels._late(make, None)
+    call = kernels._late(make, cases.Case("cross_attention", 1, 16, 16, 2, 1, 8, None))
     for size in (3, 1):
         np.testing.assert_allclose(jax.jit(call)(jnp.zeros(size)), np.ones(3))
     assert len(built) == 1

@@ -557,7 +557,7 @@ def test_eight_devices_generate_what_one_does(name):
         ([[1]], {"num_samples": 0}, "num_samples=0 must be between 1 and"),
     ],
 )
-def test_bad_requests_get_one_clear_sentence(prompts, options, sentence):
+def test_bad_requests_get_one_clear_sentence(prompts, options, sentence, unchecked):
     run = model(tiny.model("yoco_u", num_layers=2))
     with pytest.raises(UserError) as error:
         generate(run, prompts, **({"max_new_tokens": 4} | options))
@@ -602,7 +602,7 @@ def test_a_new_cache_has_room_for_more_tokens():
         assert_equal(logits, want[:, at], np.abs(want).max())
 
 
-def test_caches_and_rows_that_do_not_fit_are_refused():
+def test_caches_and_rows_that_do_not_fit_are_refused(unchecked):
     config = tiny.model("yoco_u", num_layers=2)
     run, other = (
         model(config),

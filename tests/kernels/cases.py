@@ -80,8 +80,8 @@ def documents(shape: Shape, q_length: int, kv_length: int) -> SegmentIds:
     """Documents of constant length, differently cut in the two rows. With two lengths some queries
     belong to a document that has no key they may see."""
     shift = jnp.arange(shape.B)[:, None]
-    q_pos = shape.q_offset + jnp.arange(shape.N)
-    return SegmentIds((q_pos + shift) // q_length, (jnp.arange(shape.S) + shift) // kv_length)
+    q_pos, k_pos = shape.q_offset + jnp.arange(shape.N)[None], jnp.arange(shape.S)[None]
+    return SegmentIds((q_pos + shift) // q_length, (k_pos + shift) // kv_length)
 
 
 def empty_rows(lse) -> int:

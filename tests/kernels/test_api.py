@@ -70,7 +70,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("sentence", CALLS)
-def test_a_wrong_call_is_answered_with_a_sentence(sentence):
+def test_a_wrong_call_is_answered_with_a_sentence(sentence, unchecked):
     with pytest.raises(ValueError, match=sentence) as error:
         CALLS[sentence]()
     assert str(error.value).endswith(".")

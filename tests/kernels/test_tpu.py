@@ -160,7 +160,7 @@ def test_decode(G):
     lengths = jnp.array([0, 1, 128, 300])
     q, k, v, *_ = inputs(Shape(1, 300, Q=2 * G, K=2, H=64, B=4))
     want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
-    beyond = (jnp.arange(300) >= lengths[:, None])[:, :, None, None]
+    beyond = (jnp.arange(300)[None] >= lengths[:, None])[:, :, None, None]
     k, v = (jnp.where(beyond, jnp.nan, x) for x in (k, v))
     with interpret(), block_sizes(tpu_decode_rows=lambda H: 256):
         got = decode_cross(q[:, 0], k, v, lengths, implementation="pallas_tpu")

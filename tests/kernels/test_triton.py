@@ -188,7 +188,7 @@ def test_kv_lengths(length, small_blocks):
 def test_keys_that_do_not_exist_are_not_read(small_blocks):
     q, k, v, *cotangents = inputs(Shape(21, 21))
     lengths = jnp.array([5, 16])
-    missing = (jnp.arange(21) >= lengths[:, None])[:, :, None, None]
+    missing = (jnp.arange(21)[None] >= lengths[:, None])[:, :, None, None]
     poisoned = [jnp.where(missing, jnp.nan, x) for x in (k, v)]
     want = run(Shape(21, 21), (q, k, v, *cotangents), kv_lengths=lengths)
     got = run(Shape(21, 21), (q, *poisoned, *cotangents), kv_lengths=lengths)

@@ -325,7 +325,7 @@ def test_identical_prefixes_act_as_one_stream_with_that_prefix():
     layer = jax.tree.map(lambda x: x[0], params["stage_0_full"]["layers"])
     x = config.d_model**0.5 * params["embedding"][before]
     x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
-    x = x * layer["attention_norm"]["scale"]
+    x = x * layer["attention_norm"]["scale"][None, None]
     weights = layer["attention"]["key_value"]
     k, v = (jnp.einsum("bnd,dkh->bnkh", x, weights[name]["kernel"]) for name in ("key", "value"))
     prefix = jnp.stack([rope(k, start, config.rope_theta), v])  # [2, 1, 2, K, H]

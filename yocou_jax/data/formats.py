@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from yocou_jax.errors import UserError
 
@@ -209,7 +209,7 @@ def _open_inflated(path: Path) -> Iterator[io.BufferedReader]:
         yield content
 
 
-def _inflate(file: BinaryIO, kind: str, path: Path) -> Iterator[bytes]:
+def _inflate(file: io.BufferedIOBase, kind: str, path: Path) -> Iterator[bytes]:
     """The content of every member of a compressed file. Zeros may be between the members."""
     new_decoder = _decoder(kind, path)
     decoder = new_decoder()
@@ -255,7 +255,7 @@ def _zstd_decoder(path: Path) -> Callable[[], Any]:
 # --- Text --------------------------------------------------------------------------------------
 
 
-def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+def pieces(file: io.BufferedIOBase, size: int) -> Iterator[bytes]:
     """Pieces that end at the first line end after `size` bytes.
 
     If there is none before 2 * size, a piece ends there, between two characters.

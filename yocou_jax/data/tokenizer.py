@@ -118,14 +118,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         """The text of ids. U+FFFD replaces bytes that are not valid UTF-8 (half a character)."""
         ids = [int(i) for i in ids]
         if self.backend is None:
             return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def num_bytes(self, ids: np.ndarray) -> int:
+    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """Number of UTF-8 bytes of the text of the ids [tokens]. For a tokenizer that changes
         texts, of the text that it gives back, document by document."""
         ids = np.asarray(ids, np.int64)

@@ -9,7 +9,7 @@ arrays of its own (see memory.py).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from yocou_jax.model.attention import MODULES, Context
 from yocou_jax.model.memory import Memory, NewPositions
 from yocou_jax.program import Visit
 from yocou_jax.sharding import constrain
-from yocou_jax.typing import Array, Bool, Float, Int
+from yocou_jax.typing import AnyArray, Array, Bool, Float, Int, WholeNumbers
 
 RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual stream
 
@@ -180,8 +180,8 @@ def run_prefill(
 
 def prefill(
     model: PreparedModel,
-    tokens: Int[Array, "B N"],
-    lengths: Int[Array, " B"] | None = None,
+    tokens: Int[AnyArray, "B N"],
+    lengths: Int[AnyArray, " B"] | None = None,
     *,
     memory: Memory | None = None,
     new_tokens: int = 256,
@@ -227,11 +227,11 @@ def score_chunk(model, memory, logits, tokens, count, start, *, whole):
 
 def score(
     model: PreparedModel,
-    tokens: Int[Array, "B N"],
-    lengths: Int[Array, " B"] | None = None,
+    tokens: Int[AnyArray, "B N"],
+    lengths: Int[AnyArray, " B"] | None = None,
     *,
     memory: Memory | None = None,
-    logits: Float[Array, "B V"] | None = None,
+    logits: Float[AnyArray, "B V"] | None = None,
     new_tokens: int = 0,
     capacity: int | None = None,
     chunk: int | None = None,
@@ -278,12 +278,12 @@ def _fork(memory: Memory, rows: Int[Array, " M"]) -> Memory:
 
     def take(x):  # with parallel streams, the rows of x are stream-major
         streams = jnp.arange(x.shape[0] // batch)
-        return x[(streams[:, None] * batch + rows).reshape(-1)]
+        return x[(streams[:, None] * batch + rows[None]).reshape(-1)]
 
     return jax.tree.map(take, memory).constrained()
 
 
-def fork(memory: Memory, rows: Sequence[int]) -> Memory:
+def fork(memory: Memory, rows: WholeNumbers) -> Memory:
     """Copies rows of a memory into a new one, so that a prompt can have several continuations:
     fork(memory, [0, 0, 0, 1]) makes three copies of row 0, and one of row 1.
 

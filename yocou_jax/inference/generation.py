@@ -19,7 +19,7 @@ from yocou_jax.inference.sampling import Sampling
 from yocou_jax.inference.weights import PreparedModel
 from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import constrain
-from yocou_jax.typing import Array, Bool, Float, Int
+from yocou_jax.typing import AnyArray, Array, Bool, Float, Int, WholeNumbers
 
 
 @flax.struct.dataclass
@@ -82,7 +82,7 @@ def _generate_block(model, state, sampling, stop, *, block, sort, logprobs):
             seen = seen.at[jnp.arange(B), chosen].max(active)
         memory, logits = step(model, state.memory, chosen, active)
         logits = jnp.where(active[:, None], logits, state.logits)
-        done = state.done | (chosen[:, None] == stop).any(1) | (memory.lengths >= state.end)
+        done = state.done | (chosen[:, None] == stop[None]).any(1) | (memory.lengths >= state.end)
         return i + 1, _State(memory, logits, seen, state.keys, state.end, done), tokens, logps
 
     logps = jnp.zeros((B, block)) if logprobs else None
@@ -121,13 +121,13 @@ class Generation(NamedTuple):
 
 def generate(
     model: PreparedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[WholeNumbers],
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int | WholeNumbers,
     sampling: Sampling | None = None,
     num_samples: int = 1,
-    seeds: int | Sequence[int] = 0,
-    stop_tokens: Sequence[int] = (),
+    seeds: int | WholeNumbers = 0,
+    stop_tokens: WholeNumbers = (),
     logprobs: bool = False,
     on_tokens: OnTokens | None = None,
     block: int = 8,
@@ -178,16 +178,16 @@ def generate(
 def generate_from(
     model: PreparedModel,
     memory: Memory,
-    logits: Float[Array, "B V"],
+    logits: Float[AnyArray, "B V"],
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int | WholeNumbers,
     sampling: Sampling | None = None,
-    seeds: int | Sequence[int] = 0,
-    stop_tokens: Sequence[int] = (),
+    seeds: int | WholeNumbers = 0,
+    stop_tokens: WholeNumbers = (),
     logprobs: bool = False,
     on_tokens: OnTokens | None = None,
     block: int = 8,
-    seen: Bool[Array, "B V"] | None = None,
+    seen: Bool[AnyArray, "B V"] | None = None,
 ) -> Generation:
     """Samples up to max_new_tokens for every row of a memory, which is given up.
 

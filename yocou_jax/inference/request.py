@@ -15,6 +15,7 @@ from yocou_jax.inference.weights import PreparedModel
 from yocou_jax.model import Compute, empty_memory
 from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import batch_ways
+from yocou_jax.typing import WholeNumbers
 
 # Positions of a chunk: enough rows to fill the matrix unit of a device. For large batches there are
 # fewer (at least 128), because activations need memory: as XLA reports, 2 GB for 16,384 positions
@@ -231,10 +232,10 @@ class Request(NamedTuple):
 def check_request(
     config: ModelConfig,
     B: int,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int | WholeNumbers,
     sampling: Sampling | None,
-    seeds: int | Sequence[int],
-    stop_tokens: Sequence[int],
+    seeds: int | WholeNumbers,
+    stop_tokens: WholeNumbers,
     logprobs: bool,
     on_tokens: OnTokens | None,
     block: int,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from yocou_jax.errors import UserError
-from yocou_jax.typing import Array, Bool, Float, Int, Key
+from yocou_jax.typing import AnyArray, Array, Bool, Float, Int, Key
 
 
 @flax.struct.dataclass
@@ -34,11 +34,11 @@ class Sampling:
         negative ones (CTRL, Keskar et al. 2019). 1 is off.
     """
 
-    temperature: Float[Array, " B"] | float = 1.0
-    top_k: Int[Array, " B"] | int = 0
-    top_p: Float[Array, " B"] | float = 1.0
-    min_p: Float[Array, " B"] | float = 0.0
-    repetition_penalty: Float[Array, " B"] | float = 1.0
+    temperature: Float[AnyArray, " B"] | float = 1.0
+    top_k: Int[AnyArray, " B"] | int = 0
+    top_p: Float[AnyArray, " B"] | float = 1.0
+    min_p: Float[AnyArray, " B"] | float = 0.0
+    repetition_penalty: Float[AnyArray, " B"] | float = 1.0
 
 
 # For each field: its type, a test of its values, and this test in words.

@@ -30,7 +30,7 @@ class Context:
     global_cache: in inference, the global K, V of the positions before these, and of these.
     """
 
-    positions: Int[Array, "B N"]
+    positions: Int[Array, "#B N"]
     segment_ids: Int[Array, "B N"] | None = None
     global_kv: KeyValue | None = None
     at: NewPositions | None = None

@@ -27,7 +27,7 @@ from yocou_jax.model.memory import Cache, KeyValue, Memory
 from yocou_jax.model.moe import MixtureOfExperts, RouterStats
 from yocou_jax.program import Stage
 from yocou_jax.sharding import constrain
-from yocou_jax.typing import Array, Float, Int, PyTree
+from yocou_jax.typing import AnyArray, Array, Float, Int, PyTree
 
 # What a backward pass keeps of each layer. It computes the rest again. "attention" keeps the output
 # and the log-sum-exp, which the kernels name, so that the quadratic part does not run again.
@@ -171,7 +171,7 @@ class LanguageModel(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B N"],
-        positions: Int[Array, "B N"] | None = None,
+        positions: Int[Array, "#B N"] | None = None,
         segment_ids: Int[Array, "B N"] | None = None,
         *,
         num_loops: int | None = None,
@@ -254,7 +254,7 @@ def empty_memory(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloa
     return Memory(stages, global_kv, jnp.zeros((batch,), jnp.int32))
 
 
-def head_matrix(params: PyTree, config: ModelConfig) -> Float[Array, "D V"]:
+def head_matrix(params: PyTree, config: ModelConfig) -> Float[AnyArray, "D V"]:
     """The output head W_out. With tied embeddings it is the transposed embedding table."""
     return params["embedding"].T if config.tie_embeddings else params["head"]
 
@@ -273,6 +273,6 @@ def logits(
     return to_logits(hidden, head_matrix(params, config))
 
 
-def to_logits(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
+def to_logits(hidden: Float[Array, "... D"], head: Float[AnyArray, "D V"]) -> Float[Array, "... V"]:
     """Logits in float32. The factors of the product have the type of `hidden`."""
     return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from yocou_jax.typing import Array, Float, Int
+from yocou_jax.typing import AnyArray, Array, Float, Int
 
 
 def fan_in_init(fan_in: int, scale: float = 1.0) -> Callable:
@@ -62,10 +62,15 @@ class Linear(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Array:
+def rms_norm(x: Float[Array, "... D"], scale: Float[AnyArray, " D"], eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32."""
     normed, _ = _rms(x, eps)
-    return (normed * scale).astype(x.dtype)
+    return (normed * _like(scale, x)).astype(x.dtype)
+
+
+def _like(scale, x):
+    """A vector [D] with as many axes as x [..., D]: nothing is broadcast without being asked."""
+    return jnp.expand_dims(scale, range(x.ndim - 1))
 
 
 def _rms(x, eps):
@@ -83,7 +88,7 @@ def _rms_norm_bwd(eps, residuals, g):
     x, scale = residuals
     normed, inverse = _rms(x, eps)
     g = g.astype(jnp.float32)
-    g_normed = g * scale
+    g_normed = g * _like(scale, x)
     dx = inverse * (g_normed - normed * jnp.mean(g_normed * normed, axis=-1, keepdims=True))
     return dx.astype(x.dtype), jnp.sum(g * normed, axis=tuple(range(x.ndim - 1)))
 
@@ -103,7 +108,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps)
 
 
-def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "B N"], theta: float) -> Array:
+def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "#B N"], theta: float) -> Array:
     """Rotary position embedding (Su et al. 2021). x1 and x2 are the two halves of a head:
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
@@ -111,7 +116,7 @@ def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "B N"], theta: fl
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * _like(frequencies, x)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

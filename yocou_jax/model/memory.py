@@ -37,7 +37,7 @@ class NewPositions:
     whole: bool = flax.struct.field(pytree_node=False, default=False)
 
     def positions(self, N: int) -> Int[Array, "B N"]:
-        return jnp.broadcast_to(self.start, self.count.shape)[:, None] + jnp.arange(N)
+        return jnp.broadcast_to(self.start, self.count.shape)[:, None] + jnp.arange(N)[None]
 
     @property
     def end(self) -> Int[Array, " B"]:
@@ -100,7 +100,7 @@ class Cache(KeyValue):
             return self.updated(
                 lambda x, n: jax.lax.dynamic_update_slice_in_dim(x, n, at.start, 1), new
             )
-        exists = jnp.arange(N) < at.count[:, None]
+        exists = jnp.arange(N)[None] < at.count[:, None]
         return self._scatter(new, jnp.where(exists, at.positions(N), self.k.shape[1]))
 
 
@@ -113,7 +113,7 @@ class Ring(KeyValue):
         """None: a ring is never full."""
         return None
 
-    def peek(self, new: KeyValue, at: NewPositions) -> tuple[KeyValue, Int[Array, "B W+N"]]:
+    def peek(self, new: KeyValue, at: NewPositions) -> tuple[KeyValue, Int[Array, "B S"]]:
         """What N new positions see: the last W positions before them and then `new`, in order; and
         1 for each position that exists, else 0. New positions after `count` have a 1 too: no
         earlier query sees them."""
@@ -126,7 +126,8 @@ class Ring(KeyValue):
 
         joined = self.updated(lambda x, n: jnp.concatenate([in_order(x), n], axis=1), new)
         start = jnp.broadcast_to(at.start, (B,))[:, None]
-        exists = jnp.concatenate([start - W + jnp.arange(W) >= 0, jnp.ones((B, N), bool)], axis=1)
+        before = start - W + jnp.arange(W)[None] >= 0
+        exists = jnp.concatenate([before, jnp.ones((B, N), bool)], axis=1)
         return KeyValue(joined.k, joined.v), exists.astype(jnp.int32)
 
     def commit(self, new: KeyValue, at: NewPositions) -> "Ring":
@@ -139,7 +140,7 @@ class Ring(KeyValue):
         start = jnp.broadcast_to(at.start, at.count.shape)[:, None]
         # Slot s gets the newest position p with p mod W = s. In `joined` it is at p - start + W.
         newest = at.end[:, None] - 1
-        position = newest - (newest - jnp.arange(W)) % W
+        position = newest - (newest - jnp.arange(W)[None]) % W
         picked = (position - start + W)[..., None, None]
         return self.updated(lambda _, x: jnp.take_along_axis(x, picked, axis=1), joined)
 

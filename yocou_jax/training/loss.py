@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target_device
-from yocou_jax.typing import Array, Float, Int
+from yocou_jax.typing import AnyArray, Array, Float, Int
 
 # Number of logits in memory at once on each device. An accelerator needs thousands of rows in each
 # product with the head, because each chunk reads and writes the gradient of the head once. On a CPU
@@ -96,7 +96,7 @@ def _cross_entropy_fwd(hidden, head, targets, weights, z_loss, shards):
         h, t, w = chunk
         p, lse, nll, z = _chunk(h, cast, t, w)
         scale = (w * (1 + 2 * z_loss * lse))[..., None]
-        one_hot = t[..., None] == jnp.arange(vocab)
+        one_hot = t[..., None] == jnp.arange(vocab)[None, None]
         d_logits = (p * scale - jnp.where(one_hot, w[..., None], 0.0)).astype(hidden.dtype)
         # Two products read d_logits. Without the barrier, XLA computes it twice.
         d_logits = jax.lax.optimization_barrier(d_logits)
@@ -122,7 +122,7 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 def cross_entropy(
     hidden: Float[Array, "B N D"],
-    head: Float[Array, "D V"],
+    head: Float[AnyArray, "D V"],
     targets: Int[Array, "B N"],
     weights: Float[Array, "B N"] | None = None,
     z_loss: float = 0.0,

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import summary as tb
 from tensorboardX.event_file_writer import EventsWriter
@@ -75,7 +76,7 @@ class MetricsWriter:
         first = self._last_step + 1
         self._write_event(first, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row: numbers (or 0-d arrays) by name, without None. Steps must increase."""
         if step <= self._last_step:
             raise ValueError(f"Step {step} is written after step {self._last_step}.")

@@ -65,7 +65,7 @@ def _is_names(x) -> bool:
     return isinstance(x, tuple)
 
 
-def _muon_dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+def _muon_dimensions(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """The axes of a parameter that are rows and columns of its matrices. None: it takes AdamW."""
     if not _MUON_AXES & set(names) or "embed" not in names:
         return None

@@ -1,0 +1,28 @@
+"""How the tests check annotations, shapes included: in every call of a function of ours."""
+
+from pathlib import Path
+
+import jaxtyping
+from beartype import BeartypeConf, beartype
+
+ROOT = Path(__file__).parent.parent
+# Triton compiles the source of its kernels, which must be plain functions.
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("yocou_jax", "pallas_kernels", "benchmarks")
+    for path in (ROOT / package).rglob("*.py")
+    if path.stem not in ("__init__", "triton_kernels")
+]
+
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int may stand for a float
+
+
+def check(function):
+    """beartype, but for what a class is made by: JAX takes dataclasses apart and puts them together
+    with anything in their fields (shardings, axes, arrays that a scan has stacked)."""
+    return function if function.__name__ == "__init__" else _beartype(function)
+
+
+def install():
+    """Before the first import of our modules."""
+    jaxtyping.install_import_hook(MODULES, "tests.checked.check")
