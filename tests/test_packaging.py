@@ -102,7 +102,7 @@ def test_each_tested_set_pins_every_requirement_inside_its_range(tested):
     for line in lines(f"constraints/{tested}.txt"):
         name, version = line.split("==")
         pins[canonicalize_name(name)] = version
-    for name in ("library", "plots", "test"):
+    for name in ("library", "plots", "test", "lint"):
         for package, requirement in stated(name).items():
             assert requirement.specifier.contains(pins[package]), f"{package} in {tested}.txt"
 
