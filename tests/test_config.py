@@ -49,7 +49,7 @@ def trace_a_step(config: Config):
     return state, *jax.eval_shape(setup.step, state, batch)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiny.quick(CONFIGS, "yocou_small", "yocou_10b_moe"))
 def test_every_config_traces_a_training_step(name):
     state, new, metrics = trace_a_step(Config.from_dict(get_config(name)))
     described = jax.tree.map(lambda x: (x.shape, x.dtype), (state, new))

@@ -73,11 +73,7 @@ def test_there_are_ten_meshes_of_eight_devices():
     assert len(set(MESHES)) == 10
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MESHES],
-    ids=str,
-)
+@pytest.mark.parametrize("mesh", tiny.quick(MESHES, *QUICK), ids=str)
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mesh):
     """tensor=4 and tensor=8 do not divide the heads: there are 4 query and 2 key/value heads."""
     check(mesh)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import base
 from yocou_jax.config import Config, ModelConfig
@@ -26,6 +27,12 @@ MODEL = {
     "prefix_length": 3,
 }
 MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "expert_width": 12}
+
+
+def quick(values, *chosen):
+    """Cases for `parametrize`, of which all but the chosen ones are slow."""
+    assert set(chosen) <= set(values)
+    return [pytest.param(v, marks=() if v in chosen else pytest.mark.slow) for v in values]
 
 
 def config(

@@ -70,18 +70,12 @@ def check_against_the_forward_pass(config, chunk, capacity=TEXT, steps=7):
 # --- Prefill and decode are the forward pass ------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny.quick(ARCHITECTURES, "yoco_u", "rins", "parscale"))
 def test_a_ragged_prefill_and_decode_are_the_forward_pass(name):
     check_against_the_forward_pass(tiny.model(name), chunk=5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=() if n in ("yoco_u", "parscale") else pytest.mark.slow)
-        for n in ARCHITECTURES
-    ],
-)
+@pytest.mark.parametrize("name", tiny.quick(ARCHITECTURES, "yoco_u"))
 def test_scores_are_the_forward_pass_at_every_position(name):
     """For rows of different lengths, and for continuations of a prompt that was forked."""
     config = tiny.model(name)
@@ -161,7 +155,7 @@ def test_a_model_runs_at_other_loop_counts_than_its_own(num_loops):
         assert_equal(logits, want[:, at], np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", ["yoco_u", "transformer", "parscale"])
+@pytest.mark.parametrize("name", tiny.quick(["yoco_u", "transformer", "parscale"], "yoco_u"))
 def test_a_second_text_is_appended_to_a_first(name):
     """The rows have different lengths, and the second texts too."""
     config = tiny.model(name, num_layers=2)
@@ -233,7 +227,9 @@ def test_prepared_parameters_are_what_training_computes_with(name, fields):
 # --- Forks ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["yoco_u", "upper_loop_unshared", "parscale"])
+@pytest.mark.parametrize(
+    "name", tiny.quick(["yoco_u", "upper_loop_unshared", "parscale"], "yoco_u")
+)
 def test_a_forked_cache_equals_that_of_separate_prefills(name):
     config = tiny.model(name, num_layers=2)
     tokens = np.asarray(tiny.tokens(2, 12))
@@ -493,7 +489,7 @@ def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunk
     assert inference.default_sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
 
 
-@pytest.mark.parametrize("name", ["yoco_u", pytest.param("parscale", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", tiny.quick(["yoco_u", "parscale"], "yoco_u"))
 def test_eight_devices_generate_what_one_does(name):
     config = tiny.model(name, num_layers=2)
     prompts = [*PROMPTS, [3, 3, 3]]
@@ -569,7 +565,7 @@ def refused(sentence):
     return pytest.raises(UserError, match=re.escape(sentence))
 
 
-@pytest.mark.parametrize("name", ["yoco_u", pytest.param("parscale", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", tiny.quick(["yoco_u", "parscale"], "yoco_u"))
 def test_a_cache_that_is_full_is_refused_before_it_is_changed(name):
     run = model(tiny.model(name, num_layers=2))
     prompts = np.array([[1, 2, 3], [4, 5, 6]])

@@ -60,7 +60,7 @@ def expected_reach(program: Program, window: int, segments) -> np.ndarray:
     return known
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny.quick(ARCHITECTURES, "yoco_u", "parscale"))
 def test_each_output_depends_on_exactly_the_tokens_it_may_see(name):
     config = tiny.model(name, window=3, num_kv_heads=1)
     one, packed = np.ones(21, int), np.repeat([1, 2, 3], [4, 10, 7])
@@ -186,6 +186,7 @@ def test_the_program_to_compile_does_not_grow_with_loops_or_layers():
     assert size(num_layers=4, num_loops=8, scan=False) > 1.5 * small
 
 
+@pytest.mark.slow
 def test_the_compiled_code_does_not_grow_with_loops():
     def instructions(num_loops):
         config = tiny.model(num_loops=num_loops)
@@ -198,7 +199,9 @@ def test_the_compiled_code_does_not_grow_with_loops():
 # --- Packing and positions ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["yoco_u", "transformer", "upper_loop_unshared"])
+@pytest.mark.parametrize(
+    "architecture", tiny.quick(["yoco_u", "transformer", "upper_loop_unshared"], "yoco_u")
+)
 def test_packed_documents_do_not_change_each_other(architecture):
     config = tiny.model(architecture, cross_rope=architecture == "yoco_u", window=3)
     params, lengths = tiny.params(config), [5, 9, 6]

@@ -33,7 +33,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", ["yoco_u", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", tiny.quick(GOLDEN, "yoco_u"))
 def test_golden_metrics_of_the_first_steps(name):
     config = tiny.config(name) if name == "yoco_u" else tiny.config("full*2@2", **tiny.MOE)
     setup = one_device(config)
@@ -129,16 +129,7 @@ def repeat_with_offset(seed: int) -> Batch:
     return Batch(text[:, :-1], text[:, 1:], weights, None, None)
 
 
-QUICK = ("yoco_u",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in (*ARCHITECTURES, "experts")
-    ],
-)
+@pytest.mark.parametrize("name", tiny.quick([*ARCHITECTURES, "experts"], "yoco_u"))
 def test_every_architecture_learns_a_task_that_needs_attention(name):
     config = tiny.config(
         "full*2" if name == "experts" else name,
