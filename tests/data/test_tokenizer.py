@@ -465,7 +465,7 @@ def test_data_counts_the_bytes_of_decoded_text(tmp_path, bpe, corpus, make_confi
     data = load_data(make_config(**options, allow_lossy_tokenizer=True))
     returned = sum(len(t.replace("naïve", "n").encode()) for t in corpus.texts.values())
     assert data.num_bytes < returned < sum(len(t.encode()) for t in corpus.texts.values())
-    targets = [windows[i].targets for windows, i in data.validation.rows]
+    targets = [sequences[i].targets for sequences, i in data.validation.rows]
     assert data.validation.num_bytes == sum(data.tokenizer.num_bytes(row) for row in targets)
     exact = load_data(make_config())
     assert data.num_bytes < exact.num_bytes
