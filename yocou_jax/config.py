@@ -75,7 +75,7 @@ def truth(*, resume: str | None = None) -> Any:
 
 
 def one_of(*choices: str, resume: str | None = None) -> Any:
-    """A field whose value is one of `choices`."""
+    """A field with one of `choices` as its value."""
 
     def rule(value: str) -> str | None:
         return None if value in choices else f"is not one of {', '.join(choices)}"
@@ -97,7 +97,8 @@ def text(*, empty: bool = False, longest: int = MAX_TEXT, resume: str | None = N
             value.encode()
         except UnicodeEncodeError:
             return (
-                "must be valid Unicode; a terminal whose locale is not UTF-8 needs LC_ALL=C.UTF-8"
+                "must be valid Unicode; if the locale of your terminal is not UTF-8, set "
+                "LC_ALL=C.UTF-8"
             )
         return None
 
@@ -372,7 +373,7 @@ FIELDS = _kinds()  # for each dotted name, the possible types of its value
 
 
 def resumable(how: str) -> tuple[str, ...]:
-    """Dotted names of the fields whose `resume` is `how` (FREE or END)."""
+    """Dotted names of the fields with resume=`how` (FREE or END)."""
     return tuple(
         f"{group.name}.{field.name}"
         for group in dataclasses.fields(Config)

@@ -74,7 +74,7 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
     if differing:
         words = "another config"
         if (flat(before["config"]).keys() ^ flat(now["config"]).keys()) - set(free):
-            words = "another version of this code, whose config has other fields"
+            words = "another version of this code, with other config fields"
         raise UserError(
             f"The run in {workdir} was started with {words}, so it cannot be resumed: "
             f"{'; '.join(differing)}. Give the old values, or give this run a new workdir: "

@@ -88,7 +88,7 @@ class Attention(Mixer):
         return context
 
     def positions(self, config: "ModelConfig", length: int) -> int:
-        """Number of positions whose keys and values its memory stores (Table 1, KV memory)."""
+        """For how many positions its memory stores keys and values (Table 1, KV memory)."""
         return length
 
     def kernel(self, config: "ModelConfig") -> Kernel:

@@ -384,7 +384,7 @@ def test_a_name_that_does_not_exist(tmp_path, bpe, tokenizer):
     with pytest.raises(UserError, match=rf"none of the end.*data\.end_of_text \({theirs}\)\.$"):
         load_tokenizer(path)
     for name in ("x", "[EOS]"):  # an ordinary token, and a text that is not a token
-        with pytest.raises(UserError, match=r"is no special token of the tokenizer 't'"):
+        with pytest.raises(UserError, match=r"is not a special token of the tokenizer 't'"):
             Tokenizer.from_json(tokenizer.to_json(), "t", name)
     again = Tokenizer.from_json(tokenizer.to_json(), "t", "<|endoftext|>")
     assert again.fingerprint == tokenizer.fingerprint
@@ -482,7 +482,7 @@ def test_data_has_the_end_of_text_that_was_asked_for(tmp_path, bpe, make_config)
     assert usual.fingerprint != named.fingerprint
     assert usual.num_bytes == named.num_bytes
     for kind in ("bytes", "bpe"):
-        with pytest.raises(UserError, match=r"data\.end_of_text='<fin>' is no special token"):
+        with pytest.raises(UserError, match=r"data\.end_of_text='<fin>' is not a special token"):
             load_data(make_config(tokenizer=kind, end_of_text="<fin>"))
         load_data(make_config(tokenizer=kind, end_of_text="<|endoftext|>"))
 

@@ -186,14 +186,15 @@ def is_held_out(name: str, validation_fraction: float) -> bool:
 
 
 class Split(NamedTuple):
-    """A corpus, perhaps in pieces. Documents whose names hash below `threshold` are held out."""
+    """A corpus, perhaps in pieces. If the hash of a name is below `threshold`, the document
+    is held out."""
 
     corpus: Corpus
     threshold: float
 
 
 def split_corpus(corpus: Corpus, fraction: float, held_out_bytes: int, train_bytes: int) -> Split:
-    """Decides which documents are held out: those whose names hash below a threshold.
+    """Decides which documents are held out: each one with a name that hashes below a threshold.
 
     The threshold is `fraction`, and then new documents do not change the split of the old ones. If
     one split then has fewer bytes than it needs (held_out_bytes, train_bytes), the threshold moves

@@ -230,7 +230,7 @@ def _end_of_text_id(backend: tokenizers.Tokenizer | None, name: str, end_of_text
     theirs = f"its special tokens are {names}" if special else "it has no special tokens"
     if end_of_text:
         raise UserError(
-            f"data.end_of_text={end_of_text!r} is no special token of the tokenizer {name!r}: "
+            f"data.end_of_text={end_of_text!r} is not a special token of the tokenizer {name!r}: "
             f"{theirs}."
         )
     raise UserError(
