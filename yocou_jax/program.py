@@ -1,4 +1,4 @@
-"""A language model is a short program of stages. Everything else is derived from this object.
+"""A language model is a short program of stages. What it costs and how it runs is derived from it.
 
     yoco_u = "window*10@3 | cross*10"      10 window layers, applied 3 times; then 10 cross layers
 
