@@ -97,7 +97,7 @@ def _next(H: int, widths: tuple[int, ...]) -> int:
 
 TPU_HEAD_WIDTHS = (64, 128, 256)
 TPU_LANES = 128  # blocks of positions are multiples of it
-# How much VMEM a kernel may take, of 128 MB (tpu7x: 64); XLA's default of 16 MB is too little for 8
+# How much VMEM a kernel may take, of 128 MB (v7x: 64); XLA's default of 16 MB is too little for 8
 # heads of 256. These are the kinds of device that the kernels were compiled for.
 TPU_VMEM = {
     "TPU v5 lite": 96 * 2**20,
@@ -144,7 +144,7 @@ def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
 def tpu_sums_on_mxu(kind: str) -> bool:
     """Whether the forward kernel sums p in the matrix unit. Static cycles of a 512 x 512 tile and
     of its masked variant together, H = 128, when it does and when it does not: v6e 1559 and 1659,
-    tpu7x 2182 and 1692, v5e 2927 and 2036, v5p 2973 and 2029 (the units of v5 are
+    v7x 2182 and 1692, v5e 2927 and 2036, v5p 2973 and 2029 (the units of v5 are
     narrower, so that the columns of ones cost time).
     """
     return "v6" in kind
