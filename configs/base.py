@@ -85,8 +85,7 @@ def get_config() -> ConfigDict:
     d.seed = 0  # for the order of the training sequences
     d.cache_dir = "runs/cache"  # tokenised corpora and trained tokenizers
 
-    # How devices share the work (yocou_jax/sharding.py). mesh.data is not related to the group `data`
-    # above.
+    # How devices share the work (yocou_jax/sharding.py). mesh.data is not the group `data` above.
     s = c.mesh = ConfigDict()
     s.data = -1  # copies of the model, each for other rows of a batch; -1: all devices left
     s.fsdp = 1  # parts of the parameters and the optimiser state
