@@ -110,7 +110,7 @@ def test_prefill_runs_the_cross_decoder_for_one_position_only():
     self_decoder = 2 * N * accounting._layer_matmul_params(c, window) + 4 * N * heads * (
         c.window + N
     )
-    global_kv = 2 * N * accounting._kv_writer_params(c)
+    global_kv = 2 * N * accounting._kv_projection_params(c)
     chunk = chunk_flops(c, N, S, attention="reference")
     assert chunk == 6 * self_decoder + global_kv
     one_position = 2 * accounting._layer_matmul_params(c, cross) + 4 * heads * S
