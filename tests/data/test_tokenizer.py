@@ -379,7 +379,7 @@ def test_a_name_that_does_not_exist(tmp_path, bpe, tokenizer):
     path = str(tmp_path / "t.json")
     assert load_tokenizer(path, "<fin>").end_of_text == "<fin>"
     theirs = r"its special tokens are <\|other\|>, <\|pad\|>, <fin>"
-    with pytest.raises(UserError, match=rf"data\.end_of_text='<end>' is no special.*: {theirs}\.$"):
+    with pytest.raises(UserError, match=rf"data\.end_of_text='<end>' is not a .*: {theirs}\.$"):
         load_tokenizer(path, "<end>")
     with pytest.raises(UserError, match=rf"none of the end.*data\.end_of_text \({theirs}\)\.$"):
         load_tokenizer(path)
