@@ -24,7 +24,7 @@ from pallas_kernels import api
 from yocou_jax import accounting, inference
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
-from yocou_jax.model import Compute, abstract_params, resolve
+from yocou_jax.model import Compute, abstract_params, resolve_compute
 from yocou_jax.model.memory import Memory
 from yocou_jax.program import ARCHITECTURES
 
@@ -104,7 +104,7 @@ class Cell(NamedTuple):
 
     @property
     def compute(self) -> Compute:
-        return self.asked or resolve()
+        return self.asked or resolve_compute()
 
     @property
     def capacity(self) -> int:
@@ -390,7 +390,7 @@ def measure(
             "memory_gib": room / 2**30,
             "date": device.today(),
             "versions": device.versions(),
-            "dtype": str((compute or resolve()).dtype),
+            "dtype": str((compute or resolve_compute()).dtype),
             "model": {k: v for k, v in dataclasses.asdict(config).items() if k in SMALL},
             "programs": {name: str(config.program) for name, config in configs.items()},
             "parameters": {n: accounting.parameters(c).total for n, c in configs.items()},
@@ -399,7 +399,9 @@ def measure(
             "lengths": list(sizes.lengths),
             "budget_s": budget_s,
             "seconds": time.perf_counter() - start,
-            "papers_model": paper.is_the_papers(config, (compute or resolve()).dtype.itemsize),
+            "papers_model": paper.is_the_papers(
+                config, (compute or resolve_compute()).dtype.itemsize
+            ),
             "rows": rows,
             "ratios": comparison.ratios(rows, list(configs)),
         }

@@ -14,7 +14,7 @@ from pallas_kernels.attention.blocks import Blocks, xla_blocks
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import load_data
 from yocou_jax.errors import UserError
-from yocou_jax.model import resolve
+from yocou_jax.model import resolve_compute
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.step import set_up
@@ -76,7 +76,7 @@ def why_not(implementation: str, config: Config) -> str | None:
     facts = {
         "q_shape": (B, N, m.num_heads, m.head_dim),
         "k_shape": (B, N, m.num_kv_heads, m.head_dim),
-        "dtype": resolve(config.compute).dtype,
+        "dtype": resolve_compute(config.compute).dtype,
         "segments": config.data.packing,
     }
     for operation, window in (("window_attention", m.window), ("cross_attention", None)):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from yocou_jax.errors import UserError
-from yocou_jax.files import resolve, write_atomically
+from yocou_jax.files import expand_path, write_atomically
 
 
 class Grid(NamedTuple):
@@ -75,7 +75,7 @@ def output_folder(name: str) -> Path:
     Raises:
       UserError: it is a file.
     """
-    folder = resolve(name)
+    folder = expand_path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -89,7 +89,7 @@ def output_file(flag: str, name: str | None, kinds: Iterable[str]) -> Path | Non
     Raises:
       UserError: its folder does not exist, or its suffix is not one of `kinds`.
     """
-    path = None if name is None else resolve(name)
+    path = None if name is None else expand_path(name)
     if path is not None and (not path.parent.is_dir() or path.suffix[1:] not in kinds):
         raise UserError(
             f"--{flag}={name} must be a file in a folder that exists, of one of the kinds "

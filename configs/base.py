@@ -14,14 +14,16 @@ def get_config() -> ConfigDict:
     # A name in yocou_jax.program.ARCHITECTURES, or a program such as "window*4@3 | cross*4".
     m.architecture = "yoco_u"
     m.num_layers = 8  # layers with parameters of their own; not used if a program is given
-    m.num_loops = placeholder(int)  # runs of each looped stage; none: the architecture's
+    m.num_loops = placeholder(int)  # runs of each looped stage; none: those of the architecture
     m.vocab_size = 4096  # rows of the embedding table; at least the tokenizer's entries
     m.d_model = 256
     m.num_heads = 4  # query heads
     m.num_kv_heads = 2  # key/value heads; num_heads / num_kv_heads query heads share each
     m.head_dim = 64
     m.d_ff = 704  # width of SwiGLU
-    m.window = 128  # keys that a query of a window layer sees, its own key included
+    # Keys that a query of a window layer sees, including its own key. The rule is `visible` in
+    # pallas_kernels/attention/mask.py.
+    m.window = 128
     m.rope_theta = 10_000.0
     m.cross_rope = False  # the paper's cross-decoder has no position encoding (NoPE)
     m.qk_norm = False  # RMSNorm on the queries and keys of each head
@@ -40,7 +42,9 @@ def get_config() -> ConfigDict:
     k = c.compute = ConfigDict()
     k.dtype = "auto"  # of activations; auto: bfloat16 on accelerators, float32 on a CPU
     k.attention = "auto"  # a name in pallas_kernels.api; auto: the best for the device
-    k.remat = "none"  # what backward recomputes: none | attention (all but its results) | full
+    # What the backward pass computes again to save memory: none | attention (all but the results of
+    # attention) | full (all)
+    k.remat = "none"
     k.scan = True  # False: Python loops over layers and loops, to debug
 
     o = c.optimizer = ConfigDict()
@@ -70,17 +74,20 @@ def get_config() -> ConfigDict:
     d.end_of_text = ""  # name of the end-of-text token in a tokenizer.json; "": a usual name
     d.allow_lossy_tokenizer = False  # allows a tokenizer that changes the text (to lower case)
     d.vocab_size = m.get_oneway_ref("vocab_size")  # entries of a trained BPE; follows the model's
-    d.packing = False  # attention stays inside each document (segment ids)
+    # Documents are always joined, and a sequence may have parts of several. True: attention stays
+    # inside each document (segment ids).
+    d.packing = False
     d.batch_size = 16  # sequences per update, over all devices
     d.sequence_length = 512  # tokens
     d.validation_fraction = 0.02  # share of the documents; the hash of a name decides
-    # (another share of a small text, so that a held-out window and a training batch are full)
-    d.validation_sequences = 64
-    d.seed = 0  # for the order of the training windows
+    # (another share of a small text, so that a held-out sequence and a training batch are full)
+    d.validation_sequences = 64  # may change on resume, although the validation loss then differs
+    d.seed = 0  # for the order of the training sequences
     d.cache_dir = "runs/cache"  # tokenised corpora and trained tokenizers
 
+    # How devices share the work (yocou_jax/sharding.py). mesh.data is not the group `data` above.
     s = c.mesh = ConfigDict()
-    s.data = -1  # copies of the model; -1: all devices that are left
+    s.data = -1  # copies of the model, each for other rows of a batch; -1: all devices left
     s.fsdp = 1  # parts of the parameters and the optimiser state
     s.tensor = 1  # parts of the heads, the feed-forward and the vocabulary
 

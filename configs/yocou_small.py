@@ -3,12 +3,12 @@
     python -m experiments.train --config=configs/yocou_small.py             (or: make train)
     python -m experiments.train --config=configs/yocou_small.py:transformer (any architecture)
 
-2.2M parameters without embeddings, 1.2M tokens, 40 TFLOP. The README says which loss it reaches and
-how long it takes. The settings were chosen by runs of 0.18M tokens (90 steps) and their validation
-bits/byte: Muon at 0.003, 0.01 and 0.02 gave 2.24, 2.16 and 2.18; AdamW at 0.004 gave 2.45; 1,024
-tokens per step instead of 2,048 gave 2.16; d_model 256 at the same FLOPs (64 steps) gave 2.28;
-embeddings scaled to unit variance gave 1.99, and with qk_norm too 1.99. Each is one run with one
-seed. Nothing was tuned for another architecture.
+2.2M parameters without embeddings, 1.2M tokens, about 4e13 FLOPs in all. The README says which loss
+it reaches and how long it takes. The settings were chosen by runs of 0.18M tokens (90 steps) and
+their validation bits/byte: Muon at 0.003, 0.01 and 0.02 gave 2.24, 2.16 and 2.18; AdamW at 0.004
+gave 2.45; 1,024 tokens per step instead of 2,048 gave 2.16; d_model 256 at the same FLOPs (64
+steps) gave 2.28; embeddings scaled to unit variance gave 1.99, and with qk_norm too 1.99. Each is
+one run with one seed. Nothing was tuned for another architecture.
 """
 
 from configs import base

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from yocou_jax import config as settings
 from yocou_jax.errors import UserError, shown
-from yocou_jax.files import resolve
+from yocou_jax.files import expand_path
 
 
 def config_file(
@@ -56,7 +56,7 @@ class ConfigParser(flags.ArgumentParser):
 def _load_config(argument: str) -> ConfigDict:
     """What get_config() of a file returns, given what follows the colon of FILE:PRESET."""
     name, colon, preset = argument.partition(":")
-    path = os.path.abspath(resolve(name))
+    path = os.path.abspath(expand_path(name))
     if not os.path.isfile(path):
         raise UserError(f"The config file {shown(name)} does not exist.")
     loader = importlib.machinery.SourceFileLoader("config_file", path)

@@ -9,7 +9,7 @@ from absl import flags
 from experiments import cli
 from yocou_jax import pretrained
 from yocou_jax.checkpoint import params_sha256
-from yocou_jax.files import resolve
+from yocou_jax.files import expand_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of a training run; or an exported folder.")
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; else the newest.", lower_bound=0)
@@ -20,7 +20,7 @@ flags.mark_flags_as_required(["workdir", "folder"])
 def main(_):
     # Nothing is computed: a model that fills the devices still fits into the host's memory.
     jax.config.update("jax_platforms", "cpu")
-    model, folder = pretrained.load(WORKDIR.value, step=STEP.value), resolve(FOLDER.value)
+    model, folder = pretrained.load(WORKDIR.value, step=STEP.value), expand_path(FOLDER.value)
     pretrained.export(folder, model)
     files = [folder / name for name in pretrained.FILES]
     rows = {str(file): f"{file.stat().st_size:,} bytes" for file in files}

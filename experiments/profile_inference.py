@@ -52,7 +52,7 @@ from benchmarks import comparison, inference, plots
 from benchmarks.report import console, output_file, table, write_json
 from experiments import cli
 from yocou_jax.config import Config
-from yocou_jax.model import resolve
+from yocou_jax.model import resolve_compute
 
 CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to profile.")
 LENGTHS = flags.DEFINE_list(
@@ -106,7 +106,7 @@ def main(_):
 
     budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value
     say = functools.partial(print, file=sys.stderr)
-    compute = resolve(config.compute)
+    compute = resolve_compute(config.compute)
     report = inference.measure(configs, sizes, budget_s, keep, say, compute) | {"notes": notes}
     keep(report)
     if JSON.value:

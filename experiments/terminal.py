@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from yocou_jax.errors import UserError
-from yocou_jax.files import resolve
+from yocou_jax.files import expand_path
 
 if TYPE_CHECKING:  # it takes seconds to import
     from yocou_jax.inference.text import TextRow
@@ -25,7 +25,7 @@ def checked(name: str, text: str) -> str:
 def read_prompt(name: str) -> str:
     """The text of a file, or of stdin for "-"; its line ends stay, as in training."""
     try:
-        data = sys.stdin.buffer.read() if name == "-" else resolve(name).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else expand_path(name).read_bytes()
         return data.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

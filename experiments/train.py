@@ -20,7 +20,7 @@ from rich.console import Console as Terminal
 from experiments import cli
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
-from yocou_jax.files import resolve
+from yocou_jax.files import expand_path
 
 CONFIG = cli.config_file(None, "A file of configs/, and :architecture.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Of this run; runs/<config name> by default.")
@@ -67,7 +67,7 @@ def main(_):
     for flag in (WORKDIR, INIT_FROM):
         if flag.value is not None and not flag.value.strip():
             raise UserError(f"The flag --{flag.name} is empty; leave it out or name a folder.")
-    workdir = resolve(WORKDIR.value or default_workdir(config_file))
+    workdir = expand_path(WORKDIR.value or default_workdir(config_file))
     # Only process 0 speaks: the others would say the same.
     with Console(Terminal(quiet=jax.process_index() > 0)) as console:
         summary = Run(config, workdir, console, init_from=INIT_FROM.value).train()

@@ -204,7 +204,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, saved, caplog, pat
         assert_same(state, make_state(10))
         warnings = [r.getMessage() for r in caplog.records if r.name.startswith("yocou_jax")]
         assert len(warnings) == 1
-        assert warnings[0].startswith(f"Checkpoint 20 in {directory} was passed over: it")
+        assert warnings[0].startswith(f"Checkpoint 20 in {directory} was skipped: it")
         assert warnings[0].endswith(("; step 10 is used instead.", "it was never finished."))
     assert folders(directory) == ["10", "passed-over-20"]
 
@@ -231,7 +231,7 @@ def test_a_folder_that_was_never_finished_is_passed_over(tmp_path, saved, caplog
     with Checkpointer(directory) as checkpointer:
         assert checkpointer.restore_latest(abstract(make_state()))[1] == 20
         assert checkpointer.save(50, make_state(50))
-    assert f"Checkpoint 30 in {directory} was passed over: it was never finished" in caplog.text
+    assert f"Checkpoint 30 in {directory} was skipped: it was never finished" in caplog.text
     assert folders(directory) == ["20", "50", "passed-over-30"]
 
 
@@ -319,7 +319,7 @@ def test_a_full_disk_gives_one_sentence(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
             checkpointer.save(20, make_state(20))
-            checkpointer._seal.join()
+            checkpointer._finishing.join()
             checkpointer.save(21, make_state(21))
         except UserError as error:
             print(error)
@@ -454,7 +454,7 @@ def test_manifest_refuses_another_config_by_name(tmp_path):
     with pytest.raises(UserError) as error:
         resume(tmp_path, other)
     assert "cannot be resumed: model.window: 64 -> 32; new: absent -> 1. Give" in str(error.value)
-    assert "another version of this code, whose config has other fields" in str(error.value)
+    assert "another version of this code, with other config fields" in str(error.value)
     # It names a new workdir, quoted for a shell.
     assert str(error.value).endswith(f"--workdir={tmp_path}-window=32.")
     odd = CONFIG | {"model": {"window": "a b;", "loops": 3}}

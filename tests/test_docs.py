@@ -3,11 +3,16 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import api
+from pallas_kernels.attention import gpu, triton
+from pallas_kernels.device import Device
 from tests import tiny
 from yocou_jax import pretrained
-from yocou_jax.config import FIELDS
+from yocou_jax.config import END, FIELDS, FREE, resumable
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.program import ARCHITECTURES
 
@@ -50,6 +55,60 @@ def test_the_readme_has_every_architecture():
     assert programs == {
         name: template.format(all="L", half="L/2") for name, template in ARCHITECTURES.items()
     }
+
+
+def test_the_fields_that_may_change_on_resume_are_listed():
+    text = read("docs/using.md").partition("These fields may change")[2]
+    free, _, end = text.partition("\n\n")[0].partition("Some of them")
+    assert set(re.findall(r"`(\w+\.\w+)`", free)) == set(resumable(FREE))
+    assert set(re.findall(r"`(\w+\.\w+)`", end)) == set(resumable(END))
+
+
+# What jax calls the devices that the table of kernels names.
+KINDS = {
+    **{"CPU": "cpu", "TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"},
+    **{"tpu7x": "TPU7x", "TPU v4": "TPU v4", "H100": "NVIDIA H100 80GB HBM3"},
+    **{"H200": "NVIDIA H200", "A100": "NVIDIA A100-SXM4-40GB", "L4": "NVIDIA L4"},
+    **{"B200": "NVIDIA B200", "T4": "Tesla T4", "V100": "Tesla V100-SXM2-16GB"},
+}
+KERNELS = [
+    (name, dtype, needs, kernel)
+    for names, dtypes, needs, kernel in re.findall(
+        r"^\| (.+?) \| (any|bfloat16|float32) \| (.+?) \| `(\w+)` \|$",
+        read("docs/using.md"),
+        re.MULTILINE,
+    )
+    for name in names.split(", ")
+    for dtype in (("bfloat16", "float32") if dtypes == "any" else (dtypes,))
+]
+
+
+def test_the_table_of_kernels_has_every_device():
+    assert {name for name, *_ in KERNELS} == set(KINDS)
+
+
+@pytest.mark.parametrize(("name", "dtype", "needs", "kernel"), KERNELS)
+def test_the_table_of_kernels_is_what_auto_chooses(name, dtype, needs, kernel, monkeypatch):
+    """On a host that has this device, and this jax or the one that the row needs."""
+    if needs.startswith("jax 0.11") and jax.version.__version_info__ < (0, 11):
+        pytest.skip("needs jax 0.11")
+    if needs.startswith("jax 0.10"):
+        monkeypatch.delattr(gpu.plgpu, "InterpretGPUParams", raising=False)
+    platform = {"CPU": "cpu", "TPU": "tpu"}.get(name[:3].upper(), "gpu")
+    missing = "jax-triton is not installed." if needs == "no jax-triton" else None
+    monkeypatch.setattr(triton, "_missing_triton", lambda: missing)
+    monkeypatch.setattr(triton, "_misfit", lambda: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for operation in ("window_attention", "cross_attention"):
+        choice = api.choose_implementation(
+            operation,
+            device=Device(platform, KINDS[name]),
+            q_shape=(8, 512, 4, 64),
+            k_shape=(8, 512, 2, 64),
+            dtype=jnp.dtype(dtype),
+            window=128 if operation == "window_attention" else None,
+        )
+        assert choice.implementation == kernel, choice.reason
 
 
 @pytest.mark.parametrize("document", [d for d in CURRENT if "```python" in read(d)])

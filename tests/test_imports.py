@@ -1,4 +1,4 @@
-"""Modules import only from their own floor or from floors below it, without cycles."""
+"""Modules import only from their own level or from levels before it, without cycles."""
 
 import ast
 import graphlib
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# The longest name that fits decides the floor of a module. It imports from this floor or below.
-FLOORS = (
+# The longest name that fits decides the level of a module. It imports from this one or one before.
+LEVELS = (
     {
         *("yocou_jax", "yocou_jax.errors", "yocou_jax.files", "yocou_jax.typing"),
         *("yocou_jax.progress", "yocou_jax.foreign"),
@@ -54,10 +54,10 @@ def imports(path: Path) -> set[str]:
     return found & MODULES.keys()
 
 
-def floor(module: str) -> int:
+def level(module: str) -> int:
     fitting = [
         (len(name), i)
-        for i, names in enumerate(FLOORS)
+        for i, names in enumerate(LEVELS)
         for name in names
         if f"{module}.".startswith(f"{name}.")
     ]
@@ -65,8 +65,8 @@ def floor(module: str) -> int:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_from_its_floor_or_below(module):
-    above = [name for name in imports(MODULES[module]) if floor(name) > floor(module)]
+def test_a_module_imports_from_its_level_or_before(module):
+    above = [name for name in imports(MODULES[module]) if level(name) > level(module)]
     assert not above
 
 
@@ -87,6 +87,6 @@ def test_there_is_no_import_cycle():
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_every_module_has_a_floor():
+def test_every_module_has_a_level():
     for module in MODULES:
-        assert module.count(".") == 0 or floor(module) > 0 or module in FLOORS[0], module
+        assert module.count(".") == 0 or level(module) > 0 or module in LEVELS[0], module

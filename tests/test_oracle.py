@@ -14,7 +14,7 @@ import pytest
 
 from tests import oracle, tiny
 from yocou_jax import inference
-from yocou_jax.model import resolve
+from yocou_jax.model import resolve_compute
 from yocou_jax.training import metrics
 from yocou_jax.training.optimizer import make_schedule
 from yocou_jax.training.step import TrainState, set_up, train_step
@@ -113,7 +113,7 @@ def recorded_step(params, batch, config):
         state,
         batch,
         config=config,
-        compute=resolve(config.compute),
+        compute=resolve_compute(config.compute),
         optimizer=RECORDER,
         schedule=make_schedule(config.optimizer, config.run.steps),
     )

@@ -76,7 +76,7 @@ def test_with_loops_changes_every_loop_and_nothing_else(text, loops, expected):
         ("full*0", "'full*0' needs at least one layer and at least one loop"),
         ("cross*2", "begins with a cross stage"),
         ("cross*2 | window*2", "begins with a cross stage"),
-        ("window*2 | cross*2 | window*2", "has a window or full stage after a cross stage"),
+        ("window*2 | cross*2 | window*2", "only stages of cross may follow"),
         ("full*2, streams=0", "streams=0 must be at least 1"),
         ("window*2, streams=2", "streams=2; parallel streams"),
         ("full*2, stream=2", "ends in 'stream=2'; the only option is 'streams=P'"),

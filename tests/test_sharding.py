@@ -15,7 +15,7 @@ from tests import tiny
 from yocou_jax.checkpoint import Checkpointer
 from yocou_jax.config import MeshConfig
 from yocou_jax.errors import UserError
-from yocou_jax.model import abstract_params, resolve
+from yocou_jax.model import abstract_params, resolve_compute
 from yocou_jax.program import ARCHITECTURES
 from yocou_jax.sharding import LOGICAL_AXES, batch_sharding, make_mesh, spec_for, tree_shardings
 from yocou_jax.training.step import logical_axes, loss_fn, set_up
@@ -45,7 +45,9 @@ def gradients(config, batch, mesh):
     )
     def compute(params, batch):
         def objective(params):
-            return loss_fn(params, batch, config, resolve(config.compute), jnp.float32(targets))[0]
+            return loss_fn(
+                params, batch, config, resolve_compute(config.compute), jnp.float32(targets)
+            )[0]
 
         return jax.value_and_grad(objective)(params)
 

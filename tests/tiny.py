@@ -11,7 +11,7 @@ import pytest
 from configs import base
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
-from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve
+from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve_compute
 from yocou_jax.training.loss import cross_entropy
 from yocou_jax.training.step import TrainState
 
@@ -56,7 +56,7 @@ def model(architecture="yoco_u", **fields) -> ModelConfig:
 
 def compute(**fields) -> Compute:
     """How a model runs, resolved. fields: those of `config.compute` that differ from base.py."""
-    return resolve(config(**fields).compute)
+    return resolve_compute(config(**fields).compute)
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def hidden(
     num_loops=None,
     compute: Compute | None = None,
 ):
-    output = LanguageModel(config, compute or resolve()).apply(
+    output = LanguageModel(config, compute or resolve_compute()).apply(
         {"params": params}, tokens, positions, segment_ids, num_loops=num_loops
     )
     return output.hidden
@@ -143,7 +143,7 @@ def value_and_grad(params, config: ModelConfig, tokens, compute: Compute | None 
     """Mean loss of predicting each next token, and its gradients."""
 
     def loss(params):
-        model = LanguageModel(config, compute or resolve())
+        model = LanguageModel(config, compute or resolve_compute())
         output = model.apply({"params": params}, tokens[:, :-1])
         total, _ = cross_entropy(output.hidden, head_matrix(params, config), tokens[:, 1:])
         return total / tokens[:, 1:].size

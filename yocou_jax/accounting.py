@@ -32,7 +32,7 @@ def _layer_matmul_params(config: ModelConfig, stage: Stage) -> int:
     return MIXERS[stage.mixer].weights(config) + _feed_forward_params(config, active=True)
 
 
-def _kv_writer_params(config: ModelConfig) -> int:
+def _kv_projection_params(config: ModelConfig) -> int:
     if not config.program.has_cross:
         return 0
     return config.d_model * kv_width(config)
@@ -75,7 +75,7 @@ def parameters(config: ModelConfig) -> Parameters:
         parts[f"{name}.feed_forward"] = stage.layers * _feed_forward_params(config, active=False)
         parts[f"{name}.norms"] = stage.layers * (2 * d + mixer.scales(config))
     if program.has_cross:
-        parts["global_kv"] = _kv_writer_params(config) + d
+        parts["global_kv"] = _kv_projection_params(config) + d
         if config.qk_norm:
             parts["global_kv"] += config.head_dim
     if gate := _gate_params(config):
@@ -96,16 +96,17 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def _stage_flops(config: ModelConfig, stage: Stage, tokens: int, mixing: int) -> int:
-    """Forward FLOPs of a stage over `tokens` positions, `mixing` of them in each layer's mixer
-    beside those of its matrices."""
+    """Forward FLOPs of a stage over `tokens` positions. Of these, `mixing` are in the mixer of each
+    layer, without its matrices (the products of queries, keys and values)."""
     matmul = 2 * _layer_matmul_params(config, stage) * tokens
     return config.program.streams * stage.depth * (matmul + mixing)
 
 
 def _ends_flops(config: ModelConfig, kv_tokens: int, head_tokens: int) -> int:
-    """Forward FLOPs of what is no stage: the global K/V projection, the stream gate, the head."""
+    """Forward FLOPs of everything outside the stages: the global K/V projection, the stream gate
+    and the head."""
     head = 2 * (config.vocab_size * config.d_model + _gate_params(config))
-    return 2 * _kv_writer_params(config) * kv_tokens + head * head_tokens
+    return 2 * _kv_projection_params(config) * kv_tokens + head * head_tokens
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -121,7 +122,9 @@ def prefill_flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs per prompt token to fill the caches and predict the next token.
 
     Cross stages and the head run for the last position alone (YOCO, section 2.2: prefill exits
-    early), so for a program with a global cache the figure does not depend on the length.
+    early). If all stages before them are window stages, the figure hardly depends on the length of
+    a long prompt: each token sees at most W keys, and the work of the last position is shared by
+    all tokens of the prompt.
     """
     flops = _ends_flops(config, length, 1)
     for stage in config.program.stages:
@@ -134,7 +137,7 @@ def prefill_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def decode_flops_per_token(config: ModelConfig, context: int) -> int:
-    """FLOPs of one decode step that sees `context` positions, its own included."""
+    """FLOPs of one decode step that sees `context` positions, including its own."""
     return _ends_flops(config, 1, 1) + sum(
         _stage_flops(config, stage, 1, MIXERS[stage.mixer].step_flops(config, context))
         for stage in config.program.stages
@@ -144,15 +147,16 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> int:
 def decode_bytes_per_step(
     config: ModelConfig, batch: int, context: int, bytes_per_value: int = 2
 ) -> float:
-    """Bytes that one decode step of `batch` rows must read when each sees `context` positions.
+    """Bytes that one decode step of `batch` rows must read if each row sees `context` positions.
 
-    Matrices once per application of their layer (so 3 times in a loop of 3), of the experts those
-    that some row is expected to choose if all are alike; W ring entries per (loop, window layer),
-    all positions per (loop, full layer), and those of the one global cache per cross layer. Norms
-    and the rows' embeddings are left out, and the position that a step writes to each cache.
+    Matrices: those of a layer each time it runs (3 times in a loop of 3). For experts, the expected
+    number that at least one row chooses, if all experts are equally likely.
+    Memories: W positions for each (loop, window layer), all positions for each (loop, full layer),
+    and all positions of the one global cache for each (loop, cross layer).
+    Left out: norms, the embeddings of the rows, and the position that a step writes to each memory.
     """
     c, program = config, config.program
-    matrices = c.vocab_size * c.d_model + _gate_params(c) + _kv_writer_params(c)
+    matrices = c.vocab_size * c.d_model + _gate_params(c) + _kv_projection_params(c)
     unchosen = 0.0
     if c.num_experts:
         tokens = batch * program.streams
@@ -174,9 +178,9 @@ def kv_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
     """Bytes of all memories of one sequence after `length` positions (Table 10 in MiB; bfloat16 by
     default).
 
-    Of keys and values that is W positions for each (loop, window layer), `length` for each (loop,
-    full layer) and stream (and the learned prefix), and `length` once for the global cache (Table
-    1, column KV memory).
+    Keys and values of W positions for each (loop, window layer), of `length` positions and the
+    learned prefix for each (loop, full layer, stream), and of `length` positions once for the
+    global cache (Table 1, column KV memory).
     """
     program = config.program
     numbers = sum(
@@ -194,8 +198,8 @@ def kv_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
 def sibling(config: ModelConfig, architecture: str) -> ModelConfig:
     """The same sizes under another architecture of the table.
 
-    A loop count that the config sets goes along wherever the architecture loops at all; otherwise
-    each has the paper's.
+    If the config sets num_loops, looped architectures use it. Otherwise they have the loop counts
+    of the paper.
     """
     layers = config.program.layers
     template = ARCHITECTURES[architecture]

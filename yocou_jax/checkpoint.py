@@ -56,7 +56,7 @@ class Checkpointer:
         self._manager: ocp.CheckpointManager | None = None
         self._keep, self._closed = keep, False
         self._whole: tuple[int | None, dict[int, str]] | None = None
-        self._seal: threading.Thread | None = None
+        self._finishing: threading.Thread | None = None
         self._saving, self._error = -1, None
 
     def _open_manager(self) -> ocp.CheckpointManager:
@@ -110,8 +110,8 @@ class Checkpointer:
             self._open_manager().save(step, args=args, force=True)
         except Exception as error:
             raise UserError(self._failure(error)) from error
-        self._seal = threading.Thread(target=self._wait_and_seal, args=(step,), name="seal")
-        self._seal.start()
+        self._finishing = threading.Thread(target=self._finish, args=(step,), name="finish")
+        self._finishing.start()
         return True
 
     def newest_whole(self) -> int | None:
@@ -164,14 +164,14 @@ class Checkpointer:
 
     def _put_aside(self, reasons: dict[int, str]) -> None:
         for step, why in reasons.items() if jax.process_index() == 0 else ():
-            log.warning("Checkpoint %d in %s was passed over: %s.", step, self.directory, why)
+            log.warning("Checkpoint %d in %s was skipped: %s.", step, self.directory, why)
             aside = self.directory / f"passed-over-{step}"
             shutil.rmtree(aside, ignore_errors=True)
             (self.directory / str(step)).rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints put aside")
 
-    def _wait_and_seal(self, step: int) -> None:
+    def _finish(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
@@ -181,9 +181,9 @@ class Checkpointer:
             self._error = error
 
     def _raise_error_of_last_save(self, *, wait: bool) -> None:
-        if self._seal is not None and (wait or not self._seal.is_alive()):
-            self._seal.join()
-            self._seal, error, self._error = None, self._error, None
+        if self._finishing is not None and (wait or not self._finishing.is_alive()):
+            self._finishing.join()
+            self._finishing, error, self._error = None, self._error, None
             if error is not None:
                 raise UserError(self._failure(error)) from error
 
@@ -219,7 +219,7 @@ def load_params(
             f"The checkpoint of step {step} in {directory} cannot be read: {damaged[step]}."
         )
     for bad, why in damaged.items():
-        log.warning("Checkpoint %d was passed over: %s.", bad, why)
+        log.warning("Checkpoint %d was skipped: %s.", bad, why)
     if found is None:
         raise UserError(f"There is no checkpoint to read in {directory}.")
     return _restore(directory, found, {"params": abstract_params}, partial=True)["params"], found
@@ -262,16 +262,16 @@ def _steps(directory: Path) -> list[int]:
 
 def _newest_whole(directory: Path, steps: list[int]) -> tuple[int | None, dict[int, str]]:
     """The newest undamaged step, and what is wrong with each newer one. Process 0 decides."""
-    passed_over = {}
+    damaged = {}
     for step in sorted(steps, reverse=True):
         why = _damage(directory / str(step)) if jax.process_index() == 0 else ""
         if jax.process_count() > 1:
             whole = bool(multihost_utils.broadcast_one_to_all(np.array(not why)))
             why = "" if whole else why or "it is damaged"
         if not why:
-            return step, passed_over
-        passed_over[step] = why
-    return None, passed_over
+            return step, damaged
+        damaged[step] = why
+    return None, damaged
 
 
 def _damage(folder: Path) -> str:

@@ -18,7 +18,9 @@ from ml_collections.config_dict import ConfigDict, RequiredValueError
 from yocou_jax.errors import UserError, shown
 from yocou_jax.program import Program
 
-# The names in pallas_kernels.api, which cannot be imported without jax. A test compares them.
+# The names in pallas_kernels.api; a test compares them. They are not imported from there, because
+# that loads jax. What only counts (this file, program.py, accounting.py) must start fast, and must
+# not occupy a device that another process uses.
 ATTENTION = ("auto", "pallas_tpu", "pallas_gpu", "triton", "cudnn", "xla", "reference")
 
 PROFILE_FROM = 10  # steps before a trace begins: the first ones compile and warm up
@@ -29,7 +31,7 @@ MAX_TEXT = 4096  # characters, as in a path; Python does not read longer integer
 MAX_LONG_TEXT = 16_384  # characters of a prompt, or of a mixture of many globs
 MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
 
-Fields = Mapping[str, Any] | ConfigDict  # which does not say that it is a Mapping
+Fields = Mapping[str, Any] | ConfigDict  # a ConfigDict is not a subclass of Mapping
 
 
 def _require(ok: bool, sentence: str):
@@ -40,9 +42,12 @@ def _require(ok: bool, sentence: str):
 # --- What one field may be ------------------------------------------------------------------------
 # Each function returns a field without a default. The metadata of the field has a rule. A rule
 # takes a value and returns what is wrong with it (the end of a sentence), or None. `resume` says
-# whether the field may change when a run is resumed. None: it may not. FREE: it may, because it
-# does not change the mathematics, only how a run is computed, shown, saved or split. END: it says
-# when and how a run ends, and may change if no past update depends on it.
+# whether the field may change when a run is resumed:
+#   None  it may not.
+#   FREE  it may, because it does not change the updates, only how a run is computed, measured,
+#         shown, saved or split. data.validation_sequences is FREE too: it changes the validation
+#         loss that is reported, because other text is measured, but not the parameters.
+#   END   it says when and how a run ends, and may change if no past update depends on it.
 
 FREE, END = "free", "end"
 
@@ -70,7 +75,7 @@ def truth(*, resume: str | None = None) -> Any:
 
 
 def one_of(*choices: str, resume: str | None = None) -> Any:
-    """A field whose value is one of `choices`."""
+    """A field with one of `choices` as its value."""
 
     def rule(value: str) -> str | None:
         return None if value in choices else f"is not one of {', '.join(choices)}"
@@ -92,7 +97,8 @@ def text(*, empty: bool = False, longest: int = MAX_TEXT, resume: str | None = N
             value.encode()
         except UnicodeEncodeError:
             return (
-                "must be valid Unicode; a terminal whose locale is not UTF-8 needs LC_ALL=C.UTF-8"
+                "must be valid Unicode; if the locale of your terminal is not UTF-8, set "
+                "LC_ALL=C.UTF-8"
             )
         return None
 
@@ -334,9 +340,12 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def with_compute(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Moves the fields of `compute` out of `model`, in settings of a version that had no group
-    `compute`. Returns other settings unchanged."""
+def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of any version of this code, with the groups of this version.
+
+    Before version 3 of exported folders there was no group `compute`, and its fields were in
+    `model`. Newer settings are returned unchanged.
+    """
     model = fields.get("model")
     if "compute" in fields or not isinstance(model, Mapping):
         return fields
@@ -364,7 +373,7 @@ FIELDS = _kinds()  # for each dotted name, the possible types of its value
 
 
 def resumable(how: str) -> tuple[str, ...]:
-    """Dotted names of the fields whose `resume` is `how` (FREE or END)."""
+    """Dotted names of the fields with resume=`how` (FREE or END)."""
     return tuple(
         f"{group.name}.{field.name}"
         for group in dataclasses.fields(Config)

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 
-def resolve(path: str | os.PathLike) -> Path:
+def expand_path(path: str | os.PathLike) -> Path:
     """The path that a user means: `~` and `~name` are home directories, as in a shell.
 
-    Every path in a flag or a config field is resolved here, so that all commands find the same
-    file. If there is no user of that name (`~nobody`), the path stays unchanged.
+    Every path in a flag or a config field is expanded here, so that all commands find the same
+    file. If no user has that name (`~nobody`), the path stays unchanged.
     """
     return Path(os.path.expanduser(path))
 

@@ -1,4 +1,4 @@
-"""What other packages say in words alone: no type and no attribute of their errors has it.
+"""Facts that other packages give only in the text of an error, not in its type or attributes.
 
 Every such text is in this file. tests/test_foreign.py makes the installed versions say it.
 """
@@ -16,8 +16,8 @@ NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 
 
 def refused_flag(text: str, reason: BaseException) -> str:
-    """--name=value of a flag whose value was refused, from the text of absl's
-    IllegalFlagValueError and the error that the flag's parser raised."""
+    """The refused flag as --name=value. text: the message of absl's IllegalFlagValueError. reason:
+    the error that the parser of the flag raised."""
     return text.removeprefix("flag ").removesuffix(f": {reason}")
 
 

@@ -1,4 +1,10 @@
-"""Speed and memory of devices: one row per kind, from the data sheets of the makers."""
+"""Speed and memory of devices: one row per kind, from the data sheets of the makers.
+
+These numbers decide what is reported (MFU: the share of the peak FLOP/s that a run reaches) and for
+what experiments.compile_kernels compiles. They decide nothing about a computation: which kernel may
+run is decided by pallas_kernels/device.py, which has a table of NVIDIA GPUs of its own, because
+that package does not import this one. A test compares the two.
+"""
 
 import re
 from typing import NamedTuple
@@ -27,7 +33,7 @@ H200 = Hardware(
     memory_bytes_per_s=4_800_000_000_000,
     compute_capability=90,
 )
-# (pattern of jax.Device.device_kind, row); the first match counts. A TPU v7x chip (2307e12) has two
+# (pattern of jax.Device.device_kind, row); the first match counts. A tpu7x chip (2307e12) has two
 # halves, and jax shows each half as a device.
 KINDS = (
     (r"TPU v4 lite", Hardware()),

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import jax
 
-from yocou_jax.config import with_compute
+from yocou_jax.config import migrated_fields
 from yocou_jax.errors import UserError
 from yocou_jax.files import write_atomically
 from yocou_jax.trees import differences, flat
 
 FILE = "manifest.json"
-CODE = ("git", "python", "packages", "device")  # may change the bits of a resumed run
+CODE = ("git", "python", "packages", "device")  # if one changes, the last bits may change
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def read(workdir: Path) -> dict | None:
     path = workdir / FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["config"] = with_compute(manifest["config"])
+        manifest["config"] = migrated_fields(manifest["config"])
         flat(manifest["config"])
         return manifest | {key: manifest[key] for key in ("created", "corpus")}
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -74,7 +74,7 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
     if differing:
         words = "another config"
         if (flat(before["config"]).keys() ^ flat(now["config"]).keys()) - set(free):
-            words = "another version of this code, whose config has other fields"
+            words = "another version of this code, with other config fields"
         raise UserError(
             f"The run in {workdir} was started with {words}, so it cannot be resumed: "
             f"{'; '.join(differing)}. Give the old values, or give this run a new workdir: "
@@ -90,7 +90,9 @@ def check_resume(workdir: Path, before: dict, now: dict, free: tuple[str, ...]) 
     old, new = ({k: m.get(k) for k in CODE} for m in (before, now))
     if changed := differences(flat(old), flat(new)):
         log.warning(
-            "This resume may not be bit-for-bit the run that was begun: %s.", "; ".join(changed)
+            "The resumed run may differ in the last bits from an uninterrupted run, because its "
+            "code, versions or device have changed: %s.",
+            "; ".join(changed),
         )
 
 

@@ -3,8 +3,8 @@
 A mixer is the part of a layer that moves information between positions. Norms and feed-forward are
 the same in every layer. `MIXERS` has the facts that programs, accounting and the choice of kernels
 need. `MODULES` in yocou_jax/model/attention.py has the same keys, and the modules that compute. No
-other code compares the name of a mixer, so a new mixer is one entry in each table (see
-CONTRIBUTING.md).
+other code compares the name of a mixer. So a new mixer is one entry in each table, and what its
+module needs that does not exist yet (CONTRIBUTING.md has the list).
 """
 
 import typing
@@ -16,8 +16,8 @@ if typing.TYPE_CHECKING:
 class Kernel(typing.NamedTuple):
     """The operation of pallas_kernels.api that a layer calls in training, and its arguments.
 
-    window: number of visible keys, the query's own included; None for all keys up to it. prefix:
-    number of learned keys before the first position.
+    window: number of visible keys, the query's own included. None: all keys up to the query's own.
+    prefix: number of learned keys before the first position.
     """
 
     operation: str
@@ -61,11 +61,13 @@ class Mixer:
         raise NotImplementedError
 
     def kept(self, config: "ModelConfig", length: int) -> int:
-        """Numbers that its memory stores for `length` positions, if it has room for no more."""
+        """How many numbers (not bytes) a memory with room for `length` positions stores, for one
+        sequence in one parallel stream. accounting.py multiplies it by streams, loops and layers.
+        """
         raise NotImplementedError
 
     def read(self, config: "ModelConfig", context: int) -> int:
-        """Numbers of its memory that a decode step reads at the newest of `context` positions."""
+        """How many of these numbers a decode step reads at the newest of `context` positions."""
         raise NotImplementedError
 
 
@@ -86,7 +88,7 @@ class Attention(Mixer):
         return context
 
     def positions(self, config: "ModelConfig", length: int) -> int:
-        """Number of positions whose keys and values its memory stores (Table 1, KV memory)."""
+        """For how many positions its memory stores keys and values (Table 1, KV memory)."""
         return length
 
     def kernel(self, config: "ModelConfig") -> Kernel:

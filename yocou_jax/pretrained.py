@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from yocou_jax.checkpoint import load_params
-from yocou_jax.config import ComputeConfig, ModelConfig, with_compute
+from yocou_jax.config import ComputeConfig, ModelConfig, migrated_fields
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
 from yocou_jax.errors import UserError
-from yocou_jax.files import resolve
+from yocou_jax.files import expand_path
 from yocou_jax.model import abstract_params
 from yocou_jax.progress import progress
 from yocou_jax.sharding import check_split, tree_shardings
@@ -83,7 +83,7 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None, step: int | None = N
     Raises UserError if the folder is of neither kind, is not complete, cannot be read, has no such
     step, or contains another model or tokenizer than its config says.
     """
-    path = resolve(path)
+    path = expand_path(path)
     if not path.exists():
         raise UserError(f"The path {path} does not exist.")
     if (path / "manifest.json").exists():
@@ -103,7 +103,7 @@ def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
     Raises UserError if the folder exists and is not empty, if it cannot be written, or if the
     parameters do not fit the config.
     """
-    folder, config = resolve(folder).resolve(), pretrained.config
+    folder, config = expand_path(folder).resolve(), pretrained.config
     found = {name: (list(x.shape), x.dtype.name) for name, x in named_leaves(pretrained.params)}
     _check_arrays("The model to export", found, abstract_params(config))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -148,7 +148,7 @@ def _load_workdir(path: Path, mesh: Mesh | None, step: int | None) -> Pretrained
     file = path / "manifest.json"
     manifest = _read_json(file)
     try:
-        fields, program = with_compute(manifest["config"]), manifest["program"]
+        fields, program = migrated_fields(manifest["config"]), manifest["program"]
         model, compute = fields["model"], fields["compute"]
         end_of_text = manifest["config"]["data"].get("end_of_text", "")
     except (KeyError, TypeError, AttributeError) as error:
@@ -171,7 +171,7 @@ def _load_exported(path: Path, mesh: Mesh | None, asked: int | None) -> Pretrain
             f"{file} is of format {kind[0]!r}, version {kind[1]!r}; only format {FORMAT!r}, "
             f"version {' or '.join(map(str, READABLE))} can be read, so export the model again."
         )
-    stored = with_compute(stored) if kind[1] == 2 else stored
+    stored = migrated_fields(stored) if kind[1] == 2 else stored
     if stored.keys() != CONFIG_FIELDS:
         raise UserError(
             f"{file} has the fields {', '.join(sorted(stored))}, but should have "

@@ -1,17 +1,19 @@
-"""A language model is a short program of stages. Everything else is derived from this object.
+"""A language model is a short program of stages. What it costs and how it runs is derived from it.
 
     yoco_u = "window*10@3 | cross*10"      10 window layers, applied 3 times; then 10 cross layers
 
 A stage is written `mixer*layers@loops`. The sign `|` joins stages. `, streams=P` at the end runs
-parallel streams (ParScale). The mixers are in mixers.py:
+parallel streams (ParScale). MIXERS in mixers.py has the mixers and their facts. These three are in
+the paper:
 
     window   causal self-attention over the last W keys, the query's own included (RoPE)
     full     causal self-attention over all keys up to the query's own (RoPE)
     cross    causal attention to the one global K, V (no position encoding)
 
-The self-decoder is all stages before the first cross stage. The cross-decoder is the other stages.
-Between the two, one RMSNorm and two projections write the global K, V once (YOCO, arXiv 2405.05254;
-YOCO-U, arXiv 2604.01220). A new architecture is a new line below.
+A cross stage is a stage of a mixer that reads the global K, V (`Mixer.reads_global`). The
+self-decoder is all stages before the first cross stage. The cross-decoder is the other stages.
+Between the two, one RMSNorm and two projections compute the global K, V once (YOCO, arXiv
+2405.05254; YOCO-U, arXiv 2604.01220). A new architecture is a new line below.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from yocou_jax.errors import UserError, shown
 from yocou_jax.mixers import MIXERS
 
 # {all} is the number of layers, and {half} is half of it. The loop counts are those of the paper.
-# `model.num_loops` of a config replaces the count of every stage that has one.
+# `model.num_loops` of a config replaces the count of every stage that has one (see Stage).
 ARCHITECTURES: dict[str, str] = {
     "yoco_u": "window*{half}@3 | cross*{half}",
     "yoco": "window*{half} | cross*{half}",
@@ -39,10 +41,12 @@ ARCHITECTURES: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`layers` blocks of one mixer. The whole stack of blocks runs `loops` times.
+    """`layers` blocks of one mixer. The whole stack of blocks runs `num_loops` times.
 
-    loops=None means that the stage is not a loop. A loop that runs once (1) computes the same, but
-    its count can be changed later, in a config or for a single call.
+    loops is the count as it is written after `@`. None: there is no `@`, and the stage is not a
+    loop. `@1` computes the same as None, but is a loop: its count can be changed later, with
+    `model.num_loops` of a config or with `num_loops` of a call. There None means "as the program
+    says". num_loops of a Stage is the number of runs: never None, and 1 for a stage without `@`.
     """
 
     mixer: str
@@ -95,6 +99,15 @@ class Visit(NamedTuple):
         return self.loop * self.stage.layers + self.layer
 
 
+def _mixers(**facts: bool) -> str:
+    """The names of the mixers that have these facts."""
+    return ", ".join(
+        name
+        for name, mixer in MIXERS.items()
+        if all(getattr(mixer, fact) == value for fact, value in facts.items())
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """The stages in order, and `streams`, the number of parallel copies of the input (ParScale)."""
@@ -108,21 +121,22 @@ class Program:
         readers = [stage.reads_global for stage in self.stages]
         if readers[0]:
             raise UserError(
-                f"The program {shown(str(self))} begins with a cross stage, but no layer before it "
-                "could write the global K, V: put a window or full stage first."
+                f"The program {shown(str(self))} begins with a {self.stages[0].mixer} stage, which "
+                "reads the global K, V. They are computed from the output of the stages before it: "
+                f"put a stage of another mixer first ({_mixers(reads_global=False)})."
             )
         if readers != sorted(readers):
             raise UserError(
-                f"The program {shown(str(self))} has a window or full stage after a cross stage; "
-                "once the global K, V are written only cross stages may follow, because prefill "
-                "stops there."
+                f"The program {shown(str(self))} has a stage that does not read the global K, V "
+                f"after one that does; only stages of {_mixers(reads_global=True)} may follow, "
+                "because prefill runs them for the last token only."
             )
         if self.streams < 1:
             raise UserError(f"streams={shown(self.streams)} must be at least 1.")
         if self.streams > 1 and not all(MIXERS[stage.mixer].streams for stage in self.stages):
             raise UserError(
                 f"The program {shown(str(self))} has streams={shown(self.streams)}; parallel "
-                "streams (ParScale) are defined only for programs of full stages."
+                f"streams (ParScale) are defined only for stages of {_mixers(streams=True)}."
             )
 
     @classmethod
@@ -200,7 +214,8 @@ class Program:
 
     @property
     def self_decoder(self) -> list[tuple[str, Stage]]:
-        """The named stages before the global K, V: every token of a prompt runs through them."""
+        """The named stages before the global K, V: every token of a prompt runs through them. In a
+        program without cross stages (a transformer) these are all stages."""
         return [(name, stage) for name, stage in self.named_stages if not stage.reads_global]
 
     @property

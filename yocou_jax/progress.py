@@ -28,7 +28,7 @@ def with_progress(
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Logs "Hashing x: 10 s." while the block runs, for work whose progress cannot be counted.
+    """Logs "Hashing x: 10 s." while the block runs, for work without a progress to count.
 
     A thread logs the line, because the work may be a single call of a library.
     """

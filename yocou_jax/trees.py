@@ -24,7 +24,7 @@ def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
 
 
 def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> list[str]:
-    """`name: old -> new` for every name whose value differs, or that one side lacks."""
+    """`name: old -> new` for every name with two different values, or on one side only."""
     shown = {}
     for name in sorted((old.keys() | new.keys()) - set(ignore)):
         if name not in old or name not in new or old[name] != new[name]:

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from yocou_jax import progress
 from yocou_jax.data import load_data, pipeline
 from yocou_jax.data.corpus import Split, is_held_out, open_corpus
-from yocou_jax.data.pipeline import Batches, Windows
+from yocou_jax.data.pipeline import Batches, Sequences
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
 from yocou_jax.errors import UserError
 
@@ -47,10 +47,10 @@ def take(bundle, sharding, count, start_step=0):
         return [jax.device_get(next(iterator)) for _ in range(count)]
 
 
-# --- Windows and packing ---------------------------------------------------------------------
+# --- Sequences and packing ---------------------------------------------------------------------
 
 
-def test_windows_are_the_joined_training_documents(make_config, corpus):
+def test_sequences_are_the_joined_training_documents(make_config, corpus):
     bundle = load_data(make_config())
     tokens = joined(split_texts(corpus, 0.2, held_out=False))
     rows = {tuple(r.tokens): tuple(r.targets) for r in map(bundle.stream.__getitem__, range(200))}
@@ -59,14 +59,14 @@ def test_windows_are_the_joined_training_documents(make_config, corpus):
         for i in range(0, len(tokens) - 16, 16)
     }
     assert rows == expected
-    assert bundle.num_windows == len(expected)
+    assert bundle.num_sequences == len(expected)
     assert bundle.num_tokens == len(tokens)
     assert bundle.num_bytes == len(tokens) - tokens.count(EOT)
     assert bundle.num_documents == tokens.count(EOT)
 
 
 def brute_force_packing(tokens, n, i):
-    """Segments and positions of window i, one token at a time."""
+    """Segments and positions of sequence i, one token at a time."""
     segment, position, segments, positions = 1, 0, [], []
     for j in range(n):
         if j > 0 and tokens[i * n + j] == EOT:
@@ -83,10 +83,10 @@ def test_packing_against_a_brute_force(n):
     lengths = rng.integers(1, 12, 40)  # some documents have one token
     tokens = np.concatenate([[EOT, *rng.integers(0, 256, k - 1)] for k in lengths])
     starts = np.cumsum([0, *lengths[:-1]])
-    windows = Windows(tokens.astype(np.uint16), starts, n, packing=True)
-    assert len(windows) == (len(tokens) - 1) // n
-    for i in range(len(windows)):
-        row = windows[i]
+    sequences = Sequences(tokens.astype(np.uint16), starts, n, packing=True)
+    assert len(sequences) == (len(tokens) - 1) // n
+    for i in range(len(sequences)):
+        row = sequences[i]
         segments, positions = brute_force_packing(tokens, n, i)
         assert row.tokens.tolist() == tokens[i * n : i * n + n].tolist()
         assert row.targets.tolist() == tokens[i * n + 1 : i * n + n + 1].tolist()
@@ -108,9 +108,9 @@ def test_dtypes_and_absent_fields(make_config, sharding):
 # --- The training stream ---------------------------------------------------------------------
 
 
-def test_each_epoch_sees_each_window_once_in_a_new_order(make_config):
+def test_each_epoch_sees_each_sequence_once_in_a_new_order(make_config):
     bundle = load_data(make_config())
-    count = bundle.num_windows
+    count = bundle.num_sequences
     epochs = [[tuple(bundle.stream[e * count + i].tokens) for i in range(count)] for e in range(3)]
     assert len(set(epochs[0])) == count
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
@@ -128,7 +128,7 @@ def test_seed_decides_the_order(make_config, sharding):
 @pytest.mark.parametrize("packing", [False, True])
 def test_resume_at_step_k_is_bit_identical(make_config, sharding, packing):
     bundle = load_data(make_config(packing=packing))
-    steps = 3 * bundle.num_windows // 8  # more than one epoch
+    steps = 3 * bundle.num_sequences // 8  # more than one epoch
     whole = take(bundle, sharding, steps)
     for k in (1, 7, steps - 2):
         resumed = take(load_data(make_config(packing=packing)), sharding, 2, start_step=k)
@@ -321,7 +321,7 @@ def test_held_out_documents_are_never_in_training(make_config, corpus, tmp_path)
         assert (f"<{name[:2]}>" in text["held_out"]) == (name in held_out)
         assert (f"<{name[:2]}>" in text["train"]) == (name not in held_out)
     # The iterators read only these two files.
-    train = np.array([bundle.stream[r].targets[0] for r in range(bundle.num_windows)])
+    train = np.array([bundle.stream[r].targets[0] for r in range(bundle.num_sequences)])
     assert sorted(train[train != EOT]) == sorted(text["train"].encode())
     validation = [w[i].targets[0] for w, i in bundle.validation.rows]
     assert bytes(t for t in validation if t != EOT).decode() == text["held_out"]
@@ -346,7 +346,7 @@ def test_mixture_shares_are_exact_and_random_access(make_config, corpus, tmp_pat
 
 @pytest.mark.parametrize("second", ["a", "b"])
 def test_every_component_and_every_seed_has_its_own_order(make_config, tmp_path, second):
-    """Each document fills one window, which shows its number. "a" and "b" have the same numbers."""
+    """Each document fills one sequence, which shows its number. Both files have the same ones."""
     for name in "ab":
         rows = [f'{{"text": "{name}{i:014}"}}\n' for i in range(300)]
         (tmp_path / name).mkdir()
@@ -355,11 +355,11 @@ def test_every_component_and_every_seed_has_its_own_order(make_config, tmp_path,
     orders = []
     for seed in (0, 7):
         bundle = load_data(make_config(source=source, seed=seed))
-        count = bundle.num_windows // 2
+        count = bundle.num_sequences // 2
         for component in (0, 1):
             rows = [bundle.stream[2 * r + component].tokens[-10:] for r in range(count)]
             orders.append([bytes(row.astype(np.uint8)) for row in rows])
-            assert len(set(orders[-1])) == count  # one epoch: every window once
+            assert len(set(orders[-1])) == count  # one epoch: every sequence once
     for i, order in enumerate(orders):
         for later in orders[i + 1 :]:
             assert sum(map(operator.eq, order, later)) < 0.1 * len(order)
@@ -378,7 +378,7 @@ def test_small_text_is_split_for_any_name(make_config, tmp_path, seed, separator
     path.write_bytes(text.encode())
     changes = {"sequence_length": 128, "validation_fraction": 0.02}
     bundle = load_data(make_config(source=str(path), **changes))
-    assert bundle.num_windows > 500
+    assert bundle.num_sequences > 500
     assert bundle.validation.num_sequences == 10
     assert 1280 < meta_of(tmp_path)["held_out"]["bytes"] < 0.3 * len(text)
 
@@ -414,11 +414,11 @@ def test_the_proposal_of_the_sentence_helps(make_config, tmp_path, tokenizer):
     path = tmp_path / "small.txt"
     path.write_text(" ".join(map(str, range(400))))
     changes = {"source": str(path), "tokenizer": tokenizer, "batch_size": 2, "vocab_size": 260}
-    with pytest.raises(UserError, match=r"fewer than one window .* more text or a data\.") as error:
+    with pytest.raises(UserError, match=r"tokens that one sequence needs.* or a data\.") as error:
         load_data(make_config(sequence_length=1000, **changes))
     shorter = int(re.search(r"at most (\d+)\.", str(error.value))[1])
     assert shorter > 30
-    assert load_data(make_config(sequence_length=shorter, **changes)).num_windows >= 2
+    assert load_data(make_config(sequence_length=shorter, **changes)).num_sequences >= 2
     path.write_text("a")
     with pytest.raises(UserError, match=r"has 1 documents and 2 tokens, .*; use more text\."):
         load_data(make_config(**changes))
@@ -479,7 +479,7 @@ def test_validation_counts_exact_bytes(make_config, corpus, sharding, tokenizer,
     )
     validation = load_data(config).validation
     texts = split_texts(corpus, 0.2, held_out=True)
-    # Windows of one token have every target, so the bytes are those of the documents.
+    # Sequences of one token have every target, so the bytes are those of the documents.
     assert validation.num_bytes == sum(len(text.encode()) for text in texts)
     assert validation.num_tokens == validation.num_sequences
     weights = sum(float(b.loss_weights.sum()) for b in validation.batches(sharding))
@@ -643,8 +643,8 @@ def test_damaged_cache(make_config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"sequence_length": 10**6}, r"train split .* fewer than one window"),
-        ({"batch_size": 5000}, r"\d+ training windows .* fewer than data.batch_size=5000"),
+        ({"sequence_length": 10**6}, r"train split .* fewer than the 1000001 tokens that one"),
+        ({"batch_size": 5000}, r"\d+ training sequences .* fewer than data.batch_size=5000"),
         ({"source": "nowhere"}, "is not a file that exists"),
         ({"tokenizer": "nowhere.json"}, "nor a readable tokenizer"),
         ({"tokenizer": "bpe", "vocab_size": 100}, "data.vocab_size=100 is too small"),

@@ -379,12 +379,12 @@ def test_a_name_that_does_not_exist(tmp_path, bpe, tokenizer):
     path = str(tmp_path / "t.json")
     assert load_tokenizer(path, "<fin>").end_of_text == "<fin>"
     theirs = r"its special tokens are <\|other\|>, <\|pad\|>, <fin>"
-    with pytest.raises(UserError, match=rf"data\.end_of_text='<end>' is no special.*: {theirs}\.$"):
+    with pytest.raises(UserError, match=rf"data\.end_of_text='<end>' is not a .*: {theirs}\.$"):
         load_tokenizer(path, "<end>")
     with pytest.raises(UserError, match=rf"none of the end.*data\.end_of_text \({theirs}\)\.$"):
         load_tokenizer(path)
     for name in ("x", "[EOS]"):  # an ordinary token, and a text that is not a token
-        with pytest.raises(UserError, match=r"is no special token of the tokenizer 't'"):
+        with pytest.raises(UserError, match=r"is not a special token of the tokenizer 't'"):
             Tokenizer.from_json(tokenizer.to_json(), "t", name)
     again = Tokenizer.from_json(tokenizer.to_json(), "t", "<|endoftext|>")
     assert again.fingerprint == tokenizer.fingerprint
@@ -465,7 +465,7 @@ def test_data_counts_the_bytes_of_decoded_text(tmp_path, bpe, corpus, make_confi
     data = load_data(make_config(**options, allow_lossy_tokenizer=True))
     returned = sum(len(t.replace("naïve", "n").encode()) for t in corpus.texts.values())
     assert data.num_bytes < returned < sum(len(t.encode()) for t in corpus.texts.values())
-    targets = [windows[i].targets for windows, i in data.validation.rows]
+    targets = [sequences[i].targets for sequences, i in data.validation.rows]
     assert data.validation.num_bytes == sum(data.tokenizer.num_bytes(row) for row in targets)
     exact = load_data(make_config())
     assert data.num_bytes < exact.num_bytes
@@ -482,7 +482,7 @@ def test_data_has_the_end_of_text_that_was_asked_for(tmp_path, bpe, make_config)
     assert usual.fingerprint != named.fingerprint
     assert usual.num_bytes == named.num_bytes
     for kind in ("bytes", "bpe"):
-        with pytest.raises(UserError, match=r"data\.end_of_text='<fin>' is no special token"):
+        with pytest.raises(UserError, match=r"data\.end_of_text='<fin>' is not a special token"):
             load_data(make_config(tokenizer=kind, end_of_text="<fin>"))
         load_data(make_config(tokenizer=kind, end_of_text="<|endoftext|>"))
 

@@ -21,7 +21,7 @@ from yocou_jax import inference
 from yocou_jax.checkpoint import Checkpointer
 from yocou_jax.errors import UserError
 from yocou_jax.inference import Sampling, generate, generation, prepare
-from yocou_jax.model import resolve
+from yocou_jax.model import resolve_compute
 from yocou_jax.pretrained import export
 from yocou_jax.training.step import TrainState
 
@@ -296,7 +296,7 @@ def no_model(monkeypatch, typed):
     typed(b"a")
 
     def prepare(params, config, compute):  # nothing is compiled
-        return inference.PreparedModel(params, config, resolve(compute))
+        return inference.PreparedModel(params, config, resolve_compute(compute))
 
     monkeypatch.setattr(inference, "prepare", prepare)
     monkeypatch.setattr(generation, "run_prefill", reached)

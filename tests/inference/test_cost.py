@@ -110,7 +110,7 @@ def test_prefill_runs_the_cross_decoder_for_one_position_only():
     self_decoder = 2 * N * accounting._layer_matmul_params(c, window) + 4 * N * heads * (
         c.window + N
     )
-    global_kv = 2 * N * accounting._kv_writer_params(c)
+    global_kv = 2 * N * accounting._kv_projection_params(c)
     chunk = chunk_flops(c, N, S, attention="reference")
     assert chunk == 6 * self_decoder + global_kv
     one_position = 2 * accounting._layer_matmul_params(c, cross) + 4 * heads * S
@@ -158,7 +158,7 @@ def test_the_memory_of_a_chunk_does_not_grow_with_the_prompt():
     def temporary(capacity):
         model, cache, last = described(config, capacity)
         lowered = forward.prefill_chunk.lower(
-            model, cache, last, i32(1, 64), i32(1), i32(), whole=True
+            model, cache, last, i32(1, 64), i32(1), i32(), fits=True
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -171,9 +171,9 @@ def test_a_chunk_of_fresh_prompts_is_written_in_one_piece():
     """Only rows of different lengths need a scatter."""
     model, cache, last = described(tiny.model("yoco_u", num_layers=2), 64, batch=2)
 
-    def scatters(start, whole):
+    def scatters(start, fits):
         args = model, cache, last, i32(2, 16), i32(2), start
-        lowered = forward.prefill_chunk.lower(*args, whole=whole)
+        lowered = forward.prefill_chunk.lower(*args, fits=fits)
         return lowered.as_text().count("stablehlo.scatter")
 
     assert scatters(i32(), True) == 0
@@ -193,7 +193,7 @@ def test_every_program_writes_to_the_given_cache_in_place():
         model, state, sampling, i32(0), block=8, sort=False, logprobs=False
     )
     args = model, cache, last, i32(2, 16), i32(2), i32()
-    chunk = forward.prefill_chunk.lower(*args, whole=True)
+    chunk = forward.prefill_chunk.lower(*args, fits=True)
     for lowered in (begin, block, chunk):
         assert lowered.compile().memory_analysis().alias_size_in_bytes >= cache.nbytes
 

@@ -67,7 +67,7 @@ class LastValues:
 
 
 class CausalMean(MixerModule):
-    """y_i = W_o mean(W_v x_j, i-3 <= j <= i)."""
+    """y_i = W_o mean(W_v x_j, i-3 <= j <= i, j in the document of i)."""
 
     @staticmethod
     def empty(config, rows, capacity, dtype):
@@ -80,8 +80,12 @@ class CausalMean(MixerModule):
         axes = ("embed", "kv_heads", "head_dim")
         v = Linear((c.num_kv_heads, c.head_dim), axes, self.dtype, name="value")(x)
         joined = (memory or self.empty(c, B, 0, self.dtype)).joined(v)
+        ids = jnp.ones((B, N), jnp.int32) if context.segment_ids is None else context.segment_ids
+        joined_ids = jnp.pad(ids, ((0, 0), (SPAN - 1, 0)), constant_values=1)
+        same = [(joined_ids[:, i : i + N] == ids)[..., None, None] for i in range(SPAN)]
+        # In each document, positions begin at 0: the first ones see fewer than SPAN values.
         seen = jnp.minimum(context.positions + 1, SPAN)[..., None, None]
-        mean = sum(joined[:, i : i + N] for i in range(SPAN)) / seen
+        mean = sum(joined[:, i : i + N] * same[i] for i in range(SPAN)) / seen
         y = Linear((c.d_model,), (*axes[1:], "embed"), self.dtype, c.residual_scale, name="output")
         return y(mean.astype(self.dtype)), None if memory is None else v
 
@@ -95,7 +99,7 @@ def mean_mixer():
 
 
 def test_the_two_tables_have_the_same_keys():
-    assert list(MIXERS) == list(MODULES)
+    assert MIXERS.keys() == MODULES.keys()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -134,6 +138,20 @@ def test_prefill_and_decode_of_the_new_mixer_are_the_forward_pass(program):
         tiny.assert_close(found, want[rows, lengths + step])
     forked = inference.fork(memory, [2, 0])
     assert forked.nbytes == memory.nbytes * 2 // 3
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_packed_documents_do_not_see_each_other(program):
+    """Two documents in one row have the logits that each of them has alone."""
+    config = tiny.model(program, num_loops=None)
+    params, tokens, first = tiny.params(config), tiny.tokens(2, 12), 5
+    documents = [tokens[:, :first], tokens[:, first:]]
+    lengths = [first, 12 - first]
+    positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
+    segment_ids = jnp.tile(jnp.repeat(jnp.array([1, 2]), jnp.array(lengths))[None], (2, 1))
+    packed = logits(params, config, tokens, positions=positions, segment_ids=segment_ids)
+    alone = [logits(params, config, document) for document in documents]
+    tiny.assert_close(packed, np.concatenate(alone, axis=1))
 
 
 def test_the_new_mixer_trains_and_is_sharded():

@@ -31,12 +31,13 @@ import numpy as np
 
 from yocou_jax.data.formats import PIECE_BYTES, Raw, pieces, read_file, text_of
 from yocou_jax.errors import UserError
-from yocou_jax.files import resolve
+from yocou_jax.files import expand_path
 from yocou_jax.progress import with_progress
 
-PIECE_SIZES = (PIECE_BYTES, 4096, 1024, 256, 64, 16)
-MAX_EXCESS = 1 / 8  # if more of a corpus is held out than asked plus this, documents are cut
-ENOUGH = 0.9  # if a smaller share of what is possible is reached, documents are cut
+# `split_corpus` cuts documents into pieces if a split of whole documents is not good enough.
+PIECE_SIZES = (PIECE_BYTES, 4096, 1024, 256, 64, 16)  # bytes; the first one that is good enough
+MAX_EXCESS = 1 / 8  # a good split holds out at most this share of the text more than was asked
+ENOUGH = 0.9  # a good split gives both sides this share of the bytes that they can get
 # Tests of the standard library contain invalid encodings on purpose; lib2to3 has Python 2.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 
@@ -185,20 +186,26 @@ def is_held_out(name: str, validation_fraction: float) -> bool:
 
 
 class Split(NamedTuple):
-    """A corpus, perhaps in pieces. Documents whose names hash below `threshold` are held out."""
+    """A corpus, perhaps in pieces. If the hash of a name is below `threshold`, the document
+    is held out."""
 
     corpus: Corpus
     threshold: float
 
 
 def split_corpus(corpus: Corpus, fraction: float, held_out_bytes: int, train_bytes: int) -> Split:
-    """Decides which documents are held out. The rule: those whose names hash below `fraction`.
+    """Decides which documents are held out: each one with a name that hashes below a threshold.
 
-    With this rule, new documents do not change the split of the old ones. If one split then has
-    fewer bytes than it needs, the threshold moves: the documents with the smallest hashes are held
-    out, as many as needed. If the documents are too few or too large for this, all of them are cut
-    into pieces that are small enough. If there is not enough text at all, both splits get the same
-    share of what they need.
+    The threshold is `fraction`, and then new documents do not change the split of the old ones. If
+    one split then has fewer bytes than it needs (held_out_bytes, train_bytes), the threshold moves
+    as far as needed. If the documents are too few or too large for this, all of them are cut into
+    pieces that are small enough. If there is not enough text at all, both splits get the same share
+    of what they need.
+
+    An example with fraction=0.02, held_out_bytes=4,000 and train_bytes=32,000: 1,000 documents of
+    1 kB have about 20 kB below 0.02, so the threshold stays. 100 documents have about 2 kB there:
+    the threshold moves to the hash after the fourth document. One document of 90 kB is cut into 6
+    pieces of about 16 KiB, and those with the smallest hashes are held out, as many as needed.
     """
     needs = held_out_bytes, train_bytes
     tried = []
@@ -216,7 +223,7 @@ def split_corpus(corpus: Corpus, fraction: float, held_out_bytes: int, train_byt
 def _threshold(
     corpus: Corpus, fraction: float, needs: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """Of the thresholds that meet the needs best, the one nearest to `fraction`.
+    """The threshold that meets the needs best. If several do, the one nearest to `fraction`.
 
     Returns it, the share of the needs that it meets (at most 1), and the share of bytes held out.
     """
@@ -292,7 +299,7 @@ def _unquoted(source: str) -> str:
 
 def _existing_files(source: str) -> list[Path]:
     """The files that a path or a glob names. A path is tried first: a name may contain [ or *."""
-    pattern = str(resolve(source))
+    pattern = str(expand_path(source))
     try:
         names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     except RecursionError:  # the pattern has hundreds of folders
@@ -323,7 +330,7 @@ def open_corpus(source: str, text_field: str = "text", bad_rows: str = "refuse")
 
 
 def _no_files(source: str) -> UserError:
-    if source and os.path.isdir(resolve(source)):
+    if source and os.path.isdir(expand_path(source)):
         return UserError(
             f"The data source {source!r} is a directory; name its files with a glob such as "
             f"'{source.rstrip('/')}/**/*.txt'."

@@ -1,9 +1,15 @@
-"""From a data configuration to global batches: tokenise once, then read windows in any order.
+"""From a data configuration to global batches: tokenise once, then read sequences in any order.
 
-The documents of a split are joined as <eot> doc <eot> doc ... in one memory map. Window i contains
-the tokens i*N .. i*N + N. Inputs are all but the last, targets are all but the first. Row r of the
-training stream is a pure function of (corpus, seed, r). So the state of the iterator is one
-integer, and the global batches do not depend on the number of processes.
+    text                     documents: (name, text), see corpus.py
+    the hash of the name     puts each document into the training split or the held-out split
+    tokens, one file         <eot> doc <eot> doc ... of a split, uint16 or uint32 [T]
+    sequence i               the N + 1 tokens i*N .. i*N + N of this file
+    Batch, int32 [B, N]      B sequences: the inputs are all tokens but the last one of each
+                             sequence, the targets are all but the first one
+
+<eot> is the end-of-text token, and N is data.sequence_length. Row r of the training stream depends
+only on the corpus, the seed and r. So the state of the iterator is one integer, and the global
+batches do not depend on the number of processes. docs/using.md has the way from there to the loss.
 """
 
 import json
@@ -37,7 +43,7 @@ from yocou_jax.data.corpus import (
 )
 from yocou_jax.data.tokenizer import Tokenizer, cache_error, cached_bpe, load_tokenizer
 from yocou_jax.errors import UserError
-from yocou_jax.files import resolve
+from yocou_jax.files import expand_path
 from yocou_jax.progress import with_progress
 from yocou_jax.typing import Array, Float, Int
 
@@ -45,7 +51,7 @@ FORMAT = 3  # part of the cache key; raise it if the files of the cache change t
 SPLITS = ("train", "held_out")
 BPE_SAMPLE_BYTES = 32 * 1024**2  # enough text for tens of thousands of merges, about 15 s
 ENCODE_BYTES = 4 * 1024**2  # text encoded at once: limits memory, and keeps every core busy
-MOST_BYTES_PER_TOKEN = 8  # at most, on average: so a split of a small text is large enough
+MOST_BYTES_PER_TOKEN = 8  # assumed of every tokenizer, on average, to say how large a split must be
 STALE_SECONDS = 7 * 24 * 3600  # an older scratch directory is from a killed process
 
 
@@ -54,10 +60,11 @@ STALE_SECONDS = 7 * 24 * 3600  # an older scratch directory is from a killed pro
 class Batch:
     """One global batch, or one row of it without the axis B.
 
-    With packing, segment_ids number the documents of a row from 1, and positions start again at 0
-    in each document. Without packing both are None. loss_weights None means that every target
-    counts. With packing every target counts too: the target of the last token of a document is the
-    <eot> of the next document, and so a model learns to end a text.
+    tokens are the inputs, and targets are the tokens that come next. With packing, segment_ids
+    number the documents of a row from 1, and positions start again at 0 in each document. Without
+    packing both are None. loss_weights=None means that every target counts. With packing every
+    target counts too: the target of the last token of a document is the <eot> of the next document,
+    and so a model learns to end a text.
     """
 
     tokens: Int[Array, "B N"]
@@ -68,11 +75,11 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Windows of N + 1 tokens of one memory map. Consecutive windows share one token.
+class Sequences:
+    """Sequences of N + 1 tokens of one memory map. Consecutive sequences share one token.
 
-    tokens: uint16 or uint32 [T]. starts: int64 [documents], the index of each document's <eot>.
-    The last tokens, which do not fill a window, are left out.
+    tokens: uint16 or uint32 [T]. starts: int64 [documents], the index of the <eot> before each
+    document. The last tokens are left out, because they do not fill a sequence.
     """
 
     tokens: np.ndarray
@@ -89,13 +96,13 @@ class Windows:
         tokens = self.tokens[begin : begin + n + 1].astype(np.int32)
         if not self.packing:
             return Batch(tokens[:-1], tokens[1:], None, None, None)
-        # The document of the first token of the window is segment 1.
+        # The document of the first token of the sequence is segment 1.
         first, last = np.searchsorted(self.starts, [begin + 1, begin + n])
-        step = np.zeros(n, np.int32)
-        step[self.starts[first:last] - begin] = 1
-        segments = 1 + np.cumsum(step, dtype=np.int32)
+        begins = np.zeros(n, np.int32)  # 1 where a document begins after the first token
+        begins[self.starts[first:last] - begin] = 1
+        segments = 1 + np.cumsum(begins, dtype=np.int32)
         index = np.arange(n, dtype=np.int32)
-        positions = index - np.maximum.accumulate(index * step)
+        positions = index - np.maximum.accumulate(index * begins)
         return Batch(tokens[:-1], tokens[1:], None, segments, positions)
 
 
@@ -184,13 +191,13 @@ class TrainIterator:
 
 @dataclass(frozen=True)
 class Validation:
-    """The first windows of the held-out split: the same rows in every call.
+    """The first sequences of the held-out split: the same rows in every call.
 
     num_tokens is the number of targets, and num_bytes is the number of their UTF-8 bytes, so
     bits per byte = (mean nats per token) * num_tokens / (ln 2 * num_bytes).
     """
 
-    rows: tuple[tuple[Windows, int], ...]  # (windows, index), one per sequence
+    rows: tuple[tuple[Sequences, int], ...]  # (sequences, index), one per sequence
     batch_size: int
     num_tokens: int
     num_bytes: int
@@ -200,8 +207,8 @@ class Validation:
         return len(self.rows)
 
     def _row(self, i: int) -> Batch:
-        windows, index = self.rows[min(i, len(self.rows) - 1)]
-        row = windows[index]
+        sequences, index = self.rows[min(i, len(self.rows) - 1)]
+        row = sequences[index]
         # Rows that fill the last batch do not count.
         weights = np.full(len(row.tokens), i < len(self.rows), np.float32)
         return Batch(row.tokens, row.targets, weights, row.segment_ids, row.positions)
@@ -229,7 +236,7 @@ class DataBundle:
     num_documents: int
     num_tokens: int
     num_bytes: int
-    num_windows: int
+    num_sequences: int
     num_invalid: int  # documents of both splits with invalid UTF-8
     num_duplicates: int
     num_skipped: int  # rows without text (data.bad_rows='skip')
@@ -259,7 +266,7 @@ def load_data(config: Any) -> DataBundle:
     same documents. Raises UserError for input that cannot be used.
     """
     parts = _parts(config)
-    cache_dir = resolve(config.cache_dir)
+    cache_dir = expand_path(config.cache_dir)
     content = " + ".join(f"{weight!r}*{s.corpus.summary.fingerprint}" for weight, s in parts)
     if config.tokenizer == "bpe":
         thresholds = " ".join(repr(split.threshold) for _, split in parts)
@@ -276,14 +283,14 @@ def load_data(config: Any) -> DataBundle:
     train, held_out, counts = [], [], {"documents": 0, "tokens": 0, "bytes": 0}
     for weight, split in parts:
         directory, meta = _tokenised(split, tokenizer, cache_dir, config.allow_lossy_tokenizer)
-        _require_windows(split.corpus, meta, config.sequence_length)
-        train.append((weight, _open_windows(directory, meta, "train", config)))
-        held_out.append((weight, _open_windows(directory, meta, "held_out", config)))
+        _require_sequences(split.corpus, meta, config.sequence_length)
+        train.append((weight, _open_sequences(directory, meta, "train", config)))
+        held_out.append((weight, _open_sequences(directory, meta, "held_out", config)))
         counts = {name: counts[name] + meta["train"][name] for name in counts}
-    num_windows = sum(len(windows) for _, windows in train)
-    if num_windows < config.batch_size:
+    num_sequences = sum(len(sequences) for _, sequences in train)
+    if num_sequences < config.batch_size:
         raise UserError(
-            f"The data source {config.source!r} has {num_windows} training windows of "
+            f"The data source {config.source!r} has {num_sequences} training sequences of "
             f"data.sequence_length={config.sequence_length}, fewer than "
             f"data.batch_size={config.batch_size}; use a smaller batch, a shorter sequence, or "
             "more text."
@@ -299,7 +306,7 @@ def load_data(config: Any) -> DataBundle:
         num_documents=counts["documents"],
         num_tokens=counts["tokens"],
         num_bytes=counts["bytes"],
-        num_windows=num_windows,
+        num_sequences=num_sequences,
         num_invalid=sum(summary.invalid for summary in summaries),
         num_duplicates=sum(summary.duplicates for summary in summaries),
         num_skipped=sum(summary.skipped for summary in summaries),
@@ -307,7 +314,7 @@ def load_data(config: Any) -> DataBundle:
 
 
 def _parts(config: Any) -> list[tuple[float, Split]]:
-    """Weight and split of each part of a mixture. A split needs a held-out window and a batch."""
+    """Weight and split of each part of a mixture. A split needs a held-out sequence and a batch."""
     parts = []
     for weight, name in parse_source(config.source):
         corpus = open_corpus(name, config.text_field, config.bad_rows)
@@ -317,7 +324,7 @@ def _parts(config: Any) -> list[tuple[float, Split]]:
     return parts
 
 
-def _require_windows(corpus: Corpus, meta: dict[str, Any], sequence_length: int) -> None:
+def _require_sequences(corpus: Corpus, meta: dict[str, Any], sequence_length: int) -> None:
     for split in SPLITS:
         if meta[split]["tokens"] > sequence_length:
             continue
@@ -325,38 +332,40 @@ def _require_windows(corpus: Corpus, meta: dict[str, Any], sequence_length: int)
         raise UserError(
             f"The {split.replace('_', '-')} split of the data source {corpus.source!r} has "
             f"{meta[split]['documents']} documents and {meta[split]['tokens']} tokens, fewer than "
-            f"one window of data.sequence_length={sequence_length} plus one; use more text"
+            f"the {sequence_length + 1} tokens that one sequence needs "
+            f"(data.sequence_length={sequence_length}); use more text"
             f"{f' or a data.sequence_length of at most {shorter}' if shorter else ''}."
         )
 
 
-def _training_stream(train: list[tuple[float, Windows]], seed: int) -> grain.MapDataset:
-    """Each part of a mixture reads all its windows once per epoch, in a new order."""
+def _training_stream(train: list[tuple[float, Sequences]], seed: int) -> grain.MapDataset:
+    """Each part of a mixture reads all its sequences once per epoch, in a new order."""
     parts = [
-        grain.MapDataset.source(windows).seed(seed + i).shuffle().repeat()
-        for i, (_, windows) in enumerate(train)
+        grain.MapDataset.source(sequences).seed(seed + i).shuffle().repeat()
+        for i, (_, sequences) in enumerate(train)
     ]
     return grain.MapDataset.mix(parts, [w for w, _ in train]) if len(parts) > 1 else parts[0]
 
 
 def _validation(
-    held_out: list[tuple[float, Windows]], tokenizer: Tokenizer, config: Any
+    held_out: list[tuple[float, Sequences]], tokenizer: Tokenizer, config: Any
 ) -> Validation:
-    """The share of sequences of each part is its weight, or less if its split is too small."""
+    """Each part has `weight` of the sequences, or fewer if its held-out split is too small."""
     rows = []
-    for weight, windows in held_out:
+    for weight, sequences in held_out:
         wanted = max(1, round(weight * config.validation_sequences))
-        rows += [(windows, i) for i in range(min(wanted, len(windows)))]
+        rows += [(sequences, i) for i in range(min(wanted, len(sequences)))]
     num_tokens = num_bytes = 0
-    for windows, i in rows:
-        targets = windows[i].targets
+    for sequences, i in rows:
+        targets = sequences[i].targets
         num_tokens += len(targets)
         num_bytes += tokenizer.num_bytes(targets)
     return Validation(tuple(rows), config.batch_size, num_tokens, num_bytes)
 
 
 def _bpe_sample(parts: list[tuple[float, Split]]) -> Iterator[str]:
-    """Training documents. If they are more than BPE_SAMPLE_BYTES, the hash of a name decides."""
+    """The documents that train a BPE. If the training split has more than BPE_SAMPLE_BYTES, about
+    so many of them, chosen by the hash of their names."""
     for weight, (corpus, threshold) in parts:
         share = weight * BPE_SAMPLE_BYTES / corpus.summary.bytes
         for name, text in corpus.documents():
@@ -468,11 +477,11 @@ def _chunks(documents: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _open_windows(directory: Path, meta: dict[str, Any], split: str, config: Any) -> Windows:
+def _open_sequences(directory: Path, meta: dict[str, Any], split: str, config: Any) -> Sequences:
     path, dtype, count = directory / f"{split}.bin", np.dtype(meta["dtype"]), meta[split]["tokens"]
     if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
         raise UserError(f"The data cache '{directory}' is damaged; delete it and run again.")
     # mmap cannot map an empty file.
     tokens = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
     starts = np.load(directory / f"{split}.starts.npy")
-    return Windows(tokens, starts, config.sequence_length, config.packing)
+    return Sequences(tokens, starts, config.sequence_length, config.packing)

@@ -23,7 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from yocou_jax.errors import UserError
-from yocou_jax.files import resolve
+from yocou_jax.files import expand_path
 from yocou_jax.progress import progress
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
@@ -230,7 +230,7 @@ def _end_of_text_id(backend: tokenizers.Tokenizer | None, name: str, end_of_text
     theirs = f"its special tokens are {names}" if special else "it has no special tokens"
     if end_of_text:
         raise UserError(
-            f"data.end_of_text={end_of_text!r} is no special token of the tokenizer {name!r}: "
+            f"data.end_of_text={end_of_text!r} is not a special token of the tokenizer {name!r}: "
             f"{theirs}."
         )
     raise UserError(
@@ -315,9 +315,9 @@ def load_tokenizer(name: str, end_of_text: str = "", allow_lossy: bool = False) 
     if name == "bytes":
         return Tokenizer.from_json("bytes", name, end_of_text)
     try:
-        if os.path.exists(resolve(name)) and not os.path.isfile(resolve(name)):
+        if os.path.exists(expand_path(name)) and not os.path.isfile(expand_path(name)):
             raise ValueError("it is not a file")
-        text = resolve(name).read_bytes().decode("utf-8-sig")  # without a byte-order mark
+        text = expand_path(name).read_bytes().decode("utf-8-sig")  # without a byte-order mark
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(

@@ -96,7 +96,7 @@ def self_decoder(
         stages[visit.name].append(part)
     global_kv = memory.global_kv
     if global_kv is not None:
-        new = model.apply("write_global_kv", x, context)
+        new = model.apply("project_global_kv", x, context)
         global_kv = global_kv.commit(new, at)
         context = context.replace(global_kv=new, global_cache=global_kv)
     stages = {name: tuple(parts) for name, parts in stages.items()}
@@ -126,14 +126,14 @@ def _last(x, last, count: Int[Array, " B"]):
     return jnp.where(tiled > 0, picked, last)
 
 
-@functools.partial(jax.jit, donate_argnames=("memory", "last"), static_argnames="whole")
-def prefill_chunk(model, memory, last, tokens, count, start, *, whole):
+@functools.partial(jax.jit, donate_argnames=("memory", "last"), static_argnames="fits")
+def prefill_chunk(model, memory, last, tokens, count, start, *, fits):
     """One chunk [B, C], in which row b has count[b] tokens.
 
     start: the first position of the chunk; None: each row starts at its own length.
     last [PB, 1, D]: the residual stream before the cross-decoder, at the last position of each row.
     """
-    at = NewPositions(memory.lengths if start is None else start, count, whole)
+    at = NewPositions(memory.lengths if start is None else start, count, fits)
     x, memory, _ = self_decoder(model, memory, tokens, at)
     return memory, constrain(_last(x, last, count), *RESIDUAL)
 
@@ -170,11 +170,11 @@ def run_prefill(
 ) -> tuple[Memory, Float[Array, "B V"]]:
     """`prefill` without its checks."""
     B = len(prompts.lengths)
-    chunks, whole = _chunks(prompts, memory is None)
+    chunks, fits = _chunks(prompts, memory is None)
     memory = new_memory(model, B, prompts.capacity) if memory is None else memory
     last = _no_residual(model, B)
     for tokens, count, start in chunks:
-        memory, last = prefill_chunk(model, memory, last, tokens, count, start, whole=whole)
+        memory, last = prefill_chunk(model, memory, last, tokens, count, start, fits=fits)
     return memory, next_logits(model, memory, last)
 
 
@@ -209,14 +209,14 @@ def prefill(
 # --- Scores ---------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, donate_argnames="memory", static_argnames="whole")
-def score_chunk(model, memory, logits, tokens, count, start, *, whole):
+@functools.partial(jax.jit, donate_argnames="memory", static_argnames="fits")
+def score_chunk(model, memory, logits, tokens, count, start, *, fits):
     """One chunk as in `prefill_chunk`, but the cross-decoder runs at every position.
 
     logits [B, V]: they predict the first token of the chunk. Returns the memory, the logits of the
     token after the chunk, and the log-probabilities [B, C] of the tokens.
     """
-    at = NewPositions(memory.lengths if start is None else start, count, whole)
+    at = NewPositions(memory.lengths if start is None else start, count, fits)
     x, memory, context = self_decoder(model, memory, tokens, at)
     after = cross_decoder(model, x, context)
     before = jnp.concatenate([logits[:, None], after[:, :-1]], axis=1)
@@ -257,12 +257,12 @@ def score(
     if logits is None:
         logits = _no_logits(model, B)
     request.check_shape("logits", logits, (B, V))
-    chunks, whole = _chunks(prompts, memory is None)
+    chunks, fits = _chunks(prompts, memory is None)
     memory = new_memory(model, B, prompts.capacity) if memory is None else memory
     parts = []
     for chunk_tokens, count, start in chunks:
         memory, logits, logprobs = score_chunk(
-            model, memory, logits, chunk_tokens, count, start, whole=whole
+            model, memory, logits, chunk_tokens, count, start, fits=fits
         )
         exists = np.arange(chunk_tokens.shape[1]) < count[:, None]
         parts.append(jnp.where(exists, logprobs, jnp.nan))
@@ -340,8 +340,8 @@ def programs(
     logits = jax.eval_shape(functools.partial(_no_logits, batch=batch), model)
     new = (i32(batch, chunk), i32(batch), i32())
     return {
-        "prefill_chunk": lambda: prefill_chunk.lower(model, memory, last, *new, whole=True),
+        "prefill_chunk": lambda: prefill_chunk.lower(model, memory, last, *new, fits=True),
         "next_logits": lambda: next_logits.lower(model, memory, last),
-        "score_chunk": lambda: score_chunk.lower(model, memory, logits, *new, whole=True),
+        "score_chunk": lambda: score_chunk.lower(model, memory, logits, *new, fits=True),
         "decode_step": lambda: decode_step.lower(model, memory, i32(batch)),
     }

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from yocou_jax.config import ComputeConfig, ModelConfig
-from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve
+from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve_compute
 from yocou_jax.model.layers import ExactPartitioned
 from yocou_jax.typing import PyTree
 
@@ -36,7 +36,7 @@ def prepare(
 
     compute: how to run the model. `pretrained.load` returns how it was trained. None: the defaults.
     """
-    compute = compute if isinstance(compute, Compute) else resolve(compute)
+    compute = compute if isinstance(compute, Compute) else resolve_compute(compute)
     return PreparedModel(_prepared(params, config, compute.dtype), config, compute)
 
 

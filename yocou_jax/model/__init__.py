@@ -1,6 +1,6 @@
 """The model: layers, mixers, experts, the memory of inference, and the language model."""
 
-from yocou_jax.model.compute import Compute, resolve
+from yocou_jax.model.compute import Compute, resolve_compute
 from yocou_jax.model.language_model import (
     Block,
     LanguageModel,
@@ -21,6 +21,6 @@ __all__ = [
     "empty_memory",
     "head_matrix",
     "logits",
-    "resolve",
+    "resolve_compute",
     "to_logits",
 ]

@@ -25,9 +25,9 @@ class Context:
     positions [B or 1, N]: for RoPE. They start again at 0 in each packed document.
     segment_ids [B, N]: keep attention inside each packed document. None: one document per row.
     global_kv: the global K, V of these positions, which cross layers read. None before they are
-        written.
-    at: in inference, how many positions each row has already.
-    global_cache: in inference, the global K, V of the positions before these, and of these.
+        computed, and for one position in inference, which reads only the cache.
+    at: None in training. In inference it says which positions of each row are new.
+    global_cache: in inference, the global K, V of all positions, with the new ones.
     """
 
     positions: Int[Array, "#B N"]
@@ -53,7 +53,7 @@ class Query(nn.Module):
         return constrain(q, "batch", "length", "heads", "head_dim")
 
 
-class KeyValueWriter(nn.Module):
+class KeyValueProjection(nn.Module):
     """W_k x and W_v x; with qk_norm, RMSNorm on the keys of each head."""
 
     config: ModelConfig
@@ -94,6 +94,7 @@ def attend_to_ring(
     """Attention of N new positions to the ring, which does not have them yet, and to each other."""
     W = ring.k.shape[1]
     if q.shape[1] == 1:
+        # A local copy, for this call only. `_layer` in inference/forward.py commits to the memory.
         ring = ring.commit(new, at)
         return api.decode_window(q[:, 0], ring.k, ring.v, at.end, **options)[:, None]
     seen, exists = ring.peek(new, at)
@@ -109,8 +110,9 @@ def attend_to_cache(
     """Attention of N new positions to a cache that has them already.
 
     new: keys and values of the new positions (not used for N = 1). For N > 1, one call attends to
-    the positions before, which all new ones see, and another to the new ones; `join` combines
-    the two results. So a chunk needs no static offset, and rows may have different lengths.
+    the earlier positions, which all new ones see. A second call attends to the new ones. `join`
+    combines the two results. So a chunk needs no static offset, and rows may have different
+    lengths.
     """
     at = cache.slots(at)
     if q.shape[1] == 1:
@@ -130,7 +132,8 @@ class MixerModule(nn.Module):
 
     __call__(x [B, N, D], context, memory) returns y [B, N, D] and what is new for the memory. In
     training, both `memory` and what is new are None. In inference, `empty` has made the memory of
-    the layer, and its `commit` writes what is new.
+    the layer, and the forward pass calls its `commit` with what is new. The module must not let
+    information pass between the documents of a row: context.segment_ids says which are together.
     """
 
     config: ModelConfig
@@ -142,13 +145,14 @@ class MixerModule(nn.Module):
 
     @staticmethod
     def empty(config: ModelConfig, rows: int, capacity: int, dtype):
-        """A memory for `rows` sequences (counted in every parallel stream) of at most `capacity`
-        positions. None for a mixer without a memory."""
+        """A memory with `rows` rows, each for at most `capacity` positions: one row for each
+        sequence in each parallel stream. None for a mixer without a memory."""
         return None
 
     @staticmethod
     def begin(memory, params):
-        """An empty memory, with the learned keys and values in it. params: those of the mixer."""
+        """The memory before the first position. A mixer with learned keys and values overrides
+        this, and writes them into the empty `memory`. params: those of the mixer."""
         return memory
 
 
@@ -161,7 +165,7 @@ class SelfAttention(MixerModule):
     ) -> tuple[Float[Array, "B N D"], KeyValue | None]:
         c = self.config
         q = rope(Query(c, self.dtype, name="query")(x), context.positions, c.rope_theta)
-        kv = KeyValueWriter(c, self.dtype, name="key_value")(x)
+        kv = KeyValueProjection(c, self.dtype, name="key_value")(x)
         kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))
         y = self._attend(q, kv, context, memory)
         return Output(c, self.dtype, name="output")(y), None if memory is None else kv
@@ -202,7 +206,8 @@ class FullAttention(SelfAttention):
     def _attend(self, q, kv: KeyValue, context: Context, cache: Cache | None):
         options, prefix = attention_options(self.compute), self.config.kv_prefix
         if cache is not None:
-            return attend_to_cache(q, kv, cache.commit(kv, context.at), context.at, **options)
+            local = cache.commit(kv, context.at)  # `_layer` of inference commits to the memory
+            return attend_to_cache(q, kv, local, context.at, **options)
         if prefix:
             kv = self._prepend_prefix(kv)
         # Queries come after the prefix, so each query sees all of it.
@@ -229,7 +234,7 @@ def stream_prefix(prefix: Float[Array, "2 P S K H"], rows: int, dtype) -> KeyVal
 
 
 class GlobalKeyValue(nn.Module):
-    """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: written once, for all cross layers (YOCO, eq. 2).
+    """K, V = RMSNorm(x) W_k, RMSNorm(x) W_v: computed once, for all cross layers (YOCO, eq. 2).
 
     The result is float32. The kernels cast it to their own dtype, but return its gradients in
     float32, so that the gradients of all cross layers are summed in float32.
@@ -242,7 +247,7 @@ class GlobalKeyValue(nn.Module):
     def __call__(self, x: Float[Array, "B N D"], context: Context) -> KeyValue:
         c = self.config
         x = RMSNorm(c.norm_eps, name="norm")(x)
-        kv = KeyValueWriter(c, self.dtype, name="key_value")(x)
+        kv = KeyValueProjection(c, self.dtype, name="key_value")(x)
         if c.cross_rope:
             kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))
         return jax.tree.map(lambda x: x.astype(jnp.float32), kv)

@@ -19,8 +19,9 @@ class Compute:
     scan: bool = True
 
 
-def resolve(config: ComputeConfig | None = None) -> Compute:
-    """The settings of `config`, where the device decides about dtype="auto". None: the defaults."""
+def resolve_compute(config: ComputeConfig | None = None) -> Compute:
+    """The settings of `config`, in which the device has decided dtype="auto": float32 on a CPU,
+    bfloat16 elsewhere. None: the defaults."""
     dtype = "auto" if config is None else config.dtype
     if dtype == "auto":
         dtype = "float32" if target_device().platform == "cpu" else "bfloat16"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
 from yocou_jax.model.attention import MODULES, Context, GlobalKeyValue
-from yocou_jax.model.compute import Compute, resolve
+from yocou_jax.model.compute import Compute, resolve_compute
 from yocou_jax.model.layers import Linear, RMSNorm, SwiGLU, exact, fan_in_init
 from yocou_jax.model.memory import Cache, KeyValue, Memory
 from yocou_jax.model.moe import MixtureOfExperts, RouterStats
@@ -176,7 +176,7 @@ class LanguageModel(nn.Module):
         *,
         num_loops: int | None = None,
     ) -> ModelOutput:
-        """num_loops: how often every looped stage runs; None: as the config says."""
+        """num_loops: how often every looped stage runs. None: as the config says."""
         c = self.config
         program = c.program if num_loops is None else c.program.with_loops(num_loops)
         if positions is None:
@@ -184,7 +184,7 @@ class LanguageModel(nn.Module):
         context = Context(positions, segment_ids)
         x, router = self._run(program.self_decoder, self.embed(tokens), context)
         if program.has_cross:
-            context = context.replace(global_kv=self.write_global_kv(x, context))
+            context = context.replace(global_kv=self.project_global_kv(x, context))
             x, late = self._run(program.cross_decoder, x, context)
             router += late
         router = jax.tree.map(lambda *s: jnp.concatenate(s), *router) if c.num_experts else None
@@ -208,7 +208,7 @@ class LanguageModel(nn.Module):
         x = constrain(x.astype(self.compute.dtype), "batch", "length", "activation")
         return jnp.tile(x, (c.program.streams, 1, 1)) if c.program.streams > 1 else x
 
-    def write_global_kv(self, x: Float[Array, "B N D"], context: Context) -> KeyValue:
+    def project_global_kv(self, x: Float[Array, "B N D"], context: Context) -> KeyValue:
         return self.global_kv(x, context)
 
     def read_out(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
@@ -268,7 +268,7 @@ def logits(
 ) -> Float[Array, "B N V"]:
     """All logits at once in float32, for tests, analysis and short texts. Training computes logits
     in chunks."""
-    model = LanguageModel(config, compute or resolve())
+    model = LanguageModel(config, compute or resolve_compute())
     hidden = model.apply({"params": params}, tokens, **kwargs).hidden
     return to_logits(hidden, head_matrix(params, config))
 

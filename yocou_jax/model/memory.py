@@ -1,14 +1,17 @@
 """The memory of inference: typed dataclasses that store what layers need from past positions.
 
-A window layer stores a ring buffer of W positions for each loop, because each loop has keys and
-values of its own. A full layer stores every position for each loop. The global K, V exist once.
-Each (loop, layer) has arrays of its own, so that a step writes one position in place, and kernels
-read the arrays where they are. From a stacked array, XLA would give a kernel a copy.
+`Memory` holds all memories of a model. Those of attention store keys and values, and have two
+kinds: a `Ring` stores the newest W positions, and a `Cache` stores all positions. Together they are
+what papers call the KV cache. A window layer has a ring for each loop, because each loop has keys
+and values of its own. A full layer has a cache for each loop. The global K, V are one cache. Each
+(loop, layer) has arrays of its own, so that a step writes one position in place, and kernels read
+the arrays where they are. From a stacked array, XLA would give a kernel a copy.
 
-A layer never writes. It reads its memory and the new positions (for example with `Ring.peek`), and
-returns what is new. Then the forward pass calls `commit`, which writes the positions that count.
-The memory of a new kind of layer is a flax dataclass with `commit`, `constrained` and `capacity`,
-as here. The first axis of its arrays is the rows.
+A layer never changes the memory of the model. It reads its part and the new positions, and returns
+what is new. To attend to both, it may commit to a copy of its own (the arrays are immutable), or
+join them with `Ring.peek`. Then the forward pass (`_layer` in inference/forward.py) calls `commit`,
+which writes the positions that count. The memory of a new kind of layer is a flax dataclass with
+`commit`, `constrained` and `capacity`, as here. The first axis of its arrays is the rows.
 """
 
 import flax.struct
@@ -28,13 +31,13 @@ class NewPositions:
     """N new positions for every row. Row b has `start[b]` positions already, and the first
     `count[b]` of the new ones exist. A scalar `start` is the same for all rows.
 
-    whole: all N new positions fit into every row. Then those after `count` may be written too,
+    fits: all N new positions fit into every row. Then those after `count` may be written too,
     because nobody reads them.
     """
 
     start: Int[Array, " B"] | Int[Array, ""]
     count: Int[Array, " B"]
-    whole: bool = flax.struct.field(pytree_node=False, default=False)
+    fits: bool = flax.struct.field(pytree_node=False, default=False)
 
     def positions(self, N: int) -> Int[Array, "B N"]:
         return jnp.broadcast_to(self.start, self.count.shape)[:, None] + jnp.arange(N)[None]
@@ -79,8 +82,8 @@ class KeyValue(flax.struct.PyTreeNode):
 
 
 class Cache(KeyValue):
-    """Stores every position: position p is in slot prefix + p. The first `prefix` slots store what
-    was learned (ParScale's prefix), and every position sees them."""
+    """Stores every position: position p is in slot prefix + p. The first `prefix` slots store
+    ParScale's learned keys and values, and every position sees them."""
 
     prefix: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -96,7 +99,7 @@ class Cache(KeyValue):
     def commit(self, new: KeyValue, at: NewPositions) -> "Cache":
         """The cache with `new` [B, N, K, H] after the positions that each row has."""
         at, N = self.slots(at), new.k.shape[1]
-        if jnp.ndim(at.start) == 0 and at.whole:
+        if jnp.ndim(at.start) == 0 and at.fits:
             return self.updated(
                 lambda x, n: jax.lax.dynamic_update_slice_in_dim(x, n, at.start, 1), new
             )
@@ -147,7 +150,7 @@ class Ring(KeyValue):
 
 @flax.struct.dataclass
 class Memory:
-    """All that a model stores of B sequences.
+    """All memories of a model, for B sequences.
 
     stages: for each stage of the self-decoder, under the name of its parameters, a tuple with one
         Ring or Cache for each (loop, layer), loop by loop. With parallel streams, every stream has
@@ -168,7 +171,7 @@ class Memory:
 
     @property
     def capacity(self) -> int | None:
-        """Number of positions that fit into each row. None if no part of it is ever full."""
+        """Number of positions that fit into each row. None if no part is ever full."""
         parts = [part for stage in self.stages.values() for part in stage] + [self.global_kv]
         return min(
             (p.capacity for p in parts if p is not None and p.capacity is not None), default=None

@@ -11,7 +11,7 @@ from yocou_jax.config import Config
 from yocou_jax.data.pipeline import DataBundle
 from yocou_jax.errors import UserError
 from yocou_jax.mixers import MIXERS
-from yocou_jax.model import resolve
+from yocou_jax.model import resolve_compute
 
 
 def banner(
@@ -25,7 +25,7 @@ def banner(
     device, parameters = jax.devices()[0], accounting.parameters(model)
     flops = accounting.train_flops_per_token(model, length)
     tokens = config.run.steps * config.data.batch_size * length
-    dtype = resolve(config.compute).dtype
+    dtype = resolve_compute(config.compute).dtype
     kv = accounting.kv_bytes(model, length, dtype.itemsize) / accounting.MIB
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return {
@@ -73,7 +73,7 @@ def attention_choices(config: Config) -> dict[str, str]:
                 implementation=config.compute.attention,
                 q_shape=(rows, length, m.num_heads, m.head_dim),
                 k_shape=(rows, length + kernel.prefix, m.num_kv_heads, m.head_dim),
-                dtype=resolve(config.compute).dtype,
+                dtype=resolve_compute(config.compute).dtype,
                 window=kernel.window,
                 segments=config.data.packing,
                 q_offset=kernel.prefix,

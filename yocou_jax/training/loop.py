@@ -20,7 +20,7 @@ from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.config import PROFILE_FROM, Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
-from yocou_jax.files import resolve, write_atomically
+from yocou_jax.files import expand_path, write_atomically
 from yocou_jax.manifest import check_resume, describe
 from yocou_jax.manifest import read as read_manifest
 from yocou_jax.manifest import write as write_manifest
@@ -85,13 +85,13 @@ class Run:
         evaluators: Sequence[Callable[["Run"], Evaluator]] = (Validation, Sample),
         init_from: str | Path | None = None,
     ):
-        self.config, self.workdir = config, resolve(workdir)
+        self.config, self.workdir = config, expand_path(workdir)
         self.reporter, self._make_evaluators = reporter or Reporter(), evaluators
         try:
             str(self.workdir).encode()
         except UnicodeEncodeError as error:  # Orbax takes no others
             raise UserError(f"The workdir {str(workdir)!a} must be valid Unicode.") from error
-        self.init_from = None if init_from is None else resolve(init_from).resolve()
+        self.init_from = None if init_from is None else expand_path(init_from).resolve()
         self.attention = attention_choices(config)  # before any work: a name may be wrong
         self.setup: Setup = set_up(config)
         self.is_main = jax.process_index() == 0

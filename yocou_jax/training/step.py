@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError
-from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve
+from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve_compute
 from yocou_jax.sharding import batch_sharding, batch_ways, check_split, make_mesh, tree_shardings
 from yocou_jax.training import metrics
 from yocou_jax.training.loss import LossSums, cross_entropy
@@ -203,7 +203,7 @@ def set_up(config: Config, devices=None) -> Setup:
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = batch_sharding(mesh)
     with jax.set_mesh(mesh):  # whose devices answer "auto"
-        compute = resolve(config.compute)
+        compute = resolve_compute(config.compute)
     step = functools.partial(
         train_step, config=config, compute=compute, optimizer=optimizer, schedule=schedule
     )
