@@ -63,7 +63,7 @@ def unsupported_reason(call: Call) -> str | None:
             return (
                 f"The TPU kernels would need some {need >> 20} MB of VMEM for "
                 + (f"a window of {call.window}" if call.window else "full attention")
-                + f" and {call.group} heads of {H} a group; "
+                + f" and {call.group} heads of {H} per group; "
                 f"{call.device.kind} leaves them {have >> 20} MB."
             )
     return None
@@ -190,18 +190,18 @@ class _Operands:
 
         return lengths, *(ranges(ids) for ids in self.ids())
 
-    def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
-        """The part of an array that a grid step sees: a block if its positions (whose: queries or
-        keys) are those of the outer axis, else a band. The other axes are whole."""
+    def _spec(self, axis: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
+        """The part of an array with the positions of `axis` (queries or keys) that a grid step
+        sees: a block of the outer axis, or a band of the inner one. Other axes are whole."""
         lead = 2 if heads else 1
 
         def index(b, h, i, j, lengths, *_):
             limit = lengths[b] if self.tiles.lengths and self.outer == "queries" else None
-            here = i if whose == self.outer else self.bands.start(i, j, limit)
+            here = i if axis == self.outer else self.bands.start(i, j, limit)
             return (b, h)[:lead] + (0,) * len(before) + (here,) + (0,) * len(after)
 
         shape = (*before, self.bands.block, *after)
-        if whose != self.outer:
+        if axis != self.outer:
             shape = tuple(pl.Element(n) for n in (*before, self.bands.size, *after))
         return pl.BlockSpec((pl.squeezed,) * lead + shape, index)
 
