@@ -56,8 +56,8 @@ def smaller_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -
 
 
 def compare(run: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """The largest difference of a step's loss, that of the means over the last tenth of the steps,
-    and that of the first step."""
+    """How much the losses differ: the largest difference of any step, the difference of the means
+    over the last tenth of the steps, and the difference of the first step."""
     tail = max(1, len(run) // 10)
     return {
         "largest": float(np.abs(run - other).max()),
@@ -76,7 +76,7 @@ def within(found: dict[str, float], control: dict[str, float]) -> bool:
 
 
 def why_not(implementation: str, config: Config) -> str | None:
-    """Why the named implementation cannot run the model's attention here, if it cannot."""
+    """Why the implementation cannot run the model's attention on this machine; None if it can."""
     m, B, N = config.model, config.data.batch_size, config.data.sequence_length
     facts = {
         "q_shape": (B, N, m.num_heads, m.head_dim),

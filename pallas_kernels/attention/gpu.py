@@ -68,7 +68,7 @@ def unsupported_reason(call: Call) -> str | None:
         return f"pallas_gpu takes heads of {widths}; got {H}."
     rows = gpu_blocks(H).rows
     if call.decodes and call.k_shape is not None and rows < call.group:
-        return f"pallas_gpu decodes at most {rows} query heads a key/value head; got {call.group}."
+        return f"pallas_gpu decodes at most {rows} query heads per K/V head; got {call.group}."
     return None
 
 

@@ -257,7 +257,8 @@ class _QueryStream(NamedTuple):
     at = hopper.at_slot
 
     def fill(self, plan: Plan, tile: _Tile, q_ref, ids_ref, lse2_ref, delta_ref, d_out_ref):
-        """What the producer does: copies the tile's blocks of queries for one head after another."""
+        """What the producer does: copies the tile's blocks of queries, for one head after the other
+        of the group."""
         num, size = tile.last - tile.first, self.q_smem.shape[1]
 
         def copies(t, slot):

@@ -1,7 +1,7 @@
 """Which tiles of queries and keys the TPU kernels visit, and who sees whom inside one.
 
-A kernel has an outer axis, of which it handles one block at a time, and an inner axis that it walks
-along for each block. The outer axis is that of the queries, for dk and dv that of the keys.
+A kernel handles one block of its outer axis at a time, and for each block reads positions of its
+inner axis. The outer axis is that of the queries; for dk and dv it is that of the keys.
 
 `Bands` says which positions of the inner axis a block reads. `Scalars` has what is copied to scalar
 memory before a kernel starts. `Tiles` runs a tile without a mask, with one, or not at all.
