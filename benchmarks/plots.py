@@ -30,8 +30,7 @@ def draw(report: dict[str, Any], kind: str, axes: Axes) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Three panels with the length on the x axis. If the model is the paper's, the paper's figures are
-    dashed curves."""
+    """Three panels with the length on the x axis. For the paper's model, its figures are dashed."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     for axes, (kind, title) in zip(figure.subplots(1, 3), comparison.TITLES.items(), strict=True):
         axes.set_title(title.split(";")[0])

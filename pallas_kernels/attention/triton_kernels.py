@@ -203,8 +203,7 @@ def forward_kernel(
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of BQ queries of one head. Axes of the grid: (query block and head of the group,
-    K/V head, batch row)."""
+    """out, lse of BQ queries. Grid: (query block and head of the group, K/V head, batch row)."""
     head, kv_head, b, first = _query_program(N, Q, K, BQ)
     row = tl.cast(b, tl.int64)
     q_ptr = _head(q_ptr, row, N, head, Q, H)
@@ -285,7 +284,7 @@ def dq_kernel(
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dq of BQ queries of one head. The grid and the visited blocks are those of `forward`."""
+    """dq of BQ queries. The grid and the visited blocks are those of `forward`."""
     SCALE2: tl.constexpr = SCALE * LOG2E
     head, kv_head, b, first = _query_program(N, Q, K, BQ)
     row = tl.cast(b, tl.int64)
@@ -366,9 +365,8 @@ def dkv_kernel(
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BK keys of one K/V head. Axes of the grid: (key block, K/V head, batch row). A
-    program sums over the query heads of its group and over the query blocks that see its keys, in a
-    fixed order, in fp32."""
+    """dk, dv of BK keys. Grid: (key block, K/V head, batch row). Each program sums over the query
+    heads of its group and over the query blocks that see its keys, in a fixed order, in fp32."""
     G: tl.constexpr = Q // K
     SCALE2: tl.constexpr = SCALE * LOG2E
     step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -429,8 +427,8 @@ def decode_kernel(
     ROWS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One part of a row's cache, for all query heads of a group at once; they are padded to ROWS
-    rows, the fewest that the tensor cores multiply. Axes of the grid: (part, K/V head, batch row).
-    Nothing is read after the valid length. A part without keys gives 0 and MASKED."""
+    rows, the fewest that the tensor cores multiply. Grid: (part, K/V head, batch row). Nothing is
+    read after the valid length. A part without keys gives 0 and MASKED."""
     G: tl.constexpr = Q // K
     SCALE2: tl.constexpr = SCALE * LOG2E
     part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
