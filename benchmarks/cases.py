@@ -12,24 +12,24 @@ WINDOW = 512
 
 
 class Sizes(NamedTuple):
-    """What is measured on a kind of device. lengths: the most important one first, because the time
-    budget may end before the others; tokens: B * N of a call, at least one row."""
+    """What is measured on a kind of device. lengths: N and S of the calls, the most important one
+    first, because the time may end before the others. tokens: B * N of a call; B is at least 1."""
 
     dtype: Any
     lengths: tuple[int, ...]
     tokens: int
     heads: tuple[int, int]  # query heads, key/value heads
     head_widths: tuple[int, ...]
-    decode: tuple[tuple[int, int], ...]  # (B, S) of the global cache
-    decode_ring: tuple[int, ...]  # B
-    sample_s: float  # how long one sample should take
-    rounds: int
-    slowest_call_s: float  # no call that is expected to take longer is tried
-    dense_bytes: int  # and no dense matrix of scores that is larger
-    copy_bytes: int
-    matmul: int
-    error_length: int  # N and S of the calls whose errors are measured
-    budget_s: float
+    decode: tuple[tuple[int, int], ...]  # (B, S) of each measured call of decode_cross
+    decode_ring: tuple[int, ...]  # B of each measured call of decode_window
+    sample_s: float  # a sample repeats a call so often that it takes about this long
+    rounds: int  # samples per measurement
+    slowest_call_s: float  # a call is left out if it is expected to take longer
+    dense_bytes: int  # an implementation is left out if it would store more bytes of scores
+    copy_bytes: int  # size of the array with which the device's own copy is timed
+    matmul: int  # the matrix product that is timed is [matmul, matmul] x [matmul, matmul]
+    error_length: int  # N and S of the calls that are tested for accuracy
+    budget_s: float  # when so much time is spent, no further group of calls begins
 
 
 ACCELERATOR = Sizes(
@@ -69,8 +69,8 @@ CPU = Sizes(
 
 
 class Case(NamedTuple):
-    """One call, in the letters of pallas_kernels.api. N is 1 for decoding, which has no backward;
-    `backward`: forward and backward together."""
+    """One call, with the letters of pallas_kernels.api. For decode N is 1, and there is no
+    backward. backward: forward and backward are measured together."""
 
     operation: str
     B: int
@@ -88,7 +88,7 @@ class Case(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Visible pairs of query and key, of one head and row."""
+        """How many pairs of a query and a key that it sees one batch row and head has."""
         if self.decodes:
             return self.S
         return Mask(self.window).pairs(self.N, self.S)
@@ -107,7 +107,7 @@ class Case(NamedTuple):
 
 
 def grouped(sizes: Sizes) -> list[list[Case]]:
-    """Cases in groups that are compiled together, the most important ones first."""
+    """The cases in groups, the most important ones first. A group is compiled together."""
     Q, K = sizes.heads
     groups = []
     for N in sizes.lengths:
@@ -125,7 +125,7 @@ def grouped(sizes: Sizes) -> list[list[Case]]:
 
 
 def inputs(case: Case, dtype, seed: int) -> list[jax.Array]:
-    """q, k, v and the gradient of the output, or q, the caches and full lengths."""
+    """q, k, v and the gradient of the output; for decode q, both caches and lengths of S."""
     keys = jax.random.split(jax.random.key(seed), 4)
     q_shape = (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H)
     kv_shape = (case.B, case.S, case.K, case.H)

@@ -13,7 +13,7 @@ COST = {"prefill": "flops_per_token", "decode": "gb_per_step"}
 
 
 def pairs(architectures) -> list[tuple[str, str]]:
-    """What is compared with what: all with the transformer, and yoco_u with yoco."""
+    """Which architectures are compared: all with the transformer, and yoco_u with yoco."""
     found = [(name, "transformer") for name in architectures if name != "transformer"]
     found = found if "transformer" in architectures else []
     if {"yoco_u", "yoco"} <= set(architectures):
@@ -22,9 +22,8 @@ def pairs(architectures) -> list[tuple[str, str]]:
 
 
 def ratios(rows: list[dict], architectures: list[str]) -> list[dict]:
-    """How many times better `of` is than `to`: tokens/s, or for kv the bytes of `to` over those of
-    `of`, at the largest batch that both have. expected: by FLOPs for prefill, by the bytes of a
-    step for decode."""
+    """How many times better `of` is than `to`, at the largest batch that both have: by tokens/s,
+    and for kv by bytes. expected: the ratio by FLOPs for prefill, by a step's bytes for decode."""
     measured = [row for row in rows if row["status"] == "measured"]
     measured.sort(key=lambda row: row["batch"])  # so that the largest one is kept
     keys = "kind", "architecture", "length", "batch"
@@ -45,13 +44,13 @@ def ratios(rows: list[dict], architectures: list[str]) -> list[dict]:
 
 
 def ratios_of(report: dict, kind: str, of: str, to: str) -> dict[int, dict]:
-    """By length."""
+    """The ratios of `of` to `to`, by length."""
     wanted = kind, of, to
     return {r["length"]: r for r in report["ratios"] if (r["kind"], r["of"], r["to"]) == wanted}
 
 
 def curve(report: dict, kind: str, architecture: str) -> dict[int, dict]:
-    """The rows by length; where there are several, that of the largest batch that was measured."""
+    """The rows by length. If a length has several, the row of the largest measured batch."""
     rows = [r for r in report["rows"] if (r["kind"], r["architecture"]) == (kind, architecture)]
     rows.sort(key=lambda row: (row["status"] == "measured", row["batch"]))
     found = {row["length"]: row for row in rows}
@@ -59,13 +58,13 @@ def curve(report: dict, kind: str, architecture: str) -> dict[int, dict]:
 
 
 def speeds(report: dict, kind: str, architecture: str) -> dict[int, float]:
-    """What was measured of the curve."""
+    """The measured values of the curve, by length."""
     rows = curve(report, kind, architecture).items()
     return {n: row[VALUE[kind]] for n, row in rows if row["status"] == "measured"}
 
 
 def crossings(lengths, ratio) -> list[float]:
-    """Lengths where the ratio passes 1, linear in the logarithms between neighbours."""
+    """The lengths at which the ratio is 1, interpolated between two lengths on log axes."""
     found = []
     x, y = np.log(lengths), np.log(ratio)
     for i in range(len(x) - 1):
@@ -122,7 +121,7 @@ def aims(report: dict) -> list[dict]:
     for text, kind, of, to, least in paper.AIMS:
         found = ratios_of(report, kind, of, to).get(paper.AIM_LENGTH)
         entry = {"aim": text, "least": least, "value": None, "verdict": "not measured"}
-        if found and found["paper"]:  # the paper's model, then
+        if found and found["paper"]:  # the aims are for the paper's model only
             entry |= {key: found[key] for key in ("value", "expected", "paper", "batch")}
             entry["verdict"] = "reached" if found["value"] >= least else "not reached"
         said.append(entry)
@@ -139,12 +138,12 @@ def _aim_line(aim: dict) -> str:
 
 def _cell(row: dict) -> str:
     """A measurement and the paper's figure."""
-    beside = f" [{row['paper']:,}]" if row["paper"] else ""
+    papers = f" [{row['paper']:,}]" if row["paper"] else ""
     if row["status"] != "measured":
-        return row["status"] + beside
+        return row["status"] + papers
     if row["kind"] == "kv":
-        return f"{row['mib']:,.6g}{beside}"
-    text = f"{row['tokens_per_s']:,.0f}{beside}"
+        return f"{row['mib']:,.6g}{papers}"
+    text = f"{row['tokens_per_s']:,.0f}{papers}"
     if row["kind"] == "decode":
         text += f"\nB={row['batch']} {row['gb_per_s']:,.1f} GB/s {row['of_copy']:.0%}"
     return text
@@ -154,9 +153,9 @@ def _ratio_cell(ratio: dict | None) -> str:
     if ratio is None:
         return "-"
     expected = f" ({ratio['expected']:.2f})" if ratio["expected"] else ""
-    beside = f" [{ratio['paper']:.2f}]" if ratio["paper"] else ""
+    papers = f" [{ratio['paper']:.2f}]" if ratio["paper"] else ""
     rows = f"\nB={ratio['batch']}" if ratio["kind"] == "decode" else ""
-    return f"{ratio['value']:.2f}{expected}{beside}{rows}"
+    return f"{ratio['value']:.2f}{expected}{papers}{rows}"
 
 
 def short(n: int) -> str:
@@ -173,7 +172,7 @@ TITLES = {
 def grids(report: dict) -> list[Grid]:
     """One per kind, a line per length."""
     names, found = list(report["programs"]), []
-    beside = "; in brackets the paper's, H100" if report["papers_model"] else ""
+    papers = "; in brackets the paper's, H100" if report["papers_model"] else ""
     for kind, title in TITLES.items():
         headers = [f"{of} /\n{to}" for of, to in pairs(names)]
         columns = [curve(report, kind, name) for name in names]
@@ -183,12 +182,12 @@ def grids(report: dict) -> list[Grid]:
             cells = [_cell(column[length]) for column in columns]
             cells += [_ratio_cell(column.get(length)) for column in compared]
             rows.append([short(length), *cells])
-        found.append(Grid(title + beside, ["N", *names, *headers], rows))
+        found.append(Grid(title + papers, ["N", *names, *headers], rows))
     return found
 
 
 def head_lines(report: dict) -> list[str]:
-    """What was measured, on what."""
+    """The device, the versions, the models, and which attention ran."""
     base = report["reference"]
     n, versions = base["matmul_size"], ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     return [

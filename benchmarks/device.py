@@ -20,8 +20,8 @@ PACKAGES = (
 
 
 def measure(sizes: cases.Sizes) -> dict[str, Any]:
-    """The speed of a copy (read and written bytes count) and of a matrix product, and the time of
-    one turn of the timing loop without a call."""
+    """The speed of a copy (it counts read and written bytes), the speed of a matrix product, and
+    how long a turn of the timing loop takes without a call."""
     x = jnp.ones((sizes.copy_bytes // 4,), jnp.float32)
     size = x.nbytes
     # In place: with a new array a CPU would measure page faults.
@@ -29,7 +29,7 @@ def measure(sizes: cases.Sizes) -> dict[str, Any]:
     copy = jax.jit(once, donate_argnums=0)
     n = sizes.matmul
     a = jax.random.normal(jax.random.key(0), (n, n), sizes.dtype)
-    # Scaled, so that the values stay of size 1 in a product of products.
+    # Scaled, so that the values do not grow from product to product.
     chain = jax.jit(lambda a: jax.lax.fori_loop(0, 8, lambda _, y: (y @ a) * n**-0.5, a))
     (Q, K), turns = sizes.heads, 100
     case = cases.Case("decode_window", 1, 1, cases.WINDOW, Q, K, sizes.head_widths[0], None)
@@ -56,7 +56,7 @@ def measure(sizes: cases.Sizes) -> dict[str, Any]:
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of Python and of those of the packages that are installed."""
+    """The version of Python, and that of each package that is installed."""
     found = {"python": sys.version.split()[0]}
     for name in packages:
         try:
@@ -67,7 +67,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """All versions that a time may depend on, also that of the device's runtime."""
+    """All versions that a time may depend on, with that of the device's runtime."""
     found = installed(PACKAGES)
     found["runtime"] = jax.devices()[0].client.platform_version.splitlines()[0].strip()
     return found

@@ -34,9 +34,10 @@ from yocou_jax.program import ARCHITECTURES
 class Sizes(NamedTuple):
     """What is measured on a kind of device.
 
-    batch: most rows decoded at once. prefill_tokens: of one run, at least one row; chunk_tokens:
-    of all rows of a chunk. steps: of a timed block of decode. A measurement is repeated `turns`
-    times, or until it took enough_s.
+    lengths: of the prompts. batch: the largest number of rows that are decoded at once.
+    prefill_tokens: how many tokens one prefill reads in all rows; it has at least one row.
+    chunk_tokens: the tokens of one chunk in all rows. steps: how many steps of decode are timed
+    together. A measurement is repeated `turns` times, or until it took enough_s.
     """
 
     lengths: tuple[int, ...]
@@ -58,7 +59,7 @@ ACCELERATOR = Sizes(
     steps=32,
     turns=3,
     enough_s=2.0,
-    budget_s=400,  # what has begun is finished: compiling one length, or 70 s of rins at 256K
+    budget_s=400,  # a measurement that has begun may end later: rins at 256K takes 70 s
     probe=cases.ACCELERATOR._replace(rounds=3),
 )
 CPU = Sizes(
@@ -72,9 +73,9 @@ CPU = Sizes(
     budget_s=300,
     probe=cases.CPU._replace(rounds=3),
 )
-# The model that is measured on a CPU. It is narrow, so that attention is most of a long prompt's
-# work. Its feed-forward is wide enough for yoco_u and the transformer to have equal FLOPs within
-# the lengths measured: at 4.0K.
+# The model that is measured on a CPU. It is narrow, so that attention is most of the work for a
+# long prompt. Its feed-forward is so wide that yoco_u and the transformer have equal FLOPs at a
+# length between the measured ones: at 4.0K.
 SMALL = {
     "num_layers": 4,
     "vocab_size": 512,
@@ -91,8 +92,9 @@ MEMORY_SHARE = 0.92  # `memory` does not count all that is needed
 
 
 class Cell(NamedTuple):
-    """One thing to measure. length: of the prompt, or cached when the timed steps are done. piece:
-    positions of a chunk of prefill, steps of a block of decode."""
+    """One thing to measure. length: of the prompt; for decode, how many positions are cached after
+    the timed steps. piece: positions of a chunk of prefill, or steps of decode that are timed
+    together."""
 
     kind: str  # "prefill", "decode" or "kv"
     architecture: str
@@ -108,7 +110,8 @@ class Cell(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Whole chunks, or `prefill` writes its cache by a scatter."""
+        """Slots of the cache. Prefill gets room for whole chunks, else it would write its cache
+        with a scatter."""
         return -(-self.length // self.piece) * self.piece if self.kind == "prefill" else self.length
 
     @property
@@ -144,7 +147,7 @@ def memory(cell: Cell) -> int:
 
 
 def device_memory() -> float:
-    """Bytes that jax may use, or 80% of a host's free memory."""
+    """Bytes that jax may use. If jax does not say, 80% of the host's free memory."""
     return device.memory() or 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
@@ -155,9 +158,9 @@ def cells_at(
     room: float,
     compute: Compute | None = None,
 ) -> tuple[list[Cell], list[dict]]:
-    """The cells of one length, first those that the aims need. The batch of each is halved until it
-    fits into MEMORY_SHARE of `room` bytes. The second list has a report's row for each cell that
-    does not fit with a batch of one."""
+    """The cells of one length; those that the aims need come first. The batch of a cell is halved
+    until the cell fits into MEMORY_SHARE of `room` bytes. The second list has a row of the report
+    for each cell that does not fit even with a batch of one."""
     found, left_out = [], []
     prompts = max(1, min(sizes.batch, sizes.prefill_tokens // length))
     chunk = min(length, max(1, sizes.chunk_tokens // prompts))
@@ -170,7 +173,7 @@ def cells_at(
             if memory(cell) <= MEMORY_SHARE * room:
                 fitting[name] = cell
                 continue
-            reason = f"a row takes {memory(cell) / 2**30:.1f} of {room / 2**30:.1f} GiB"
+            reason = f"one sequence takes {memory(cell) / 2**30:.1f} of {room / 2**30:.1f} GiB"
             left_out.append(_row(cell, "no memory", reason))
         found += fitting.values()
         for pair in comparison.pairs(fitting):
@@ -186,14 +189,15 @@ def cells_at(
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _noise(seed, mean, std, *, shape, dtype):
-    """Normal random values; the rows of a cache [B, S, K, H] are equal, because drawing is slow."""
+    """Normal random values. All rows of a cache [B, S, K, H] are equal, because it takes long to
+    draw them."""
     drawn = (1, *shape[1:]) if len(shape) == 4 else shape
     values = mean + std * jax.random.normal(jax.random.key(seed), drawn)
     return jnp.broadcast_to(values, shape).astype(dtype)
 
 
 def random_like(tree, std: float):
-    """Random values in the shapes of the tree; scales of norms are near 1."""
+    """Random values with the shapes and types of the tree; the scales of norms are near 1."""
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     leaves = []
     for seed, (path, x) in enumerate(paths):
@@ -204,7 +208,8 @@ def random_like(tree, std: float):
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="steps")
 def decode_block(model, cache, tokens, start, *, steps):
-    """`steps` greedy steps after `start` cached positions of every row: the cache, next tokens."""
+    """Decodes `steps` tokens greedily after `start` cached positions in every row. Returns the
+    cache and the next tokens."""
 
     def step(_, carry):
         cache, tokens = carry
@@ -216,8 +221,8 @@ def decode_block(model, cache, tokens, start, *, steps):
 
 
 def lowered(cell: Cell) -> list[jax.stages.Lowered]:
-    """The large programs of a cell, with the arguments that they are called with: once they are
-    compiled, jax finds them again (a test makes sure)."""
+    """The large programs of a cell, lowered for the arguments that they will get. After they are
+    compiled here, jax does not compile them again in the measurement (a test checks it)."""
     B, model = cell.batch, abstract_model(cell.config, cell.compute)
     if cell.kind == "prefill":
         programs = inference.programs(model, B, cell.capacity, cell.piece)
@@ -229,7 +234,7 @@ def lowered(cell: Cell) -> list[jax.stages.Lowered]:
 
 def compile_ahead(cells: list[Cell]) -> dict[Cell, str]:
     """Traces the programs of all cells one after the other, and compiles them in parallel. Returns
-    the errors of those that cannot be compiled."""
+    the error of each cell with a program that cannot be compiled."""
     errors, futures = {}, []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for cell in cells:
@@ -244,7 +249,7 @@ def compile_ahead(cells: list[Cell]) -> dict[Cell, str]:
 
 
 def run_prefill(cell: Cell) -> float:
-    """Seconds of one prefill of the cell's prompts, after a prefill of their first chunk alone."""
+    """Seconds of one prefill of the cell's prompts, after a prefill of one chunk, to warm up."""
     model = random_like(abstract_model(cell.config, cell.compute), std=0.02)
     shape = (cell.batch, cell.length)
     tokens = np.random.default_rng(0).integers(0, cell.config.vocab_size, shape).astype(np.int32)
@@ -256,8 +261,8 @@ def run_prefill(cell: Cell) -> float:
 
 
 def run_decode(cell: Cell) -> float:
-    """Seconds of one block of decode steps, whose last step fills the cell's length. The same block
-    runs once before, to warm up."""
+    """Seconds of one block of decode steps. After its last step, `length` positions are cached. To
+    warm up, the same block runs once before."""
     model = random_like(abstract_model(cell.config, cell.compute), std=0.02)
     cache = random_like(
         abstract_memory(cell.config, cell.compute, cell.batch, cell.capacity), std=1.0
@@ -302,12 +307,13 @@ def measure_cells(
     keep: Callable[[list[dict]], None] = lambda rows: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
-    """A row for each cell of the groups, one per length, whose programs are compiled together.
+    """Measures all cells and returns a row for each. A group has the cells of one length; its
+    programs are compiled together.
 
-    The cells take turns, so that a machine's slow minutes affect all of them, and all have a first
-    sample before any has a second. If a cell fails, for example for lack of memory, the others go
-    on. No run begins after the deadline (of time.perf_counter). keep gets the rows so far; say gets
-    a line about what is done.
+    The cells take turns, so that a machine's slow minutes affect all of them. Each has a first
+    sample before any has a second. If a cell fails, for example because memory is missing, the
+    others go on. No run begins after the deadline (of time.perf_counter). keep gets the rows so
+    far; say gets a line about what is done.
     """
     samples: dict[Cell, list[float]] = {cell: [] for group in groups for cell in group}
     ended: dict[Cell, dict] = {}
@@ -346,7 +352,7 @@ def measure_cells(
 
 @contextlib.contextmanager
 def attention_choices():
-    """The log records that say on which implementation each attention runs, and why."""
+    """The log records that name the implementation of each attention, with the reason."""
     logger, handler = api.logger, logging.handlers.BufferingHandler(1000)
     api._log_once.cache_clear()  # what was traced before to learn shapes is not measured
     logger.addHandler(handler)
@@ -368,13 +374,13 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     compute: Compute | None = None,
 ) -> dict[str, Any]:
-    """Everything that fits into the budget, as the report that is shown, drawn and written. keep
-    gets the report after each length; say gets a line about what is done."""
+    """Measures all that fits into the time budget, and returns the report. keep gets the report so
+    far after each length; say gets a line about what is done."""
     start = time.perf_counter()
     base = device.measure(sizes.probe)
     room = device_memory()
     plan = [cells_at(length, configs, sizes, room, compute) for length in sizes.lengths]
-    # What the aims are about first, while there is time.
+    # The length of the aims comes first, because the time may end before the others.
     groups = sorted(
         [c for c, _ in plan if c], key=lambda cells: cells[0].length != paper.AIM_LENGTH
     )
@@ -416,7 +422,7 @@ def measure(
 
 
 def kv_rows(configs: dict[str, ModelConfig], lengths, compute: Compute | None = None) -> list[dict]:
-    """Bytes of the arrays of one sequence's cache, in MiB."""
+    """Rows with the size of one sequence's cache, in MiB."""
     cells = [Cell("kv", name, c, n, 1, n, compute) for n in lengths for name, c in configs.items()]
     return [
         _row(cell, "measured")
@@ -431,10 +437,10 @@ def kv_rows(configs: dict[str, ModelConfig], lengths, compute: Compute | None = 
 def choose_configs(
     config: ModelConfig, architectures: list[str], on_cpu: bool
 ) -> tuple[dict[str, ModelConfig], list[str]]:
-    """A config per architecture, and notes that say what was replaced.
+    """A config per architecture, and notes for the reader, if another model is measured.
 
     Raises:
-      UserError: an architecture that is not in the table, or does not go with these layers.
+      UserError: an architecture is not in the table, or cannot have this number of layers.
     """
     unknown = [name for name in architectures if name not in ARCHITECTURES]
     if unknown or not architectures:
@@ -448,7 +454,7 @@ def choose_configs(
         notes.append(
             f"This CPU is too slow for a model of {size / 1e6:,.0f}M parameters: one of "
             f"{accounting.parameters(config).total / 1e6:,.1f}M with the same kinds of programs "
-            "stands in. Its figures are not those of the config."
+            "is measured instead. Its figures are not those of the config."
         )
     return {name: accounting.sibling(config, name) for name in architectures}, notes
 
@@ -457,7 +463,7 @@ def check_lengths(lengths: list[str], steps: int) -> tuple[int, ...]:
     """The lengths as numbers, in order.
 
     Raises:
-      UserError: no whole numbers, or too short for a prompt and the steps that are timed.
+      UserError: they are not whole numbers, or not above the number of steps that are timed.
     """
     if not lengths or not all(n.isdecimal() and len(n) < 10 and int(n) > steps for n in lengths):
         raise UserError(

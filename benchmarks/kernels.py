@@ -1,4 +1,4 @@
-"""The errors and the times of every attention kernel that runs here, compared with its baselines.
+"""The errors and the times of every attention kernel that runs on this machine, and of baselines.
 
 `measure` makes one report, `failures` judges it, `grids` and `markdown` show it. `timing.repeated`
 says how a call is timed.
@@ -25,16 +25,17 @@ from pallas_kernels.call import decodes
 from pallas_kernels.device import target_device
 from yocou_jax.files import write_atomically
 
-ERROR_RATIO = 1.5  # of the reference's own error in the same dtype
-DERIVED = "backward (derived)"  # from two passes that are measured
+ERROR_RATIO = 1.5  # largest error, over that of the reference in the same dtype
+DERIVED = "backward (derived)"  # the difference of two times that are measured
 ERROR_OPERATIONS = api.OPERATIONS
 
 # --- Who is measured ------------------------------------------------------------------------------
 
 
 class Subject(NamedTuple):
-    """call(q, k, v) -> out, or (q, k, v, lengths) -> out for decoding. dense: it stores all scores.
-    ours: it is one of pallas_kernels that "auto" may take, and so must not fail."""
+    """Something that is measured. call(q, k, v) -> out; for decode (q, k, v, lengths) -> out.
+    dense: it stores all scores. ours: it is in pallas_kernels, and "auto" may take it. So it must
+    not fail."""
 
     call: Callable
     ours: bool = False
@@ -42,12 +43,12 @@ class Subject(NamedTuple):
 
 
 def _late(make: Callable[[Case], Callable], case: Case) -> Callable:
-    """make(case), which is made at its first call. So an error (an import, a mask that does not fit
-    into memory) fails this one measurement and not the run."""
+    """Calls make(case) only when it is called itself. So an error there (an import, a mask that
+    does not fit into memory) fails this one measurement, and not the run."""
 
     @functools.cache
     def made():
-        with jax.ensure_compile_time_eval():  # its constants belong to no trace
+        with jax.ensure_compile_time_eval():  # so that its constants can be used in every trace
             return make(case)
 
     return lambda *args: made()(*args)
@@ -94,7 +95,7 @@ def _splash(case: Case) -> Callable:
 
 
 def subjects(case: Case, dtype) -> dict[str, Subject]:
-    """Everything that can run the case here: our implementations, then the baselines."""
+    """Everything that can run the case on this machine: our implementations, then baselines."""
     found, target = {}, target_device()
     shape = (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H)
     call = Call(
@@ -122,7 +123,7 @@ def subjects(case: Case, dtype) -> dict[str, Subject]:
 
 
 def results(case: Case, subject: Subject) -> Callable:
-    """A function of `inputs` that gives all results of the case, by name."""
+    """A function that takes the arrays of `inputs` and returns the case's results, by name."""
 
     def run(q, k, v, last):
         if case.decodes:
@@ -173,7 +174,7 @@ def measure_errors(sizes: Sizes) -> list[dict]:
                     continue
                 for what, value in got.items():
                     rms, theirs = _rms(value, exact[what]), _rms(plain[what], exact[what])
-                    # In float32 the two only sum in another order: a few roundings do not matter.
+                    # In float32 both are exact up to their order of sums: 8 roundings are allowed.
                     ratio = rms / max(theirs, 8 * eps if eps < 1e-6 else 0.0)
                     row |= {"result": what, "rms": rms, "reference_rms": theirs, "ratio": ratio}
                     found.append(dict(row))
@@ -191,7 +192,7 @@ def _dense(case: Case, q, k, v, lengths=None):
 
 
 def _left_out(case: Case, name: str, subject: Subject, pace: Pace, sizes: Sizes) -> str | None:
-    """Why a measurement is not made, if it is not."""
+    """Why a measurement is left out; None if it is not."""
     scores = 4 * case.B * case.Q * case.N * case.S
     if subject.dense and scores > sizes.dense_bytes:
         return f"its scores take {scores / 2**30:.0f} GiB"
@@ -202,8 +203,8 @@ def _left_out(case: Case, name: str, subject: Subject, pace: Pace, sizes: Sizes)
 
 
 def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dict], list[str]]:
-    """Times the cases of a group: all programs are compiled at the same time, then implementations
-    take turns."""
+    """Times the cases of a group. All programs are compiled at the same time; then the
+    implementations take turns. Returns the rows of the report and what was left out."""
     rows, left_out, planned, programs = [], [], {}, {}
     for case in group:
         args = jax.eval_shape(functools.partial(inputs, case, sizes.dtype, 0))
@@ -229,7 +230,7 @@ def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dic
                     rows.append(planned[case, name] | {"error": first_line(error)})
                     del samples[name]
                     continue
-                # The first run warms up; it counts where a second one would take too long.
+                # The first run warms up. It counts only if a second one would take too long.
                 if turn or seconds >= 4 * sizes.slowest_call_s:
                     taken.append(seconds)
         for name, taken in samples.items():
@@ -241,8 +242,8 @@ def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dic
 
 
 def derived(group: list[Case], rows: list[dict]) -> list[dict]:
-    """Rows of the backward alone, for implementations with a time for the forward and one for both
-    passes: the difference of the two, with the spread that it has in the worst case."""
+    """Rows for the backward alone: the time of both passes minus that of the forward. The spread is
+    the largest one that the difference can have."""
     case, found = group[0], []
     measured = {(row["implementation"], row["pass"]): row for row in rows if not row["error"]}
     for (name, what), both in measured.items():
@@ -281,8 +282,8 @@ def measure(
     keep: Callable[[dict], None] = lambda report: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Everything that the budget allows, the most important first. keep gets the report after each
-    group of cases; say gets a line about each."""
+    """Measures all that the time budget allows, the most important cases first, and returns the
+    report. keep gets the report so far after each group of cases; say gets a line about each."""
     start = time.perf_counter()
 
     def spent() -> float:
@@ -330,7 +331,8 @@ def measure(
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """What makes the command fail: an implementation of ours that fails or is not accurate."""
+    """Sentences for what makes the command fail: one of our implementations fails or is not
+    accurate."""
     found = []
     for row in report["errors"]:
         where = f"{row['implementation']}, {row['operation']}, H = {row['H']}"
@@ -404,7 +406,7 @@ def markdown(report: dict[str, Any]) -> str:
     sizes = "Visible pairs only; S: keys, B: rows; ± half of (max - min) / median."
     paragraphs = [head_line(report), sizes]
     if not report["complete"]:
-        paragraphs.append("**Not all of it:** what was measured before the run was cut short.")
+        paragraphs.append("**Not complete:** the run was cut short; this was measured before.")
     failed = [
         f"{r['implementation']}, {r['operation']}, S = {r['S']}, H = {r['H']}, {r['pass']}: "
         f"{r['error']}"

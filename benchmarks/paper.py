@@ -1,4 +1,4 @@
-"""The figures of arXiv 2604.01220 (Universal YOCO) that a run is compared to, and its aims."""
+"""The figures of arXiv 2604.01220 (Universal YOCO) that a run is compared with, and the aims."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ TABLES = {
 
 
 def is_the_papers(config: ModelConfig, itemsize: int = 2) -> bool:
-    """Whether the paper's figures are those of this model: of its sizes, loops and 2-byte type."""
+    """Whether the paper measured this model: with its sizes, its loops and a type of 2 bytes."""
     sizes = config.program.layers, config.d_model, config.num_kv_heads * config.head_dim
     same = (*sizes, config.window, config.num_experts) == (20, 2560, 512, 512, 0)
     loops = config.program == dataclasses.replace(config, num_loops=None).program
@@ -40,7 +40,7 @@ def is_the_papers(config: ModelConfig, itemsize: int = 2) -> bool:
 def figure(
     kind: str, architecture: str, config: ModelConfig, length: int, itemsize: int = 2
 ) -> float | None:
-    """The paper's figure, None where it has none for this model in a type of that many bytes."""
+    """The paper's figure; None if it has none for this model in a type of `itemsize` bytes."""
     row = TABLES[kind].get(architecture)
     if row is None or length not in LENGTHS or not is_the_papers(config, itemsize):
         return None
@@ -48,7 +48,9 @@ def figure(
 
 
 AIM_LENGTH = 262_144
-AIMS = (  # of the first over the second there, as `comparison.ratios` has them, at least the number
+# At AIM_LENGTH: words, the kind of ratio, of which architecture to which (as in
+# `comparison.ratios`), and how much the ratio should be at least.
+AIMS = (
     ("prefill at least 10.2x the transformer's", "prefill", "yoco_u", "transformer", 10.2),
     ("decode at least 2.2x the transformer's", "decode", "yoco_u", "transformer", 2.2),
     ("KV cache 18.9x smaller than the transformer's", "kv", "yoco_u", "transformer", 10_240 / 542),

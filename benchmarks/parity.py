@@ -1,4 +1,8 @@
-"""The same training run with several implementations of attention, and how much losses differ."""
+"""The same training run with two implementations of attention, and how much their losses differ.
+
+Two correct implementations sum in another order, so their losses differ too. How much that is, a
+third run shows, the control: xla again, with other block sizes.
+"""
 
 import contextlib
 import time
@@ -19,8 +23,8 @@ from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.step import set_up
 
-TIMES = 5.0
-FLOOR = 1e-5  # nats per token: some 40 roundings of a float32 loss
+TIMES = 5.0  # a run may differ by so many times the control's difference
+FLOOR = 1e-5  # nats per token that it may always differ by: some 40 roundings of a float32 loss
 
 
 def losses(
@@ -32,9 +36,10 @@ def losses(
         fields.compute.attention, fields.run.steps = implementation, steps
         fields.optimizer.warmup_steps = min(fields.optimizer.warmup_steps, steps // 2)
     config = Config.from_dict(fields)
-    setup = set_up(config)
-    state, found = setup.init(), []
-    with load_data(config.data).train(batch_sharding(setup.mesh)) as batches:
+    setup, found = set_up(config), []
+    data = load_data(config.data).train(batch_sharding(setup.mesh))
+    with jax.set_mesh(setup.mesh), data as batches:
+        state = setup.init()
         for step in range(1, steps + 1):
             state, out = setup.step(state, next(batches))
             found.append(out[metrics.LOSS])
@@ -51,8 +56,8 @@ def smaller_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -
 
 
 def compare(run: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """The largest difference of a step's loss, that of the means over the last tenth of the steps,
-    and that of the first step."""
+    """How much the losses differ: the largest difference of any step, the difference of the means
+    over the last tenth of the steps, and the difference of the first step."""
     tail = max(1, len(run) // 10)
     return {
         "largest": float(np.abs(run - other).max()),
@@ -71,7 +76,7 @@ def within(found: dict[str, float], control: dict[str, float]) -> bool:
 
 
 def why_not(implementation: str, config: Config) -> str | None:
-    """Why the named implementation cannot run the model's attention here, if it cannot."""
+    """Why the implementation cannot run the model's attention on this machine; None if it can."""
     m, B, N = config.model, config.data.batch_size, config.data.sequence_length
     facts = {
         "q_shape": (B, N, m.num_heads, m.head_dim),
@@ -87,10 +92,10 @@ def why_not(implementation: str, config: Config) -> str | None:
 
 
 def check(implementation: str, config: Config) -> bool:
-    """Whether the implementation has to be interpreted here.
+    """Whether the implementation must be interpreted on this machine.
 
     Raises:
-      UserError: it cannot run the model's attention here at all.
+      UserError: it cannot run the model's attention here, also not in an interpreter.
     """
     interpreted = why_not(implementation, config) is not None
     with interpret() if interpreted else contextlib.nullcontext():

@@ -10,7 +10,7 @@ from benchmarks import comparison
 
 
 def draw(report: dict[str, Any], kind: str, axes: Axes) -> None:
-    """The curves of a kind of measurement on log axes, or a sentence if there are none."""
+    """The curves of one kind of measurement on log axes. If there are none, a sentence says so."""
     for i, name in enumerate(report["programs"]):
         points = comparison.speeds(report, kind, name)
         axes.plot(list(points), list(points.values()), "o-", color=f"C{i}", label=name)
@@ -30,7 +30,7 @@ def draw(report: dict[str, Any], kind: str, axes: Axes) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Three panels against the length; the paper's curves are dashed, for its own model."""
+    """Three panels with the length on the x axis. For the paper's model, its figures are dashed."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     for axes, (kind, title) in zip(figure.subplots(1, 3), comparison.TITLES.items(), strict=True):
         axes.set_title(title.split(";")[0])

@@ -14,8 +14,8 @@ from yocou_jax.files import expand_path, write_atomically
 
 
 class Grid(NamedTuple):
-    """A table: a title, column names and rows of text. texts: how many columns have words; the
-    columns after them have numbers, which are aligned at the right."""
+    """A table: a title, column names and rows of text. texts: how many columns have words. The
+    columns after these have numbers and are aligned at the right. None: all columns have words."""
 
     title: str
     columns: Sequence[str]
@@ -45,7 +45,7 @@ def page(
     grids: Iterable[Grid],
     lists: Iterable[tuple[str, Sequence[str]]],
 ) -> str:
-    """A page of Markdown; a list is a heading and its entries, and is left out if it has none."""
+    """A page of Markdown. A list has a heading and entries; it is left out if it has no entry."""
     lines = [f"# {title}"]
     for paragraph in paragraphs:
         lines += ["", paragraph]
@@ -84,7 +84,7 @@ def output_folder(name: str) -> Path:
 
 
 def output_file(flag: str, name: str | None, kinds: Iterable[str]) -> Path | None:
-    """The file that a flag names, None without one.
+    """The file that a flag names; None if the flag is not given.
 
     Raises:
       UserError: its folder does not exist, or its suffix is not one of `kinds`.

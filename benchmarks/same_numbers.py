@@ -68,7 +68,7 @@ def write_text(path: Path) -> None:
 
 
 def overrides(case: str, tree: Path, home: Path, steps: int) -> list[str]:
-    """The flags of a case, as this tree spells them."""
+    """The flags of a case, with the field names of this tree."""
     fields = SIZES | ALL[case] | {"data.source": home / "text.txt", "run.steps": steps}
     fields |= {"run.checkpoint_every": steps, "run.sample_every": steps}
     fields |= {"run.eval_every": max(steps // 2, 1), "data.cache_dir": home / "tokens"}
@@ -128,7 +128,7 @@ def _figures(case: str, tree: Path, home: Path, steps: int) -> dict:
 
 
 def differences(here: dict, there: dict) -> dict[str, tuple]:
-    """name -> (here, there), in order, for each figure that differs or that one side lacks."""
+    """name -> (here, there), in order, for each figure that differs or that one tree lacks."""
     nothing = "(none)"
     pairs = {name: (here.get(name, nothing), there.get(name, nothing)) for name in here | there}
     # Through repr: NaN is NaN, and 1 is not 1.0.
@@ -155,7 +155,7 @@ def compare(revision: str, cases: list[str], steps: int) -> dict[str, dict]:
             here_and_there = list(pool.map(lambda job: figures(*job, steps), jobs))
     pairs = zip(here_and_there[::2], here_and_there[1::2], strict=True)
     return {
-        # A case that fails in both trees compares nothing, so it is no proof either.
+        # If a case fails in both trees, nothing was compared. So it is reported as a difference.
         case: {"compared": len(here | there), "differ": differences(here, there)}
         | ({"differ": {"fails": (here["fails"], there["fails"])}} if both(here, there) else {})
         for case, (here, there) in zip(cases, pairs, strict=True)

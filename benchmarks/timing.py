@@ -14,8 +14,8 @@ from benchmarks.cases import Case
 
 
 def compile_all(programs: dict[Any, tuple[Callable, list]]) -> dict[Any, Callable]:
-    """Compiled functions by key: they are traced one after the other and compiled in parallel. One
-    that cannot be compiled raises its error when it is called."""
+    """The compiled programs by key. They are traced one after the other and compiled in parallel. A
+    program that cannot be compiled raises its error when it is called."""
 
     def fails(error, *args):
         raise error
@@ -35,13 +35,14 @@ def compile_all(programs: dict[Any, tuple[Callable, list]]) -> dict[Any, Callabl
 
 
 def repeated(function: Callable, calls: int) -> Callable:
-    """A function of the same arguments that calls `function` `calls` times in a row."""
+    """A function with the same arguments that calls `function` so many times, one call after the
+    other."""
 
     def run(*args):
         def body(_, args):
-            # The first barrier binds all inputs to the one that changes, so that no operation on
-            # the others, such as a transposition, can be moved out of the loop. Because of the
-            # second, XLA cannot compute only the elements that are read.
+            # One input changes in each turn. The first barrier binds the others to it, so that XLA
+            # cannot move an operation on them, such as a transposition, out of the loop. Because of
+            # the second barrier, XLA cannot compute only the elements that are read.
             args = jax.lax.optimization_barrier(args)
             made = jax.lax.optimization_barrier(function(*args))
             seen = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(made))
@@ -55,13 +56,13 @@ def repeated(function: Callable, calls: int) -> Callable:
 
 
 def first_line(error: BaseException) -> str:
-    """The type and the first line of an error, as a report names it."""
+    """The type and the first line of an error, for a report."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def seconds(function: Callable, *args) -> float:
-    """Seconds until all that `function` returns is computed."""
+    """Seconds until all results of `function` are computed."""
     start = time.perf_counter()
     jax.block_until_ready(function(*args))
     return time.perf_counter() - start
@@ -75,7 +76,7 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 class Pace:
-    """Expected seconds of a call, from what the same implementation took elsewhere."""
+    """How many seconds a call will take, by the speed that the same implementation had before."""
 
     def __init__(self, nominal_flops: float):
         self.nominal, self.seen = nominal_flops, {}
@@ -85,7 +86,7 @@ class Pace:
 
     def guess(self, name: str, case: Case, dense: bool) -> float:
         key = (name, case.operation, case.H, case.backward)
-        # A dense implementation does not get cheaper by a window, so it counts pairs of all keys.
+        # A window does not make a dense implementation faster, so the pairs of all keys count.
         speed = self.seen.get(key, self.nominal)
         scale = case.N * case.S / case.pairs / 2 if dense and not case.decodes else 1.0
         return case.flops * (scale if key not in self.seen else 1.0) / speed + 5e-6

@@ -2,42 +2,47 @@
 
     python -m experiments.compile_kernels --target=v5e|v5p|v6e|tpu7x|h200|a100 [--json]
 
-The shapes are those of configs/yocou_125m.py and configs/yocou_1b.py, and a few small ones of what
-those do not use ("others"): other dtypes and head widths, lengths, late queries. The attention
-programs hold the forward and the backward kernels, as in training. Exit code 1: a compile failed, a
-GPU kernel spills registers or serialises its wgmma, or on v6e a tile takes more cycles than jax's
-splash attention or an unknown number of them. It needs requirements-aot.txt.
+It needs requirements-aot.txt. pallas_kernels/README.md explains the words tile, dq, dkv, splash,
+VMEM, spilled register and wgmma.
 
-TPU. libtpu compiles on any host and, asked by --xla_jf_dump_to and --xla_jf_dump_llo_text, writes
-the final schedule of each kernel: one row per VLIW bundle with the slots that it fills. A bundle is
-a cycle if nothing stalls; the latencies that the scheduler knows are in it as empty bundles, copies
-between HBM and VMEM, which overlap with it, are not. Cycles of a tile are
+The shapes are those of configs/yocou_125m.py and configs/yocou_1b.py. A few small shapes, "others",
+have what these do not use: other dtypes and head widths, lengths, queries after a cache. As in
+training, a program of attention contains the forward and the backward kernels. Exit code 1: a
+program does not compile, a GPU kernel spills registers or serialises its wgmma, or on v6e a tile
+takes more cycles than splash's or an unknown number of cycles.
+
+TPU. libtpu compiles on any host. With --xla_jf_dump_to and --xla_jf_dump_llo_text it writes the
+final schedule of each kernel, with one row per VLIW bundle. A bundle is one instruction for all
+units of the core; each unit has slots in it. It takes one cycle if nothing stalls. The schedule
+contains the latencies that the scheduler knows, as empty bundles. It does not contain the copies
+between HBM and VMEM, which run at the same time. The cycles of a tile are
 
     the bundles from the first to the last that uses a matrix unit, both included,
 
-within one stretch of straight code (between two labels of *final_bundles.txt), so that a loop's
-body counts once, and a tile's two variants, without and with a mask, are two entries. They are
-scaled to 512 x 512 pairs of query and key. How many pairs a stretch handles is read off the
-kernel's jaxpr, as the exponentials that end in a matrix product, and not believed (a question mark)
-if the schedule holds fewer. `stretch` is all of its bundles, so that nothing can hide before the
-first or behind the last product. MXU and VALU are the share of their slots that the tile's bundles
-fill. `spilled` and `filled` count instructions that store vector registers to VMEM and load them
-back: they are part of the schedule and so of the cycles (the scores of a 512 x 512 tile are four
-times the register file, and splash spills 558 times), and for that reason no failure.
+within one stretch: a piece of straight code between two labels of *final_bundles.txt. So the body
+of a loop counts once, and a tile has two entries, one without and one with a mask. The cycles are
+scaled to 512 x 512 pairs of query and key. The kernel's jaxpr shows how many pairs a stretch
+handles: it has one exponential per pair, of which the result goes into a matrix product. If the
+schedule has fewer exponentials than that, the table has a question mark. The columns:
+
+* stretch: all bundles of the stretch, also those before the first and after the last product.
+* MXU, VALU: the share of the slots of the matrix units and of the vector units that is filled.
+* spilled, filled: how many instructions store vector registers to VMEM and load them back. They are
+  in the schedule, so the cycles include them. Therefore they are not a failure: the scores of a
+  512 x 512 tile are four times the register file, and splash spills 558 times.
+* bytes / cache, for decode: the bytes that the step accesses, by XLA's count, over the bytes of
+  both caches. 1 means that every key and value is read once. A copy of the caches before the kernel
+  adds 2, and more if it pads them. A small cache may be copied to VMEM as a whole. Not a failure.
 
 The tile table compiles splash (blocks of 512, head width 128, LocalMask of the same window) and our
-kernels (one head of 128) in this same process. With libtpu 0.0.50.1 splash takes 734, 890 and 1167
+kernels (one head of 128) in the same process. With libtpu 0.0.50.1 splash takes 734, 890 and 1167
 cycles on v6e for forward, dq and dkv.
 
-`bytes / cache`, for decoding: what XLA says that the step accesses over the bytes of both caches. 1
-is every key and value read once; a copy of the caches before the kernel adds 2, more if it pads
-them; a small cache may only be brought into VMEM. It fails nothing.
-
-GPU. Mosaic GPU kernels are assembled by the ptxas in jaxlib's CUDA plugin against a written-down
-target (H200 in benchmarks/aot/targets.py); registers, spills and warnings are those of each
-kernel's own ptxas log.
-Triton kernels are compiled by Triton itself (compile_report of pallas_kernels/attention/triton.py),
-which is asked for bf16 without lengths only: float16 and lengths are not compiled for a100.
+GPU. The ptxas (NVIDIA's assembler) in jaxlib's CUDA plugin assembles the kernels of pallas_gpu for
+a description of an H200 (in benchmarks/aot/targets.py). Registers, spills and warnings are from the
+ptxas log of each kernel. Triton compiles its own kernels (compile_report of
+pallas_kernels/attention/triton.py), here for bf16 without lengths only: float16 and lengths are not
+compiled for a100.
 """
 
 import json

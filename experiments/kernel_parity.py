@@ -1,20 +1,22 @@
-"""Does a model learn the same with a kernel as with xla? The same training run, twice and a bit.
+"""Does a model learn the same with a kernel as with xla? It does the same training run three times.
 
     python -m experiments.kernel_parity --implementation=pallas_tpu [--steps=200] [--json]
 
-yocou_small, shrunk to heads of 64 (which every kernel takes), two layers and rows of 256 bytes,
-trained for 200 steps from the same parameters on the same batches by yocou_jax's own train step:
-with xla, with the implementation named, and, as control, with xla in other block sizes. A kernel
-whose device is not at hand runs in Pallas's interpreter; that takes minutes for pallas_tpu.
+The three runs start from the same parameters, get the same batches and use the train step of
+yocou_jax: one with xla, one with the implementation named, and one, the control, with xla in other
+block sizes. The model is yocou_small with heads of 64 (which every kernel takes), two layers and
+rows of 256 bytes. If the machine does not have the kernel's device, the kernel runs in Pallas's
+interpreter; this takes minutes for pallas_tpu.
 
-What is compared is the loss of each step. Two runs that only sum in another order drift apart, as
-every difference in the last bit grows from step to step, and how far they do is what the control
-measures. The tolerance is TIMES the control's largest difference, because one pair of runs is a
-sample of one, and at least FLOOR nats (both of benchmarks/parity.py); it holds for each step and
-for the mean of the last tenth.
-On a CPU the control differed by 7e-7 and pallas_tpu by 2e-6 in 200 steps, a window that is one key
-too short by 2.6e-2 (3e-5 in the first step). Exit code 1 beyond the tolerance. Fields can be
-changed: --config.data.packing trains with segment ids.
+The command compares the loss of each step. Two runs that only sum in another order differ too,
+because a difference in the last bit grows from step to step. The control shows by how much. The
+tolerance is TIMES the control's largest difference, because one control is only one sample. It is
+at least FLOOR nats. (Both are in benchmarks/parity.py.) It holds for each step and for the mean of
+the last tenth of the steps. Exit code 1: the difference is larger.
+
+On a CPU, in 200 steps, the control differed by 7e-7, pallas_tpu by 2e-6, and a window that is one
+key too short by 2.6e-2 (3e-5 in the first step). Fields can be changed: --config.data.packing
+trains with segment ids.
 """
 
 import functools
@@ -32,7 +34,7 @@ from pallas_kernels import api
 
 
 def default_config() -> ConfigDict:
-    """yocou_small with heads, lengths and a vocabulary that an interpreter gets through."""
+    """yocou_small with so few layers, heads, positions and tokens that an interpreter is enough."""
     c = yocou_small.get_config()
     c.model.update(num_layers=2, d_model=64, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=128)
     c.model.update(vocab_size=512, window=64)

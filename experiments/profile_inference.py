@@ -6,37 +6,44 @@ architecture, on this device, and shows the figures of the paper's Tables 8, 9 a
 Weights are random and in the compute type, without a mesh. On a CPU a small model with the same
 programs replaces one of more than 30M parameters.
 
-Prefill is `inference.prefill` of new prompts. It has few rows, because it is bound by arithmetic.
-Decode is a compiled loop of greedy steps on a cache of random values: a step's cost depends on
-lengths alone. It runs at the largest batch up to --batch (the paper's 32) that fits. If what it is
-compared with fits only at a smaller batch, it runs at that one too: so every ratio is one at equal
-batches, but the plot is not. Measurements take turns, and medians count. Programs are compiled
-before, in parallel. GB/s of decode are the bytes that a step must read, by
-`accounting.decode_bytes_per_step`; the share is that of the copy bandwidth measured in the same
-run. After --budget_s nothing more is begun; what was not measured is named. --out=x.json is written
-after each length. Exit code 1: a measurement failed; the others were made.
+Prefill is `inference.prefill` of new prompts. It has few rows, because its time depends on
+arithmetic, not on memory. Decode is a compiled loop of greedy steps on a cache of random values,
+because the cost of a step depends on lengths alone. It runs at the largest batch up to --batch (the
+paper's 32) that fits into memory. If the architecture that it is compared with needs a smaller
+batch, it runs at that batch too. So every ratio compares equal batches, but the plot does not.
 
-What should come out, by Table 1 and `accounting`, for the 1.3B model. Prefill: a window layer's
-cost per token is constant, a full layer's grows with N, and yoco_u passes 30 layers where the
-transformer passes 20; FLOPs per token of the transformer over those of yoco_u:
+All programs of a length are compiled first, in parallel. Then the measurements take turns, and the
+report has their medians. GB/s of decode count the bytes that a step must read, by
+`accounting.decode_bytes_per_step`. Their share is that of the copy bandwidth: the bytes per second
+of a plain copy on the device, measured in the same run. After --budget_s no measurement begins; the
+report names what is missing. --out=x.json is written after each length. Exit code 1: a measurement
+failed; the others were made.
+
+The results to expect for the 1.3B model, by the paper's Table 1 and `accounting`: Prefill. The cost
+per token of a window layer is constant, that of a full layer grows with N, and a token passes
+through 30 layers in yoco_u and through 20 in the transformer. FLOPs per token of the transformer
+over those of yoco_u:
 
     N            8K    16K    32K    64K   128K    256K      (equal at 14.6K)
     prefill    0.84   1.04   1.45   2.25   3.86    7.07
     measured   0.88   1.14   1.67   2.79   5.04   10.21      (the paper, Table 8)
 
-so yoco_u is slower below about 16K. For 10.2, full attention would have to run at 0.67 of the
-FLOP/s of everything else: the better the attention kernel, the smaller this ratio. Decode: of a
-long cache yoco_u reads half of what the transformer reads, (L/2)(N + W loops) to L N, and it reads
-twice the weights. So by bytes the ratio is below 2 at any length and equal batch; the bytes of a
-step, divided by those of yoco_u:
+So yoco_u should be slower below about 16K. For the paper's 10.2, full attention would have to run
+at 0.67 of the FLOP/s of everything else. The better the attention kernel, the smaller this ratio.
+
+Decode. In each step yoco_u reads (L/2)(N + W loops) positions of its caches, and the transformer
+reads L N: for a long cache about twice as many. But yoco_u reads twice the weights. So by bytes the
+ratio is below 2 at any length and equal batch. The bytes of a step, divided by those of yoco_u:
 
     N, batch       8K, 32   16K, 32   64K, 32   256K, 4   256K, 8   256K, 32
     transformer      1.15      1.41      1.80      1.69      1.82       1.94
     yoco             0.72      0.81      0.93      0.90      0.94       0.98
 
-The paper's 2.2 at 256K (Table 9: 303 / 137) is therefore more than bytes explain: in its engine
-fewer rows fit at once when their caches are larger, so that it is no ratio at equal batches. KV:
-10240 / 542 MiB = 18.9, exactly.
+The paper has 2.2 at 256K (Table 9: 303 / 137), which is more than the bytes explain. In the paper's
+engine, fewer rows fit into memory if their caches are larger. So its ratio does not compare equal
+batches.
+
+KV cache. 10240 / 542 MiB = 18.9, exactly.
 """
 
 import functools

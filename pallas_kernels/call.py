@@ -1,4 +1,4 @@
-"""The facts of a call, without its arrays: what an implementation is asked about."""
+"""The facts of a call, without its arrays. By them an implementation says whether it can run it."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ from pallas_kernels.device import Device
 
 
 class UnsupportedCall(ValueError):
-    """The implementation that was asked for by name does not exist or cannot run the call; the
-    message is the reason, as a full sentence."""
+    """The implementation that the caller named does not exist or cannot run the call. The message
+    is the reason, as a full sentence."""
 
 
 def decodes(operation: str) -> bool:
@@ -18,8 +18,9 @@ def decodes(operation: str) -> bool:
 
 
 class Call(NamedTuple):
-    """What an implementation may decide on. Shapes and dtype are None when the start of a run asks
-    before there are arrays; a reason that does not depend on them must be given then too."""
+    """The facts that an implementation needs to say whether it can run a call. Before a run starts,
+    there are no arrays yet: then the shapes and the dtype are None. An implementation that can
+    refuse the call without knowing them must refuse it then too."""
 
     operation: str
     device: Device

@@ -1,7 +1,7 @@
-"""Which device a computation is being traced for, and what kind of GPU a name stands for.
+"""Which device a computation is traced for, and the compute capability of a GPU.
 
-The device of the mesh in use, which may be abstract, comes before the host's own: so a CPU host
-that compiles for a TPU topology picks the TPU's kernels.
+If a mesh is in use, its devices count, else the host's own. The mesh may be abstract: it describes
+devices that need not exist here. So a CPU host that compiles for a TPU picks the TPU's kernels.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import jax
 
-# Device kinds by compute capability, for GPUs that are named and not present. First match wins.
+# Compute capability by a part of the device's name, for GPUs that are compiled for but are not in
+# this machine. The first match counts. Only the choice of a kernel depends on this table.
 _GPU_KINDS = {
     "GH200": 90, "H100": 90, "H200": 90, "H800": 90, "H20": 90,
     "GB200": 100, "B200": 100, "B100": 100, "GB300": 103, "B300": 103,
@@ -30,7 +31,7 @@ class Device(NamedTuple):
 
     @property
     def compute_capability(self) -> int | None:
-        """90 for Hopper and so on; None if this is no NVIDIA GPU or one that is not known."""
+        """90 means 9.0 (Hopper). None if this is not an NVIDIA GPU, or not a known one."""
         if self.platform != "gpu":
             return None
         for device in jax.devices() if jax.default_backend() == "gpu" else ():
@@ -48,7 +49,8 @@ def _of_mesh(mesh) -> Device | None:
 
 
 def target_device(x: jax.Array | None = None) -> Device:
-    """The device of the context's mesh, else of the mesh of x, else jax's default."""
+    """The device of the mesh that is set; without one, that of the mesh of x; without that, jax's
+    default device."""
     found = _of_mesh(jax.sharding.get_abstract_mesh())
     if found is None and x is not None:
         found = _of_mesh(getattr(jax.typeof(x).sharding, "mesh", None))
@@ -64,7 +66,10 @@ _interpreted = contextvars.ContextVar("pallas_kernels_interpreted", default=None
 
 
 class Interpretation(NamedTuple):
-    """How kernels are run without their device: slowly, on the host, for tests."""
+    """How the host runs kernels of a device that it does not have: slowly, for tests.
+
+    detect_races: the interpreter also looks for threads that read and write the same memory at the
+    same time."""
 
     detect_races: bool = False
 
@@ -79,16 +84,19 @@ def _set(mode: Interpretation | None):
 
 
 def interpret(*, detect_races: bool = False):
-    """Inside this context, device kernels that are asked for by name run on the host in their
-    interpreters. The setting is read while tracing: a function that was compiled outside does not
-    change."""
+    """Inside this context, a call that names the kernels of a device (implementation="pallas_tpu")
+    runs them on the host, in their interpreter. "auto" never chooses an interpreter. The context
+    has its effect while a function is traced: a function that was compiled outside stays as it is.
+    """
     return _set(Interpretation(detect_races))
 
 
 def on_device():
-    """Inside this context, a surrounding `interpret` does not change what is supported."""
+    """Inside this context, a surrounding `interpret` has no effect: implementations say what they
+    support on the device itself."""
     return _set(None)
 
 
 def interpretation() -> Interpretation | None:
+    """What the surrounding `interpret` says; None without one."""
     return _interpreted.get()

@@ -1,8 +1,9 @@
 """Kernels under a mesh: each device runs them on its own batch rows and heads (shard_map).
 
-XLA cannot look into a kernel, so without this it would gather the kernel's operands. Attention
-never mixes rows or groups of heads, so no collective is needed, with one exception: K/V heads that
-the mesh axes do not divide are replicated, and their gradients are summed (in fp32) over the axes.
+XLA cannot look inside a kernel. Without a shard_map it would copy all operands to each device.
+Attention never mixes batch rows, and never mixes groups (the query heads that share a K/V head). So
+the devices need not communicate, with one exception: if the mesh axes do not divide the K/V heads,
+each device has all K/V heads, and their gradients are summed over these axes in fp32.
 """
 
 import math
@@ -17,30 +18,31 @@ from jax.sharding import PartitionSpec as P
 
 
 class Partition(NamedTuple):
-    """The mesh axes over which batch rows and heads are split. Axes that the mesh in use does not
-    have, or that a surrounding shard_map already handles, are ignored."""
+    """The mesh axes over which batch rows and heads are split. An axis is ignored if the mesh in
+    use does not have it, or if a surrounding shard_map already splits over it."""
 
     batch: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
 
 
 class Layout(NamedTuple):
-    """A Partition made concrete for one call: what is split, and over what."""
+    """What a Partition means for one call: the mesh axes that split its rows and its heads."""
 
     batch: tuple[str, ...]
     heads: tuple[str, ...]
-    kv_heads: tuple[str, ...]  # equal to heads, or () if K/V heads are replicated
+    kv_heads: tuple[str, ...]  # equal to heads, or () if each device has all K/V heads
     group: int  # query heads per K/V head
-    axes: tuple[str, ...]  # all axes of the mesh that no surrounding shard_map handles
+    axes: tuple[str, ...]  # all axes of the mesh, without those of a surrounding shard_map
 
     def specs(self, *axes: str) -> tuple[P, ...]:
-        """One spec per string of letters: b batch, q query heads, k K/V heads, . anything else."""
+        """One spec per string, one letter per axis of an array: b is the batch, q query heads,
+        k K/V heads, and a dot an axis that is not split."""
         table = {"b": self.batch or None, "q": self.heads or None, "k": self.kv_heads or None}
         return tuple(P(*(table.get(letter) for letter in letters)) for letters in axes)
 
     def my_kv_heads(self, x: jax.Array, num_query_heads: int) -> jax.Array:
-        """Inside shard_map: of replicated K/V heads x [B S K H], those that this device's query
-        heads read, in their order."""
+        """Inside shard_map: the K/V heads of x [B S K H] that this device's query heads read, in
+        the order of the query heads. If the K/V heads are split too, that is x itself."""
         if self.kv_heads == self.heads:
             return x
         first = lax.axis_index(self.heads) * num_query_heads
@@ -50,9 +52,9 @@ class Layout(NamedTuple):
 
 
 def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None:
-    """How a call with B rows, Q query and K key/value heads is split over the mesh of the context;
-    None if the mesh has one device. Axes at the end that do not divide the rows or heads are left
-    out: their devices do the same work.
+    """How a call with B rows, Q query and K key/value heads is split over the mesh that is set.
+    None without a partition or a mesh, and if the mesh has one device. Axes at the end that do not
+    divide the rows or heads are left out: the devices along such an axis do the same work.
 
     Raises:
       ValueError: an axis of the mesh is of type Explicit.
@@ -90,9 +92,9 @@ def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None
 
 
 def on_each_device(body: Callable, where: Layout, in_specs, out_specs) -> Callable:
-    """body as a shard_map over all axes of the mesh, since XLA's partitioner must not split a TPU
-    kernel along any axis. The replication check is off: a pallas_call does not say over which axes
-    its results vary."""
+    """body as a shard_map over all axes of the mesh, because XLA must not split a TPU kernel along
+    any axis. check_vma is off: jax would check over which mesh axes each value differs, and a
+    pallas_call does not say this of its results."""
     return jax.shard_map(
         body, in_specs=in_specs, out_specs=out_specs, axis_names=set(where.axes), check_vma=False
     )

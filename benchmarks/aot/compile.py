@@ -1,4 +1,5 @@
-"""Compiles every attention kernel for a target, in a process that the compiler may kill."""
+"""Compiles every attention kernel for a target, in a process of its own, because a compiler may end
+the process."""
 
 import functools
 import json
@@ -34,8 +35,8 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-triton", "trito
 
 
 def compile_one(target: Target, on: Mesh, folder: Path, function, args) -> dict[str, Any]:
-    """Compile seconds, bytes that XLA counts (None if it does not) and one entry per kernel;
-    empties the folder that the compiler dumps to."""
+    """Compiles one program. Returns the seconds, the bytes that it accesses by XLA's count (None if
+    XLA does not count) and one entry per kernel. Empties the folder of the compiler's files."""
     whole = NamedSharding(on, PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
     with jax.sharding.use_abstract_mesh(on.abstract_mesh):
@@ -59,7 +60,8 @@ def compile_one(target: Target, on: Mesh, folder: Path, function, args) -> dict[
 
 
 def _jobs(target: Target) -> list[tuple[dict, Callable]]:
-    """What is to be compiled: how it is reported, and a function that gives (function, args)."""
+    """What is to be compiled: the start of a row of the report, and a function that returns
+    (function, args)."""
     jobs = []
     for case in cases(target.platform):
         job = {"model": case.model, "operation": case.label}
@@ -81,8 +83,8 @@ def _append(results: TextIO, row: dict) -> None:
 
 
 def compile_jobs(name: str, folder: str, first: int) -> None:
-    """Compiles from job `first` on, and writes a line of JSON before and after each job: so the
-    parent process sees which job killed this one."""
+    """Compiles the jobs from `first` on, and writes a line of JSON before and after each job. So
+    the parent process sees which job ended this process."""
     target, dump = TARGETS[name], Path(folder) / "dump"
     on = mesh(target)
     with open(Path(folder) / "results.jsonl", "a", encoding="utf-8") as results:
@@ -97,8 +99,8 @@ def compile_jobs(name: str, folder: str, first: int) -> None:
 
 
 def _run_jobs(name: str) -> list[dict]:
-    """Runs all jobs in a separate process. If a job kills it, this is reported, and a new process
-    goes on with the next job."""
+    """Runs all jobs in a separate process. If a job ends it, the job's row says so, and a new
+    process goes on with the next job."""
     target = TARGETS[name]
     code = "import sys; from benchmarks.aot.compile import compile_jobs; "
     code += "compile_jobs(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
@@ -134,7 +136,7 @@ def _run_jobs(name: str) -> list[dict]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Compiles everything for a target: jobs, the tile table, failures, versions, seconds."""
+    """Compiles everything for a target. Returns the report."""
     target, start = TARGETS[name], time.perf_counter()
     jobs = triton.run_jobs(target) if target.platform == "triton" else _run_jobs(name)
     tiles = verdict.compare_with_splash(jobs)

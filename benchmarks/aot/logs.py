@@ -1,4 +1,4 @@
-"""What the compilers wrote about a kernel: cycles and VMEM of libtpu, registers of ptxas.
+"""Reads the compilers' files about a kernel: cycles and VMEM from libtpu, registers from ptxas.
 
 `python -m experiments.compile_kernels --help` says how cycles are counted.
 """
@@ -20,9 +20,10 @@ REGISTER = 1024  # fp32 elements of a TPU's vector register
 
 
 class Stretch(NamedTuple):
-    """A piece of straight code with matrix products. cycles: from its first to its last bundle
-    with one; bundles: all of it; busy: the share of each unit's slots filled in those cycles;
-    exponentials: slots of the unit that makes them (EUP), in all of it."""
+    """A piece of straight code with matrix products. cycles: the bundles from the first to the last
+    one with a matrix product. bundles: all bundles. busy: for each unit, the share of its slots
+    that is filled in `cycles`. exponentials: how many instructions in `bundles` make exponentials
+    (slots of the unit EUP)."""
 
     cycles: int
     bundles: int
@@ -31,9 +32,9 @@ class Stretch(NamedTuple):
 
 
 def parse_schedule(utilization: str, bundles: str) -> tuple[list[Stretch], dict[str, int]]:
-    """The stretches of one kernel that have matrix products, in order, and the slots that each unit
-    fills in the whole kernel, from *final_hlo-static-per-bundle-utilization.txt and
-    *final_bundles.txt."""
+    """The stretches of one kernel that have matrix products, in order, and how many slots of each
+    unit the whole kernel fills. The arguments are the texts of
+    *final_hlo-static-per-bundle-utilization.txt and *final_bundles.txt."""
     lines = utilization.splitlines()
     units = [name.strip() for name in lines[1].split(",")]
     slots = [int(n) for n in lines[2].split()]
@@ -56,13 +57,13 @@ def parse_schedule(utilization: str, bundles: str) -> tuple[list[Stretch], dict[
 
 
 def parse_vmem(report: str) -> dict[str, int]:
-    """Bytes of VMEM per HLO instruction that reserves some, from *vmem_report.html."""
+    """The bytes of VMEM of each HLO instruction that reserves some, from *vmem_report.html."""
     data, _ = json.JSONDecoder().raw_decode(report, re.search(r"DATA\s*=\s*", report).end())
     return {name: entry["total_size"] for name, entry in data["hlo_breakdowns"].items()}
 
 
 def parse_ptxas(log: str) -> dict[str, Any]:
-    """Registers a thread, spilled bytes and warnings of one kernel, from its own ptxas log."""
+    """Registers per thread, spilled bytes and warnings of one kernel, from its own ptxas log."""
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     registers = re.findall(r"Used (\d+) registers", log)
     return {
@@ -74,14 +75,14 @@ def parse_ptxas(log: str) -> dict[str, Any]:
 
 def pairs_per_stretch(jaxpr) -> list[int]:
     """How many pairs of query and key each piece of straight code of a kernel handles, in order,
-    without pieces that handle none: elements of the exponentials that end in a matrix product. The
-    exponentials that correct a running softmax do not end in one, and other products than those of
-    attention do not matter."""
+    without pieces that handle none. That is the number of exponentials of which the result goes
+    into a matrix product. So the exponentials that correct a running softmax do not count, and
+    other products than those of attention do not matter."""
     found, here = [], 0
 
     def walk(jaxpr, copies):
         nonlocal here
-        multiplied = set()  # what ends in a product of this jaxpr
+        multiplied = set()  # variables that go into a matrix product of this jaxpr
         for eqn in reversed(jaxpr.eqns):
             used = any(v in multiplied for v in eqn.outvars)
             if eqn.primitive.name in ("exp", "exp2") and used:
@@ -119,10 +120,10 @@ def attention_kernels(function: Callable, args) -> dict[str, list[int]]:
 
 
 def _tiles(stretches: list[Stretch], pairs: list[int]) -> list[dict[str, Any]]:
-    """Each stretch with its cycles scaled to TILE x TILE pairs; None if its pairs are unknown,
-    because the compiler merged or split pieces of the kernel. A pair takes one exponential, and an
-    instruction makes REGISTER of them: a stretch with too few instructions for its pairs counts as
-    unknown."""
+    """A row for each stretch, with its cycles scaled to TILE x TILE pairs. The cycles are None if
+    the number of pairs is unknown, because the compiler merged or split pieces of the kernel. A
+    pair needs one exponential, and an instruction makes REGISTER of them. If a stretch has too few
+    of these instructions for its pairs, its number of pairs counts as unknown too."""
     if len(pairs) != len(stretches):
         pairs = [pairs[0] if len(set(pairs)) == 1 else 0] * len(stretches)
     rows = []
@@ -143,7 +144,7 @@ def _tiles(stretches: list[Stretch], pairs: list[int]) -> list[dict[str, Any]]:
 
 
 def _files(folder: Path, pattern: str) -> dict[str, str]:
-    """The files that match, by what the * stands for."""
+    """The texts of the files that match, by the part of their names that matches the *."""
     head, tail = pattern.split("*")
     return {
         path.name[len(head) : len(path.name) - len(tail)]: path.read_text(
@@ -154,7 +155,7 @@ def _files(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def tpu_kernels(compiled: str, folder: Path, pairs: dict[str, list[int]]) -> list[dict]:
-    """One entry per Pallas kernel of a program, from its HLO text and libtpu's dump."""
+    """One entry per Pallas kernel of a program, from its HLO text and libtpu's files."""
     calls = re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled)
     dumps = {
         kind: {
@@ -188,8 +189,8 @@ def tpu_kernels(compiled: str, folder: Path, pairs: dict[str, list[int]]) -> lis
 
 
 def gpu_kernels(folder: Path) -> list[dict]:
-    """One entry per kernel that Mosaic GPU assembled into `folder`. Its files are named after the
-    kernel and a number, which lowering and assembling count differently."""
+    """One entry per kernel of which Mosaic GPU wrote files to `folder`. Their names are that of the
+    kernel and a number, but the files of one kernel may have different numbers."""
     shared: dict[str, int] = {}
     for name, code in _files(folder, "*.before_layout_inference.txt").items():
         plain = re.sub(r"_\d+$", "", name)

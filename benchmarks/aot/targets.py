@@ -1,4 +1,4 @@
-"""What is compiled for which accelerator: the targets, the programs, what each needs to compile."""
+"""What is compiled for which accelerator: the targets, the programs, and what must be installed."""
 
 import functools
 import importlib
@@ -18,9 +18,10 @@ from yocou_jax import hardware
 
 
 class Target(NamedTuple):
-    """platform: "tpu", "cuda" or "triton". device_kind: what jax calls the device. topology: as
-    jax's get_topology_desc takes it. accelerator: what libtpu reads from TPU_ACCELERATOR_TYPE.
-    must_beat_splash: the tile table decides about the exit code."""
+    """An accelerator to compile for. platform: "tpu", "cuda" or "triton", the compiler.
+    device_kind: the device's name in jax. topology: the argument of jax's get_topology_desc.
+    accelerator: the value of TPU_ACCELERATOR_TYPE, for libtpu. must_beat_splash: the command fails
+    if a tile takes more cycles than splash's."""
 
     platform: str
     implementation: str
@@ -40,7 +41,7 @@ TARGETS = {
 }
 
 _H200 = hardware.of("NVIDIA H200")
-# What XLA would ask the driver about an H200 (HBM3e, 132 multiprocessors).
+# What XLA must know about an H200 (HBM3e, 132 multiprocessors). With the GPU it asks the driver.
 H200 = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -58,12 +59,12 @@ device_description_str: "NVIDIA H200"
 
 MODELS, OTHERS = ("yocou_125m", "yocou_1b"), "others"
 DECODE_ROWS, DECODE_LENGTH = 8, 32_768  # sequences decoded together; slots of the global cache
-TILE = 512  # queries and keys of the tile that cycles are quoted for
+TILE = 512  # cycles are reported for a tile of TILE queries and TILE keys
 
 
 class Case(NamedTuple):
-    """One program. Letters as in pallas_kernels.api; N is 1 for decoding, S the cache's slots.
-    platforms: those of the targets whose implementation takes it."""
+    """One program, with the letters of pallas_kernels.api. For decode N is 1, and S is the number
+    of slots of the cache. platforms: it is compiled for the targets of these platforms."""
 
     model: str
     operation: str
@@ -99,7 +100,7 @@ class Case(NamedTuple):
 
 
 def _others() -> list[Case]:
-    """Small cases of what the implementations say that they support and the configs do not use."""
+    """Small cases of what the implementations support and the configs do not use."""
 
     def attention(operation, H, *platforms, N=512, S=512, **options):
         window = 256 if operation == "window_attention" else None
@@ -119,7 +120,7 @@ def _others() -> list[Case]:
 
 
 def cases(platform: str) -> list[Case]:
-    """Every program of every model that the targets of a platform take."""
+    """Every program of every model that is compiled for the targets of a platform."""
     found = []
     for model in MODELS:
         config = importlib.import_module(f"configs.{model}").get_config()
@@ -138,7 +139,7 @@ def cases(platform: str) -> list[Case]:
 
 
 def program(case: Case, implementation: str) -> tuple[Callable, list]:
-    """The function to compile and its arguments: forward and backward, or one decoding step."""
+    """The function to compile and its arguments: forward and backward, or one step of decode."""
     B, N, S, K, dtype = case.B, case.N, case.S, case.K, jnp.dtype(case.dtype)
     array, ints = jax.ShapeDtypeStruct, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     operation = functools.partial(getattr(api, case.operation), implementation=implementation)
@@ -202,7 +203,7 @@ def environment(target: Target, folder: Path) -> dict[str, str]:
 
 
 def mesh(target: Target) -> Mesh:
-    """A mesh of one device of the target, which need not be here."""
+    """A mesh of one device of the target, which this machine need not have."""
     from jax.experimental import topologies
 
     options = {"topology": target.topology, "target_config": H200}
@@ -213,7 +214,7 @@ def mesh(target: Target) -> Mesh:
 
 
 def what_to_install(target: Target) -> str | None:
-    """One sentence if a package that compiles for the target is missing."""
+    """A sentence if the package that compiles for the target is missing; None if it is not."""
     needed = {
         "tpu": ("libtpu", "TPU", "requirements-aot.txt"),
         "cuda": ("jax_cuda13_plugin", "NVIDIA GPU", "requirements-aot.txt"),

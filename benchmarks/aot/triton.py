@@ -7,7 +7,7 @@ from yocou_jax import hardware
 
 
 def run_jobs(target: Target) -> list[dict]:
-    """A job for each kernel of each model, or one that names the error of all."""
+    """A job for each kernel of each model. If a model fails, it has one job with the error."""
     jobs, capability = [], hardware.of(target.device_kind).compute_capability
     for model in (*MODELS, OTHERS):
         shapes = [case._asdict() for case in cases("triton") if case.model == model]

@@ -1,4 +1,4 @@
-"""What the compiled kernels show: failures, our tiles compared with splash's, and tables."""
+"""Judges the compiled kernels: failures, our tiles compared with those of splash, and tables."""
 
 import math
 from typing import Any
@@ -8,8 +8,8 @@ from benchmarks.report import Grid
 
 
 def compare_with_splash(jobs: list[dict]) -> list[dict]:
-    """Cycles of the slowest tile of each of our kernels and those of the same kernel of splash, and
-    how many of our tiles have unknown cycles."""
+    """A row per kernel: the slowest of our tiles, the tile of splash, the ratio of their cycles,
+    and how many of our tiles have unknown cycles."""
     by_name = {job["operation"]: job.get("kernels", []) for job in jobs if job["model"] == "tile"}
     splash = by_name.pop("splash", [])
     ours = next(iter(by_name.values()), [])
@@ -26,7 +26,7 @@ def compare_with_splash(jobs: list[dict]) -> list[dict]:
 
 
 def failures(target: Target, jobs: list[dict], tiles: list[dict]) -> list[str]:
-    """Everything that makes the command fail, with a sentence for each."""
+    """A sentence for each thing that makes the command fail."""
     found = []
     for job in jobs:
         where = f"{job['model']}, {job['operation']}"
@@ -83,7 +83,7 @@ COLUMNS = {
 
 
 def kernel_grid(name: str, result: dict[str, Any]) -> Grid:
-    """A line per kernel; the first line of a program names the program."""
+    """A table with a row per kernel. Only the first row of a program names the program."""
     platform, rows = TARGETS[name].platform, []
     for job in result["jobs"]:
         first = [job["model"], job["operation"], f"{job.get('compile_s', math.nan):.1f}"]
@@ -107,12 +107,13 @@ def kernel_grid(name: str, result: dict[str, Any]) -> Grid:
 
 
 def tile_grid(tiles: list[dict]) -> Grid:
-    """Our tile and splash's, a line per kernel."""
-    whose = [who + what for who in ("splash", "ours") for what in ("", " stretch", " MXU", " VALU")]
+    """A table with a row per kernel: our tile and that of splash."""
+    figures = ("", " stretch", " MXU", " VALU")
+    columns = [who + figure for who in ("splash", "ours") for figure in figures]
     rows = []
     for row in tiles:
         ratio = "?" if row["ratio"] is None else f"{row['ratio']:.2f}"
         cells = _tile_cells(row["splash"]) + _tile_cells(row["ours"])
         rows.append([row["kernel"], *cells, ratio])
     title = f"one {TILE} x {TILE} tile, head width 128, window {TILE}: static cycles"
-    return Grid(title, ("kernel", *whose, "ours / splash"), rows, texts=1)
+    return Grid(title, ("kernel", *columns, "ours / splash"), rows, texts=1)

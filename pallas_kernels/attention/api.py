@@ -4,8 +4,8 @@ Layout [batch, positions, heads, head width]: B batch, N query positions, S key 
 heads, K key/value heads (Q a multiple of K: head q reads key head q // (Q/K)), H head width,
 W window = the number of visible keys **including self**.
 
-`implementation` is "auto" or a name; a name runs or raises UnsupportedCall with the reason. Only
-this file chooses. It logs each choice once per operation (logger "pallas_kernels.attention.api").
+`implementation` is "auto" or a name. A name runs, or raises UnsupportedCall with the reason. Only
+this file chooses. It logs each choice once (logger "pallas_kernels.attention.api").
 """
 
 import functools
@@ -41,10 +41,10 @@ OPERATIONS = ("window_attention", "cross_attention", "decode_window", "decode_cr
 
 
 class Implementation(NamedTuple):
-    """One backend. `attention` and `decode` have the signatures of those in reference.py.
-    `unsupported_reason(call)` is None if the backend can run the call, else a full sentence.
-    head_widths: those that `attention` computes with; it pads others to the next one. platform: the
-    only one that the backend is for; None: any."""
+    """One way to compute the operations. `attention` and `decode` have the signatures of those in
+    reference.py. `unsupported_reason(call)` is None if they can run the call, else a full sentence.
+    head_widths: the widths that `attention` computes with; it pads other heads to the next width.
+    platform: the only one that it runs on; None: any."""
 
     unsupported_reason: Callable[[Call], str | None]
     attention: Callable | None = None
@@ -54,7 +54,7 @@ class Implementation(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Which implementation runs an operation, and why, in words for a start banner."""
+    """Which implementation runs an operation, and why, in words to print at the start of a run."""
 
     operation: str
     implementation: str
@@ -66,7 +66,8 @@ def _always(call: Call) -> None:
 
 
 def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -> Implementation:
-    """An implementation from the module of its kernels and, if it is another, that of decode."""
+    """An implementation from the module that has `forward` and `backward`. decode: the module that
+    has `decode`, if it is another one."""
     both = Kernels(kernels.forward, kernels.backward, opaque)
     return Implementation(
         getattr(kernels, "unsupported_reason", _always),
@@ -77,7 +78,7 @@ def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -
     )
 
 
-# In the order in which "auto" tries them; reference is only ever run by name.
+# "auto" tries them in this order. xla can run every call, so "auto" never takes reference.
 _REGISTRY = {
     "pallas_tpu": _blocked(tpu, "tpu", tpu_decode, TPU_HEAD_WIDTHS),
     "pallas_gpu": _blocked(gpu, "gpu", gpu_decode, GPU_HEAD_WIDTHS),
@@ -119,12 +120,12 @@ def choose_implementation(operation: str, *, implementation: str = "auto", **fac
             raise UnsupportedCall(f"{operation} cannot run with {implementation=}: {reason}")
         return Choice(operation, implementation, "asked for by name")
     reasons = ["auto"]
-    for name, implementation in _REGISTRY.items():
+    for name, candidate in _REGISTRY.items():
         with on_device():
             reason = unsupported_reason(name, call)
         if reason is None:
             return Choice(operation, name, "; ".join(reasons))
-        if implementation.platform == call.device.platform:
+        if candidate.platform == call.device.platform:
             reasons.append(f"not {name}: {reason.rstrip('.')}")
     raise AssertionError("xla supports every call")
 
@@ -210,7 +211,7 @@ def _mask(operation, q, k, v, window, q_offset, segment_ids, kv_lengths) -> Mask
         _check_rows(operation, "kv_lengths", kv_lengths, q.shape[0])
         kv_lengths = _clipped(kv_lengths, k.shape[1])
     if window is not None:
-        window = min(window, q_offset + q.shape[1])  # no query is older
+        window = min(window, q_offset + q.shape[1])  # even this one hides no key
     return Mask(window, q_offset, kv_lengths, _segments(operation, segment_ids, q, k))
 
 
@@ -252,16 +253,16 @@ def window_attention(
     """Causal attention over the last W = `window` positions, the query's own included.
 
     Args:
-      q_offset: position of q[:, 0] on the axis on which k[:, 0] stands at 0.
+      q_offset: position of q[:, 0]; k[:, 0] has position 0.
       segment_ids: documents that must not see each other; one array if N == S.
-      scale: multiplies q . k; H ** -0.5 unless given.
+      scale: multiplies q . k. None: H ** -0.5.
       partition: the mesh axes that split batch rows and heads; each device then runs the kernel on
         its own share. Without it a kernel under a mesh of several devices is not split.
 
     Returns:
       [B, N, Q, H] in the dtype of q; with return_lse also the natural log of the sum of the
-      exponentials, fp32 [B, N, Q]. A row that sees no key gives output 0, lse `MASKED` (-1e30,
-      finite) and no gradient.
+      exponentials of the scores (lse), fp32 [B, N, Q]. A query that sees no key has the output 0,
+      the lse `MASKED` (-1e30, finite) and gradients of 0.
 
     Raises:
       UnsupportedCall: the implementation named cannot run this call.
@@ -287,12 +288,12 @@ def cross_attention(
     implementation: str = "auto",
     partition: Partition | None = None,
 ):
-    """Causal attention over all earlier positions, the query's own included: the cross layers on
-    the global K, V, and ordinary full attention when k and v are the layer's own.
+    """Causal attention over all keys up to the query's own. Cross layers call it with the global K
+    and V. `full` layers call it with their own k and v: then it is ordinary causal self-attention.
 
     kv_lengths: only the first kv_lengths[b] keys of row b exist. k and v may be float32 when q is
-    bfloat16: they are read in bfloat16 and their gradients come in float32, so that layers which
-    share k and v sum the gradients in float32. The rest is as in `window_attention`.
+    bfloat16: they are read in bfloat16, and their gradients are returned in float32. So layers that
+    share k and v sum these gradients in float32. The rest is as in `window_attention`.
     """
     mask = _mask("cross_attention", q, k, v, None, q_offset, segment_ids, kv_lengths)
     how = scale, return_lse, implementation, partition
@@ -318,11 +319,12 @@ def decode_window(
     implementation: str = "auto",
     partition: Partition | None = None,
 ) -> Float[Array, "B Q H"]:
-    """One query per row over a ring buffer of the last W keys, the query's own included.
+    """One query per row over the last W keys, the query's own included. They are in a ring buffer
+    of W slots, in which a new key replaces the oldest one.
 
     lengths[b] counts the positions written to row b so far; the first min(lengths[b], W) slots are
-    valid. Their order does not matter (a softmax has no order, and RoPE is applied before caching).
-    A row of length 0 gives 0.
+    valid. Their order does not matter: a softmax has no order, and RoPE is applied to a key before
+    it is stored. A row of length 0 gives 0.
     """
     return _decode("decode_window", q, k_ring, v_ring, lengths, scale, implementation, partition)
 

@@ -2,15 +2,16 @@
 
 `with block_sizes(xla_blocks=...)` replaces one of these functions by another.
 
-q: query positions handled at a time (times G heads = rows of one matrix product).
-kv: keys handled at a time; for a window the whole band of q + W - 1 keys, rounded up.
+q: query positions that are handled at a time. Times the G heads of a group, these are the rows of
+one matrix product. kv: keys that are handled at a time. With a window, a block of q queries sees a
+band of q + W - 1 keys; for xla, kv is the whole band, rounded up.
 
 xla, measured in CPU time on XLA's CPU backend (2 cores, 2 MB of L2 each), forward + backward:
 * full: 128 x 128 beat 256 x 256 by 1.2-1.8x and 128 x 512 by 2-3x from N = 512 to 4096: it matters
   more that scores stay in cache and that few are above the diagonal than that products are long.
   64 x 64 beats 128 x 128 by 1.2x at N = 256.
-* window: the largest block whose scores fit in about 2 MB. B = 16, 4 heads, W = 128: 32 or 64 beat
-  128 by 1.6x; B = 1, 4 heads, W = 512: 128 beats 32 by 1.15x.
+* window: the largest block with scores of at most about 2 MB. B = 16, 4 heads, W = 128: 32 or 64
+  beat 128 by 1.6x; B = 1, 4 heads, W = 512: 128 beats 32 by 1.15x.
 * decode: 512 keys were fastest or within 5% of it, of 128 to 4096, at S = 16384.
 """
 
@@ -39,11 +40,11 @@ def _set(stand_ins: Mapping[str, Callable], outer: bool = False):
 def block_sizes(**stand_ins: Callable):
     """Inside this context, kernels get their block sizes from the functions given. These have the
     names and the arguments of the functions in this file, and each may call the one that it
-    replaces. They are called while tracing: what was compiled outside does not change, and what is
-    compiled inside keeps its blocks.
+    replaces. They are called while a function is traced: a function that was compiled outside does
+    not change, and one that is compiled inside keeps its blocks.
 
     Raises:
-      ValueError: a name that is no such function.
+      ValueError: a name that is not one of these functions.
     """
     if unknown := sorted(stand_ins.keys() - _REPLACEABLE):
         known = ", ".join(sorted(_REPLACEABLE))
@@ -90,15 +91,15 @@ def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Bl
 
 
 def _next(H: int, widths: tuple[int, ...]) -> int:
-    """The smallest of the widths that is at least H; the largest if there is none, which happens in
-    an interpreter."""
+    """The smallest of the widths that is at least H. If there is none, which happens only in an
+    interpreter, the largest."""
     return next((width for width in widths if width >= H), widths[-1])
 
 
 TPU_HEAD_WIDTHS = (64, 128, 256)
 TPU_LANES = 128  # blocks of positions are multiples of it
-# How much VMEM a kernel may take, of 128 MB (v7x: 64); XLA's default of 16 MB is too little for 8
-# heads of 256. These are the kinds of device that the kernels were compiled for.
+# How many bytes of VMEM (the fast memory of a TPU core, 128 MB; tpu7x: 64) a kernel may take. XLA's
+# default of 16 MB is too little for 8 heads of 256. The kernels were compiled for these devices.
 TPU_VMEM = {
     "TPU v5 lite": 96 * 2**20,
     "TPU v5": 80 * 2**20,
@@ -108,9 +109,9 @@ TPU_VMEM = {
 
 
 class TpuBlocks(NamedTuple):
-    """q, kv: positions per grid step (of the inner axis only where there is no window: a window's
-    band is one step). compute: the largest number of positions of the inner axis in a tile of
-    scores."""
+    """q, kv: queries and keys per grid step. With a window, the size of the inner axis (keys, for
+    dkv queries) is not used, because its whole band is one step. compute: the largest number of
+    positions of the inner axis in a tile of scores."""
 
     q: int
     kv: int
@@ -121,9 +122,9 @@ class TpuBlocks(NamedTuple):
 def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
     """kernel "forward", "dq" or "dkv"; G query heads per K/V head.
 
-    Chosen by static cycles on v6e (LLO bundles; H = 128, bf16; never timed on a device), per 512
-    queries and a whole window of W = 512, for which splash's 512 x 512 blocks need 1468, 1780 and
-    2334:
+    Chosen by static cycles on v6e (instructions of the compiled schedule, README.md; H = 128, bf16;
+    never timed on a device), per 512 queries and a whole window of W = 512. The 512 x 512 blocks of
+    jax's splash attention need 1468, 1780 and 2334 for forward, dq and dkv:
     * forward: G = 5, 256 queries in tiles of 256 keys 1106, of 768 1217, of 384 1353; G = 3, H = 64
       256 x 384 1015, 256 x 256 1244; G = 1 512 x 512 1434, 256 x 256 1942.
     * dq: 256 queries and their band of 768 in one tile 1202, 256 x 256 1492, 512 x 512 1516.
@@ -142,18 +143,19 @@ def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
 
 @_replaceable
 def tpu_sums_on_mxu(kind: str) -> bool:
-    """Whether the forward kernel sums p in the matrix unit. Static cycles of a 512 x 512 tile and
-    of its masked variant together, H = 128, when it does and when it does not: v6e 1559 and 1659,
-    v7x 2182 and 1692, v5e 2927 and 2036, v5p 2973 and 2029 (the units of v5 are
-    narrower, so that the columns of ones cost time).
+    """Whether the forward kernel sums p in the matrix unit (MXU). Static cycles of a 512 x 512 tile
+    and of its masked variant together, H = 128, when it does and when it does not: v6e 1559 and
+    1659, tpu7x 2182 and 1692, v5e 2927 and 2036, v5p 2973 and 2029. The matrix units of v5 are
+    narrower, so the columns of ones cost time there.
     """
     return "v6" in kind
 
 
 @_replaceable
 def tpu_decode_rows(H: int) -> int:
-    """Slots x K/V heads per grid step: 1 MB of keys and 1 MB of values in bf16, so that the copies
-    of a step take several times as long as the step's fixed cost (about 0.35 us)."""
+    """How many rows (slots x K/V heads) one grid step reads: 1 MB of keys and 1 MB of values in
+    bf16, so that the copies of a step take several times as long as the step's fixed cost (about
+    0.35 us)."""
     return 4096 * 128 // max(H, 128)
 
 
@@ -173,8 +175,8 @@ class GpuBlocks(NamedTuple):
     decode_stages: int
 
 
-# By head width. None was measured on a device: they compiled for an H200 without a spilled
-# register, fill its 227 KB of shared memory, and follow FlashAttention-3.
+# By head width. None was measured on a device. They follow FlashAttention-3, compiled for an H200
+# without a spilled register, and fill its 227 KB of shared memory.
 _GPU_BLOCKS = {
     64: GpuBlocks(64, 128, 4, 128, 4, 64, 6, 64, 10),
     128: GpuBlocks(64, 128, 2, 128, 2, 64, 3, 64, 5),
@@ -201,9 +203,9 @@ class TritonBlocks(NamedTuple):
 
 TRITON_DECODE_PROGRAMS = 256  # about two for each multiprocessor, for any batch
 
-# By kernel and head width. None was measured on a device: they are the largest steps found that
-# compiled without a spilled register for sm_80, sm_89 and sm_90, with segments and without, for
-# lengths that the steps divide and for others, in the 99 KB of shared memory of sm_86 and sm_89.
+# By kernel and head width. None was measured on a device. They are the largest steps found that fit
+# in the 99 KB of shared memory of sm_86 and sm_89, and that compiled without a spilled register for
+# sm_80, sm_89 and sm_90, with and without segments, and for lengths that the steps do not divide.
 _TRITON_BLOCKS = {
     ("forward", 64): TritonBlocks(128, 64, 8, 3),
     ("forward", 128): TritonBlocks(128, 64, 8, 3),

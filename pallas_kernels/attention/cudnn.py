@@ -3,14 +3,15 @@ which none of our kernels runs.
 
 Why it exists: others measure against cuDNN's kernels, and these run on every NVIDIA GPU since
 Ampere. cuDNN computes less than the contract asks for; `unsupported_reason` says what it leaves to
-other implementations. It differentiates itself: nothing here is named for remat, so a
-rematerialised layer runs attention again, and the gradients of k and v are rounded to the dtype of
-q before they are returned in float32.
+other implementations. cuDNN has its own backward. So nothing here is named for remat: a layer that
+is recomputed runs attention again. And the gradients of k and v are rounded to the dtype of q
+before they are returned in float32.
 
-How it rounds: products of bf16 or fp16 accumulate in fp32, softmax is fp32; the rest is NVIDIA's.
+How it rounds: products of bf16 or fp16 accumulate in fp32, softmax is fp32; NVIDIA decides the
+rest.
 
-What it runs on: machines on which jax sees an NVIDIA GPU and its cuDNN. It never ran on a device
-yet. The arguments that it gets are tested on the CPU, where jax.nn runs its own implementation.
+What it runs on: machines on which jax sees an NVIDIA GPU and its cuDNN. Never ran on a device. The
+arguments that it gets are tested on the CPU, where jax.nn runs its own implementation.
 """
 
 import jax
@@ -34,7 +35,7 @@ def unsupported_reason(call: Call) -> str | None:
         return f"cuDNN needs an NVIDIA GPU of known compute capability; this is {device.kind}."
     if jax.default_backend() != "gpu":
         return (
-            f"cuDNN is asked for its plan while jax lowers, on the GPU itself: {device.kind} is "
+            f"cuDNN chooses its kernel on the GPU itself, while jax compiles: {device.kind} is "
             "only named here, not present."
         )
     if capability < 80:

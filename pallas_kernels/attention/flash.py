@@ -2,8 +2,8 @@
 2307.08691): the forward keeps q, k, v, out and lse; the backward recomputes p block by block.
 
 An implementation has two functions, `Kernels(forward, backward)`. What all of them need is in
-this file: the residuals, delta, rows that see nothing, the names for remat, the dtypes of
-gradients.
+this file: the residuals (what the backward needs from the forward), delta, rows that see nothing,
+the names for remat, the dtypes of gradients.
 """
 
 import dataclasses
@@ -32,21 +32,24 @@ class Kernels(NamedTuple):
     so that exp2(MASKED - lse2) is 0; delta [B Q N] = sum(out * d_out, H) - d_lse, both fp32.
 
     k and v [B S K H] come in q's dtype; mask.lengths are int32 if there are any.
+
+    opaque: XLA cannot look inside these functions, and so cannot split them over devices. False
+    only for plain XLA operations.
     """
 
     forward: Callable
     backward: Callable
-    opaque: bool = True  # to XLA, which can neither split them nor look inside
+    opaque: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is static about a call, besides shapes, dtypes and the mask's static part."""
+    """The static facts of a call, without shapes, dtypes and the static fields of its mask."""
 
     kernels: Kernels
     scale: float
     kv_grad_dtype: jnp.dtype
-    where: sharding.Layout | None = None
+    where: sharding.Layout | None = None  # how devices share the call; None: it is not split
 
 
 def kernel_name(what: str, implementation: str, window: int | None = None) -> str:
@@ -123,18 +126,19 @@ _attention.defvjp(_forward, _backward)
 
 
 def padded_width(H: int, head_widths: tuple[int, ...]) -> int:
-    """The smallest of head_widths that is at least H, or H itself; interpreters take any width."""
+    """The smallest of head_widths that is at least H; H itself if there is none, and in an
+    interpreter, which takes any width."""
     if interpretation() is not None:
         return H
     return next((width for width in head_widths if width >= H), H)
 
 
-_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of matrices, for a pair of query and key
+_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products that a pair takes part in
 
 
 def work(kernel: str, q, k, mask: Mask) -> tuple[int, int]:
-    """flops and exponentials of the kernel over the pairs that causality and the window let see
-    each other, for the compilers' cost estimates."""
+    """FLOPs and exponentials of a kernel, for the compilers' cost estimates. They count the pairs
+    of a query and a key that causality and the window allow."""
     B, N, Q, H = q.shape
     pairs = B * Q * mask.pairs(N, k.shape[1])
     return 2 * _PRODUCTS[kernel] * pairs * H, pairs
@@ -145,8 +149,8 @@ def round_up(x: int, multiple: int) -> int:
 
 
 def padded(x, axis: int, size: int):
-    """x with zeros at the end of the axis, so that it has `size` there. Rows of zeros get gradients
-    of zero; keys of zeros are masked."""
+    """x with zeros at the end of the axis, which then has `size` elements. Queries of zeros get
+    gradients of zero; keys of zeros are masked."""
     if x.shape[axis] == size:
         return x
     widths = [(0, 0)] * x.ndim
@@ -163,8 +167,8 @@ def _check_context(opaque: bool, q, where) -> None:
 
 
 def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, head_widths=()):
-    """`reference.attention` by the kernels given, under the mesh in use. Heads are padded with
-    zeros, which change nothing, to the next of head_widths."""
+    """Computes what `reference.attention` computes, by the kernels given, under the mesh in use.
+    Heads are padded with zeros to the next of head_widths; the zeros change no result."""
     H = q.shape[-1]
     q, k, v = (padded(x, 3, padded_width(H, head_widths)) for x in (q, k, v))
     if mask.window is not None and mask.window >= mask.q_offset + q.shape[1]:
@@ -177,7 +181,7 @@ def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, h
 
 
 def decode(kernel: Callable, q, k, v, valid, *, scale, partition=None, opaque=True):
-    """`reference.decode` by the kernel given, under the mesh in use."""
+    """Computes what `reference.decode` computes, by the kernel given, under the mesh in use."""
     where = sharding.layout(partition, q.shape[0], q.shape[1], k.shape[2])
     _check_context(opaque, q, where)
     if where is None:

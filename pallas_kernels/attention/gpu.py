@@ -5,23 +5,24 @@ all blocks in the backward of a window. Here one template serves the window and 
 attention: `Plan` says which blocks of the other axis a block of rows visits, and which of those
 need a mask; no other block is loaded.
 
-How: FlashAttention-3 (arXiv 2407.08608). A thread block is a producer warpgroup, which streams
-blocks through shared memory with the copy engine (TMA), and two consumer warpgroups of 64 rows,
-which multiply with wgmma. The two take turns in the forward: one computes its softmax while the
-other uses the tensor cores. A thread block has one query head; the thread blocks of a group run at
-the same time and share their keys in the L2 cache. The backward has a kernel for dq and one for dk
-and dv, which sums over the query heads of the group in registers: there are no atomics, so the same
-input gives the same bits.
+How: FlashAttention-3 (arXiv 2407.08608). A thread block has three warpgroups (of 128 threads). The
+producer streams blocks through shared memory with the copy engine (TMA). The two consumers, with 64
+rows each, multiply with wgmma, Hopper's instruction for matrix products. They take turns in the
+forward: one computes its softmax while the other uses the tensor cores. A thread block has one
+query head; the thread blocks of a group run at the same time and share their keys in the L2 cache.
+The backward has a kernel for dq and one for dk and dv. The latter sums over the query heads of the
+group in registers. There are no atomics, so the same input gives the same bits.
 
 How it rounds: q, k, v in bf16 or fp16; products accumulate in fp32; softmax in fp32 in base 2 with
 the scale folded into the exponent; p and ds are rounded to the input's dtype before their products;
 dk and dv leave the fp32 accumulators in spec.kv_grad_dtype.
 
-What it runs on: jax 0.11 and newer, compute capability 9.0. Compiled for an H200, not yet run on
-one; values and races are tested in Pallas's interpreter on the host. Expected limits on an H200:
-600 TFLOP/s forward and, because dq and dk, dv recompute the scores each (7 products where a fused
-backward has 5), 5/7 of that backward. A window's thread blocks run for five blocks of keys only, so
-that their start and end take a visible share. What differs in the interpreter is in hopper.py.
+It needs jax 0.11 or newer and compute capability 9.0. Compiled for H200. Never ran on a device:
+values and races are tested in Pallas's interpreter on the host. Expected limits on an H200: 600
+TFLOP/s forward. The backward: 5/7 of that, because the kernels of dq and of dk, dv both recompute
+the scores (7 products, where one kernel for all has 5). A window's thread blocks run for five
+blocks of keys only, so a visible share of their time is start and end. What differs in the
+interpreter is in hopper.py.
 """
 
 import functools
@@ -67,7 +68,7 @@ def unsupported_reason(call: Call) -> str | None:
         return f"pallas_gpu takes heads of {widths}; got {H}."
     rows = gpu_blocks(H).rows
     if call.decodes and call.k_shape is not None and rows < call.group:
-        return f"pallas_gpu decodes at most {rows} query heads a key/value head; got {call.group}."
+        return f"pallas_gpu decodes at most {rows} query heads per K/V head; got {call.group}."
     return None
 
 

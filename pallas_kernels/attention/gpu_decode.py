@@ -1,20 +1,21 @@
-"""Decode for NVIDIA Hopper (sm_90a) in Pallas's Mosaic GPU dialect: one query a row over a cache.
+"""Decode for NVIDIA Hopper (sm_90a) in Pallas's Mosaic GPU dialect: one query per row over a cache.
 
 Why it exists: a decode step reads each valid key and value once and does little else, so it should
 run at the speed of device memory. XLA reads the whole cache, valid or not.
 
-How: the valid keys of a row are split over enough thread blocks to keep every multiprocessor
-reading (flash decoding). How many keys each gets follows from `valid` at run time, so a short row
-is split as evenly as a long one, and no block after the valid length is loaded. A producer
-warpgroup keeps `decode_stages` blocks of keys and values in flight (160 KB for heads of 128); two
-consumer warpgroups take every other block. The query heads of a group are rows of one product.
-wgmma needs 64 rows, so most of its arithmetic is wasted; it takes a third of the time of the bytes.
-Each thread block writes its average in fp32 with the log of its sum, and XLA combines them.
-The ring buffer of the window uses the same kernel: the order of the keys does not change a softmax.
+How: the valid keys of a row are split over so many thread blocks that every multiprocessor reads
+all the time (flash decoding). How many keys each gets depends on `valid` at run time. So a short
+row is split as evenly as a long one, and no block after the valid length is loaded. A producer
+warpgroup always has the copies of `decode_stages` blocks of keys and values under way (160 KB for
+heads of 128). The two consumer warpgroups take the blocks in turn. The query heads of a group are
+rows of one product. wgmma needs 64 rows, so most of its arithmetic is wasted; but it should take
+only a third of the time that the copies take. Each thread block writes its average in fp32 with the
+log of its sum, and XLA joins them. The ring of the window uses the same kernel: the order of the
+keys does not change a softmax.
 
-How it rounds and what it runs on: as gpu.py. Expected limit on an H200: 85% of 4.3 TB/s over
-a long cache; over a ring of 512 keys the two launches (kernel, combination) take longer than the
-bytes.
+How it rounds and what it runs on: as gpu.py. Expected limit on an H200: 85% of 4.3 TB/s over a long
+cache. Over a ring of 512 keys, to start the two kernels (this one and that of the join) takes
+longer than to copy the bytes.
 """
 
 import functools
@@ -31,12 +32,12 @@ from pallas_kernels.attention.hopper import CONSUMERS, KeyStream, Softmax, pl, p
 from pallas_kernels.attention.join import join_splits
 
 MULTIPROCESSORS = 132  # H100 SXM, H200
-STARTUP = 4  # the fixed cost of a thread block, in blocks of keys (a guess)
+STARTUP = 4  # to start a thread block takes as long as so many blocks of keys (a guess)
 
 
 def _splits(rows: int, S: int, size: int) -> int:
-    """Thread blocks for each of `rows` pairs of row and K/V head: the number that takes the least
-    time; the smallest of several."""
+    """How many thread blocks share one of the `rows` pairs of batch row and K/V head: the number
+    that takes the least time, the smallest one if there are several."""
 
     def time(splits):
         waves = -(-rows * splits // MULTIPROCESSORS)
@@ -51,8 +52,8 @@ def _kernel(
 ):  # fmt: skip
     """The average of one share of the values, and the log of its sum in base 2.
 
-    q [B K R H] with R query heads of a group, padded to a multiple of 8; out [B K P R H] and lse2
-    [B K P R] with P splits. Rows R.. of the tile are not initialised and not used.
+    q [B K R H]: R query heads of a group, padded to a multiple of 8. out [B K P R H], lse2
+    [B K P R]: P splits. Rows of the tile after the first R are not initialised and not used.
     """
     keys, rows = KeyStream(**stream), q_smem.shape[0]
     stages, size, H = keys.k_smem.shape
@@ -115,8 +116,8 @@ def _share(num, split, splits: int):
 
 
 def _merge(mine: Softmax, out_smem, top_smem, total_smem):
-    """Joins what this consumer summed with what the other one left in shared memory, and leaves
-    there the average, and in the place of the maximum the log of the sum."""
+    """Joins what this consumer summed with what the other one wrote to shared memory. Then it
+    writes the average to out_smem and the log of the sum to top_smem."""
     acc = plgpu.load(out_smem, layout=plgpu.Layout.WGMMA, optimized=False)
     other = Softmax(acc, hopper.load_rows(top_smem), hopper.load_rows(total_smem))
     top = jnp.maximum(mine.top, other.top)

@@ -3,10 +3,10 @@
 A thread block has a producer warpgroup and two consumer warpgroups (`hopper.specialise`). Each
 consumer has `rows` rows in shared memory: queries in the forward and for dq, keys for dk and dv.
 The producer copies blocks of the other axis to shared memory, one after the other, and both
-consumers read them. The function before each kernel says what the kernel needs of shared memory;
-the names there are its keyword arguments. `*_ref` are arrays in device memory, `*_smem` in shared
-memory. By the barriers `*_full` and `*_free` the warpgroups tell each other that something has
-come, or that it was read.
+consumers read them. The function before each kernel (`*_scratch`) says what the kernel stores in
+shared memory; its names are the keyword arguments of the kernel. `*_ref` are arrays in device
+memory, `*_smem` in shared memory. With the barriers `*_full` and `*_free` the warpgroups tell each
+other that data has come, or that it was read.
 """
 
 import functools
@@ -24,9 +24,9 @@ from pallas_kernels.attention.hopper import CONSUMERS, KeyStream, Softmax, pl, p
 
 
 class _Tile(NamedTuple):
-    """What one thread block handles: the CONSUMERS x `rows` positions from `start` on, of batch row
-    b and one head (a K/V head if they are keys), and the blocks first..last of the other axis. Keys
-    from `limit` on do not exist."""
+    """What one thread block handles: CONSUMERS x `rows` positions from `start` on, of batch row b
+    and of one head (a K/V head if they are keys), and the blocks first..last of the other axis. The
+    row has `limit` keys."""
 
     b: Any
     head: Any
@@ -37,7 +37,8 @@ class _Tile(NamedTuple):
 
     @classmethod
     def of_queries(cls, plan: Plan, q_ref, lengths_ref, rows: int, size: int):
-        """Queries, and blocks of `size` keys. The tiles that see the most keys start first."""
+        """The positions are queries, the blocks have `size` keys. The tiles that see the most keys
+        start first, so that no long one is left for the end."""
         b, head = lax.axis_index("batch"), lax.axis_index("heads")
         tile = q_ref.shape[1] // (CONSUMERS * rows) - 1 - lax.axis_index("tiles")
         start = tile * (CONSUMERS * rows)
@@ -46,7 +47,7 @@ class _Tile(NamedTuple):
 
     @classmethod
     def of_keys(cls, plan: Plan, lengths_ref, rows: int, size: int):
-        """Keys, and blocks of `size` queries."""
+        """The positions are keys, the blocks have `size` queries."""
         b, head = lax.axis_index("batch"), lax.axis_index("heads")
         start = lax.axis_index("tiles") * (CONSUMERS * rows)
         limit = plan.limit(lengths_ref, b)
@@ -54,7 +55,7 @@ class _Tile(NamedTuple):
 
 
 def _produce_keys(plan: Plan, tile: _Tile, keys: KeyStream, k_ref, v_ref, ids_ref):
-    """The producer of the forward and of dq."""
+    """What the producer does in the forward and for dq."""
     kv_head = lax.div(tile.head, plan.group)
     ids = None if ids_ref is None else ids_ref.kv
     size = keys.k_smem.shape[1]
@@ -62,8 +63,8 @@ def _produce_keys(plan: Plan, tile: _Tile, keys: KeyStream, k_ref, v_ref, ids_re
 
 
 def _in_segment(seen, row_ids, column_ids):
-    """The mask `seen` of a block of scores (None: all are seen) and that of equal segment ids, if
-    there are segments. Ids of rows are in registers, those of columns in shared memory."""
+    """The mask `seen` of a block of scores (None: all are seen), and if there are segments, also
+    with the mask of equal ids. Ids of rows are in registers, ids of columns in shared memory."""
     if row_ids is None:
         return seen
     shape = (row_ids.shape[0], column_ids.shape[0])
@@ -113,7 +114,7 @@ def forward_kernel(
             plgpu.barrier_arrive(block.k_free)
             p, softmax = softmax.add_scores(s, plan.scale2, seen)
             p = p.astype(q_smem.dtype)
-            # All of the softmax before the other warpgroup gets the tensor cores.
+            # The softmax must end before the other warpgroup gets the tensor cores.
             softmax, p = lax.optimization_barrier((softmax, p))
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(block.v_full)
@@ -150,9 +151,9 @@ def _put_results(softmax: Softmax, out_smem, lse_smem):
 
 
 def _put_gradients(wg, place, *gradients):
-    """Writes each (array in registers, smem, ref) to ref[place] through smem[wg]. If ref is float32
-    and the operands are bf16, it would not fit there, and goes straight from the registers. All
-    gradients have the same dtype."""
+    """Writes each array to ref[place] through smem[wg]; gradients are (array in registers, smem,
+    ref). An fp32 array does not fit into the smem of bf16 operands, so it is written directly from
+    the registers. All gradients have the same dtype."""
     through = [(smem, ref) for _, smem, ref in gradients if ref.dtype == smem.dtype]
     for x, smem, ref in gradients:
         if through:
@@ -225,9 +226,9 @@ def dq_kernel(
 
 
 class _QueryStream(NamedTuple):
-    """Blocks of queries in shared memory, with all that belongs to them. q_full says that q, lse2
-    and the segment ids (if there are any) have come, d_out_full that d_out and delta have come, and
-    free that the block was read."""
+    """Blocks of queries in shared memory, with the arrays that belong to them. Barriers: q_full
+    says that q, lse2 and the segment ids (if there are any) have come, d_out_full that d_out and
+    delta have come, and free that the block was read."""
 
     q_smem: Any  # [stages, size, H]
     d_out_smem: Any
@@ -256,7 +257,8 @@ class _QueryStream(NamedTuple):
     at = hopper.at_slot
 
     def fill(self, plan: Plan, tile: _Tile, q_ref, ids_ref, lse2_ref, delta_ref, d_out_ref):
-        """The producer's part: the tile's blocks of each query head of the group, head by head."""
+        """What the producer does: copies the tile's blocks of queries, for one head after the other
+        of the group."""
         num, size = tile.last - tile.first, self.q_smem.shape[1]
 
         def copies(t, slot):
@@ -292,8 +294,8 @@ def dkv_kernel(
     dk_ref, dv_ref, *, k_smem, v_smem, kv_full, **stream,
 ):  # fmt: skip
     """dk, dv of 2 x `rows` keys of one K/V head: sums over the query heads of its group, and for
-    each over blocks of queries. Scores are transposed, [keys, queries], so that p and ds can be the
-    left operands of their products without another transposition."""
+    each head over blocks of queries. Scores are [keys, queries], so that p and ds are already the
+    left operands of their products."""
     queries, (_, rows, H) = _QueryStream(**stream), k_smem.shape
     stages, size, _ = queries.q_smem.shape
     tile = _Tile.of_keys(plan, lengths_ref, rows, size)

@@ -14,9 +14,9 @@ from pallas_kernels.attention.hopper import plgpu
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which blocks visit each other. Rows count from 0, positions of queries from q_offset; bounds
-    are traced int32. `bounded`: some keys of the arrays must not be seen although causality allows
-    it."""
+    """Which blocks visit each other. Rows count from 0, positions of queries from q_offset. The
+    blocks that the methods return are traced int32, and the last one is not included. bounded: the
+    arrays have keys that must not be seen although causality allows it."""
 
     N: int
     S: int
@@ -31,11 +31,11 @@ class Plan:
         return self.scale * LOG2E
 
     def limit(self, lengths, b):
-        """Keys from here on do not exist in row b."""
+        """How many keys row b has."""
         return jnp.int32(self.S) if lengths is None else jnp.minimum(lengths[b], self.S)
 
     def key_blocks(self, row, rows: int, size: int, limit):
-        """first, last: the blocks of `size` keys with any that queries row..row+rows see."""
+        """first, last: the blocks of `size` keys that any of the queries row..row+rows sees."""
         position, oldest = self.q_offset + row, jnp.int32(0)
         if self.window is not None:
             oldest = jnp.maximum(position - (self.window - 1), 0)
@@ -44,7 +44,7 @@ class Plan:
         return first, jnp.where(oldest < limit, last, first)
 
     def inner_key_blocks(self, row, rows: int, size: int, limit, first, last):
-        """low, high: of those, the blocks that each of these queries sees completely."""
+        """low, high: the blocks among first..last that each of these queries sees completely."""
         position = self.q_offset + row
         low = first
         if self.window is not None:
@@ -54,7 +54,7 @@ class Plan:
         return low, jnp.minimum(jnp.maximum(high, low), last)
 
     def query_blocks(self, key, keys: int, size: int, limit):
-        """first, last: the blocks of `size` queries with any that see keys key..key+keys."""
+        """first, last: the blocks of `size` queries that see any of the keys key..key+keys."""
         first = lax.div(jnp.maximum(key - self.q_offset, 0), size)
         end = jnp.int32(self.N)
         if self.window is not None:
@@ -64,7 +64,7 @@ class Plan:
         return first, jnp.maximum(last, first)
 
     def inner_query_blocks(self, key, keys: int, size: int, limit, first, last):
-        """low, high: of those, the blocks whose queries all see all of these keys."""
+        """low, high: the blocks among first..last in which each query sees all of these keys."""
         low = hopper.ceil_div(jnp.maximum(key + (keys - 1) - self.q_offset, 0), size)
         low = jnp.minimum(jnp.maximum(low, first), last)
         high = last
@@ -75,9 +75,10 @@ class Plan:
         return low, jnp.minimum(jnp.maximum(high, low), last)
 
     def seen(self, row, key, limit, shape, query_axis: int):
-        """The mask of one block of scores [M N], of which query_axis is the axis of the queries.
-        What changes from block to block is added to the rows, after an optimisation barrier:
-        otherwise the compiler keeps M N loop-invariant differences in registers."""
+        """The mask of one block of scores [M N]; query_axis is the axis of the queries. What
+        changes from block to block is added to the positions of the rows, before an optimisation
+        barrier. Otherwise the compiler computes M N differences before the loop and keeps them in
+        registers."""
         ahead = self.q_offset + row - key
         rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=plgpu.Layout.WGMMA.reduce(1))
         rows = rows + ahead if query_axis == 0 else rows - ahead

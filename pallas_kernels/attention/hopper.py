@@ -2,8 +2,8 @@
 consumer warpgroups, and the start of a kernel, in Pallas's Mosaic GPU dialect.
 
 The interpreter on the host runs the same kernels; all that differs for it is in this file (`_dot`
-and its users). Registers are scarce: comments say where the compiler needed help to spill none, as
-its report (MOSAIC_GPU_DUMP_PTXAS) showed.
+and its users). Registers are scarce. Comments say where the compiler needed help, so that it spills
+no register to memory; its report (MOSAIC_GPU_DUMP_PTXAS) shows this.
 """
 
 import functools
@@ -27,7 +27,7 @@ except ImportError as error:  # a jaxlib without it
 
 CONSUMERS = 2
 PRODUCER = CONSUMERS  # warpgroups 0 and 1 multiply, 2 copies
-# Registers a thread; the three warpgroups have 504 to share.
+# Registers per thread; the three warpgroups together have 504.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
@@ -35,16 +35,16 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
 def _dot(a, b):
-    """Replaces wgmma in the interpreter, which has wgmma only with both operands in shared memory
-    and an accumulator that starts at 0. commit_smem orders these reads before the copies that will
-    overwrite the operands; with wgmma that order needs no help."""
+    """Replaces wgmma in the interpreter. The interpreter has wgmma only with both operands in
+    shared memory and an accumulator that starts at 0. With commit_smem, the operands are read
+    before copies overwrite them; wgmma does not need that."""
     plgpu.commit_smem()
     return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def scores(a, b, meanwhile=lambda: None):
-    """a @ b.T in fp32, of a [M H] and b [N H] in shared memory; `meanwhile` is issued after the
-    product is started and before it ends."""
+    """a @ b.T in fp32, of a [M H] and b [N H] in shared memory. `meanwhile` runs after the product
+    starts and before it ends."""
     if interpretation() is not None:
         meanwhile()
         return _dot(a[...], b[...].T)
@@ -62,8 +62,8 @@ def p_and_ds(for_p, for_dp, dp_full, probabilities, delta, overlap: bool):
     for_dp. The barrier dp_full says that d has come.
 
     With `overlap` the second product runs during the exponentials; only blocks without a mask have
-    the registers for that. Otherwise its accumulator starts at -delta, so that delta needs
-    no registers either.
+    enough registers for that. Without it, the accumulator of the second product starts at -delta,
+    so that delta needs no registers of its own.
     """
     (a, b), (c, d) = for_p, for_dp
     if interpretation() is not None:
@@ -107,12 +107,13 @@ def add_two_products(first, a, b, second, c, d):
 
 
 def anew(wg):
-    """wg, to index a loop-invariant operand inside the loop. Without this the compiler computes the
-    descriptors of the operand's 8 slices once and keeps them in 16 registers during the loop."""
+    """wg, to index an operand that does not change in a loop. Without this the compiler computes
+    the descriptors of the operand's 8 slices before the loop and keeps them in 16 registers."""
     return lax.optimization_barrier(wg)
 
 
-# Arrays in registers: [M N] as wgmma leaves them, with a value a row [M] or a column [N].
+# Arrays in registers: [M N] in the layout of wgmma's results, and vectors with one value per row
+# [M] or per column [N].
 
 
 def zeros(shape):
@@ -140,8 +141,8 @@ def each_column(x, shape):
 
 
 class Softmax(NamedTuple):
-    """A running softmax over blocks of keys. acc [M H]: the sum of p v; total [M]: that of p; both
-    relative to top [M], the largest score so far, in base 2."""
+    """A running softmax over blocks of keys. top [M]: the largest score so far, in base 2. acc
+    [M H]: the sum of p v; total [M]: the sum of p; both for p = exp2(score - top)."""
 
     acc: Any
     top: Any
@@ -152,7 +153,7 @@ class Softmax(NamedTuple):
         return cls(zeros((rows, H)), per_row(masks.MASKED, rows), per_row(0.0, rows))
 
     def add_scores(self, s, scale2, seen):
-        """p of a block of scores, and the softmax with it; p v is still to be added to acc."""
+        """p of a block of scores, and the softmax with these scores. The caller adds p v to acc."""
         p, keep, top = exponentials(s, scale2, seen, self.top)
         total = self.total * keep + p.sum(axis=1)
         return p, Softmax(self.acc * each_row(keep, self.acc.shape), top, total)
@@ -161,10 +162,10 @@ class Softmax(NamedTuple):
 def exponentials(s, scale2, seen, top):
     """One step of the running softmax over scores s [M N], before the scale.
 
-    Returns p, the factor by which sums over earlier keys shrink, and the new maximum. Scores are
-    scaled first and then masked with a finite number: in the other order, in one fused
-    multiply-add, a fully masked row would be infinite. Such a row is shifted by 0, so that its
-    exponentials are 0.
+    Returns p, the factor for the sums over earlier keys, and the new maximum. Scores are scaled
+    first and then masked with a finite number. In the other order, one multiply-add would scale and
+    shift a masked score, and in a row without any key its exponential could be infinite. Here such
+    a row is shifted by 0, so that its exponentials are 0.
     """
     if seen is None:
         highest = s.max(axis=1) if scale2 >= 0 else s.min(axis=1)
@@ -179,12 +180,13 @@ def exponentials(s, scale2, seen, top):
 
 
 def probabilities(s, scale2, seen, lse2):
-    """p [M N] of scores before the scale, with lse2 already broadcast."""
+    """p [M N] of scores before the scale; lse2 has their shape."""
     s = s * scale2 - lse2
     return jnp.exp2(s if seen is None else jnp.where(seen, s, masks.MASKED))
 
 
-# Threads: how warpgroups hand over stages, what a producer does, how a kernel starts.
+# Threads: how warpgroups share the stages of a stream, what a producer does, how a kernel starts. A
+# stage is a place for one block in shared memory; the producer fills the stages in turn.
 
 
 def at_slot(stream, slot):
@@ -193,8 +195,8 @@ def at_slot(stream, slot):
 
 
 class KeyStream(NamedTuple):
-    """Blocks of keys, of their segment ids (or None) and of values in shared memory: k_full says
-    that keys and ids have come, k_free that they were read."""
+    """Blocks of keys, of their segment ids (or None) and of values in shared memory. Barriers:
+    k_full says that keys and ids have come, k_free that they were read."""
 
     k_smem: Any  # [stages, size, H]
     v_smem: Any
@@ -221,7 +223,7 @@ class KeyStream(NamedTuple):
     at = at_slot
 
     def fill(self, first, last, start, k_ref, v_ref, ids_ref, b, head):
-        """The producer's part: blocks first..last of row b and a K/V head, of which block j begins
+        """What the producer does: copies blocks first..last of row b and a K/V head. Block j begins
         at key start(j)."""
         size = self.k_smem.shape[1]
 
@@ -242,7 +244,7 @@ class KeyStream(NamedTuple):
 
 
 def copy_out(*pairs):
-    """Copies what this warpgroup wrote to shared memory, smem to ref for each pair, and waits until
+    """Copies smem, which this warpgroup wrote, to ref, for each pair (smem, ref), and waits until
     the copies have ended."""
     plgpu.commit_smem()
     for smem, ref in pairs:
@@ -252,9 +254,10 @@ def copy_out(*pairs):
 
 def stream(first, last, copies, free):
     """The producer's loop: fills the stages in turn with blocks first..last, then waits until the
-    last of them were read (a thread block must not end while barriers still expect arrivals).
-    copies(j, slot) are functions that start a copy. `free` has an array of barriers for each of
-    them, with a barrier for each stage, on which the consumers say that they have read it."""
+    consumers have read the last ones (a thread block must not end while barriers still expect
+    arrivals). copies(j, slot) are the functions that start the copies of block j. `free` has an
+    array of barriers for each of these functions, with one barrier per stage: the consumers arrive
+    there when they have read the stage."""
     stages = free[0].shape[0]
 
     @pl.loop(first, last)
@@ -271,6 +274,7 @@ def stream(first, last, copies, free):
 
 
 def specialise(producer, consumer):
+    """Gives each warpgroup its work and its registers."""
     wg = lax.axis_index("wg")
 
     @pl.when(wg < CONSUMERS)
@@ -286,7 +290,7 @@ def specialise(producer, consumer):
 
 def run(body, name: str, *operands, grid, out_type, scratch, cost):
     """Starts a kernel over grid (batch, tiles, heads); the last axis changes fastest. cost is
-    (flops, exponentials); jax 0.11 cannot give it to a Mosaic GPU kernel."""
+    (FLOPs, exponentials). In jax 0.11 a Mosaic GPU kernel does not take it."""
     options = {}
     if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:
         arrays = jax.tree.leaves((operands, out_type))

@@ -13,8 +13,8 @@ Part = tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]
 
 
 def join(first: Part, *others: Part) -> Part:
-    """Joins parts that separate calls computed, whose lse is a natural log. The sum is in fp32,
-    out has the dtype of the first part, and the result may be joined with more parts."""
+    """Joins parts that separate calls computed; their lse is a natural log. The sum is in fp32, out
+    has the dtype of the first part, and the result may be joined with more parts."""
     out, lse = first
     dtype = out.dtype
     for other, other_lse in others:

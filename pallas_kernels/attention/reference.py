@@ -1,7 +1,7 @@
-"""The oracle: attention as the textbook writes it, in fp32, with every array dense.
+"""Attention as the textbook writes it, in fp32: the right answer for the tests.
 
-O(N S) memory, differentiated by plain autodiff. Every other implementation is tested against this
-file, so it has no blocks, no custom gradients and no tricks except those that an empty row needs.
+It stores all N x S scores and jax differentiates it. Every other implementation is tested against
+this file. So it has no blocks and no custom gradients. Only rows that see no key need some care.
 """
 
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from pallas_kernels.attention.mask import MASKED, Mask
 
 
 def _softmax_average(scores, seen, v, spec: str):
-    """Averages v over the visible keys. Returns the average, 0 where nothing is visible, and
-    the natural log of the sum of exponentials, MASKED there."""
+    """Averages v over the visible keys. Returns the average and the natural log of the sum of
+    exponentials; where no key is visible, these are 0 and MASKED."""
     scores = jnp.where(seen, scores, MASKED)
     top = lax.stop_gradient(scores.max(-1, keepdims=True))
     p = jnp.where(seen, jnp.exp(scores - top), 0.0)
@@ -25,7 +25,7 @@ def _softmax_average(scores, seen, v, spec: str):
 
 
 def _as_read(x, dtype):
-    """x in fp32 with the values that it has in `dtype`; the gradient is not rounded."""
+    """x in fp32, rounded to the values of `dtype`; its gradient is not rounded."""
     wide = x.astype(jnp.float32)
     return wide + lax.stop_gradient(x.astype(dtype).astype(jnp.float32) - wide)
 
@@ -58,7 +58,7 @@ def decode(
     scale: float,
     partition=None,
 ) -> Float[Array, "B Q H"]:
-    """One query a row over the first `valid` slots, whose order does not matter."""
+    """One query per row over the first `valid` slots, which may be in any order."""
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     k, v = (_as_read(x, q.dtype) for x in (k, v))

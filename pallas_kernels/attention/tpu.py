@@ -1,19 +1,19 @@
 """Attention on TPUs: one template for the window and full causal attention.
 
-Why it exists: XLA has no fused attention on TPUs, and jax's splash attention reads every K/V head
-once per query head, steps through a window block by block with a running softmax, and takes its
-masks from tables that the host makes. Here the window's whole band of bq + W - 1 keys is one grid
-step, the G query heads of a group share the keys as rows of one product, and only tiles on an edge
-of the band are masked.
+Why it exists: XLA has no fused attention on TPUs. jax's splash attention reads every K/V head once
+per query head, steps through a window block by block with a running softmax, and takes its masks
+from tables that the host makes. Here one grid step handles the window's whole band: the bq + W - 1
+keys that bq queries see. The G query heads of a group share the keys as rows of one product. Only
+tiles on an edge of the band are masked.
 
 How it rounds: products of bf16 inputs accumulate in fp32; scores, softmax and all sums are fp32, in
 base 2; p and ds are rounded to the input dtype before their products. It is deterministic.
 
-What it runs on: it compiles for v5e, v5p, v6e and tpu7x, and never ran on a device yet (README.md).
+Compiled for v5e, v5p, v6e and tpu7x. Never ran on a device (README.md).
 
-Shapes inside: q [B K G N H], k and v [B K S H], lse and delta [B K G N]: positions next to the
-innermost axis, so that a head's block is one matrix. XLA makes the transposes, and can choose
-layouts that make them free; whether it does so in a model was not examined.
+Shapes inside: q [B K G N H], k and v [B K S H], lse and delta [B K G N]. Positions and head width
+are the last axes, so that a head's block is one matrix. XLA makes the transposes. It can choose
+layouts that make them free; nobody has examined whether it does so in a model.
 """
 
 import functools
@@ -63,15 +63,15 @@ def unsupported_reason(call: Call) -> str | None:
             return (
                 f"The TPU kernels would need some {need >> 20} MB of VMEM for "
                 + (f"a window of {call.window}" if call.window else "full attention")
-                + f" and {call.group} heads of {H} a group; "
+                + f" and {call.group} heads of {H} per group; "
                 f"{call.device.kind} leaves them {have >> 20} MB."
             )
     return None
 
 
 def _vmem(call: Call) -> int:
-    """Roughly the bytes of VMEM of the largest kernel: its blocks, twice because the next ones are
-    copied meanwhile, its sums, and the temporary arrays of a tile."""
+    """Roughly the bytes of VMEM of the largest kernel: its blocks (twice, because the next ones are
+    copied at the same time), its sums, and the temporary arrays of a tile."""
     G, H = call.group, call.head_width
     item = jnp.dtype(call.dtype).itemsize
     largest = 0
@@ -92,7 +92,7 @@ def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cos
     mode = interpretation()
     interpret = mode is not None
     if mode is not None and mode.detect_races:
-        # With one core there is nothing to race with.
+        # One core alone has no races.
         interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     return pl.pallas_call(
         kernel,
@@ -126,7 +126,7 @@ class _Operands:
         blocks = tpu_blocks(kernel, self.G, mask.window)
         bq = min(blocks.q, round_up(self.N, TPU_LANES))
         bk = min(blocks.kv, round_up(self.S, TPU_LANES))
-        # The inner axis is cut into blocks only where there is no window.
+        # With a window, the band is one piece of the inner axis; else it is cut into blocks.
         inner, ahead = (bk if self.outer == "queries" else bq), None
         if mask.window is not None:
             inner, ahead = TPU_LANES, mask.window - 1
@@ -190,17 +190,18 @@ class _Operands:
 
         return lengths, *(ranges(ids) for ids in self.ids())
 
-    def _spec(self, whose: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
-        """Blocks of the outer axis or bands of the inner one; the other axes are whole."""
+    def _spec(self, axis: str, before: tuple[int, ...], after: tuple[int, ...], heads=True):
+        """The part of an array with the positions of `axis` (queries or keys) that a grid step
+        sees: a block of the outer axis, or a band of the inner one. Other axes are whole."""
         lead = 2 if heads else 1
 
         def index(b, h, i, j, lengths, *_):
             limit = lengths[b] if self.tiles.lengths and self.outer == "queries" else None
-            here = i if whose == self.outer else self.bands.start(i, j, limit)
+            here = i if axis == self.outer else self.bands.start(i, j, limit)
             return (b, h)[:lead] + (0,) * len(before) + (here,) + (0,) * len(after)
 
         shape = (*before, self.bands.block, *after)
-        if whose != self.outer:
+        if axis != self.outer:
             shape = tuple(pl.Element(n) for n in (*before, self.bands.size, *after))
         return pl.BlockSpec((pl.squeezed,) * lead + shape, index)
 

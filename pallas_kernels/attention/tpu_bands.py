@@ -1,7 +1,10 @@
 """Which tiles of queries and keys the TPU kernels visit, and who sees whom inside one.
 
-`Bands` says which positions of the other axis a block reads, `Scalars` has what is copied to scalar
-memory before a kernel starts, and `Tiles` runs a tile without a mask, with one, or not at all.
+A kernel handles one block of its outer axis at a time, and for each block reads positions of its
+inner axis. The outer axis is that of the queries; for dk and dv it is that of the keys.
+
+`Bands` says which positions of the inner axis a block reads. `Scalars` has what is copied to scalar
+memory before a kernel starts. `Tiles` runs a tile without a mask, with one, or not at all.
 """
 
 import dataclasses
@@ -28,14 +31,15 @@ def column(row, width=TPU_LANES):
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
-    """Which positions of the other axis a block of `block` positions reads, in `steps` grid steps
-    of `size` positions each: one step for a window, every block up to (or from) the diagonal for
-    full attention. Starts are multiples of 128, and clipped to the array. So a step may have the
-    start of the step before it, which costs no copy; therefore kernels compare positions.
+    """Which positions of the inner axis a block of `block` positions reads, in `steps` grid steps
+    of `size` positions each. A window needs one step. Full attention reads every block up to the
+    diagonal, or from there on. Starts are multiples of 128 and stay inside the array. So a step may
+    have the same start as the step before it. That costs no copy, but kernels must skip such a
+    step; they compare its start with the one that it should have.
 
-    shift: position of the outer axis' element 0 on the inner axis (q_offset for keys read by
-    queries, -q_offset for queries read by keys). back, ahead: how far before its first and after
-    its last position a block reads; None: to the end of the array.
+    shift: where element 0 of the outer axis is on the inner axis (q_offset if queries read keys,
+    -q_offset if keys are read by queries). back, ahead: how far a block reads before its first and
+    after its last position; None: to the end of the array.
     """
 
     block: int
@@ -71,7 +75,7 @@ class Bands:
 
 class Scalars(NamedTuple):
     """What is in scalar memory, and the batch row b of this grid step. lengths [B]; q_ids, k_ids
-    [2 B, blocks of 128]: the lowest and the highest segment id of a row in each block."""
+    [2 B, blocks of 128]: for each row, the lowest and then the highest segment id of each block."""
 
     lengths: Any
     q_ids: Any
@@ -88,13 +92,13 @@ class Scalars(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """What the kernels need to know about a tile of queries x keys: who sees whom."""
+    """Who sees whom in a tile of queries x keys."""
 
     window: int | None
     q_offset: int
     scale: float
     S: int  # keys that exist; the array may be longer
-    padded: bool  # whether a query could see a key beyond S
+    padded: bool  # whether causality lets a query see a key after those
     segments: bool
     lengths: bool
 
@@ -125,8 +129,8 @@ class Tiles:
         """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it."""
         q_pos = lax.broadcasted_iota(jnp.int32, shape, q_axis)
         k_pos = lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
-        # Only the difference of the two starts matters. It is added to the positions along the
-        # lanes, which take fewer registers.
+        # Only the difference of the two starts matters. It is added to the positions that change
+        # along the lanes (the 128 columns of a register), because these take fewer registers.
         if q_axis == 0:
             zero, k_pos = q_first, k_pos + (k_first - q_first)
         else:

@@ -1,4 +1,4 @@
-"""Decode on TPUs: one query a row over a cache, which is read as it is stored, or over a ring."""
+"""Decode on TPUs: one query per row over a cache, which is read as it is stored, or over a ring."""
 
 import functools
 
@@ -15,9 +15,11 @@ from pallas_kernels.attention.tpu_kernels import NT, dot, lanes
 
 
 def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
-    """All heads at once: rows of k and v are (slot, K/V head), and a score counts if the query head
-    belongs to the K/V head of the row. The matrix unit, which has time, computes K times too many
-    scores; to separate the heads, all that is read would have to be transposed."""
+    """Handles all heads at once. k and v are read as they are stored: row r is slot r // K of K/V
+    head r % K. The kernel computes the score of every query head with every row, and masks the rows
+    of other K/V heads. These are K times as many scores as needed. But the matrix unit has time for
+    them, since the kernel waits for memory, and to separate the heads it would have to transpose
+    all that it reads."""
     j = pl.program_id(1)
     Q, H = q_ref.shape
     rows = k_ref.shape[0]
@@ -40,7 +42,7 @@ def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total
         p = jnp.exp2(s - new[:, :1])
         keep = jnp.exp2(old - new)
         top[...], total[...] = new, total[...] * keep + p.sum(1, keepdims=True)
-        # After the valid slots there may be anything, NaN too.
+        # The slots after the valid ones may hold anything, also NaN.
         exists = lax.broadcasted_iota(jnp.int32, v_ref.shape, 0) < valid
         v = jnp.where(exists, v_ref[...], jnp.zeros((), v_ref.dtype))
         acc[...] = acc[...] * lanes(keep, H) + dot(p.astype(v.dtype), v)
@@ -53,12 +55,12 @@ def _decode_kernel(scale, K, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Memory-bound: with H = 128 the cache is read as it is
-    stored, each valid slot once for all heads, and no block after the last valid one. With other
-    widths XLA first copies the cache to another layout (seen for H = 64 and 256): a known cost."""
+    """Same contract as `reference.decode`. Its time is that of reading the cache. With H = 128 each
+    valid slot is read once for all heads, and no block after the last valid one. With other widths
+    XLA first copies the cache to another layout (seen for H = 64 and 256); this cost is known."""
     B, Q, H = q.shape
     S, K = k.shape[1:3]
-    # The last block may end outside the cache: padding would copy the cache at every step.
+    # The last block may end outside the cache: to pad the cache, each step would have to copy it.
     size = min(max(tpu_decode_rows(H) // K // 16, 1) * 16, S)
     k, v = (x.astype(q.dtype).reshape(B, S * K, H) for x in (k, v))
 

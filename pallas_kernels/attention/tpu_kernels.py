@@ -1,8 +1,8 @@
 """The three attention kernels for TPUs that tpu.py starts: forward, dq, and dk with dv.
 
-`tiles` says who sees whom, `bands` which positions of the other axis a grid step reads
-(tpu_bands.py); bc: positions of that axis per tile of scores. refs are the prefetched scalars, the
-operands, the results and the scratch, in the order of tpu.py.
+`tiles` says who sees whom, `bands` says which positions of the inner axis a grid step reads
+(tpu_bands.py). bc: positions of that axis per tile of scores. refs are the scalars that are copied
+before the kernel starts, the operands, the results and the scratch, in the order of tpu.py.
 """
 
 import functools
@@ -25,7 +25,8 @@ _DKV_CHUNK = 512 * 256  # scores; a tile of 768 x 256 took 757 cycles, in pieces
 
 
 def dot(a, b, dims=NN):
-    # Only tests and small models have fp32 inputs: they are exact, for any default precision.
+    # fp32 inputs, which only tests and small models have, are multiplied in full precision,
+    # whatever jax's default is.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
@@ -35,21 +36,21 @@ def _chunks(n: int, size: int) -> list[slice]:
 
 
 def _masked(scores, seen):
-    """Scores [rows, keys] whose rows are groups of seen.shape[0] queries."""
+    """Masks scores [G * queries, keys] by seen [queries, keys], which all G heads share."""
     G = scores.shape[0] // seen.shape[0]
     grouped = scores.reshape(G, *seen.shape)
     return jnp.where(seen[None], grouped, masks.MASKED).reshape(scores.shape)
 
 
 def lanes(x, width: int):
-    """x [rows, 128] with equal lanes, as [rows, width]."""
+    """x [rows, 128], in which all columns are equal, as [rows, width]."""
     if width <= x.shape[1]:
         return x[:, :width]
     return jnp.concatenate([x] * (width // x.shape[1]), axis=1)
 
 
 def _each_tile(bands, j, start, tile, n):
-    """Runs tile(0), ... tile(n-1), unless step j repeats another step: then its start was moved."""
+    """Runs tile(0), ... tile(n-1). Not if step j repeats another step: then its start was moved."""
 
     def run():
         lax.fori_loop(0, n, tile, 0)
@@ -58,9 +59,9 @@ def _each_tile(bands, j, start, tile, n):
 
 
 def forward_kernel(tiles, bands, bc, *refs):
-    """Scores [rows, keys], rows = G heads x bq queries. If the matrix unit is 256 wide and H is
-    less, the product p v can also make the row sums at no cost, by columns of ones after those of
-    v. That saves the vector unit additions; it is this kernel's bottleneck (`tpu_sums_on_mxu`)."""
+    """Scores are [rows, keys], rows = G heads x bq queries. If the matrix unit is 256 wide and H is
+    less, the product p v can also make the row sums at no cost: v gets extra columns of ones. So
+    the vector unit, which is the bottleneck of this kernel, adds less (`tpu_sums_on_mxu`)."""
     q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, out_ref, lse_ref, top, total, acc = refs[3:]
     scalars = Scalars(*refs[:3], pl.program_id(0))
     i, j = pl.program_id(2), pl.program_id(3)
@@ -92,7 +93,7 @@ def forward_kernel(tiles, bands, bc, *refs):
             v = v_ref[here]
             if width > H:
                 v = jnp.concatenate([v, jnp.ones((bc, width - H), v.dtype)], axis=1)
-            else:  # whole registers are added here, and their lanes at the end
+            else:  # adds whole registers; the columns of a register are summed at the end
                 sums = functools.reduce(jnp.add, jnp.split(p, bc // TPU_LANES, axis=1))
                 total[...] = total[...] * keep[:, :TPU_LANES] + sums
             acc[...] = acc[...] * keep[:, :width] + dot(p.astype(v.dtype), v)
@@ -119,9 +120,9 @@ def forward_kernel(tiles, bands, bc, *refs):
 
 
 def _pipelined(chunks, products, rest):
-    """rest(chunk, *products(chunk)) for every chunk, with the products one chunk ahead, so that the
-    compiler can overlap matrix products with exponentials. Without chunks a tile spills far more
-    registers and takes 5-15% longer."""
+    """Calls rest(chunk, *products(chunk)) for every chunk. The products are made one chunk ahead,
+    so that the compiler can overlap matrix products with exponentials. Without chunks a tile spills
+    far more registers to memory and takes 5-15% longer."""
     ahead = products(chunks[0])
     for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
         mine, ahead = ahead, None if following is None else products(following)
@@ -129,8 +130,8 @@ def _pipelined(chunks, products, rest):
 
 
 def dq_kernel(tiles, bands, bc, *refs):
-    """Scores [keys, queries], so that lse and delta are rows of lanes, as they are stored; dq is
-    summed transposed, [H, queries], which keeps the matrix unit's columns full."""
+    """Scores are [keys, queries], so that lse and delta are rows, as they are stored. dq is summed
+    as [H, queries], which uses all columns of the matrix unit."""
     q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref, dq_ref, acc = refs[3:]
     scalars = Scalars(*refs[:3], pl.program_id(0))
     i, j = pl.program_id(2), pl.program_id(3)
@@ -180,8 +181,8 @@ def dq_kernel(tiles, bands, bc, *refs):
 
 
 def dkv_kernel(tiles, bands, bc, *refs):
-    """Scores [queries, keys]; dk and dv are summed transposed, [H, keys], over the queries of the
-    band and the G heads of the group, in fp32."""
+    """Scores are [queries, keys]. dk and dv are summed as [H, keys], over the queries of the band
+    and the G heads of the group, in fp32."""
     q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, d_out_ref, lse_ref, delta_ref = refs[3:11]
     dk_ref, dv_ref, dk, dv = refs[11:]
     scalars = Scalars(*refs[:3], pl.program_id(0))

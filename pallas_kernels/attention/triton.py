@@ -1,20 +1,21 @@
 """Attention in Triton, launched through jax-triton, for NVIDIA GPUs before Hopper: A100 (sm_80), L4
 and RTX 40 (sm_89).
 
-Why it exists: Mosaic GPU's fast path needs Hopper's wgmma. These GPUs have mma.sync and cp.async,
-which Triton schedules well. The kernels compile for Hopper too, where "auto" prefers pallas_gpu.
-One template serves the window and global attention (FlashAttention-2, arXiv 2307.08691): only
-blocks inside the band are visited, and only those on its edges are masked. dq and dkv are separate
-kernels without atomics, so a second run gives the same bits. Decoding is split over the keys.
+Why it exists: pallas_gpu needs wgmma, the matrix instruction that only Hopper has. Older GPUs have
+mma.sync (matrix products) and cp.async (copies), which Triton schedules well. The kernels compile
+for Hopper too, where "auto" prefers pallas_gpu. One template serves the window and global attention
+(FlashAttention-2, arXiv 2307.08691): only blocks with visible keys are visited, and only blocks on
+an edge of the visible part are masked. dq and dkv are separate kernels without atomics, so a second
+run gives the same bits. Decode is split over the keys.
 
 How it rounds: products of bf16 or fp16 accumulate in fp32; scores, softmax and all sums are fp32,
 in base 2; p and ds are rounded to the dtype of q before their products, out and dq at the end of
 the kernel. dk and dv are summed over the query heads of a group in the kernel, and are returned in
 spec.kv_grad_dtype.
 
-What it runs on: it compiles for sm_80, sm_86, sm_89 and sm_90 (`compile_report`), and never ran on
-a device yet. The kernels are in triton_kernels.py. Under `pallas_kernels.interpret()` they run in
-numpy on the host, in Triton's interpreter; so they are tested.
+Compiled for sm_80, sm_86, sm_89 and sm_90 (`compile_report`). Never ran on a device. The kernels
+are in triton_kernels.py. Tests run them under `pallas_kernels.interpret()`, in Triton's
+interpreter, which computes with numpy on the host.
 """
 
 import functools
@@ -96,8 +97,9 @@ def _missing_triton() -> str | None:
 
 @functools.cache
 def _misfit() -> str | None:
-    """Why jax-triton does not work with this jax. That is tried out, since jax-triton uses private
-    parts of jax: 0.4.1 with jax 0.12.0.1 can be imported and traced, and fails when jax lowers."""
+    """Why jax-triton does not work with this jax; None if it does. Only a trial shows it, because
+    jax-triton uses private parts of jax: 0.4.1 with jax 0.12.0.1 can be imported and traced, and
+    fails when jax lowers the program."""
     try:
         import jax_triton  # noqa: F401
     except Exception as error:
@@ -109,7 +111,7 @@ def _misfit() -> str | None:
         jax.jit(lambda x: _on_gpu(probe, [x], _OLDEST)).trace(x).lower(lowering_platforms=("cuda",))
 
     try:
-        with ThreadPoolExecutor(1) as thread:  # where the caller's mesh is not in force
+        with ThreadPoolExecutor(1) as thread:  # there the caller's mesh is not set
             thread.submit(lower).result()
     except Exception as error:
         version = importlib.metadata.version("jax-triton")
@@ -138,8 +140,8 @@ def _kernels(interpreted: bool = False):
 
 
 class _Launch(NamedTuple):
-    """A kernel and all its arguments except the input arrays. The order in every kernel is pointers
-    to inputs, scalars, pointers to outputs, constants."""
+    """A kernel and all its arguments except the input arrays. The arguments of every kernel are, in
+    this order, pointers to inputs, scalars, pointers to outputs, constants."""
 
     kernel: str
     scalars: list[int]
@@ -159,7 +161,8 @@ def _launch(what: _Launch, arrays, device: Device):
 def _on_gpu(what: _Launch, arrays, compute_capability: int):
     import jax_triton
 
-    # 0.4 has other names than 0.3, and leaves the default of fp fusion to Triton, which warns.
+    # jax-triton 0.4 has other names than 0.3. It also leaves fp fusion to Triton's default, with a
+    # warning, so it is set here.
     if "out_shape" in inspect.signature(jax_triton.triton_call).parameters:
         options = {"out_shape": what.outs}
     else:
@@ -184,8 +187,8 @@ def _on_gpu(what: _Launch, arrays, compute_capability: int):
 
 
 class _HostArray:
-    """A numpy array with the methods that Triton's interpreter calls of a tensor; it is changed in
-    place."""
+    """A numpy array with the methods of a tensor that Triton's interpreter calls. The interpreter
+    changes the array in place."""
 
     def __init__(self, x: np.ndarray):
         self._x, self.dtype = x, _TYPES[str(x.dtype)]
@@ -256,7 +259,7 @@ def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
         kernel, blocks, N, S, Q, K, H, window=mask.window, scale=spec.scale,
         segments=segments is not None, lengths=lengths is not None,
     )  # fmt: skip
-    # What is absent is never read: any array may be in its place.
+    # The kernel does not read arrays that are absent, so it gets any array in their place.
     ids = [q, q] if segments is None else [x.astype(jnp.int32) for x in segments]
     valid = q if lengths is None else lengths.astype(jnp.int32)
     grid = _grid(kernel, blocks, B, N, S, Q, K)
@@ -291,8 +294,8 @@ def _decode_constants(blocks, Q, K, H, scale, parts) -> dict:
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Each program averages a part of the cache, and XLA then
-    averages the parts, weighted by their sums of exponentials."""
+    """Same contract as `reference.decode`. Each program handles a part of the cache. XLA then joins
+    the results of the parts (`join_splits`)."""
     (B, Q, H), (S, K) = q.shape, k.shape[1:3]
     device = target_device(q)
     blocks = _blocks("decode", H, False, device)
@@ -320,8 +323,8 @@ def decode(q, k, v, valid, *, scale):
 
 
 def compile_report(compute_capability: int, shapes: Iterable[Mapping]) -> list[dict]:
-    """Compiles the kernels that calls of these shapes (N, S, Q, K, H, window, and segments unless
-    False; N == 1: decoding) launch on bf16, without a device, by the ptxas in Triton's wheel.
+    """Compiles, without a device, the kernels that calls with these shapes launch on bf16. A shape
+    has N, S, Q, K, H, window and, if it is not False, segments; N == 1 means decode.
 
     Returns:
       One dict per kernel: name, seconds, registers per thread, spills (bytes stored and loaded),
@@ -398,8 +401,9 @@ def _compile(compute_capability: int, kernel: str, constants: dict, blocks: Trit
 
 
 def _resources(ptx: str, compute_capability: int) -> dict:
-    """Registers and spills by the newest ptxas of Triton's wheel (of CUDA 13, as `jax[cuda13]`,
-    which assembles the kernels when they run); Triton itself would ask a device for them."""
+    """Registers and spills of a kernel, from the newest ptxas (NVIDIA's assembler) in Triton's
+    wheel. It is of CUDA 13, as that of `jax[cuda13]`, which assembles the kernels when they run.
+    Triton itself would ask a device for these figures."""
     import triton
 
     architecture = f"sm_{compute_capability}{'a' if compute_capability >= 90 else ''}"

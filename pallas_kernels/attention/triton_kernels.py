@@ -1,10 +1,11 @@
-"""The Triton kernels that triton.py launches. Only that file imports this one, when it is needed:
-Triton is no requirement.
+"""The Triton kernels that triton.py launches. Only that file imports this one, and only when it
+launches a kernel: the package also works without Triton.
 
-Every kernel reads the [batch, positions, heads, head width] arrays as they are stored: a program
-works on one head, whose rows are `Q * H` or `K * H` elements apart. Names in capitals are
-compile-time constants; lengths and q_offset are not. Scores are [queries, keys], except in
-`dkv_kernel`, where they are transposed, so that p and ds are the left factors of its products.
+A program is one of the many instances of a kernel that the GPU runs at the same time. It reads the
+[batch, positions, heads, head width] arrays as they are stored, and works on one head: the rows of
+a head are `Q * H` or `K * H` elements apart. Names in capitals are compile-time constants; lengths
+and q_offset are not. Scores are [queries, keys]. In `dkv_kernel` they are [keys, queries], so that
+p and ds are the left factors of its products.
 """
 
 import triton
@@ -28,7 +29,7 @@ def _named(operation: str):
 
 @triton.jit
 def _largest(x, axis: tl.constexpr):
-    # tl.max, written so that it runs in the interpreter even if Triton was imported without that.
+    # tl.max does not run in the interpreter if Triton was imported to compile; this does.
     return tl.reduce(x, axis, tl.standard._elementwise_max)
 
 
@@ -83,7 +84,8 @@ def _last_key(lengths_ptr, b, S, LENGTHS: tl.constexpr):
 def _query_program(N, Q: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr):
     """What a program of `forward` and `dq` handles: a query head, its K/V head, the batch row, and
     the first of BQ queries. The heads of a group run at the same time, because they read the same
-    keys, and the queries with the most keys start first."""
+    keys. The queries with the most keys start first, so that no long program is left for the end.
+    """
     G: tl.constexpr = Q // K
     step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = kv_head * G + step % G
@@ -96,8 +98,8 @@ def _key_blocks(
     first, N, q_offset, last_key,
     WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ALL_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """For BQ queries from `first` on: keys [a, b) need masks (the window's edge), [b, c) none,
-    [c, d) do (the diagonal and the end). a, b and c are multiples of BK."""
+    """For BQ queries from `first` on: keys [a, b) need a mask (the window's edge), keys [b, c) need
+    none, keys [c, d) need one (the diagonal and the end). a, b and c are multiples of BK."""
     p0 = q_offset + first
     p1 = q_offset + tl.minimum(first + BQ, N) - 1
     d = tl.minimum(p1 + 1, last_key)
@@ -119,8 +121,9 @@ def _query_blocks(
     WINDOW: tl.constexpr, LENGTHS: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, ALL_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """For BK keys from `first` on: query rows [a, b) need masks (the diagonal), [b, c) none,
-    [c, d) do (the window's edge and the end). a is a multiple of BQ, b and c are too or equal d."""
+    """For BK keys from `first` on: queries [a, b) need a mask (the diagonal), queries [b, c) need
+    none, queries [c, d) need one (the window's edge and the end). a is a multiple of BQ. b and c
+    are multiples too, or equal to d."""
     d = N
     c = N // BQ * BQ
     if WINDOW is not None:
@@ -200,7 +203,7 @@ def forward_kernel(
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Programs (query block and head of the group, K/V head, batch row)."""
+    """out, lse of BQ queries. Grid: (query block and head of the group, K/V head, batch row)."""
     head, kv_head, b, first = _query_program(N, Q, K, BQ)
     row = tl.cast(b, tl.int64)
     q_ptr = _head(q_ptr, row, N, head, Q, H)
@@ -281,7 +284,7 @@ def dq_kernel(
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dq: the programs and the blocks that they visit are those of `forward`."""
+    """dq of BQ queries. The grid and the visited blocks are those of `forward`."""
     SCALE2: tl.constexpr = SCALE * LOG2E
     head, kv_head, b, first = _query_program(N, Q, K, BQ)
     row = tl.cast(b, tl.int64)
@@ -362,8 +365,8 @@ def dkv_kernel(
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, GUARD: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Programs (key block, K/V head, batch row); each sums over the query heads of its group and
-    the query blocks that see its keys, in a fixed order, in fp32."""
+    """dk, dv of BK keys. Grid: (key block, K/V head, batch row). Each program sums over the query
+    heads of its group and over the query blocks that see its keys, in a fixed order, in fp32."""
     G: tl.constexpr = Q // K
     SCALE2: tl.constexpr = SCALE * LOG2E
     step, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -409,7 +412,7 @@ def dkv_kernel(
             dk, dv, k, v, q_head, do_head, lse_head, delta_head, k_pos, q_ids_ptr, kv_ids,
             end_full, end, N, q_offset, Q, H, WINDOW, SCALE2, BQ, SEGMENTS, True, GUARD,
         )  # fmt: skip
-    if LENGTHS:  # keys that do not exist were read as 0 and not masked: their sums mean nothing
+    if LENGTHS:  # keys that do not exist were read as 0 and not masked, so their sums are wrong
         exists = (k_pos < last_key)[:, None]
         dk = tl.where(exists, dk, 0.0)
         dv = tl.where(exists, dv, 0.0)
@@ -423,9 +426,9 @@ def decode_kernel(
     Q: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row's cache, for all query heads of a group at once (their rows are padded to
-    the smallest product of the tensor cores). Programs (part, K/V head, batch row). Nothing is read
-    after the valid length; a part without keys gives 0 and MASKED."""
+    """One part of a row's cache, for all query heads of a group at once; they are padded to ROWS
+    rows, the fewest that the tensor cores multiply. Grid: (part, K/V head, batch row). Nothing is
+    read after the valid length. A part without keys gives 0 and MASKED."""
     G: tl.constexpr = Q // K
     SCALE2: tl.constexpr = SCALE * LOG2E
     part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)

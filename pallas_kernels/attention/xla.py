@@ -1,15 +1,16 @@
-"""Blocked attention in plain XLA: exact, differentiable, on any device, never an N x N array.
+"""Blocked attention in plain XLA: exact, differentiable, on any device, never an N x S array.
 
-One pair of loops serves the window and full causal attention; they differ only in which keys a
-block of queries visits (`_visits`): the window takes its band of bq + W - 1 keys in one piece, full
-attention walks the key chunks at or below the diagonal with a running softmax
-(FlashAttention-2, arXiv 2307.08691). Backward recomputes p block by block from q, k, v, o, lse.
+One pair of loops serves the window and full causal attention. They differ only in the keys that a
+block of bq queries visits (`_visits`). The window takes its band (the bq + W - 1 keys that these
+queries see) in one piece. Full attention takes the chunks of keys up to the diagonal one after the
+other, with a running softmax (FlashAttention-2, arXiv 2307.08691). The backward recomputes p block
+by block from q, k, v, o, lse.
 
 Shapes inside: queries [B K R H] with R = G * bq rows, so that the G query heads of a group are rows
 of one matrix product and keys are never repeated. Softmax in base 2, fp32.
 
-Measured on XLA's CPU backend, where one pass over the scores costs as much as a product with them:
-p^T do as written is 2-3 times slower than (do^T) p, so the gradients of k and v are transposed.
+The gradients of k and v are summed as [H, keys], because (d_out^T) p is 2-3 times faster than
+p^T d_out on XLA's CPU backend, where one pass over the scores costs as much as a product with them.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """All that is static about one call. N is a multiple of bq (the caller pads)."""
+    """The static facts of one call. N is a multiple of bq (the caller pads)."""
 
     N: int
     S: int
@@ -166,7 +167,7 @@ def _backward(plan: _Plan, q, k, v, mask: Mask, lse, delta, d_out, kv_grad_dtype
 
 
 def _plan(spec: Spec, q, k, mask: Mask):
-    """The plan, whose N is a multiple of bq, and the mask for that many queries."""
+    """The plan, in which N is rounded up to a multiple of bq, and the mask for that N."""
     B, N, Q = q.shape[:3]
     S, K = k.shape[1:3]
     bq, bk = xla_blocks(B, Q, N, S, mask.window)
@@ -202,14 +203,14 @@ def decode(q, k, v, valid, *, scale):
     """Same contract as `reference.decode`, with a running softmax over chunks of keys. It reads no
     chunk after the end of the longest row.
 
-    The cache is read as it is stored, [S, K H], by queries that are zero outside their own head.
-    That is K times the multiplications, but no transposed copy (2.2-3.2 times faster on 2 CPU cores
-    at S = 16384 with 2 or 4 K/V heads; more heads were not measured). The cache keeps its dtype:
-    bf16 is 2-3 times faster than a copy in fp32.
+    The cache is read as it is stored, [S, K H]. Each query is written into K H numbers that are
+    zero outside its own K/V head. These are K times as many multiplications, but the cache is not
+    transposed (2.2-3.2 times faster on 2 CPU cores at S = 16384 with 2 or 4 K/V heads; more heads
+    were not measured). The cache keeps its dtype: bf16 is 2-3 times faster than a copy in fp32.
     """
     B, Q, H = q.shape
     S, K = k.shape[1:3]
-    # At least two chunks: XLA would take the reshape of a single one out of the loop, as a copy.
+    # At least two chunks: with a single one, XLA would reshape (copy) the cache before the loop.
     bk = min(-(-S // 2), XLA_DECODE_KEYS)
     own = jnp.eye(K, dtype=q.dtype)
     spread = _einsum("bkgh,kj->bkgjh", q.reshape(B, K, Q // K, H), own).astype(q.dtype)
@@ -218,7 +219,7 @@ def decode(q, k, v, valid, *, scale):
     def chunk(j, state):
         top, total, acc = state
         low = jnp.minimum(j * bk, S - bk)
-        # Sliced before it is reshaped: so the loop takes the cache itself, and XLA copies nothing.
+        # First the slice, then the reshape: so the loop reads the cache itself, not a copy.
         kj, vj = (lax.dynamic_slice_in_dim(x, low, bk, 1).reshape(B, bk, K * H) for x in (k, v))
         position = low + jnp.arange(bk)[None]
         seen = (position >= j * bk) & (position < valid[:, None])

@@ -1,4 +1,4 @@
-"""What is read out of the compilers' dumps, and a kernel compiled for a TPU that is not here."""
+"""What the compilers' files say, and a kernel that is compiled for a TPU without having one."""
 
 import importlib.util
 import json
@@ -67,7 +67,7 @@ def test_cycles_are_scaled_to_the_tile_and_unknown_when_the_code_was_regrouped()
     assert cycles(1024, 512) == [3 * of_tile, 2 * of_tile]
     assert cycles(512) == [6 * of_tile, 2 * of_tile]
     assert cycles(512, 512, 9) == [None, None]
-    # The second one has a single instruction for exponentials, of 1024 elements.
+    # The second one has a single instruction for exponentials, which makes 1024 of them.
     assert cycles(2048, 2048) == [1.5 * of_tile, None]
 
 
@@ -137,7 +137,7 @@ def test_a_slower_tile_or_a_failed_program_fails_the_command():
     assert "808 cycles" in v6e[0]
     assert "no cycles" in v6e[1]
     assert verdict.failures(targets.TARGETS["v5e"], jobs, rows) == []
-    # One whose cycles cannot be read may be the slow one.
+    # A tile with unknown cycles may be the slowest one.
     ours[0]["tiles"] = [tile, tile | {"tile_cycles": None}]
     row = verdict.compare_with_splash(jobs)[0]
     assert (row["ratio"], row["unknown"]) == (1.0, 1)
@@ -187,7 +187,7 @@ def test_every_case_is_one_that_its_implementation_takes(name, monkeypatch):
         assert reason is None or "needs jax 0.11" in reason
 
 
-def test_what_a_decoding_step_reads_is_printed_beside_its_cache():
+def test_what_a_decoding_step_reads_is_printed_over_the_size_of_its_cache():
     case = next(case for case in targets.cases("tpu") if case.operation == "decode_cross")
     assert case.cache_bytes == 2 * 8 * 32_768 * 4 * 64 * 2
     job = {"cache_bytes": case.cache_bytes, "bytes_accessed": 3.0 * case.cache_bytes}
@@ -219,7 +219,7 @@ for kernel in result["kernels"]:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.slow
 def test_splash_compiles_for_a_tpu(tmp_path):
-    """The whole way from libtpu to cycles, on the baseline of the tile table."""
+    """From compiling with libtpu to counting cycles, with splash, which the tile table needs."""
     environment = os.environ | targets.environment(targets.TARGETS["v6e"], tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
@@ -265,7 +265,7 @@ print(*re.findall("all-gather|all-reduce|all-to-all|reduce-scatter|collective-pe
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_auto_for_a_tpu_topology_compiles_the_tpu_kernels_without_a_collective(tmp_path):
-    """On this host without a TPU, over four of them, split by rows and heads."""
+    """This host has no TPU. The program is for four of them, split by rows and heads."""
     environment = os.environ | targets.environment(targets.TARGETS["v5e"], tmp_path)
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "LIBTPU_INIT_ARGS": ""}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The paper's figures, what is measured where, and one smallest run with a cell that fails."""
+"""The paper's figures, what is measured on which device, and a tiny run in which a cell fails."""
 
 import dataclasses
 import io
@@ -79,7 +79,7 @@ def test_the_paper_has_no_figure_for_other_lengths_architectures_and_models():
     assert paper.figure("prefill", "yoco_u", tiny.model(), 262_144) is None
 
 
-def test_ratios_stand_beside_the_papers_at_each_of_its_lengths():
+def test_a_ratio_has_the_papers_ratio_at_each_length_of_the_paper():
     row = {"status": "measured", "batch": 1, "flops_per_token": 1.0, "gb_per_step": 1.0}
     rows = [
         row
@@ -91,11 +91,11 @@ def test_ratios_stand_beside_the_papers_at_each_of_its_lengths():
     ]
     found = comparison.ratios(rows, list(siblings(BIG)))
     assert len(found) == 2 * 4 * 6  # kinds, pairs, lengths
-    beside = {(r["kind"], r["of"], r["to"], r["length"]): r["paper"] for r in found}
-    assert beside["prefill", "yoco_u", "transformer", 131_072] == pytest.approx(75_534 / 14_987)
-    assert beside["decode", "yoco_u", "transformer", 8192] == pytest.approx(2410 / 2712)
-    assert beside["decode", "rins", "transformer", 32_768] == pytest.approx(234 / 638)
-    assert all(beside.values())
+    papers = {(r["kind"], r["of"], r["to"], r["length"]): r["paper"] for r in found}
+    assert papers["prefill", "yoco_u", "transformer", 131_072] == pytest.approx(75_534 / 14_987)
+    assert papers["decode", "yoco_u", "transformer", 8192] == pytest.approx(2410 / 2712)
+    assert papers["decode", "rins", "transformer", 32_768] == pytest.approx(234 / 638)
+    assert all(papers.values())
 
 
 @pytest.mark.parametrize("gib", [1, 4, 40, 104])
@@ -136,7 +136,7 @@ def test_an_h200_measures_every_pair_at_a_batch_in_common():
 
 def test_the_small_model_crosses_within_the_lengths():
     configs, notes = inference.choose_configs(BIG, ["transformer", "yoco_u"], on_cpu=True)
-    assert "stands in" in notes[0]
+    assert "is measured instead" in notes[0]
     flops = [
         accounting.prefill_flops_per_token(configs["transformer"], n)
         / accounting.prefill_flops_per_token(configs["yoco_u"], n)
@@ -276,7 +276,7 @@ def test_nothing_is_compiled_in_a_measurement(caplog):
 
 
 def compilations(caplog) -> set[str]:
-    """What was lowered, which comes before every compilation, in whatever thread that is."""
+    """The names of the programs that were lowered, in any thread. Every compilation begins so."""
     lines = [r.getMessage() for r in caplog.records]
     return {x.split("jit(")[1].split(")")[0] for x in lines if x.startswith("Compiling jit(")}
 
@@ -294,7 +294,7 @@ def test_the_decode_block_takes_greedy_steps():
 
 
 def test_a_plot_says_what_was_not_measured():
-    """With no time at all there are only the sizes of caches, which need no measurement."""
+    """If the budget is 0, the report has only the sizes of caches, which need no measurement."""
     configs = siblings(tiny.model(vocab_size=37), ("transformer", "yoco"))
     report = inference.measure(configs, TINY, budget_s=0)
     figure = Figure()
@@ -306,7 +306,7 @@ def test_a_plot_says_what_was_not_measured():
 
 
 def test_the_papers_own_speeds_reach_the_aims(monkeypatch, tmp_path):
-    """A device that is as fast as the paper's: everything else is as in a run."""
+    """The device of this test is as fast as the paper's; everything else is as in a run."""
     monkeypatch.setattr(inference, "compile_ahead", lambda cells: {})
     monkeypatch.setattr(inference, "device_memory", lambda: H200)
     for kind in inference.RUN:

@@ -1,4 +1,4 @@
-"""Sizes, bookkeeping and the loop that is timed; measuring itself only in the smallest run."""
+"""Sizes, budgets, rows of the report and the loop that is timed; one tiny run measures."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_a_tiny_run_reports_failures_and_what_was_left_out(monkeypatch):
     times = {
         (r["operation"], r["pass"]): r for r in report["times"] if r["implementation"] == "xla"
     }
-    # A backward alone only where noise does not make the difference negative.
+    # There is no row for the backward if noise makes the difference negative.
     assert len([key for key in times if key[1] != kernels.DERIVED]) == 5
     assert times["cross_attention", "forward"]["tflops"] > 0
     decode, base = times["decode_window", "forward"], report["reference"]

@@ -1,4 +1,4 @@
-"""Tables, pages and the files that they go to."""
+"""Tables, pages and their files."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What the comparison of two trees sees, without training anything."""
+"""Which differences between two trees are found; nothing is trained here."""
 
 from pathlib import Path
 

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import MASKED, SegmentIds, cross_attention, interpret, window_attention
 from pallas_kernels.attention import hopper
 
-# Of what runs in the interpreter for Mosaic GPU kernels.
+# For tests that need the interpreter of Mosaic GPU kernels.
 interpreted = pytest.mark.skipif(
     not hasattr(hopper.plgpu, "InterpretGPUParams"),
     reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; 0.11 has.",
@@ -77,8 +77,8 @@ def assert_matches_reference(shape: Shape, implementation: str = "xla", **option
 
 
 def documents(shape: Shape, q_length: int, kv_length: int) -> SegmentIds:
-    """Documents of constant length, differently cut in the two rows. With two lengths some queries
-    belong to a document that has no key they may see."""
+    """Documents of constant length, which begin at other positions in each row. If the two lengths
+    differ, some queries belong to a document without a key that they may see."""
     shift = jnp.arange(shape.B)[:, None]
     q_pos, k_pos = shape.q_offset + jnp.arange(shape.N)[None], jnp.arange(shape.S)[None]
     return SegmentIds((q_pos + shift) // q_length, (k_pos + shift) // kv_length)

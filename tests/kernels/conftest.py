@@ -6,7 +6,7 @@ from pallas_kernels.attention.blocks import Blocks
 
 @pytest.fixture
 def small_blocks():
-    """Blocks of 8, so that a handful of positions runs through many blocks and both edges."""
+    """Blocks of 8, so that few positions are enough for many blocks and both edges of a window."""
 
     def blocks(batch, heads, N, S, window):
         q = min(8, N)

@@ -80,7 +80,7 @@ def test_a_wrong_call_is_answered_with_a_sentence(sentence, unchecked):
     ("name", "why"),
     {
         "pallas_tpu": "need a TPU; this computation is for cpu",
-        "pallas_gpu": "",  # the sentences of GPU implementations are tested beside them
+        "pallas_gpu": "",  # the files of the GPU implementations test their sentences
         "triton": "",
         "cudnn": "",
     }.items(),
@@ -101,7 +101,7 @@ def test_a_named_implementation_runs_or_raises(name, why):
                 "dtype": jnp.bfloat16,
                 "window": 2**15,
             },
-            "MB of VMEM for a window of 32768 and 8 heads of 256 a group; TPU v6 lite",
+            "MB of VMEM for a window of 32768 and 8 heads of 256 per group; TPU v6 lite",
         ),
         ({"dtype": jnp.float16}, "take bfloat16 or float32; got float16"),
     ],
@@ -145,7 +145,7 @@ def test_every_implementation_answers_for_every_operation():
 
 
 def test_the_device_is_that_of_the_mesh():
-    """Abstract or not; without a mesh, the default device."""
+    """The mesh may be abstract. Without a mesh, the device is jax's default."""
     assert target_device() == Device("cpu", "cpu")
     for device in DEVICES:
         abstract = AbstractDevice(device_kind=device.kind, num_cores=1, platform=device.platform)
@@ -160,7 +160,7 @@ def test_compute_capability():
 
 
 def test_an_implementation_that_is_added_is_chosen_by_auto(monkeypatch):
-    """What a device kernel will do: take the calls it supports, leave the others to xla."""
+    """It gets the calls that it supports; xla gets the others."""
 
     def only_windows(call):
         return None if call.window else "It only does windows."
@@ -174,7 +174,7 @@ def test_an_implementation_that_is_added_is_chosen_by_auto(monkeypatch):
 
 
 def test_kernels_get_lengths_within_the_array_and_windows_within_the_text(monkeypatch):
-    """A ring of W slots has seen more than W positions; no kernel has to know."""
+    """More than W positions were written to a ring of W slots, but kernels need not know this."""
     got = []
 
     def attention(q, k, v, mask, **_):

@@ -1,4 +1,4 @@
-"""xla against the dense reference: values and every gradient."""
+"""xla compared with the dense reference: values and every gradient."""
 
 import functools
 import itertools
@@ -39,7 +39,7 @@ SHAPES = {
     "window = N": Shape(17, 17, 17),
     "window > N": Shape(17, 17, 100),
     "window, late queries": Shape(13, 40, 9, q_offset=27),
-    "window, queries that have left all keys behind": Shape(20, 12, 6, q_offset=3),
+    "window, queries that no longer see a key": Shape(20, 12, 6, q_offset=3),
     "one query": Shape(1, 20, 7, q_offset=19),
 }
 
@@ -56,7 +56,7 @@ def test_groups_of_query_heads(Q, K, small_blocks):
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_blocks_of_the_table(window):
-    """The sizes that really run: several blocks and a remainder."""
+    """With the block sizes of blocks.py: several blocks, and a last one that is not full."""
     assert_matches_reference(Shape(300, 300, window, Q=2, K=1, B=1))
 
 
@@ -85,7 +85,7 @@ def test_kv_lengths(small_blocks):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("window", [1, 5, 12, 30])
 def test_exactly_w_keys_are_visible(implementation, window, small_blocks):
-    """Counted: out[i] depends on v[j] exactly for i - W < j <= i."""
+    """The test counts for which j out[i] depends on v[j]: exactly those with i - W < j <= i."""
     N = 20
     q, k, v, *_ = inputs(Shape(N, N, B=1, Q=1, K=1, H=1))
 
@@ -101,7 +101,8 @@ def test_exactly_w_keys_are_visible(implementation, window, small_blocks):
 
 @pytest.mark.parametrize("window", [None, 24])
 def test_bf16_error_is_that_of_the_reference(window, small_blocks):
-    """At most 1.5 times, root mean square, both against the fp32 reference on fp32 inputs."""
+    """The root mean square of the errors is at most 1.5 times the reference's. Both are errors
+    against the fp32 reference on fp32 inputs."""
     shape = Shape(96, 96, window, Q=4, K=2, H=32)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     args = inputs(shape, jnp.bfloat16)
@@ -120,7 +121,7 @@ def test_bf16_error_is_that_of_the_reference(window, small_blocks):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_scores_of_any_size_stay_finite(implementation, small_blocks):
-    """Logits of +-1e4, and a masked logit far above the visible ones, which must not drown them."""
+    """Scores of +-1e4. A masked score is far above the visible ones, and must not change them."""
     q, k, v, d_out, d_lse = inputs(Shape(19, 19, 4))
     k = (k * 1e4).at[:, -1].multiply(100.0)
     attend = operation(Shape(19, 19, 4), implementation=implementation)
@@ -130,7 +131,8 @@ def test_scores_of_any_size_stay_finite(implementation, small_blocks):
 
 
 def test_heads_of_any_width_are_padded(monkeypatch):
-    """Device kernels know some widths only; zeros beside a head change nothing."""
+    """The kernels of devices support some widths only. Heads are padded with zeros, which change no
+    result."""
     shape = Shape(19, 19, 6, H=5)
     seen = []
 
@@ -167,7 +169,7 @@ def test_scale(small_blocks):
 
 
 def test_parts_of_the_keys_are_joined(small_blocks):
-    """What a cache and a ring over devices need, also where a part is empty for some rows."""
+    """The result is that over all keys, also if some rows see no key of a part."""
     q, k, v, *_ = inputs(Shape(12, 24, q_offset=12))
     whole = cross_attention(q, k, v, q_offset=12, return_lse=True)
 
@@ -187,7 +189,7 @@ def test_parts_of_the_keys_are_joined(small_blocks):
 
 
 def test_two_parts_are_joined_as_before_to_the_bit():
-    """In bfloat16 too: the sigmoid of the difference is the first one's share."""
+    """The sigmoid of the difference is the share of the first part, in bfloat16 too."""
     (q, k, *_), rng = inputs(Shape(12, 12), jnp.bfloat16), np.random.default_rng(1)
     a, b = (jnp.asarray(rng.standard_normal(q.shape[:3]), jnp.float32) for _ in range(2))
     share = jax.nn.sigmoid(a - b)[..., None]

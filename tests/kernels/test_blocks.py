@@ -1,4 +1,4 @@
-"""The table of block sizes: what no shape may break."""
+"""What must be true of the block sizes for every shape."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of it: memory, rematerialisation, loops around it."""
+"""What attention is after compilation: its memory, with remat, and inside loops."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def compile_with_gradients(attend, N: int, H: int):
 
 
 def largest_array(compiled) -> int:
-    """Elements of the largest array anywhere in the compiled program."""
+    """How many elements the largest array of the compiled program has."""
     shapes = re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", compiled.as_text())
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
@@ -42,7 +42,8 @@ def test_no_array_of_n_squared(window):
 
 
 def loops(function, *args) -> int:
-    """Counted before XLA, which on a CPU may merge a rematerialised loop with the first one."""
+    """How many loops the program has before XLA compiles it. On a CPU, XLA may merge the loop that
+    remat repeats with the first one."""
     return str(jax.make_jaxpr(function)(*args)).count("scan[")
 
 

@@ -1,4 +1,4 @@
-"""What cuDNN is asked for, tested by letting jax.nn's own implementation answer on the CPU."""
+"""The arguments that cuDNN gets. On the CPU, jax.nn's own implementation computes with them."""
 
 import functools
 

@@ -13,7 +13,8 @@ W = 8
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("length", [1, 5, W, W + 1, 21])
 def test_decode_window_is_the_last_row(implementation, length):
-    """Position p lives in slot p mod W, so the ring is rotated and, at first, partly filled."""
+    """Position p is in slot p mod W. So the keys of a ring are not in order, and at first some
+    slots are empty."""
     q, k, v, *_ = inputs(Shape(24, 24, Q=4))
     slots = [p for p in range(length) if p >= length - W]
     ring = {x: jnp.full((2, W, 2, 4), 1e4) for x in "kv"}  # garbage in the slots not yet written
@@ -42,7 +43,8 @@ def test_decode_cross_is_the_last_row(implementation):
 
 
 def test_decode_over_many_chunks_of_keys():
-    """Of 512; the last one is moved back over its neighbour, and rows end in different ones."""
+    """Chunks have 512 keys. The last one is moved back, so it overlaps with the one before. Each
+    row ends in another chunk."""
     q, k, v, *_ = inputs(Shape(1, 1300, Q=6, K=3, B=5))
     lengths = jnp.array([1, 512, 513, 1299, 1300])
     want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
@@ -70,7 +72,7 @@ def test_a_row_of_length_zero_gives_zero(implementation, decode):
 
 
 def test_decode_bf16():
-    """At most 1.5 times the error of the bf16 reference, both against fp32."""
+    """The error is at most 1.5 times that of the bf16 reference; both are against fp32."""
     q, k, v = inputs(Shape(1, 64, Q=4, H=32))[:3]
     lengths = jnp.array([64, 50])
     exact = decode_cross(q[:, 0], k, v, lengths, implementation="reference")

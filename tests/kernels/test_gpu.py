@@ -73,7 +73,7 @@ def test_values_and_gradients(shape):
 
 
 def with_masks(shape: Shape, attend_options):
-    """One compiled function of the arrays, segment ids and lengths."""
+    """A compiled function that takes the arrays, segment ids and lengths."""
 
     @jax.jit
     def run(args, segments, lengths):
@@ -87,7 +87,7 @@ def with_masks(shape: Shape, attend_options):
 
 @interpreted
 def test_window_with_segments_races_and_repetition(capfd):
-    """Race detection raises in jax 0.12 and prints in 0.11."""
+    """If there is a race, jax 0.12 raises an error, and jax 0.11 prints a line."""
     shape = Shape(29, 29, 11, Q=2, K=1, H=8, B=1)
     args = inputs(shape)
     want = with_masks(shape, {"implementation": "reference"})
@@ -126,8 +126,8 @@ def test_full_with_lengths_and_segments():
 
 @interpreted
 def test_bf16_error_and_fp32_gradients_of_shared_keys():
-    """Against fp32 at most 1.5 times the error of the bf16 reference; k and v that come in float32
-    get their gradients from the accumulators, unrounded."""
+    """The error against fp32 is at most 1.5 times that of the bf16 reference. If k and v are
+    float32, their gradients are those of the accumulators, not rounded."""
     shape = Shape(24, 24, 14, Q=2, K=1, H=32, B=1)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     q, k, v, d_out, d_lse = inputs(shape, jnp.bfloat16)
@@ -168,8 +168,9 @@ def test_decode(decode, S, Q, K, lengths, races, capfd):
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 23])
 @pytest.mark.parametrize("q_offset", [0, 3, 16])
 def test_plan_visits_exactly_the_blocks_that_hold_visible_pairs(window, q_offset):
-    """Against the dense mask, with a limit: no block outside is visible, the first and the last
-    are not empty, and the inner ones need no mask. Queries and keys in blocks of other sizes."""
+    """Compared with the dense mask, also with a limit: no visible pair is outside the blocks, the
+    first and the last block have some, and in the inner blocks all pairs are visible. Blocks of
+    queries and of keys have different sizes."""
     N, S = 48, 40
     for limit in (0, 13, 40):
         plan = Plan(N, S, 1, window, q_offset, 1.0, limit < S)

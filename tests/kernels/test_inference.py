@@ -21,7 +21,7 @@ KERNELS = [
 @pytest.mark.parametrize("name", tiny.quick(["yoco_u", "transformer"], "yoco_u"))
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_ragged_prefill_and_decode_are_the_forward_pass_in_plain_xla(implementation, name):
-    """Rings, a cache that is not full behind a chunk of queries, lengths of each row."""
+    """With rings, a cache that is not full before a chunk of queries, and a length for each row."""
     plain = tiny.model(name, num_layers=2, num_loops=2 if name == "yoco_u" else None)
     kernels = tiny.compute(attention=implementation)
     tokens, lengths, rows = np.asarray(tiny.tokens(2, 16)), np.array([13, 6]), np.arange(2)

@@ -12,7 +12,7 @@ from yocou_jax.mixers import MIXERS
 
 
 def counted(N, S, window=None, q_offset=0):
-    """[N, S]: query n stands at q_offset + n, and sees `window` keys, its own included."""
+    """[N, S]: query n has position q_offset + n, and sees `window` keys, its own included."""
     age = q_offset + np.arange(N)[:, None] - np.arange(S)[None, :]
     return (age >= 0) & (age < (N + q_offset + 1 if window is None else window))
 
@@ -32,8 +32,8 @@ def test_lengths_and_segments_hide_keys_of_their_row():
     np.testing.assert_array_equal(got, want & (np.arange(4) < np.array([[[4]], [[2]]])))
 
 
-def test_what_is_static_is_no_operand():
-    """So that a window is not traced, and arrays are split over devices as others are."""
+def test_static_fields_are_not_operands():
+    """So jax does not trace a window, and splits the arrays over devices as it splits others."""
     mask = Mask(3, 2, jnp.array([4, 2]))
     arrays, treedef = jax.tree.flatten(mask)
     assert len(arrays) == 1
@@ -47,7 +47,7 @@ def test_what_is_static_is_no_operand():
     [("window", "yoco"), ("cross", "yoco"), ("full", "transformer"), ("full", "parscale")],
 )
 def test_accounting_counts_the_pairs_that_kernels_see(mixer, architecture):
-    """mixers.py loads no jax, and so has the same count in a closed form."""
+    """mixers.py does not load jax, so it has a formula of its own for the same count."""
     config = tiny.model(architecture)
     kernel = MIXERS[mixer].kernel(config)
     mask = Mask(kernel.window, kernel.prefix)

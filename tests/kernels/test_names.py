@@ -1,4 +1,4 @@
-"""What profiles and compilers are told of a kernel: its name and its work."""
+"""The name and the work of a kernel, which profiles and compilers show."""
 
 import re
 
@@ -24,7 +24,7 @@ GRADIENTS = {"pallas_tpu": ("dq", "dkv"), "pallas_gpu": ("dq", "dkv"), "xla": ("
 
 
 def traced(implementation: str, function, *args):
-    """The jaxpr of the function on the implementation's device, which need not be here."""
+    """The jaxpr of the function on the implementation's device. This machine need not have it."""
     device = DEVICES[implementation]
     if reason := api.unsupported_reason(implementation, Call("cross_attention", device)):
         pytest.skip(reason)
@@ -71,7 +71,7 @@ def test_decode_has_one_name_for_the_ring_and_the_cache(implementation, decode):
 
 
 def test_work_counts_visible_pairs():
-    """Products of a pair: s and p v; s, dp and ds k; s, dp, and those of dk and dv."""
+    """Matrix products: forward has s and p v; dq has s, dp and ds k; dkv has s, dp, dk and dv."""
     q, k = jax.ShapeDtypeStruct((2, 29, 4, 8), float), jax.ShapeDtypeStruct((2, 20, 2, 8), float)
     age = 3 + np.arange(29)[:, None] - np.arange(20)[None, :]
     pairs = 2 * 4 * int(((age >= 0) & (age < 6)).sum())
@@ -81,7 +81,7 @@ def test_work_counts_visible_pairs():
 
 
 def test_the_compiler_is_told_the_work_of_the_tpu_kernels():
-    """The length is no multiple of a block, and there are fewer K/V heads than query heads."""
+    """The length is not a multiple of a block, and there are fewer K/V heads than query heads."""
     shape = Shape(300, 300, 60, Q=4, K=2, H=64, B=3)
     q, k, *_ = arrays = inputs(shape, jnp.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Kernels under a mesh: every device on its own rows and heads, without a collective."""
+"""Kernels under a mesh: every device computes its own rows and heads, without a collective."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ def test_no_collective(implementation):
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_lengths_and_the_segments_of_queries_and_keys_are_split_with_their_rows(implementation):
-    """They differ between the two rows, which are on different devices, and between q and k."""
+    """Lengths and segments differ between the two rows, which are on different devices. Segments
+    also differ between q and k."""
     shape = Shape(24, 40, q_offset=16, Q=4, K=2, H=64)
     mesh = make_mesh(2, 2)
     args = put(mesh, inputs(shape))
@@ -70,7 +71,7 @@ def test_lengths_and_the_segments_of_queries_and_keys_are_split_with_their_rows(
 
 @pytest.mark.parametrize(("Q", "K"), [(4, 1), (4, 2), (12, 3)])
 def test_kv_heads_that_do_not_divide_are_replicated(Q, K):
-    """Over 4 devices: 1 head for all, 1 for two, and one that two devices share in part. Only the
+    """On 4 devices: all share one head, two share one head, or two share a part of a head. Only the
     backward needs a sum over devices."""
     shape = Shape(20, 20, Q=Q, K=K, H=8)
     mesh = make_mesh(1, 4)
@@ -81,7 +82,7 @@ def test_kv_heads_that_do_not_divide_are_replicated(Q, K):
 
 
 def test_axes_that_do_not_divide_are_left_out():
-    """4 rows over 2 x 3 devices: split over the 2, not gathered for want of a split over 6."""
+    """4 rows on 2 x 3 devices: 6 does not divide them, but the axis of 2 still splits them."""
     shape = Shape(20, 20, Q=2, K=2, H=8, B=4)
     mesh = make_mesh(2, 3)
     spec = NamedSharding(mesh, P("data"))

@@ -1,4 +1,4 @@
-"""The TPU kernels in Pallas's interpreter, against the dense reference; and that a CPU host that
+"""The TPU kernels in Pallas's interpreter, compared with the dense reference. A CPU host that
 compiles for a TPU gets them."""
 
 import functools
@@ -40,7 +40,7 @@ SHAPES = {
     "window, odd, groups of 2": Shape(150, 150, 70, Q=2, K=1, H=64, B=1),
     "window, several tiles and blocks": Shape(600, 600, 200, Q=1, K=1, H=128, B=1),
     "window, late queries": Shape(140, 400, 130, q_offset=260, H=64, B=1),
-    "window, queries that have left all keys behind": Shape(300, 140, 60, q_offset=30, H=64, B=1),
+    "window, queries that no longer see a key": Shape(300, 140, 60, q_offset=30, H=64, B=1),
     "window of 1, groups of 8": Shape(130, 130, 1, Q=8, K=1, H=64, B=1),
     "heads of 256": Shape(130, 130, 60, Q=1, K=1, H=256, B=1),
 }
@@ -64,8 +64,9 @@ def test_segments_and_rows_that_see_nothing(window):
 
 @pytest.mark.parametrize("window", [None, 200])
 def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(window):
-    """Tiles of 128 x 128, documents of 256, 128 and 144, the third with an id of the first. A value
-    that is not a number spoils what multiplies it, by 0 too: it must not reach the second."""
+    """Tiles of 128 x 128; documents of 256, 128 and 144; the third has an id of the first. A NaN
+    makes each product with it a NaN, also the product with 0. It must not reach the second
+    document."""
     blocks = TpuBlocks(128, 128, 128)
     shape = Shape(528, 528, window, Q=1, K=1, H=64, B=1)
     ids = jnp.repeat(jnp.array([[7, 3, 7]]), jnp.array([256, 128, 144]), axis=1)
@@ -81,7 +82,8 @@ def test_tiles_of_other_documents_are_skipped_and_those_of_one_need_no_mask(wind
 
 
 def test_kv_lengths():
-    """None, exactly a block, all; and more than there are, with queries beyond the end."""
+    """Rows have no key, exactly a block or all keys. Lengths may be larger than the array, and
+    queries may be after the last key."""
     beyond = Shape(150, 130, Q=2, K=2, H=64, q_offset=60)
     matches_reference(beyond, kv_lengths=jnp.array([131, 1300]))
     shape = Shape(150, 150, Q=2, K=2, H=64, B=3)
@@ -90,8 +92,8 @@ def test_kv_lengths():
     assert not got["dk"][1, 128:].any()
 
 
-def test_a_chunk_of_queries_behind_a_cache_that_is_not_full():
-    """As prefill has it: every key may be seen, and each row has some of them."""
+def test_a_chunk_of_queries_after_a_cache_that_is_not_full():
+    """As in prefill: causality hides no key, and each row has some of the keys."""
     shape = Shape(40, 2300, Q=2, K=1, H=64, B=4, q_offset=2300)
     matches_reference(shape, kv_lengths=jnp.array([0, 700, 1024, 2300]))
     bands = Bands.plan(128, 512, 2560, 2300, None, 0)
@@ -106,7 +108,8 @@ def test_a_chunk_of_queries_behind_a_cache_that_is_not_full():
     [(64, True), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((64, False), (128, True)))],
 )
 def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(H, sums_on_mxu):
-    """At most 1.5 times, root mean square, both against the fp32 reference on fp32 inputs."""
+    """The root mean square of the errors is at most 1.5 times the reference's. Both are errors
+    against the fp32 reference on fp32 inputs."""
     shape = Shape(256, 256, 100, Q=2, K=1, H=H, B=1)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     args = inputs(shape, jnp.bfloat16)
@@ -125,8 +128,9 @@ def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(H, sums
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_gradients_of_fp32_keys_are_not_rounded(implementation):
-    """A bf16 q beside fp32 k and v, as cross layers read the shared KV: their gradients are sums in
-    fp32. On inputs that bf16 holds, they are those of the bf16 call before rounding."""
+    """q is bf16, k and v are fp32, as in cross layers, which share k and v: the gradients of k and
+    v are sums in fp32. If bf16 can hold the inputs, these are the gradients of the bf16 call before
+    they are rounded."""
     shape = Shape(130, 130, Q=2, K=1, H=64, B=1)
     q, k, v, d_out, d_lse = inputs(shape, jnp.bfloat16)
     with interpret():
@@ -142,7 +146,7 @@ def test_gradients_of_fp32_keys_are_not_rounded(implementation):
 
 
 def test_no_race():
-    """The interpreter that watches reads and writes, with two cores that share the work."""
+    """Two cores share the work, in the interpreter that compares their reads and writes."""
     interpreter = pytest.importorskip(
         "jax._src.pallas.mosaic.interpret.interpret_pallas_call", reason="not public, moved"
     )
@@ -159,7 +163,7 @@ def test_no_race():
 
 @pytest.mark.parametrize("G", [1, 3])
 def test_decode(G):
-    """Lengths of 0, 1, exactly a block, and full; what lies behind them is never read."""
+    """Lengths of 0, 1, exactly a block, and all slots. No slot after the length is read."""
     lengths = jnp.array([0, 1, 128, 300])
     q, k, v, *_ = inputs(Shape(1, 300, Q=2 * G, K=2, H=64, B=4))
     want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
@@ -197,8 +201,8 @@ def test_a_band_holds_every_visible_key_and_one_step_reads_it(window, q_offset):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 2)])
 def test_a_cpu_host_that_compiles_for_a_tpu_gets_the_tpu_kernels(shape):
-    """By the device of the abstract mesh, and in a shard_map over all of it, as they must be there;
-    experiments.compile_kernels goes on to machine code."""
+    """The abstract mesh has TPUs, so the program has the TPU kernels, in a shard_map over the whole
+    mesh. experiments.compile_kernels then compiles them to machine code."""
     device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     types = (AxisType.Auto,) * 2
     mesh = AbstractMesh(shape, ("data", "tensor"), axis_types=types, abstract_device=device)

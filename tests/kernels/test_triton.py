@@ -1,5 +1,6 @@
-"""The Triton kernels against the reference, in Triton's interpreter, and what is said where they
-cannot run. Without Triton (an extra of requirements-gpu.txt) only the sentences are tested."""
+"""The Triton kernels in Triton's interpreter, compared with the reference, and the sentences for
+calls that they cannot run. Without Triton, which requirements-gpu.txt installs, only the sentences
+are tested."""
 
 import functools
 import importlib.metadata
@@ -63,7 +64,7 @@ def test_what_it_cannot_do_is_said_in_a_sentence(facts, sentence):
 
 @pytest.fixture
 def fresh():
-    """What was found out about the packages at hand is forgotten, before and after."""
+    """Before and after the test, triton.py forgets which packages it has found."""
     found = triton._missing_triton, triton._misfit
     for function in found:
         function.cache_clear()
@@ -114,8 +115,8 @@ print("asked for:", *sorted(Recorder.asked & {"jax", "triton", "jax_triton"}))
 
 
 def test_nothing_imports_triton_before_it_is_needed():
-    """Nor tries to, also where it is not installed; and not for the question whether it runs on a
-    device that it is not made for."""
+    """Nothing even tries to import it, installed or not. To say that a CPU is not an NVIDIA GPU,
+    triton.py needs no Triton."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", ASKED_FOR], env=environment, capture_output=True, text=True
@@ -128,7 +129,7 @@ def test_nothing_imports_triton_before_it_is_needed():
 
 @pytest.fixture
 def small_blocks():
-    """A handful of positions then runs through both edges and the blocks between them."""
+    """So small that few positions are enough for both edges of a window and blocks between them."""
     with pallas_kernels.block_sizes(triton_blocks=lambda *_: TritonBlocks(16, 8, 1, 1)):
         yield
 
@@ -143,7 +144,7 @@ matches_reference = functools.partial(assert_matches_reference, implementation="
 
 SHAPES = {
     "full, odd": Shape(37, 37, B=1),
-    "full, whole blocks, three heads a group": Shape(48, 48, Q=3, K=1, B=1),
+    "full, whole blocks, three heads per group": Shape(48, 48, Q=3, K=1, B=1),
     "full, late queries": Shape(13, 40, q_offset=27, Q=4),
     "full, keys after the last query": Shape(9, 40, q_offset=10, B=1),
     "full, more queries than keys": Shape(21, 11, B=1),
@@ -152,7 +153,7 @@ SHAPES = {
     "window of whole blocks": Shape(64, 64, 32, Q=1, K=1, B=1),
     "window of 1": Shape(17, 17, 1, B=1),
     "window, late queries": Shape(13, 40, 9, q_offset=27, B=1),
-    "window, queries that have left all keys behind": Shape(40, 12, 6, q_offset=3, B=1),
+    "window, queries that no longer see a key": Shape(40, 12, 6, q_offset=3, B=1),
     "one query": Shape(1, 20, 7, q_offset=19, B=1),
 }
 
@@ -205,7 +206,7 @@ def test_scale(scale, small_blocks):
 @needs_triton
 @pytest.mark.parametrize("window", [5, 30])
 def test_exactly_w_keys_are_visible(window, small_blocks):
-    """Counted: v[j] is the unit vector of j, so that out[i, j] > 0 says that i sees j."""
+    """v[j] is the unit vector of j. So out[i, j] > 0 says that i sees j, and the test counts."""
     N = 32
     q, k, *_ = inputs(Shape(N, N, B=1, Q=1, K=1, H=N))
     v = jnp.eye(N)[None, :, None]
@@ -217,7 +218,7 @@ def test_exactly_w_keys_are_visible(window, small_blocks):
 
 @needs_triton
 def test_scores_of_any_size_stay_finite(small_blocks):
-    """Logits of +-1e4, and a masked logit far above the visible ones."""
+    """Scores of +-1e4, and a masked score far above the visible ones."""
     shape = Shape(19, 19, 4, B=1)
     q, k, v, *cotangents = inputs(shape)
     got = run(shape, (q, (k * 1e4).at[:, -1].multiply(100.0), v, *cotangents))
@@ -227,8 +228,9 @@ def test_scores_of_any_size_stay_finite(small_blocks):
 
 @needs_triton
 def test_fp16_error_is_that_of_the_reference(small_blocks):
-    """At most 1.5 times, root mean square, and the same bits again. k and v in float32 beside q in
-    float16 get gradients that were never rounded to it."""
+    """The root mean square of the errors is at most 1.5 times the reference's, and a second run
+    gives the same bits. If k and v are float32 and q is float16, the gradients of k and v are not
+    rounded to float16."""
     shape = Shape(40, 40, 20, Q=2, K=1, H=32, B=1)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     args = inputs(shape, jnp.float16)
@@ -249,7 +251,7 @@ def test_fp16_error_is_that_of_the_reference(small_blocks):
 
 @needs_triton
 def test_decode(small_blocks):
-    """Lengths of nothing, one key, exactly a block, all."""
+    """Rows have no key, one key, exactly a block of keys, or all keys."""
     q, k, v, *_ = inputs(Shape(1, 27, Q=3, K=1, H=8, B=4))
     k, v = (x.at[0].set(jnp.nan).at[1, 1:].set(jnp.nan) for x in (k, v))  # never read
     lengths = jnp.array([0, 1, 8, 27])
