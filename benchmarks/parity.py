@@ -33,8 +33,9 @@ def losses(
         fields.optimizer.warmup_steps = min(fields.optimizer.warmup_steps, steps // 2)
     config = Config.from_dict(fields)
     setup = set_up(config)
-    state, found = setup.init(), []
-    with load_data(config.data).train(batch_sharding(setup.mesh)) as batches:
+    batches = load_data(config.data).train(batch_sharding(setup.mesh))
+    with batches, jax.set_mesh(setup.mesh):
+        state, found = setup.init(), []
         for step in range(1, steps + 1):
             state, out = setup.step(state, next(batches))
             found.append(out[metrics.LOSS])

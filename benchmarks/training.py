@@ -32,7 +32,8 @@ class Trainer:
 
     def __init__(self, config: Config, steps: int):
         self.setup, self.steps = set_up(config), steps
-        self.state = self.setup.init()
+        with jax.set_mesh(self.setup.mesh):
+            self.state = self.setup.init()
         self.batches = load_data(config.data).train(batch_sharding(self.setup.mesh))
         self.batch = next(self.batches)
         self.tokens = config.data.batch_size * config.data.sequence_length
@@ -42,18 +43,20 @@ class Trainer:
 
     def device_only(self):
         """Steps on one batch, again and again: the computation alone."""
-        for _ in range(self.steps):
-            self.state, _ = self.setup.step(self.state, self.batch)
+        with jax.set_mesh(self.setup.mesh):
+            for _ in range(self.steps):
+                self.state, _ = self.setup.step(self.state, self.batch)
         return self.state
 
     def as_in_training(self):
         """Steps on new batches, and reads the metrics of the step before, as the host loop does."""
         before = None
-        for _ in range(self.steps):
-            self.state, out = self.setup.step(self.state, next(self.batches))
-            if before is not None:
-                jax.device_get(before)
-            before = out
+        with jax.set_mesh(self.setup.mesh):
+            for _ in range(self.steps):
+                self.state, out = self.setup.step(self.state, next(self.batches))
+                if before is not None:
+                    jax.device_get(before)
+                before = out
         return self.state
 
 
