@@ -157,7 +157,7 @@ def attention_partition() -> Partition:
 def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     """The NamedShardings of a tree of parameters in flax boxes, which name their logical axes.
 
-    Leaves without a box (step counters, scalars of the optimiser) are replicated.
+    Leaves without a box (step counters, scalars of the optimizer) are replicated.
     """
 
     def one(leaf):
