@@ -21,9 +21,7 @@ from experiments import cli
 
 CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
-ROUNDS = flags.DEFINE_integer(
-    "rounds", 5, "Number of measurements of each kind.", lower_bound=1
-)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of measurements of each kind.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 4, "Training steps in one measurement.", lower_bound=1)
 
 

@@ -11,9 +11,7 @@ from yocou_jax import pretrained
 from yocou_jax.checkpoint import params_sha256
 from yocou_jax.files import resolve
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Workdir of a training run, or an exported folder."
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, or an exported folder.")
 STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint to read. Default: the newest.", lower_bound=0
 )

@@ -21,9 +21,7 @@ from experiments import cli
 from experiments.terminal import checked, read_prompt, talk
 from yocou_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Workdir of a training run, or an exported folder."
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, or an exported folder.")
 STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint to read. Default: the newest.", lower_bound=0
 )
