@@ -1,4 +1,4 @@
-"""Prints parameters, FLOPs and KV cache of a config and of its siblings in every architecture.
+"""Prints parameters, FLOPs and KV cache of a config, and of the same sizes in each architecture.
 
 python -m experiments.account --config=configs/yocou_1b.py [--json] [--lengths=8192,32768]
 """
@@ -16,10 +16,10 @@ from yocou_jax.config import Config
 from yocou_jax.errors import UserError, shown
 from yocou_jax.program import ARCHITECTURES
 
-CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to account for.")
+CONFIG = cli.config_file("configs/yocou_1b.py", "Config file with the sizes.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 LENGTHS = flags.DEFINE_list(
-    "lengths", ["8192", "16384", "32768", "65536", "131072", "262144"], "Sequence lengths, tokens."
+    "lengths", ["8192", "16384", "32768", "65536", "131072", "262144"], "Lengths in tokens."
 )
 
 
@@ -53,7 +53,7 @@ def main(_):
             reports[name] = accounting.report(accounting.sibling(config, name), lengths)
         except UserError:
             if "{half}" not in ARCHITECTURES[name]:
-                raise  # an odd number of layers has no halves; anything else is a mistake
+                raise  # only architectures with halves may fail: for an odd number of layers
     if config.architecture not in reports:
         reports[config.architecture] = accounting.report(config, lengths)
     if JSON.value:

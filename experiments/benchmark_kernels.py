@@ -1,32 +1,33 @@
-"""Measures every attention kernel on the device at hand against every baseline that it has.
+"""Measures the errors and times of all attention kernels and baselines that run on this device.
 
     python -m experiments.benchmark_kernels [--json] [--out=results/kernels-...] [--budget_s=...]
 
-First the errors, on fresh inputs: root mean square against a float32 reference on float32 inputs,
-beside that of the same reference on rounded inputs; a kernel of ours whose error is over 1.5 times
-that fails the command. Then times: forward, and forward with backward, of windows (W = 512) and of
-global attention from 2K to 64K positions, with heads of 64 and 128, and decoding. TFLOP/s count
-visible (query, key) pairs only: 4 H per pair and head forward, 10 H backward, and so 14 H for both.
-Backward alone is derived: 10 H over the difference of the two times (a forward that is part of a
-gradient also writes its log-sum-exp). GB/s of decoding count each valid key and value once, and are
-printed with their share of the device's own copy bandwidth, which is measured in the same run, as
-is a large matrix product. On a CPU: float32, small sizes, xla against dense.
+Errors come first, on new random inputs. The error is the root mean square of the difference from a
+float32 reference on float32 inputs. It is compared with the error of the same reference on rounded
+inputs: if a kernel of this repository has more than 1.5 times this error, the command fails.
 
-How it is timed: one jitted loop makes `calls` calls that depend on one another, so that launching
-from Python, which takes longer than a small kernel, is paid once in `calls`; between two calls a
-single element of the next input is changed by a single element of every result, so no call can be
-left out, hoisted or overlapped, and the inputs stay as random as they were (a GPU's clock depends
-on the data). XLA may still bring an input into the layout that a call prefers once, before the
-loop, as it does where a model produces that input. The loop is compiled and run once before, each
-sample is waited for, all implementations of a case take turns, and medians are printed with the
-spread (max - min) / median. What a turn of the loop takes without a call ("loop turn") is measured
-too. No time has it subtracted; it matters where a call takes a few times as long, so decoding has
-its times printed.
+Then come times: window attention (W = 512) and global attention, from 2K to 64K positions, with
+heads of 64 and 128, forward, and forward with backward; and decode. TFLOP/s count only visible
+(query, key) pairs: 4 H per pair and head for forward, 10 H for backward, and so 14 H for both. The
+time of backward is the difference of the two times. (A forward pass that is part of a gradient also
+writes its log-sum-exp.) GB/s of decode count each valid key and value once. They are printed with
+their share of the device's copy bandwidth. This bandwidth and a large matrix product are measured
+in the same run. On a CPU: float32, small sizes, xla and dense.
 
-The table is written as kernels.json and kernels.md to --out (none on a CPU unless it is named),
-again after each group of cases, so that a run that is cut short leaves what it has measured. What
-the time budget left out is listed. Exit code 1: an implementation of ours failed or is not
-accurate; baselines that fail are reported only.
+How times are measured: one jitted loop makes `calls` calls, because the launch from Python takes
+longer than a small kernel. Each call depends on the call before: one element of its input is
+changed by one element of every result. So the compiler cannot omit, move or overlap a call, and the
+inputs stay random (the clock of a GPU depends on the data). XLA may change the layout of an input
+once, before the loop, as it may in a model. The loop is compiled and run once before it is
+measured. Every sample waits for the device. All implementations of a case take turns. The tables
+have medians, with the spread (max - min) / median. The time of one turn of the loop without a call
+("loop turn") is measured too, but not subtracted. It is important where a call takes only a few
+times as long, so the tables of decode have times too.
+
+The tables are written to kernels.json and kernels.md in --out (on a CPU only if --out is given).
+They are written after each group of cases, so that an interrupted run keeps its results. Cases for
+which the time budget was too short are listed. Exit code 1: an implementation of this repository
+failed or is not accurate. If a baseline fails, it is only reported.
 """
 
 import functools
@@ -45,10 +46,10 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables
 OUT = flags.DEFINE_string(
     "out",
     None,
-    "Folder for kernels.json and kernels.md; results/kernels-<device> if not given.",
+    "Folder for kernels.json and kernels.md. Default: results/kernels-<device>.",
 )
 BUDGET = flags.DEFINE_float(
-    "budget_s", None, "Seconds after which no further case is begun; 420, on a CPU 75."
+    "budget_s", None, "Seconds after which no new case starts. Default: 420, on a CPU 75."
 )
 
 
@@ -79,7 +80,7 @@ def main(_):
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
         cli.keep_freed_memory()
-    out = folder(on_cpu)  # before minutes of measuring
+    out = folder(on_cpu)  # first, so that a mistake in --out does not cost minutes of measurements
     sizes = cases.CPU if on_cpu else cases.ACCELERATOR
     budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value
     keep = (lambda report: None) if out is None else functools.partial(kernels.write, out)

@@ -1,11 +1,12 @@
-"""Measures how fast the small config trains on the machine at hand, in one run.
+"""Measures how fast the small config trains on this machine.
 
     python -m experiments.benchmark_training [--json]
 
-Prints tokens/s and GFLOP/s (model FLOPs of `accounting`, no recomputation) of the config and of its
-transformer sibling beside a large matrix product, the share of a step spent outside the device
-computation, compile time against the loop count, and window attention against dense. What is
-compared is interleaved, and medians are printed, because shared machines are noisy.
+For the config and for a transformer of the same sizes, it prints tokens/s, GFLOP/s (model FLOPs of
+`accounting`, without recomputation), and the share of a step that is not computation on the device.
+It also prints the GFLOP/s of a large matrix product, the compile time for several numbers of loops,
+and the times of window attention and dense attention. Measurements that are compared take turns,
+and the tables have medians, because other programs may use the machine too.
 """
 
 import json
@@ -20,9 +21,7 @@ from experiments import cli
 
 CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
-ROUNDS = flags.DEFINE_integer(
-    "rounds", 5, "Times that every measurement is repeated.", lower_bound=1
-)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of measurements of each kind.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 4, "Training steps in one measurement.", lower_bound=1)
 
 

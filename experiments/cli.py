@@ -1,4 +1,4 @@
-"""What every command shares: a user's mistake is answered with one sentence and exit code 2.
+"""What all commands share. A mistake of the user ends in one sentence and exit code 2.
 
 CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
 STEPS = flags.DEFINE_integer("steps", 4, "Updates of one measurement.")
@@ -6,7 +6,8 @@ STEPS = flags.DEFINE_integer("steps", 4, "Updates of one measurement.")
 if __name__ == "__main__":
     cli.run(main)  # main(argv) returns its exit code, or None
 
-A process knows each flag once, so a test imports only commands whose flags have different names.
+A process can define a flag only once. So a test can import two commands only if their flags have
+different names.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable
 
-# C++ chatter of XLA below errors; before jax is imported, or it has no effect.
+# XLA's C++ code logs errors only. This has an effect only before jax is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import absl.logging
@@ -33,7 +34,7 @@ __all__ = ["config_file", "keep_freed_memory", "parse", "run"]
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-# The state of a machine, not a bug: its text says all there is to say.
+# They come from the state of the machine and not from a bug, so they need no stack trace.
 MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES),
     *(errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENOMEM),
@@ -41,9 +42,9 @@ MACHINE_ERRORS = {
 
 
 def run(main: Callable[[list[str]], int | None], arguments: int = 0) -> None:
-    """Parses the flags, runs `main` and exits with its code; unexpected errors keep their trace.
+    """Parses the flags, runs `main` and exits with its code. Unexpected errors keep their trace.
 
-    main gets argv[0] and at most so many `arguments` that are no flags.
+    main gets argv[0] and the words that are not flags. More than `arguments` of them are an error.
     """
     try:
         app.run(main, flags_parser=functools.partial(_prepare, arguments=arguments))
@@ -51,7 +52,7 @@ def run(main: Callable[[list[str]], int | None], arguments: int = 0) -> None:
         _stop(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _stop("Interrupted.", EXIT_INTERRUPTED)
-    except BrokenPipeError:  # whoever read stdout (head, say) has had enough
+    except BrokenPipeError:  # the reader of stdout has ended (`| head`, for example)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
@@ -62,23 +63,24 @@ def run(main: Callable[[list[str]], int | None], arguments: int = 0) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets the CPU backend of jax reuse its scratch memory from step to step (glibc only).
+    """Lets the CPU backend of jax use the same temporary memory in each step (glibc only).
 
-    By default glibc hands large blocks back to the kernel when they are freed, and every train step
-    faults the same pages in again: 327,000 of them, 0.7-0.9 s of system time a step, in a sketch of
-    8 layers of D = 256 on 4,096 tokens; none with this. A gain in wall time was not established.
+    By default, glibc returns large blocks to the operating system when they are freed, and every
+    train step gets the same pages again. In a test with 8 layers of D = 256 and 4,096 tokens, these
+    were 327,000 page faults, which took 0.7-0.9 s of system time per step. With this function there
+    were none. Whether steps also took less wall time is not known.
     """
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
-        return  # another C library: nothing to set
+        return  # another C library, which has no such options
     for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 1)):
         mallopt(option, value)
 
 
 def _stop(sentence: str, code: int) -> None:
-    # Whoever started this may have closed both, or gone.
+    # Both streams may be closed, or their reader may have ended.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
@@ -88,9 +90,9 @@ def _stop(sentence: str, code: int) -> None:
 
 def _prepare(argv: list[str], arguments: int) -> list[str]:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started this
+        if getattr(sys, name) is None:  # the parent process has closed it
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    # No text of a model or a file name ends a command because the terminal cannot show it.
+    # A character that the terminal cannot show does not end a command.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -102,10 +104,10 @@ def _prepare(argv: list[str], arguments: int) -> list[str]:
 
 
 def _quiet() -> None:
-    """What we log as plain sentences, warnings of others with their origin, and no chatter.
+    """Shows our log as plain sentences, and of other packages only warnings, with their origin.
 
-    Orbax logs whole traces of errors that it also raises, and asyncio those of its abandoned reads:
-    yocou_jax.checkpoint turns them into one sentence, so they are left out here.
+    Orbax logs the stack traces of errors that it also raises, and asyncio those of reads that Orbax
+    has cancelled. They are not shown, because yocou_jax.checkpoint raises one sentence instead.
     """
     absl.logging.set_verbosity(absl.logging.WARNING)
     absl.logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
@@ -117,8 +119,8 @@ def _quiet() -> None:
 
 
 class _CurrentStderr(logging.Handler):
-    """Writes to what sys.stderr is now: rich replaces it while a live line is on the screen."""
+    """Writes to the current sys.stderr, because rich replaces it while it shows a live line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        with contextlib.suppress(OSError, ValueError):  # the stream may be closed
             print(self.format(record), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""From the words of a command line to the values of its flags, or to one sentence."""
+"""Parses a command line. Each mistake in it is one sentence."""
 
 import itertools
 import re
@@ -14,10 +14,11 @@ from yocou_jax.errors import UserError, shown
 def parse(
     argv: list[str], flag_values: flags.FlagValues = flags.FLAGS, arguments: int = 0
 ) -> list[str]:
-    """Sets the flags from a command line; returns what is no flag: argv[0] and `arguments` at most.
+    """Sets the flags from a command line. Returns argv[0] and the words that are not flags, at most
+    `arguments` of them.
 
-    Every override is applied or refused. Raises UserError for every mistake in a command line or in
-    the config file that it names.
+    Every override is applied or refused. Raises UserError for every mistake in the command line or
+    in its config file.
     """
     try:
         words = flag_values.read_flags_from_files(argv[1:], force_gnu=False)
@@ -29,21 +30,22 @@ def parse(
         raise UserError(_sentence(error)) from error
     except UserError:
         raise
-    except ValueError as error:  # a flag file that is no text, --nojson=3
+    except ValueError as error:  # a flag file that is not text, --nojson=3
         raise UserError(f"The command line cannot be read: {one_line(error)}.") from error
     if len(rest) > 1 + arguments:
         raise UserError(
-            f"The argument {shown(rest[1 + arguments])} means nothing here: every option is a "
+            f"The argument {shown(rest[1 + arguments])} is not possible here: every option is a "
             "--flag."
         )
     return rest
 
 
 def _check_values(words: list[str], flag_values: flags.FlagValues) -> None:
-    """Refuses `--workdir --json`: absl would take the second flag as the value of the first."""
+    """Raises UserError for `--workdir --json`: absl would take the second flag as the value of the
+    first."""
     following_is_value = False
     for word, following in itertools.pairwise(words):
-        if following_is_value or not word.startswith("-"):  # a value, whatever it looks like
+        if following_is_value or not word.startswith("-"):  # a value, also if it begins with --
             following_is_value = False
             continue
         name = re.sub("^--?", "", word)
@@ -62,12 +64,13 @@ def _check_values(words: list[str], flag_values: flags.FlagValues) -> None:
 
 
 def _check_overrides(words: list[str], flag: flags.Flag) -> None:
-    """Each --config.group.field names a field, after the one --config; reads the default config."""
+    """Checks that each --config.group.field is a field, and comes after the only --config. Reads
+    the default config if there is no --config."""
     flag.parser.words[:] = words
     files = [i for i, word in enumerate(words) if re.match(r"--?config(=|$)", word)]
     if len(files) > 1:
         raise UserError(
-            f"The flag --config is given {len(files)} times; a run has one config file."
+            f"The flag --config is given {len(files)} times, but there can be one config file."
         )
     overrides = [
         (i, *match.groups())
@@ -90,7 +93,7 @@ def _check_overrides(words: list[str], flag: flags.Flag) -> None:
 
 
 def _sentence(error: flags.Error) -> str:
-    """What absl raised, as a sentence; what ConfigParser raised is one already."""
+    """An error of absl as a sentence. An error of ConfigParser is a sentence already."""
     text, cause = str(error), error.__context__
     if isinstance(cause, UserError):
         return str(cause)

@@ -21,8 +21,9 @@ def config_file(
 ) -> flags.FlagHolder:
     """Defines --config=FILE[:PRESET], and --config.group.field=value for every field.
 
-    config_flags does the work. By itself it would read the default and sys.argv at once, before
-    `cli.run` can answer a mistake in them with a sentence; `command_line.parse` hands both over.
+    This uses ml_collections.config_flags, which would read the default and sys.argv immediately. A
+    mistake in them could then not become a sentence of `cli.run`. So `command_line.parse` gives
+    both to the parser later.
     """
     parser = ConfigParser(default)
     holder = config_flags.DEFINE_config_file(
@@ -33,11 +34,11 @@ def config_file(
 
 
 class ConfigParser(flags.ArgumentParser):
-    """Reads the value of --config; whatever is wrong with the file is said in one sentence."""
+    """Reads the value of --config. Each mistake in the file is a UserError."""
 
     def __init__(self, default: str | ConfigDict | None):
         self.default = default
-        self.words: list[str] = []  # the command line, where config_flags looks for overrides
+        self.words: list[str] = []  # the command line, in which config_flags finds the overrides
 
     def parse(self, argument: str | ConfigDict) -> ConfigDict:
         config = argument if isinstance(argument, ConfigDict) else _load_config(argument)
@@ -54,7 +55,7 @@ class ConfigParser(flags.ArgumentParser):
 
 
 def _load_config(argument: str) -> ConfigDict:
-    """What get_config() of a file returns, given what follows the colon of FILE:PRESET."""
+    """The result of get_config() in FILE. For FILE:PRESET it is that of get_config(PRESET)."""
     name, colon, preset = argument.partition(":")
     path = os.path.abspath(expand_path(name))
     if not os.path.isfile(path):
@@ -83,7 +84,7 @@ def _load_config(argument: str) -> ConfigDict:
 
 
 def _failure(name: str, path: str, error: Exception) -> str:
-    """What went wrong in a config file, and in which of its lines."""
+    """A sentence about an error in a config file, with its line."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
         lines.append(error.lineno)
@@ -93,7 +94,7 @@ def _failure(name: str, path: str, error: Exception) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, as the end of a sentence."""
+    """The text of an error, as the end of a sentence."""
     text = " ".join(str(error).split()).rstrip(".")
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
@@ -102,7 +103,7 @@ def one_line(error: Exception) -> str:
 
 
 class _ValueParser(flags.ArgumentParser):
-    """Reads the text of an override. What the field may be is checked by Config."""
+    """Reads the text of an override. `Config` checks the range of the value."""
 
     def __init__(self, read: Callable[[str], Any], wanted: str):
         self.read, self.wanted = read, wanted

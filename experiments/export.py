@@ -11,14 +11,16 @@ from yocou_jax import pretrained
 from yocou_jax.checkpoint import params_sha256
 from yocou_jax.files import expand_path
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Of a training run; or an exported folder.")
-STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; else the newest.", lower_bound=0)
-FOLDER = flags.DEFINE_string("folder", None, "To write; it must not exist, or be empty.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, or an exported folder.")
+STEP = flags.DEFINE_integer(
+    "step", None, "Step of the checkpoint to read. Default: the newest.", lower_bound=0
+)
+FOLDER = flags.DEFINE_string("folder", None, "Folder to write. It must not exist, or be empty.")
 flags.mark_flags_as_required(["workdir", "folder"])
 
 
 def main(_):
-    # Nothing is computed: a model that fills the devices still fits into the host's memory.
+    # Only copies arrays. On the CPU, a model that is too large for one accelerator fits too.
     jax.config.update("jax_platforms", "cpu")
     model, folder = pretrained.load(WORKDIR.value, step=STEP.value), expand_path(FOLDER.value)
     pretrained.export(folder, model)

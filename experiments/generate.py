@@ -1,15 +1,15 @@
-"""Text from a trained model: continues prompts, as it comes.
+"""Continues prompts with a trained model, and shows the text while it is generated.
 
     python -m experiments.generate --workdir=runs/yocou_small --prompt="def "
     python -m experiments.generate --workdir=runs/yocou_small --prompt="import " --prompt="class " --num_samples=2
     python -m experiments.generate --workdir=exported/yocou_small --prompt_file=prompt.py --temperature=0
     python -m experiments.generate --workdir=runs/yocou_small --interactive
 
---workdir is one of `experiments.train` or a folder of `experiments.export`. Several prompts run in
-one batch, and each text is printed when it ends. Text goes to stdout; speed and cache bytes, with
-compilation left out, go to stderr. Each prompt begins a new text; --prompt= (empty) is one that has
-nothing yet. A row ends with the end-of-text token, --max_new_tokens, or in front of a --stop text:
---stop=$'\\n\\n' in bash for an empty line.
+--workdir is a workdir of `experiments.train` or a folder of `experiments.export`. Several prompts
+run in one batch, and each text is printed when it ends. Texts are written to stdout. Kernels, speed
+(without compilation) and bytes of the cache are written to stderr. Each prompt is the beginning of
+a new text, and --prompt= (empty) lets the model write all of it. A text ends at the end-of-text
+token, after --max_new_tokens, or before a --stop text. In bash, --stop=$'\\n\\n' is an empty line.
 """  # noqa: E501
 
 import contextlib
@@ -21,38 +21,46 @@ from experiments import cli
 from experiments.terminal import checked, read_prompt, talk
 from yocou_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Of a training run; or an exported folder.")
-STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; else the newest.", lower_bound=0)
-PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given several times.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, or an exported folder.")
+STEP = flags.DEFINE_integer(
+    "step", None, "Step of the checkpoint to read. Default: the newest.", lower_bound=0
+)
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue. Several are possible.")
 PROMPT_FILE = flags.DEFINE_multi_string(
-    "prompt_file", [], "A file whose text is to be continued; - is stdin."
+    "prompt_file", [], "File with a text to continue; - is stdin. Several are possible."
 )
-INTERACTIVE = flags.DEFINE_bool("interactive", False, "Ask for prompts, a line each, until Ctrl-D.")
+INTERACTIVE = flags.DEFINE_bool("interactive", False, "Read one prompt per line, until Ctrl-D.")
 NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 128, "At most so many for each text.", lower_bound=1, upper_bound=2**30
+    "max_new_tokens", 128, "New tokens of each text, at most.", lower_bound=1, upper_bound=2**30
 )
-STOP = flags.DEFINE_multi_string("stop", [], "A text before which a row ends; may be given often.")
+STOP = flags.DEFINE_multi_string("stop", [], "A text ends before this. Several are possible.")
 NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples",
     1,
-    "Texts for each prompt, which is read once.",
+    "Texts for each prompt. The prompt is read once.",
     lower_bound=1,
     upper_bound=2**16,
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.")
-TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0: all.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens with this mass; 1: all.")
-MIN_P = flags.DEFINE_float("min_p", 0.0, "Only tokens this likely, relative to the likeliest.")
-PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 against repetition; 1: none.")
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the first text; the next one has the next.", lower_bound=0, upper_bound=2**31
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Divides the logits. 0 takes the most likely token."
 )
-NUM_LOOPS = flags.DEFINE_integer("num_loops", None, "Loops of the looped stage; else as trained.")
-ATTENTION = flags.DEFINE_string("attention", "auto", "A kernel's name, or the device's best.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k most likely tokens. 0: all.")
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Only the most likely tokens, until their probabilities sum to p. 1: all."
+)
+MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Only tokens at least min_p times as likely as the most likely one. 0: all."
+)
+PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: less repetition. 1: no penalty.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the first text. Text i uses seed + i.", lower_bound=0, upper_bound=2**31
+)
+NUM_LOOPS = flags.DEFINE_integer("num_loops", None, "Number of loops. Default: as in training.")
+ATTENTION = flags.DEFINE_string("attention", "auto", "Name of a kernel. auto: the device decides.")
 CHUNK = flags.DEFINE_integer(
     "chunk",
     None,
-    "Positions of a prompt that are read at once.",
+    "Positions of a prompt that one step of prefill reads.",
     lower_bound=1,
     upper_bound=2**20,
 )
@@ -65,7 +73,7 @@ flags.mark_flag_as_required("workdir")
 def prompts() -> list[str]:
     texts = PROMPT.value + [read_prompt(name) for name in PROMPT_FILE.value]
     if bool(texts) == INTERACTIVE.value:
-        raise UserError("Give --prompt or --prompt_file (several are fine), or --interactive.")
+        raise UserError("Give --prompt or --prompt_file (or several of them), or --interactive.")
     return [checked(f"Prompt {i}", text) for i, text in enumerate(texts)]
 
 
@@ -83,7 +91,8 @@ def tensor_mesh() -> jax.sharding.Mesh | None:
         return None
     if TENSOR.value > jax.device_count():
         raise UserError(
-            f"--tensor={TENSOR.value} needs as many devices; {jax.device_count()} here."
+            f"--tensor={TENSOR.value} needs {TENSOR.value} devices, but there are "
+            f"{jax.device_count()}."
         )
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
 
@@ -91,7 +100,7 @@ def tensor_mesh() -> jax.sharding.Mesh | None:
 def main(_):
     texts = prompts()
     mesh = tensor_mesh()
-    # After the checks above: these imports take seconds.
+    # These imports take seconds, so they come after the checks.
     from experiments.writer import Options, Writer
     from yocou_jax.inference import Sampling
 

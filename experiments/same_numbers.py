@@ -1,12 +1,13 @@
-"""Whether this tree computes what another revision computes, to the bit: for every refactoring.
+"""Checks that this tree computes the same numbers as another revision, bit for bit.
 
     python -m experiments.same_numbers HEAD~3 [--steps=20] [--cases=yoco_u,experts] [--json]
 
-Each case is a tiny model that is trained, accounted for and asked to write, by the commands of this
-tree (uncommitted changes included) and by those of REVISION. Compared are every number of every
-row of metrics, the hash of the final parameters, greedy text, the bytes of its cache and the whole
-accounting report. Exit code 1 and a table of what differs, if anything does. Both run here, with
-the packages that are installed: another machine or another jax may well give other numbers.
+Each case is a tiny model. The commands of this tree (with uncommitted changes) and those of
+REVISION train it, account for it and generate text with it. Then it compares all numbers in the
+rows of metrics, the hash of the final parameters, greedy text, the bytes of its cache and the
+report of accounting. If something differs, the exit code is 1 and a table shows it. Both trees run
+on this machine with the installed packages, because another machine or another jax may give other
+numbers.
 """
 
 import json
@@ -20,7 +21,7 @@ from experiments import cli
 from yocou_jax.errors import UserError
 
 STEPS = flags.DEFINE_integer("steps", 20, "Updates of each training run.", lower_bound=5)
-CASES = flags.DEFINE_list("cases", [], "Some of the cases; all of them by default.")
+CASES = flags.DEFINE_list("cases", [], "Names of cases. Default: all.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 
 

@@ -1,4 +1,4 @@
-"""Texts that a user types or names, and texts that a model writes, in a terminal."""
+"""Reads prompts from a terminal or a file, and prints the texts of a model."""
 
 import sys
 from collections.abc import Callable
@@ -9,21 +9,21 @@ import numpy as np
 from yocou_jax.errors import UserError
 from yocou_jax.files import expand_path
 
-if TYPE_CHECKING:  # it takes seconds to import
+if TYPE_CHECKING:  # the import takes seconds
     from yocou_jax.inference.text import TextRow
 
 
 def checked(name: str, text: str) -> str:
-    """The text without a byte-order mark, if it is UTF-8."""
+    """The text without a byte-order mark. Raises UserError if it is not UTF-8."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # bytes of a terminal that are no UTF-8
+    except UnicodeEncodeError as error:  # bytes from a terminal that are not UTF-8
         raise UserError(f"{name} is not UTF-8 text.") from error
     return text.removeprefix("\ufeff")
 
 
 def read_prompt(name: str) -> str:
-    """The text of a file, or of stdin for "-"; its line ends stay, as in training."""
+    """The text of a file, or of stdin for "-". Line ends are not changed, as in training."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else expand_path(name).read_bytes()
         return data.decode()
@@ -33,8 +33,8 @@ def read_prompt(name: str) -> str:
 
 
 def talk(write: Callable[[list[str]], None]) -> None:
-    """Asks for prompts and continues them; Ctrl-C ends a text, or the command between texts."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text: `checked` says so
+    """Reads prompts and continues them. Ctrl-C ends a text. At the prompt, it ends the command."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # `checked` then finds bytes that are not UTF-8
     while True:
         try:
             text = input("> ")
@@ -50,15 +50,16 @@ def talk(write: Callable[[list[str]], None]) -> None:
 
 
 def note(text: str) -> None:
-    """A line on stderr, after what stdout has so far."""
+    """Prints a line on stderr, after all that was written to stdout so far."""
     sys.stdout.flush()
     print(text, file=sys.stderr)
 
 
 class Printer:
-    """Writes rows of text to stdout: a single row as it comes, several when each of them ends.
+    """Writes rows of text to stdout. A single row is written while it is generated, and one of
+    several rows when it ends.
 
-    prompts: what the rows continue; each has the same number of rows, one after the other.
+    prompts: each of them has the same number of rows, one after the other.
     """
 
     def __init__(self, prompts: list[str], rows: "list[TextRow]"):
@@ -66,7 +67,8 @@ class Printer:
         self.begun = False
 
     def __call__(self, tokens: np.ndarray) -> list[bool]:
-        """Takes a block of new tokens [rows, steps], -1 after the end of a row; which ended."""
+        """Takes a block of new tokens [rows, steps], -1 after the end of a row. Returns which rows
+        have ended."""
         if len(self.rows) == 1:
             self._continue(self.rows[0], tokens[0])
         else:
@@ -78,7 +80,7 @@ class Printer:
         return [row.ended for row in self.rows]
 
     def _continue(self, row: "TextRow", tokens: np.ndarray) -> None:
-        """Prints what the tokens add to the only row."""
+        """Prints the new text of the only row."""
         start, shown = "" if self.begun else self.prompts[0], len(row.text)
         row.add(tokens)
         end = "\n" if row.ended else ""
@@ -86,7 +88,7 @@ class Printer:
         self.begun = True
 
     def _whole(self, i: int) -> str:
-        """A row of several with its title and its prompt."""
+        """The text of one of several rows, with a title and its prompt."""
         num_samples = len(self.rows) // len(self.prompts)
         prompt, sample = divmod(i, num_samples)
         title = f"prompt {prompt}" + (f", sample {sample}" if num_samples > 1 else "")

@@ -3,10 +3,10 @@
     python -m experiments.train --config=configs/yocou_small.py
     python -m experiments.train --config=configs/yocou_small.py:rins --config.model.num_loops=5
 
-Typed again, the same command goes on from the newest checkpoint in --workdir; with a larger
-run.steps it makes the run longer, and --init_from=runs/a begins a new run with the parameters of
-another. On several hosts start it once on each with --distributed (a TPU pod needs nothing else;
-elsewhere give the three flags that name the processes).
+The same command again resumes the run from the newest checkpoint in --workdir. With a larger
+run.steps the run becomes longer. --init_from=runs/a starts a new run with the parameters of another
+run. On several hosts, start the command once on each host, with --distributed. On a TPU pod this is
+all; elsewhere, --coordinator, --num_processes and --process_id are needed too.
 """
 
 import os
@@ -22,15 +22,15 @@ from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 from yocou_jax.files import expand_path
 
-CONFIG = cli.config_file(None, "A file of configs/, and :architecture.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Of this run; runs/<config name> by default.")
+CONFIG = cli.config_file(None, "Config file, optionally with :architecture.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run. Default: runs/<config name>.")
 INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "A workdir or exported folder whose parameters a new run starts with."
+    "init_from", None, "Workdir or exported folder. A new run starts with its parameters."
 )
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Address of process 0, host:port.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of this run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 flags.mark_flag_as_required("config")
 
 
@@ -41,8 +41,8 @@ def default_workdir(config_file: str) -> Path:
 
 
 def main(_):
-    # Until a run listens to signals there is nothing to save: Ctrl-C ends it as SIGTERM does.
-    # As an exception it may hit a library that is being imported, which makes a trace of it.
+    # Before training begins, there is nothing to save, so Ctrl-C ends the process as SIGTERM does.
+    # Python's KeyboardInterrupt may arrive inside an import, and would print a stack trace.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
@@ -52,7 +52,7 @@ def main(_):
     from yocou_jax.training.preemption import EXIT_PREEMPTED
 
     if DISTRIBUTED.value:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # elsewhere without effect
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only CPUs read it
         try:
             jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         except (ValueError, RuntimeError) as error:
@@ -66,14 +66,14 @@ def main(_):
     config_file = flags.FLAGS["config"].config_filename
     for flag in (WORKDIR, INIT_FROM):
         if flag.value is not None and not flag.value.strip():
-            raise UserError(f"The flag --{flag.name} is empty; leave it out or name a folder.")
+            raise UserError(f"The flag --{flag.name} is empty. Name a folder, or omit the flag.")
     workdir = expand_path(WORKDIR.value or default_workdir(config_file))
-    # Only process 0 speaks: the others would say the same.
+    # Only process 0 prints, because the others would print the same.
     with Console(Terminal(quiet=jax.process_index() > 0)) as console:
         summary = Run(config, workdir, console, init_from=INIT_FROM.value).train()
         if summary is None:
             return EXIT_PREEMPTED
-        # The Python that runs this, as a path to type: nobody may have put it on PATH.
+        # The path of this Python, because `python` may be another one or missing on PATH.
         python = os.path.relpath(sys.executable)
         python = sys.executable if python.startswith("..") else python
         file, _, preset = config_file.partition(":")

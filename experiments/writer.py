@@ -1,4 +1,4 @@
-"""A trained model that continues texts, and says on stderr how fast it is."""
+"""A trained model that continues texts, and reports on stderr how fast."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from yocou_jax.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the flags of `experiments.generate` say: which model, how it runs, how texts go on."""
+    """The flags of `experiments.generate` (see there), checked."""
 
     workdir: str
     step: int | None
@@ -35,7 +35,7 @@ class Options:
 
 
 class Writer:
-    """A loaded model with its options; called with texts, it continues them on stdout."""
+    """A loaded model and its options. A call continues texts on stdout."""
 
     def __init__(self, options: Options, mesh: jax.sharding.Mesh | None):
         check_sampling(options.sampling, 1)  # before a large model is read
@@ -43,7 +43,7 @@ class Writer:
         loaded = pretrained.load(options.workdir, mesh, options.step)
         config = loaded.config
         if options.num_loops is not None:
-            config.program.with_loops(options.num_loops)  # refuses what makes no sense
+            config.program.with_loops(options.num_loops)  # checks the number
             config = dataclasses.replace(config, num_loops=options.num_loops)
             note_loops(loaded.config.program, options.num_loops)
         compute = dataclasses.replace(loaded.compute, attention=options.attention)
@@ -57,7 +57,7 @@ class Writer:
         options = self.options
         try:
             self._continue(texts)
-        except UnsupportedCall as error:  # a kernel that is not for these sizes
+        except UnsupportedCall as error:  # the kernel does not support these sizes
             raise UserError(f"--attention={options.attention}: {error}") from error
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -96,7 +96,7 @@ class Writer:
         note(speed(sum(map(len, prompts)), out, capacity) + compiled)
 
     def _compile(self, generate: Callable, sizes: tuple[int, int, int]) -> str:
-        """Runs what compiles for these sizes, so that it is not timed; how long that took."""
+        """Compiles the programs for these sizes before they are timed. Returns a note."""
         if sizes in self.compiled:
             return ""
         start, shortest = time.perf_counter(), [[self.tokenizer.eot_id]] * sizes[0]
@@ -106,7 +106,7 @@ class Writer:
 
 
 def check_attention(name: str) -> None:
-    """Whether there is such a kernel for this device, before a large model is read."""
+    """Raises UserError if there is no such kernel for this device."""
     try:
         for operation in OPERATIONS:
             choose_implementation(operation, implementation=name)
@@ -115,17 +115,17 @@ def check_attention(name: str) -> None:
 
 
 def note_loops(trained: Program, num_loops: int) -> None:
-    """Says so when the looped stages of the program were trained with another loop count."""
+    """Writes a note if the looped stages were trained with another number of loops."""
     counts = sorted({stage.loops for stage in trained.stages if stage.loops is not None})
     if counts != [num_loops]:
         note(
-            f"trained at {' and '.join(map(str, counts))} loops; running {num_loops}: a model "
-            "trained at one loop count is usually worse at any other"
+            f"trained with {' and '.join(map(str, counts))} loops, now running with {num_loops}: a "
+            "model is usually worse with another number of loops than in training"
         )
 
 
 def speed(read: int, out: Generation, capacity: int) -> str:
-    """Tokens per second and bytes of the cache; the prompts have `read` tokens."""
+    """Tokens per second, and bytes of the cache. read: number of tokens of all prompts."""
     written, rows, nbytes = int(out.lengths.sum()), len(out.lengths), out.memory.nbytes
     return (
         f"prefill {read:,} tokens in {out.prefill_s:.3f} s ({read / out.prefill_s:,.0f} "

@@ -1,4 +1,4 @@
-"""How the tests check annotations, shapes included: in every call of a function of ours."""
+"""Lets the tests check all annotations (types and shapes) in every call of our functions."""
 
 from pathlib import Path
 
@@ -18,11 +18,11 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int may stan
 
 
 def check(function):
-    """beartype, but for what a class is made by: JAX takes dataclasses apart and puts them together
-    with anything in their fields (shardings, axes, arrays that a scan has stacked)."""
+    """Decorates a function with beartype, but not `__init__`: JAX makes copies of dataclasses with
+    other objects in their fields (shardings, axes, arrays that a scan has stacked)."""
     return function if function.__name__ == "__init__" else _beartype(function)
 
 
 def install():
-    """Before the first import of our modules."""
+    """Call this before the first import of our modules."""
     jaxtyping.install_import_hook(MODULES, "tests.checked.check")

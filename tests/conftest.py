@@ -8,26 +8,27 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Compiling is most of what the tests cost, and none of them measures speed.
+# Most of the time of the tests is compilation, and none of them measures speed.
 FLAGS = [
     *("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"),
-    "--xla_cpu_parallel_codegen_split_count=1",  # each part compiled apart costs a fifth more
+    "--xla_cpu_parallel_codegen_split_count=1",  # several parts take a fifth more time
 ]
-if importlib.metadata.version("jax").startswith("0.10."):  # newer ones refuse to know the flag
+if importlib.metadata.version("jax").startswith("0.10."):  # newer versions do not have the flag
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
-# The commands that tests start share what they compile. Set after jax has read its environment:
-# the tests themselves compile afresh, because some look into what the compiler says.
+# The processes that tests start share a cache of compiled programs. The tests themselves have none,
+# because some of them read the log of the compiler. So the variable is set (below) after jax has
+# read its environment.
 if "YOCOU_TESTS_COMPILED" not in os.environ:
     os.environ["YOCOU_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="yocou-compiled-")
     atexit.register(shutil.rmtree, os.environ["YOCOU_TESTS_COMPILED"], ignore_errors=True)
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
-# What jax has traced lives as long as its process: to look through it at each 700 new objects, as
-# Python would, is a tenth of the suite's time.
+# What jax has traced is never freed. By default, Python's garbage collector looks through it after
+# each 700 new objects, which takes a tenth of the time of the suite.
 gc.set_threshold(100_000, 50, 100)
 
 import jax  # noqa: E402
@@ -36,15 +37,14 @@ import pytest  # noqa: E402
 
 from tests import checked  # noqa: E402
 
-# What is wrong in a way that nobody would see: shapes and types against their annotations, arrays
-# that get axes without being asked.
+# Every call checks shapes and types against the annotations, and no array gets new axes silently.
 checked.install()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["YOCOU_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-# The longest files first, so that no process has one left when the others are done.
+# The longest files run first, so that parallel processes end at about the same time.
 LONGEST = (
     *("test_end_to_end", "inference/test_inference", "model/test_model", "training/test_train"),
     *("experiments/test_generate", "training/test_loop", "test_oracle", "test_sharding"),
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def unchecked():
-    """For a test that hands over what is wrong on purpose, to read the sentence of our own."""
+    """For a test that passes a wrong value on purpose: the code itself must refuse it."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -90,7 +90,7 @@ def config_of(row: dict):
 
 
 class Recorded(NamedTuple):
-    """The state of an optimiser that stores the gradient it gets."""
+    """The state of an optimizer that stores the gradient it gets."""
 
     grads: dict
     total_notfinite: int
@@ -107,7 +107,7 @@ RECORDER = optax.GradientTransformation(lambda params: Recorded(params, 0, 0), _
 
 @functools.partial(jax.jit, static_argnames="config")
 def recorded_step(params, batch, config):
-    """The gradients that the train step gives to its optimiser, and its metrics."""
+    """The gradients that the train step gives to its optimizer, and its metrics."""
     state = TrainState(jnp.int32(0), params, RECORDER.init(params))
     state, out = train_step(
         state,
@@ -238,7 +238,7 @@ def by_matrix(g, slots, t, o, axes):
 
 
 def update(params, grads, slots, t, rate, o):
-    """Parameters after update t = 1, 2, ...: clipping, the optimiser, and decoupled decay of all
+    """Parameters after update t = 1, 2, ...: clipping, the optimizer, and decoupled decay of all
     parameters except norm scales and prefixes."""
     paths, tree = jax.tree_util.tree_flatten_with_path(grads)
     grads = [np.asarray(g, np.float64) for _, g in paths]
@@ -257,7 +257,7 @@ def update(params, grads, slots, t, rate, o):
     return tree.unflatten(new)
 
 
-# One row for each optimiser, from the rows above, because their gradients are compiled already.
+# One row for each optimizer, from the rows above, because their gradients are compiled already.
 GOLDEN = [
     ("adamw", lambda row: "streams" in row["architecture"] and not row["num_experts"]),
     ("muon", lambda row: "streams" in row["architecture"] and row["num_experts"]),
@@ -270,7 +270,7 @@ GOLDEN = [
     ids=["adamw", "muon"],
 )
 def test_three_updates(name, fits):
-    """Compares the parameters after three train steps with those of optimisers in numpy."""
+    """Compares the parameters after three train steps with those of optimizers in numpy."""
     row = next(filter(fits, ROWS))
     gradients = config_of(row)
     optimizer = dataclasses.replace(

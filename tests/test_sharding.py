@@ -237,11 +237,13 @@ def test_a_mesh_that_does_not_fit_is_refused_with_a_proposal(sizes, reason):
 
 def test_a_mesh_axis_that_splits_no_parameter_is_refused():
     with pytest.raises(UserError, match=r"mesh.fsdp=8 would split no parameter: 8 does not divide "
-                       r"embed=12\. Choose another mesh"):  # fmt: skip
+                       r"12 \(model.d_model\)\. Choose another mesh"):  # fmt: skip
         set_up(config_on((1, 8, 1), d_model=12))
     fields = {"d_ff": 20, "vocab_size": 30}
     with pytest.raises(UserError, match=r"mesh.tensor=8 would split no parameter: 8 does not"
-                       r" divide vocab=30, kv_heads=2, heads=4, mlp=20\."):  # fmt: skip
+                       r" divide 30 \(model.vocab_size\), 2 \(model.num_kv_heads\), "
+                       r"4 \(model.num_heads\), 20 \(model.d_ff or the width of experts\)\."
+                       ):  # fmt: skip
         set_up(config_on((1, 1, 8), **fields))
     set_up(config_on((8, 1, 1), d_model=12, **fields))
 
@@ -252,7 +254,7 @@ def test_a_mesh_axis_that_splits_only_a_part_gives_a_warning(caplog):
     (1024). 3168 of 6496 are 49%."""
     set_up(config_on((1, 1, 8)))
     assert "mesh.tensor=8 leaves 49% of the parameters whole on every device" in caplog.text
-    assert "8 does not divide kv_heads=2, heads=4." in caplog.text
+    assert "8 does not divide 2 (model.num_kv_heads), 4 (model.num_heads)." in caplog.text
     caplog.clear()
     set_up(config_on((1, 8, 1)))
     set_up(config_on((2, 2, 2)))
@@ -261,8 +263,25 @@ def test_a_mesh_axis_that_splits_only_a_part_gives_a_warning(caplog):
 
 @pytest.mark.parametrize("batch_size", [6, 12])
 def test_a_batch_that_does_not_divide_is_refused(batch_size):
-    with pytest.raises(UserError, match=rf"data.batch_size={batch_size}.*does not divide by 8"):
+    with pytest.raises(UserError, match=rf"data.batch_size={batch_size}.*must be a multiple of 8"):
         set_up(config_on((4, 2, 1), data={"batch_size": batch_size}))
+
+
+def test_a_step_outside_its_mesh_is_refused():
+    """Without the mesh in the context, activations would not be split, and nobody would see it."""
+    setup = set_up(config_on((8, 1, 1)))
+    state, batch = setup.abstract_state, tiny.batch()
+    with jax.set_mesh(setup.mesh):
+        jax.eval_shape(setup.step, state, batch)
+    for call in (
+        setup.init,
+        lambda: setup.step(state, batch),
+        lambda: setup.evaluate(state.params, batch),
+    ):
+        with pytest.raises(RuntimeError, match=r"inside `with jax.set_mesh\(setup.mesh\)`"):
+            jax.eval_shape(call)
+    with jax.set_mesh(make_mesh(MeshConfig(4, 2, 1))), pytest.raises(RuntimeError, match="inside"):
+        jax.eval_shape(setup.init)
 
 
 # --- Checkpoints move between meshes --------------------------------------------------------------

@@ -108,7 +108,11 @@ def batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0) -> Ba
 
 
 def packed_batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0) -> Batch:
-    """Rows with two documents each. Every row has its own boundary between them."""
+    """Rows with two documents each. Every row has its own boundary between them.
+
+    The last target of the first document has weight 0, so that tests see whether weights are used.
+    (In the training batches of the pipeline, every target counts.)
+    """
     plain = batch(size, length, vocab, seed)
     cuts = np.random.default_rng(seed).integers(1, length, (size, 1))
     at = np.arange(length)[None]

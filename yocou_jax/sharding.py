@@ -2,7 +2,8 @@
 
 Modules name logical axes, and LOGICAL_AXES maps them to mesh axes. All shardings are derived from
 this table (`jax.eval_shape` -> specs -> `jit(init, out_shardings=...)`). A new kind of parallelism
-is a new mesh axis and its rows here.
+is a new mesh axis: a name in MESH_AXES, a field of MeshConfig and of configs/base.py, its rows in
+LOGICAL_AXES, and, if it splits parameters, its name in `check_split`.
 """
 
 import logging
@@ -42,6 +43,16 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+# What sets the size of a logical axis that is split, for messages.
+SIZES = {
+    "embed": "model.d_model",
+    "heads": "model.num_heads",
+    "kv_heads": "model.num_kv_heads",
+    "mlp": "model.d_ff or the width of experts",
+    "vocab": "model.vocab_size",
+}
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor over all devices. -1 means all that are left."""
     devices = jax.devices() if devices is None else devices
@@ -75,15 +86,15 @@ def _does_not_fit(sizes: dict[str, int], named: int, devices: int) -> str:
 def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError if a mesh axis splits no parameter: its devices would do the same work.
 
-    If it splits only some parameters, a warning may say which share every device stores as a whole.
-    boxed: parameters with their logical axes.
+    If it splits only some parameters, every device stores the others as a whole. If their share is
+    more than REPLICATED_SHARE, a warning says so. boxed: parameters with their logical axes.
     """
     boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     for axis in (axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1):
         ways, whole = mesh.shape[axis], [box for box in boxes if not _is_split(box, mesh, axis)]
         sizes = [pair for box in whole for pair in zip(box.names, box.value.shape, strict=True)]
         uneven = dict.fromkeys(
-            f"{n}={size}" for n, size in sizes if axis in LOGICAL_AXES.get(n, ())
+            f"{size} ({SIZES[n]})" for n, size in sizes if axis in LOGICAL_AXES.get(n, ())
         )
         reason = f"{ways} does not divide {', '.join(uneven)}"
         if len(whole) == len(boxes):
@@ -130,7 +141,8 @@ def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Part
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Tells the compiler how to split an activation over the mesh of the context, if any."""
+    """Tells the compiler how to split an activation over the mesh of the context (jax.set_mesh).
+    Without a mesh it returns x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -145,7 +157,7 @@ def attention_partition() -> Partition:
 def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     """The NamedShardings of a tree of parameters in flax boxes, which name their logical axes.
 
-    Leaves without a box (step counters, scalars of the optimiser) are replicated.
+    Leaves without a box (step counters, scalars of the optimizer) are replicated.
     """
 
     def one(leaf):

@@ -102,9 +102,9 @@ def test_an_override_is_applied(words, group, field, value):
         (["--config.run.steps", "--json"], "steps' has no value: '--json' follows it."),
         (["--undefok", "--config.run.steps=3"], "The flag '--undefok' has no value"),
         (["--workdr=x"], "There is no flag '--workdr'. Did you mean --workdir?"),
-        (["steps=3"], "The argument 'steps=3' means nothing here: every option is a --flag."),
+        (["steps=3"], "The argument 'steps=3' is not possible here: every option is a --flag."),
         (["--flagfile=/no/such/file"], "Unable to open flagfile"),
-        ([SMALL], "The flag --config is given 2 times; a run has one config file."),
+        ([SMALL], "The flag --config is given 2 times, but there can be one config file."),
     ],
 )  # fmt: skip
 def test_a_mistake_is_answered_with_a_sentence(words, sentence):
@@ -268,7 +268,7 @@ def run(tmp_path_factory):
         ([], "The flag --config is missing."),
         (["config.py"], "The flag --config is missing."),
         (["--config=config.py", "more"],
-         "The argument 'more' means nothing here: every option is a --flag."),
+         "The argument 'more' is not possible here: every option is a --flag."),
         (["--config=config.py", "--config.optimizer.weight_decay=0.2"],
          "A batch of 7 sequences does not divide by 2."),
         (["--config=config.py", "--config.optimizer.weight_decay=0.4"],

@@ -124,7 +124,7 @@ def test_a_closed_pipe_ends_the_command(trained):
         (["--workdir=nowhere", "--prompt=a"], "The path nowhere does not exist."),
         (
             ["--workdir=x"],
-            "Give --prompt or --prompt_file (several are fine), or --interactive.",
+            "Give --prompt or --prompt_file (or several of them), or --interactive.",
         ),
         (["--workdir=x", "--prompt=", "--step=-1"], "The value of '--step=-1' is not possible"),
         (
@@ -265,7 +265,7 @@ VALUES = {
 }
 
 
-WORKED = [  # these are no mistakes
+WORKED = [  # these are not mistakes
     *("prompt=", "prompt=a", "prompt=\0", "prompt_file=/dev/null", "stop=a", "stop=\n", "step=3"),
     *("max_new_tokens=2", "num_samples=2", "temperature=1e-50", "temperature=0"),
     *("top_k=0", "top_k=1", f"top_k={10**12}", "min_p=0.99", f"seed={2**31}"),
@@ -336,11 +336,11 @@ def test_several_mistyped_flags_give_no_stack_trace(trained, no_model):
 def test_another_loop_count_than_the_trained_one_gives_a_notice(trained, no_model, capsys):
     def told(*given):
         assert answer([f"--workdir={trained[2]}", "--prompt=a", *given]) == ""
-        return [x for x in capsys.readouterr().err.splitlines() if x.startswith("trained at")]
+        return [x for x in capsys.readouterr().err.splitlines() if x.startswith("trained with")]
 
     for loops in (5, 1):
         assert told(f"--num_loops={loops}") == [
-            f"trained at 3 loops; running {loops}: a model trained at one loop count is usually "
-            "worse at any other"
+            f"trained with 3 loops, now running with {loops}: a model is usually worse with "
+            "another number of loops than in training"
         ]
     assert told("--num_loops=3") == told() == []

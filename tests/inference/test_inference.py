@@ -484,7 +484,7 @@ def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunk
     with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))):
         assert inference.default_sizes(64, 10_000)[1] == 2048  # 8 rows on each device
         assert inference.default_sizes(100, 10_000)[1] == 128  # 8 does not divide it: 100 on each
-    assert inference.default_sizes(1, 5000, 64) == (6144, 2048)  # without chunks it were 5120
+    assert inference.default_sizes(1, 5000, 64) == (6144, 2048)  # without chunks it would be 5120
     assert inference.default_sizes(4, 90, 20) == (112, 96)
     assert inference.default_sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
 
@@ -516,9 +516,9 @@ def test_eight_devices_generate_what_one_does(name):
         ([[1], []], {}, "Prompt 1 is empty; it needs at least one token."),
         ([[1, 32]], {}, "Prompt 0 has the token 32 at position 1, outside the vocabulary of 32."),
         ([[1], [4, -1]], {}, "Prompt 1 has the token -1 at position 1, outside"),
-        ([[1], [2, 1.5]], {}, "Prompt 1 is no list of token ids: encode text first."),
-        ([1, 2], {}, "Prompt 0 is no list of token ids: encode text first."),
-        (["def f"], {}, "Prompt 0 is no list of token ids: encode text first."),
+        ([[1], [2, 1.5]], {}, "Prompt 1 is not a list of token ids: encode text first."),
+        ([1, 2], {}, "Prompt 0 is not a list of token ids: encode text first."),
+        (["def f"], {}, "Prompt 0 is not a list of token ids: encode text first."),
         ([[1] * 9], {"capacity": 12}, "Prompt 0 has 9 positions and 4 new ones, more than the 12"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be between 1 and"),
         (
@@ -576,10 +576,10 @@ def test_a_cache_that_is_full_is_refused_before_it_is_changed(name):
         generate_from(run, cache, logits, max_new_tokens=3)
     out = generate_from(run, cache, logits, max_new_tokens=[2, 4])
     assert out.memory.lengths.tolist() == [5, 5]
-    given_up = "The cache was donated to an earlier call; to use it twice, fork it first."
-    with refused(given_up):
+    donated = "This memory was donated to an earlier call and cannot be used again. Call fork()"
+    with refused(donated):
         generate_from(run, cache, logits, max_new_tokens=1)
-    with refused(given_up):
+    with refused(donated):
         fork(cache, [0])
     _, logits = inference.decode_step(run, fork(out.memory, [0, 1]), np.array([1, 1]))
     assert np.isnan(logits).all()  # so a loop around decode_step sees the mistake

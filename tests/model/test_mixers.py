@@ -158,6 +158,10 @@ def test_the_new_mixer_trains_and_is_sharded():
     """A mesh of all three axes gives the numbers of one device. The mixer needs no kernel."""
     config = tiny.config(PROGRAMS[0], num_loops=None, optimizer={"learning_rate": 1e-2})
     assert list(attention_choices(config)) == ["cross attention"]
+    assert list(attention_choices(tiny.config("window*1 | full*1 | cross*1"))) == [
+        "window attention",
+        "full and cross attention",
+    ]
     params, losses = tiny.params(config.model), {}
     for devices in (1, 8):
         mesh = {"data": 2, "fsdp": 2, "tensor": 2} if devices == 8 else {"data": 1}

@@ -183,7 +183,7 @@ def test_an_error_of_the_terminal_never_ends_a_run(error, terminal, caplog, monk
         console.update(1, ROW)
         console.notice("日本")
         console.sample("日本", "step 1")
-    assert caplog.text.count("the run goes on") == 1
+    assert caplog.text.count("The run continues") == 1
 
 
 def test_the_cursor_is_visible_while_a_line_is_live():

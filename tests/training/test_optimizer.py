@@ -222,6 +222,14 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     assert counts["adam"] >= 8
 
 
+def test_muon_refuses_a_matrix_whose_axes_it_does_not_know():
+    """Otherwise AdamW would update the matrices of a new kind of layer, and nobody would see it."""
+    axes = AXES | {"new": ("layers", "embed", "state")}
+    optimizer_of(settings(name="adamw"), axes)
+    with pytest.raises(ValueError, match=r"\('layers', 'embed', 'state'\) to _MUON_AXES or"):
+        optimizer_of(settings(name="muon"), axes)
+
+
 def _newton_schulz(x, eps) -> np.ndarray:
     """One matrix: five steps x <- a x + (b A + c A^2) x with A = x x^T, in float64."""
     x = x / (np.sqrt(np.sum(x**2)) + eps)

@@ -26,7 +26,8 @@ def step_from(config, params, batch):
 # --- Golden figures -------------------------------------------------------------------------------
 
 # Loss and gradient norm of steps 1 and 2 on tiny.batch(), from run.seed 0, or with experts from
-# tiny.params. If they change, the results of all earlier runs change: say so in CHANGELOG.md.
+# tiny.params. The numbers come from this code: the test only shows that they have not moved. If
+# they move, the results of all earlier runs change: say so in CHANGELOG.md.
 GOLDEN = {
     "yoco_u": [(4.065546, 1.985903), (4.009507, 1.979549)],
     "experts": [(4.077636, 1.753606), (4.032959, 1.604970)],
@@ -51,7 +52,7 @@ def test_golden_metrics_of_the_first_steps(name):
 
 @pytest.mark.slow
 def test_microbatches_add_up_to_the_batch():
-    """Packed microbatches have different numbers of targets: a mean of means would differ."""
+    """The microbatches have different sums of weights, so that a mean of means would differ."""
     batch = tiny.packed_batch()
     fewer = (np.arange(8) % 4 < 2)[:, None].astype(np.float32)
     batch = dataclasses.replace(batch, loss_weights=batch.loss_weights * fewer)

@@ -6,11 +6,15 @@
     out = generate(model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.8))
     memory, logits, logprobs = score(model, tokens, lengths)          # of given tokens
 
+A memory is donated to the call that extends it, and cannot be used again: `fork` copies it.
+
 Modules: weights (parameters for inference), forward (the forward pass, which extends a memory),
 request (checks of the arguments), sampling (from logits to a token), generation (the loop), text
 (from tokens to text that can be shown).
 
-To run another number of loops than in training: dataclasses.replace(config, num_loops=5).
+No function here has an argument for the number of loops: each (loop, layer) has its own part of the
+memory, so all calls with a memory must agree in it. To run another number of loops than in
+training, change the config before `prepare`: dataclasses.replace(config, num_loops=5).
 """
 
 from yocou_jax.inference.forward import (

@@ -1,11 +1,11 @@
 """The forward pass of inference, which reads and extends a memory.
 
 Prefill runs the self-decoder over the prompt, in chunks of one size, and the cross-decoder only for
-the last position of each row (YOCO, section 2.2). So the work of a YOCO is linear in the length of
-the prompt, and apart from the memory, its space does not depend on this length. (In full layers,
-each chunk attends to all positions before it; for this, plain XLA also makes a transposed copy of
-the keys and values of one layer.) Layers and loops are unrolled, so that each (loop, layer) has
-arrays of its own (see memory.py).
+the last position of each row (YOCO, section 2.2). So if all layers of the self-decoder are window
+layers, the work is linear in the length of the prompt. Temporary memory does not grow with the
+prompt, except in full layers on plain XLA: it makes a transposed copy of the keys and values of one
+layer. Layers and loops are unrolled, so that each (loop, layer) has arrays of its own (see
+memory.py).
 """
 
 import functools
@@ -29,8 +29,8 @@ from yocou_jax.typing import AnyArray, Array, Bool, Float, Int, WholeNumbers
 RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual stream
 
 
-# keep_unused: the result does not depend on the parameters, but it must be on the same devices.
-# Otherwise the programs that take it would be compiled a second time.
+# keep_unused keeps `model` as an input, so that the new arrays are on the devices of the model.
+# Otherwise the programs that take these arrays would be compiled twice.
 @functools.partial(jax.jit, static_argnames=("batch", "capacity"), keep_unused=True)
 def new_memory(model: PreparedModel, batch: int, capacity: int) -> Memory:
     """An empty memory in the compute type, with learned prefixes in it."""
@@ -55,7 +55,7 @@ def _no_residual(model: PreparedModel, batch: int) -> Float[Array, "PB 1 D"]:
 
 @functools.partial(jax.jit, static_argnames="batch", keep_unused=True)
 def _no_logits(model: PreparedModel, batch: int) -> Float[Array, "B V"]:
-    """NaN: nothing predicts the first token of a text."""
+    """Logits of NaN for the first token of a text, because nothing predicts it."""
     shape = (batch, model.config.vocab_size)
     return constrain(jnp.full(shape, jnp.nan, jnp.float32), "batch", "vocab")
 
@@ -65,8 +65,8 @@ def _no_logits(model: PreparedModel, batch: int) -> Float[Array, "B V"]:
 
 @functools.partial(jax.jit, static_argnames="block")
 def _layer(params, x, context: Context, memory, *, block: Block):
-    """Runs one layer, and writes the new positions to its memory. This is a jit of its own, so that
-    unrolled layers are traced and lowered only once."""
+    """Runs one layer, and returns x and the memory of the layer with the new positions. It is a jit
+    of its own, so that unrolled layers are traced and lowered only once."""
     x, out = block.apply({"params": params}, x, context, memory)
     return x, None if memory is None else memory.commit(out.new, context.at)
 
@@ -78,7 +78,8 @@ def _block(model: PreparedModel, visit: Visit) -> Block:
 def self_decoder(
     model: PreparedModel, memory: Memory, tokens: Int[Array, "B N"], at: NewPositions
 ) -> tuple[Float[Array, "PB N D"], Memory, Context]:
-    """Runs the stages before the cross-decoder, and writes the global K, V.
+    """Runs the stages before the cross-decoder, and adds the global K, V of the tokens to the
+    memory. In prefill no other layers run for most tokens: see `prefill`.
 
     Returns the residual stream, the memory with the new tokens, and the context of the
     cross-decoder.
@@ -89,7 +90,7 @@ def self_decoder(
     x = model.apply("embed", tokens)
     stages = {name: [] for name, _ in config.program.self_decoder}
     for visit in config.program.visits():
-        if visit.stage.reads_global:
+        if visit.stage.reads_global:  # the cross-decoder begins here
             break
         params, part = model.params[visit.name][visit.layer], memory.stages[visit.name][visit.index]
         x, part = _layer(params, x, context, part, block=_block(model, visit))
@@ -106,7 +107,7 @@ def self_decoder(
 def cross_decoder(
     model: PreparedModel, x: Float[Array, "PB N D"], context: Context
 ) -> Float[Array, "B N V"]:
-    """Runs the stages that read the global K, V (if any), the final norm and the head, for the
+    """Runs the stages that read the global K, V (if any), the final norm and the head, at the
     positions of x."""
     config = model.config
     for visit in config.program.visits():
@@ -120,7 +121,8 @@ def cross_decoder(
 
 
 def _last(x, last, count: Int[Array, " B"]):
-    """x [PB, C, D] at the last new position of each row: [PB, 1, D]. A row without one: `last`."""
+    """x [PB, C, D] at the last new position of each row: [PB, 1, D]. A row without a new position
+    gets its entry of `last`."""
     tiled = jnp.tile(count, x.shape[0] // count.shape[0])[:, None, None]
     picked = jnp.take_along_axis(x, jnp.maximum(tiled - 1, 0), axis=1)
     return jnp.where(tiled > 0, picked, last)
@@ -140,15 +142,22 @@ def prefill_chunk(model, memory, last, tokens, count, start, *, fits):
 
 @jax.jit
 def next_logits(model, memory, last):
-    """Runs the cross-decoder for the last position of each row: logits [B, V] of the next token."""
+    """Runs the cross-decoder for the last position of each row: logits [B, V] of the next token.
+
+    The cache has the global K, V of this position already. A cross layer with one query reads only
+    the cache, so the context has no `global_kv`.
+    """
     at = NewPositions(memory.lengths - 1, jnp.ones_like(memory.lengths))
     context = Context(at.positions(1), at=at, global_cache=memory.global_kv)
     return cross_decoder(model, last, context)[:, 0]
 
 
 def _chunks(prompts: Prompts, fresh: bool):
-    """The arguments of each chunk: tokens [B, C], how many of them exist in each row [B], and start
-    (see `prefill_chunk`). Also whether the memory has room for all chunks, with their padding.
+    """Splits prompts into chunks. fresh: the memory is new, so that every row starts at position 0.
+
+    Returns the arguments of each chunk: tokens [B, C], how many of them exist in each row [B], and
+    start (see `prefill_chunk`). Also returns whether all chunks, with their padding, are known to
+    fit into the memory.
     """
     (B, N), C = prompts.tokens.shape, prompts.chunk
     width = -(-N // C) * C
@@ -189,6 +198,9 @@ def prefill(
     chunk: int | None = None,
 ) -> tuple[Memory, Float[Array, "B V"]]:
     """Appends prompts to a memory, which is donated (it cannot be used again), or to a new one.
+
+    This is the early exit of YOCO: `self_decoder` stops before the cross-decoder, and `next_logits`
+    runs the cross-decoder once, for the last position of each row.
 
     Row b is tokens[b, :lengths[b]], or tokens[b] without lengths. A new memory has room for
     `capacity` positions. The default is enough for the prompts and `new_tokens`. Prefill runs in
@@ -315,7 +327,7 @@ def decode_step(
     """Appends one token to every row, or to every `active` row. The given memory is donated.
 
     Returns the memory, and the logits [B, V] of the next token in float32. They are NaN for a row
-    that is not active, or whose memory was full already.
+    that is not active, and for a row that was full already.
     """
     if active is None:
         active = jnp.ones(tokens.shape, bool)

@@ -24,9 +24,12 @@ from yocou_jax.typing import AnyArray, Array, Bool, Float, Int, WholeNumbers
 
 @flax.struct.dataclass
 class _State:
-    """Where a generation stands: logits [B, V] of the next token, seen [B, V] the tokens of prompt
-    and output (None if no penalty needs them), keys [B], end [B] the length at which a row is at
-    its limit, done [B]."""
+    """What a step of the loop reads and changes.
+
+    logits: of the next token. seen: the tokens of prompt and output; None if no row has a
+    repetition penalty. keys: one random key per row. end: the length at which a row has all its new
+    tokens. done: whether a row has ended.
+    """
 
     memory: Memory
     logits: Float[Array, "B V"]
@@ -37,7 +40,7 @@ class _State:
 
 
 def _constrain_state(state: _State) -> _State:
-    """As `Memory.constrained`, for all of it; the host reads `done`."""
+    """Like `Memory.constrained`, for the whole state. `done` is replicated: every host reads it."""
     rows = {name: constrain(getattr(state, name), None) for name in ("keys", "end", "done")}
     table = {
         name: None if x is None else constrain(x, "batch", "vocab")
@@ -48,7 +51,8 @@ def _constrain_state(state: _State) -> _State:
 
 @functools.partial(jax.jit, donate_argnames="memory")
 def _begin(memory, logits, seen, seeds, limit) -> _State:
-    """A jit, so that the whole state is placed as the memory is: one program runs every block."""
+    """The first state. This is a jit, so that its arrays are sharded as those that a block returns.
+    Otherwise the second block would be compiled again."""
     keys = jax.vmap(jax.random.key)(seeds)
     end = memory.lengths + limit
     return _constrain_state(_State(memory, logits, seen, keys, end, jnp.zeros(end.shape, bool)))
@@ -56,9 +60,11 @@ def _begin(memory, logits, seen, seeds, limit) -> _State:
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames=("block", "sort", "logprobs"))
 def _generate_block(model, state, sampling, stop, *, block, sort, logprobs):
-    """Up to `block` steps, fewer if all rows are done: at their end, or with a token of `stop`.
+    """Runs up to `block` steps, fewer if all rows are done. A row is done at its `end`, or after a
+    token of `stop`.
 
-    Returns the state, tokens [B, block] (-1: none) and log-probabilities.
+    Returns the state, tokens [B, block] (-1 after the end of a row), and their log-probabilities
+    [B, block] (None without `logprobs`).
     """
     B = state.done.shape[0]
 
@@ -68,7 +74,7 @@ def _generate_block(model, state, sampling, stop, *, block, sort, logprobs):
 
     def draw(carry):
         i, state, tokens, logps = carry
-        # By position: to stop and go on draws what one call would have.
+        # The key depends on the position, so two calls draw the tokens that one call would draw.
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.memory.lengths)
         chosen = sampling_lib.sample(state.logits, keys, sampling, sort=sort, seen=state.seen)
         active = ~state.done
@@ -88,25 +94,28 @@ def _generate_block(model, state, sampling, stop, *, block, sort, logprobs):
     logps = jnp.zeros((B, block)) if logprobs else None
     carry = (0, state, jnp.full((B, block), -1, jnp.int32), logps)
     _, state, tokens, logps = jax.lax.while_loop(unfinished, draw, carry)
-    # On every process, whose hosts read them.
+    # Replicated, because the host of every process reads them.
     tokens, logps = (None if x is None else constrain(x, None, None) for x in (tokens, logps))
     return _constrain_state(state), tokens, logps
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _end_rows(state: _State, ended: Bool[Array, " B"]) -> _State:
-    """A jit, so that the state stays where the next block takes it."""
+    """Marks rows as done. It is a jit, so that the arrays keep the sharding that a block takes."""
     return _constrain_state(state.replace(done=state.done | ended))
 
 
 class Generation(NamedTuple):
-    """tokens [B, n], -1 behind the end of a row; lengths [B] without those (a stop token counts);
-    logprobs [B, n]: log-probabilities of the tokens under the model itself, before temperature and
-    filters, if asked for. `generate_from` goes on from memory, logits [B, V] and seen [B, V] (which
-    is None without a repetition penalty).
+    """What `generate` and `generate_from` return.
 
-    prefill_s (None if that was done before) and decode_s: seconds, in which programs that ran for
-    the first time were compiled, and on_tokens was called.
+    tokens [B, n]: the new tokens, and -1 after the end of a row.
+    lengths [B]: the number of new tokens of each row. A stop token counts.
+    logprobs [B, n]: log p of each token under the model itself, without temperature and filters.
+        None if they were not asked for.
+    memory, logits, seen: arguments for `generate_from`, which continues the rows. seen is None
+        without a repetition penalty.
+    prefill_s, decode_s: seconds. They include the compilation of programs that ran for the first
+        time, and the calls of on_tokens. prefill_s is None for `generate_from`.
     """
 
     tokens: np.ndarray
@@ -134,14 +143,15 @@ def generate(
     capacity: int | None = None,
     chunk: int | None = None,
 ) -> Generation:
-    """Continues prompts of any lengths; for the options see `generate_from`, and for the last two
-    `default_sizes`.
+    """Continues prompts, which may have different lengths.
 
-    Each prompt is read once and has num_samples rows in the result, one after the other, each with
-    a seed (and where given, a limit and sampling fields) of its own.
+    `generate_from` describes the options, and `default_sizes` describes capacity and chunk. Each
+    prompt is read once. The result has num_samples rows for each prompt, one after the other. So
+    seeds, and max_new_tokens and fields of sampling if they are lists, have one entry for each of
+    len(prompts) * num_samples rows.
 
     Raises:
-      UserError: see `prefill` and `generate_from`; more positions than the memory holds.
+      UserError: the errors of `prefill` and `generate_from`.
     """
     config = model.config
     tokens, lengths = requests.check_prompts(config, *requests.padded(prompts))
@@ -189,24 +199,25 @@ def generate_from(
     block: int = 8,
     seen: Bool[AnyArray, "B V"] | None = None,
 ) -> Generation:
-    """Samples up to max_new_tokens for every row of a memory, which is given up.
+    """Samples up to max_new_tokens for every row of a memory. The memory is donated: it cannot be
+    used again.
 
-    All steps run in one compiled loop. With `on_tokens` they run in blocks of `block` steps, and it
-    is called with the new tokens [B, n] after each (-1 behind the end of a row). It may return
-    which rows [B] end with that block, for reasons that the host alone knows.
+    All steps run in one compiled loop. With `on_tokens` they run in blocks of `block` steps. After
+    each block, on_tokens is called with the new tokens [B, n] (-1 after the end of a row). It may
+    return which rows [B] end there, for example because the host has found a stop text.
 
     Args:
       logits: of the next token, as `prefill` and `decode_step` return them. To try several
         continuations of one prompt: fork(memory, rows), logits[rows].
-      max_new_tokens: for all rows, or one for each.
-      sampling: greedy if None; a field may have one value per row.
-      seeds: one per row, from 0 to 2^32 - 1, or one from which row b takes seeds + b. What a row
-        draws depends on its own seed, position and logits, and not on the batch around it.
+      max_new_tokens: one number for all rows, or one for each row.
+      sampling: greedy if None. A field may have one value per row.
+      seeds: one per row, from 0 to 2^32 - 1; or one number, and row b has the seed seeds + b. The
+        tokens of a row depend on its own seed, positions and logits, and not on other rows.
       stop_tokens: a row ends with the first of these.
-      seen: tokens that a repetition penalty counts besides the new ones.
+      seen: tokens that a repetition penalty counts in addition to the new ones.
 
     Raises:
-      UserError: an option that makes no sense, or more tokens than the memory holds.
+      UserError: a value that is not possible, or more tokens than fit into the memory.
     """
     B, V = memory.lengths.shape[0], model.config.vocab_size
     request = requests.check_request(

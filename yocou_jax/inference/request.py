@@ -17,13 +17,15 @@ from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import batch_ways
 from yocou_jax.typing import WholeNumbers
 
-# Positions of a chunk: enough rows to fill the matrix unit of a device. For large batches there are
-# fewer (at least 128), because activations need memory: as XLA reports, 2 GB for 16,384 positions
-# on one device, with 1.3B parameters in bfloat16.
-CHUNK, CHUNK_OF_ALL_ROWS = 2048, 16_384
+# Positions of a chunk. So many fill the matrix unit of a device.
+CHUNK = 2048
+# Positions of a chunk in all rows of one device together. A large batch gets shorter chunks (of at
+# least 128 positions), because activations need memory: with 1.3B parameters in bfloat16, XLA
+# reports 2 GB for 16,384 positions.
+CHUNK_OF_ALL_ROWS = 16_384
 LOGITS_OF_A_CHUNK = 2**28  # 1 GB in float32
 
-# Gets new tokens [B, n]. May return which rows [B] end here.
+# A function of new tokens [B, n]. It may return which rows [B] end here.
 OnTokens = Callable[[np.ndarray], np.ndarray | Sequence[bool] | None]
 
 
@@ -38,8 +40,9 @@ class Prompts(NamedTuple):
 
 
 def bucket(n: int, least: int = 16) -> int:
-    """n, rounded up to 1, 1.25, 1.5 or 1.75 times a power of two, and at least `least`. So many
-    sizes share few compiled programs, and above `least` a size grows by at most a quarter."""
+    """n, rounded up to 1, 1.25, 1.5 or 1.75 times a power of two, and at least `least`. For example
+    33 to 40 give 40, 41 to 48 give 48, 49 to 56 give 56, and 57 to 64 give 64. So many sizes share
+    few compiled programs, and above `least` a size grows by at most a quarter."""
     if n <= least:
         return least
     quarter = max(1, 2 ** ((n - 1).bit_length() - 3))
@@ -99,12 +102,12 @@ def check_prefill(
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of any lengths as tokens [B, N], with 0 after the end of each row, and lengths [B].
 
-    Raises UserError for a prompt that is no list of token ids.
+    Raises UserError for a prompt that is not a list of token ids.
     """
     arrays = [np.asarray(prompt) for prompt in prompts]
     for row, prompt in enumerate(arrays):
         if prompt.size and (prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer)):
-            raise UserError(f"Prompt {row} is no list of token ids: encode text first.")
+            raise UserError(f"Prompt {row} is not a list of token ids: encode text first.")
     lengths = np.array([prompt.size for prompt in arrays], np.int64)
     tokens = np.zeros((len(arrays), max(lengths, default=0)), np.int64)
     for row, prompt in enumerate(arrays):
@@ -150,7 +153,7 @@ def has_capacity(model: PreparedModel) -> bool:
 
 
 def check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | int = 0) -> None:
-    """Checks that rows of `lengths` [B] and new tokens fit into `room` positions (None: any)."""
+    """Checks that rows of `lengths` [B] and new tokens fit into `room` positions, if not None."""
     needed = lengths.astype(np.int64) + new_tokens
     row = int(np.argmax(needed))
     if room is not None and needed[row] > room:
@@ -164,7 +167,10 @@ def check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | i
 def check_alive(memory: Memory) -> None:
     """Checks that the arrays were not donated to an earlier call."""
     if memory.lengths.is_deleted():
-        raise UserError("The cache was donated to an earlier call; to use it twice, fork it first.")
+        raise UserError(
+            "This memory was donated to an earlier call and cannot be used again. Call fork() "
+            "first if you need it twice."
+        )
 
 
 def _described(config: ModelConfig, compute: Compute, batch: int, capacity: int) -> Memory:
@@ -240,6 +246,7 @@ def check_request(
     on_tokens: OnTokens | None,
     block: int,
 ) -> Request:
+    """Checks the arguments of `generate_from` for a memory of B rows."""
     each = [(), (B,)], f"a whole number, or one for each of {B} rows,"
     limit = whole_numbers("max_new_tokens", max_new_tokens, *each, 1, 2**31 - 1)
     given = whole_numbers("seeds", seeds, *each, 0, 2**32 - 1)

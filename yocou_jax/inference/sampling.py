@@ -1,9 +1,9 @@
 """From logits to tokens: the distribution of the next token, and one draw from it for every row.
 
-The order, as in Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p.
-Top-k and top-p both keep the first tokens in descending order, so one sort is enough for both, and
-the rest costs O(V). Under jit all settings are arrays, so other values compile nothing, also if
-they differ between rows.
+The order is as in Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p.
+Top-k and top-p both keep the first tokens in descending order, so one sort is enough for both. All
+else costs O(V). Under jit all settings are arrays, so that new values, also different ones for each
+row, do not compile a new program.
 """
 
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def filter_logits(
     sort: bool,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Float[Array, "B V"]:
-    """The logits of the distribution to sample from, in float32, up to a constant per row.
+    """The logits of the distribution to sample from, in float32, minus their maximum in each row.
 
     Args:
       logits: finite or -inf, at least one finite in each row.
@@ -129,7 +129,8 @@ def filter_logits(
     # treats numbers and reciprocals below 1e-38 as 0, and -inf * 0 is NaN.
     greedy = temperature == 0
     z = (x - x.max(axis=-1, keepdims=True)) / jnp.clip(temperature, 1e-37, 1e37)
-    keep = z >= jnp.log(min_p)  # log(p / max p); the same before and after top-k and top-p
+    # z is log(p / max p), which top-k and top-p do not change: so min-p may come first.
+    keep = z >= jnp.log(min_p)
     if sort:
         keep &= _likeliest(z, top_k, top_p)
     index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
@@ -151,7 +152,7 @@ def _likeliest(
     in_nucleus = (upto - mass < top_p * upto[:, -1:]) & (index < k)
     # At p = 1 rounding would cut the tail, where the sum does not grow any more.
     count = jnp.where(top_p < 1, jnp.sum(in_nucleus, axis=-1, keepdims=True), k)
-    # The last token that is kept is the threshold. This needs no second sort and no scatter.
+    # The last kept logit is the threshold, so the mask needs no second sort and no scatter.
     last = jnp.maximum(count, 1) - 1
     at = jnp.take_along_axis(-negative, last, axis=-1)
     tie = jnp.take_along_axis(order, last, axis=-1)

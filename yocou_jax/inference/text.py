@@ -10,9 +10,9 @@ from yocou_jax.data.tokenizer import Tokenizer
 class TextRow:
     """The text of one row while its tokens come.
 
-    text: what can be shown. It never ends with the beginning of what may still become a stop text,
-        and nothing of it is taken back later.
-    ended: whether nothing follows: after `limit` tokens, the end-of-text token or a stop text.
+    text: what can be shown. Later calls of `add` only append to it. So it does not end with the
+        first characters of a stop text, because the rest may still come.
+    ended: whether the row is complete: after `limit` tokens, the end-of-text token or a stop text.
     """
 
     def __init__(self, tokenizer: Tokenizer, limit: int, stops: Sequence[str] = ()):
@@ -34,7 +34,7 @@ class TextRow:
             or self._ids[-1] == self.tokenizer.eot_id
         )
         text = self._decoded()
-        # What was shown is no part of a stop text, so none begins before its end.
+        # `self.text` ends before any stop text, so the search starts after it.
         found = [text.find(stop, len(self.text)) for stop in self.stops]
         if any(at >= 0 for at in found):
             self.ended = True
@@ -43,19 +43,19 @@ class TextRow:
             self.text = text if self.ended else self._without_beginnings(text)
 
     def _decoded(self) -> str:
-        """The text of all ids, without half a character at the end if more may come."""
+        """The text of all ids. If more may come, a character that is not complete is left out."""
         before = self.tokenizer.decode(self._ids[self._context : self._next])
         text = self.tokenizer.decode(self._ids[self._context :])
         whole = text if self.ended else text.rstrip("\ufffd")
         decoded = self._settled + whole[len(before) :]
         if whole == text:
-            # Some ids stay as context, for decoders that treat the first of a text differently.
+            # Some ids stay as context, because a decoder may treat the first id differently.
             self._settled = decoded
             self._context, self._next = self._next, len(self._ids)
         return decoded
 
     def _without_beginnings(self, text: str) -> str:
-        """The text without what may be the beginning of a stop text at its end."""
+        """The text without its end, if this end may be the beginning of a stop text."""
         beginnings = {stop[:n] for stop in self.stops for n in range(1, len(stop))}
         for n in range(max(map(len, beginnings), default=0), 0, -1):
             if text.endswith(tuple(b for b in beginnings if len(b) == n)):

@@ -15,15 +15,19 @@ from yocou_jax.typing import PyTree
 
 @flax.struct.dataclass
 class PreparedModel:
-    """Parameters for inference: matrices in the compute type, and in each `stage_*` a tuple with
-    one tree per layer, not stacked arrays. "head" [D, V] exists also if the embedding is tied."""
+    """Parameters for inference, made by `prepare`.
+
+    Matrices have the compute type. `params["stage_..."]` is a tuple with one tree for each layer
+    (training has one tree with stacked arrays). `params["head"]` [D, V] always exists: with
+    tie_embeddings it is the transposed embedding.
+    """
 
     params: PyTree
     config: ModelConfig = flax.struct.field(pytree_node=False)
     compute: Compute = flax.struct.field(pytree_node=False)
 
     def apply(self, method: str, *args):
-        """Calls a part of `LanguageModel` that is not a stage."""
+        """Calls a method of `LanguageModel`, such as "embed". Layers are called as `Block`s."""
         model = LanguageModel(self.config, self.compute)
         return model.apply({"params": self.params}, *args, method=method)
 
@@ -31,10 +35,12 @@ class PreparedModel:
 def prepare(
     params: PyTree, config: ModelConfig, compute: Compute | ComputeConfig | None = None
 ) -> PreparedModel:
-    """Prepares trained parameters (see `LanguageModel`). Every cast gives the same bits as in the
-    forward pass of training. The result is a copy: delete `params` if memory is short.
+    """Prepares trained parameters, the tree of `LanguageModel`. Training casts them in every
+    forward pass; here they are cast once, to the same bits. The result is a copy: delete `params`
+    if memory is short.
 
-    compute: how to run the model. `pretrained.load` returns how it was trained. None: the defaults.
+    compute: how to run the model; `pretrained.load` returns how it was trained. None: the defaults
+    of `ComputeConfig`.
     """
     compute = compute if isinstance(compute, Compute) else resolve_compute(compute)
     return PreparedModel(_prepared(params, config, compute.dtype), config, compute)

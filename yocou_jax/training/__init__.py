@@ -1,1 +1,1 @@
-"""Training: the loss, the optimiser, one step, the loop around it, and what a run reports."""
+"""Training: the loss, the optimizer, one step, the loop around it, and what a run reports."""

@@ -17,7 +17,7 @@ from yocou_jax.model import resolve_compute
 def banner(
     config: Config, data: DataBundle, mesh: Mesh, attention: dict[str, str], workdir: Path
 ) -> dict[str, dict]:
-    """The facts of a run, by section: device, model, compute, data.
+    """The facts of a run, by section: device, model, cost, data, run.
 
     attention: the result of `attention_choices`.
     """
@@ -36,7 +36,7 @@ def banner(
             **attention,
         },
         "model": {"program": str(model.program)} | parameters.rows(),
-        "compute": {
+        "cost": {
             "training FLOPs per token": f"{flops:.4g}",
             "training FLOPs in all": f"{flops * tokens:.4g}",
             "KV cache per sequence": f"{kv:.3f} MiB at {length} tokens, {dtype.name}",
@@ -60,13 +60,14 @@ def banner(
 
 
 def attention_choices(config: Config) -> dict[str, str]:
-    """The implementation that runs each kind of attention in a training step, and the reason."""
+    """For the attention of each kind of layer: the kernel that runs in a training step, and why."""
     m, length = config.model, config.data.sequence_length
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    choices = {}
-    for kernel in dict.fromkeys(MIXERS[stage.mixer].kernel(m) for stage in m.program.stages):
-        if kernel is None:
-            continue
+    layers, choices = {}, {}  # kinds of layers may share a kernel
+    for mixer in dict.fromkeys(stage.mixer for stage in m.program.stages):
+        layers.setdefault(MIXERS[mixer].kernel(m), []).append(mixer)
+    layers.pop(None, None)
+    for kernel, mixers in layers.items():
         try:
             choice = api.choose_implementation(
                 kernel.operation,
@@ -80,8 +81,6 @@ def attention_choices(config: Config) -> dict[str, str]:
             )
         except UnsupportedCall as error:
             raise UserError(f"compute.attention='{config.compute.attention}': {error}") from error
-        name = kernel.operation.replace("_", " ")
-        if name in choices:  # another kind of layer has the same operation
-            name += f", window {kernel.window}, prefix {kernel.prefix}"
+        name = f"{' and '.join(mixers)} attention"
         choices[name] = f"{choice.implementation} ({choice.reason})"
     return choices

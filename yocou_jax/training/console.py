@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def _never_ends_a_run(show: Callable) -> Callable:
-    """Decorates a method of Console. If the terminal fails (it is closed, nobody reads the pipe, or
-    the encoding lacks a character), the log says so once, and the run goes on without it."""
+    """Decorates a method of Console, so that an error of the terminal does not end the run. The log
+    says so once, and nothing more is shown. Such errors: the terminal was closed, the reader of the
+    pipe has ended, the encoding lacks a character."""
 
     @functools.wraps(show)
     def guarded(self, *args, **kwargs) -> None:
@@ -33,8 +34,8 @@ def _never_ends_a_run(show: Callable) -> Callable:
         except (OSError, ValueError, SystemExit) as error:  # rich exits on a broken pipe
             self._lost = True
             with contextlib.suppress(OSError, ValueError):
-                why = "nobody reads the pipe" if isinstance(error, SystemExit) else error
-                log.warning("Nothing more is shown here (%s); the run goes on.", why)
+                why = "the reader of the pipe has ended" if isinstance(error, SystemExit) else error
+                log.warning("Nothing more is shown here (%s). The run continues.", why)
 
     return guarded
 

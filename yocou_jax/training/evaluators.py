@@ -1,8 +1,8 @@
-"""Evaluators look at the model at regular steps of a run, and at its end.
+"""Evaluators measure or show something at regular steps of a run, and at its end.
 
-An evaluator is made from the run after its data was read. `measure` is called before the checkpoint
-of its step, and its metrics are written to the row of that step. `show` is called after the
-checkpoint, and an error in it does not end the run.
+An evaluator is made from the run, after the run has read its data. `measure` is called before the
+checkpoint of its step, and its metrics are written to the row of that step. `show` is called after
+the checkpoint, and an error in it does not end the run.
 """
 
 import math
@@ -19,7 +19,7 @@ if typing.TYPE_CHECKING:
 
 
 class Evaluator:
-    """every: number of steps between two calls. At the end of a run every evaluator is called."""
+    """every: the run calls it after the steps every, 2 every, ..., and after its last step."""
 
     name: str
     every: int
@@ -54,7 +54,8 @@ class Validation(Evaluator):
 
 
 class Sample(Evaluator):
-    """A text that continues run.sample_prompt. Its seed is the step: a resumed run repeats it."""
+    """A text that continues run.sample_prompt. Its seed is the step, so a resumed run shows the
+    texts of an uninterrupted one."""
 
     name = "sample"
 

@@ -3,8 +3,8 @@
 The owner holds a lock of the operating system (flock) on workdir/owner.json. The lock ends with the
 process, also if it is killed, so nothing stays locked. The file names the owner: host, process id
 and start. Some shared file systems have no locks, or do not share them between hosts. So an owner
-also touches the file at every beat. If this host cannot see the lock of an owner, the owner counts
-as dead after it has missed two beats.
+also sets the time of the file every BEAT_S seconds. If this host cannot see the lock of an owner,
+and the time of the file does not change for 2.5 times as long, the owner counts as dead.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from yocou_jax.errors import UserError
 
 FILE = "owner.json"
-BEAT_S = 10.0
+BEAT_S = 10.0  # seconds after which an owner sets the time of its file again
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,8 @@ class WorkdirLock:
 
 
 def _on_process_0(act: Callable[[], None]) -> None:
-    """Calls `act` on process 0. If it raises UserError, every process does, so that all end."""
+    """Calls `act` on process 0. If it raises UserError there, this raises UserError in every
+    process, so that none waits for the others."""
     error = None
     if jax.process_index() == 0:
         try:
@@ -158,7 +159,8 @@ def _make_folders(folder: Path) -> list[Path]:
 
 
 def _flock(file: int) -> bool | None:
-    """True: locked; False: another process has it; None: this file system has no locks."""
+    """True: this process has the lock. False: another process has it. None: this file system has
+    none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

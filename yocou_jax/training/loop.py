@@ -1,7 +1,8 @@
 """The host side of a training run: data, state, checkpoints, evaluation, what is reported.
 
-Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the
-host; evaluation, samples and checkpoints are the only places where the host waits for the device.
+The host dispatches step n, and then waits for the metrics of step n-1. So one step is always in
+flight, and the device does not wait for the host. Before an evaluation, a sample or a checkpoint,
+the host waits for the newest step too.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Wall time between two logged steps, less what was spent on anything but training."""
+    """Measures the wall time of training between two logged steps. Paused time does not count."""
 
     def __init__(self):
         self._since = time.perf_counter()
@@ -69,12 +70,12 @@ class Stopwatch:
 
 
 class Run:
-    """One training run in its workdir; `train()` does all of it. Every process makes one.
+    """One training run in its workdir. `train()` does all of it. Every process makes one.
 
-    reporter: is told what happens; by default nobody is, and the library prints nothing.
-    evaluators: what looks at the model now and then, each made from this run once it has data.
-    init_from: a workdir or an exported folder whose parameters a new run starts with, its optimiser
-    and step count fresh (fine-tuning). A run that has a checkpoint goes on from that.
+    reporter: receives the events of the run. None: they are not shown.
+    evaluators: each makes an Evaluator from this run, after the data was read.
+    init_from: a workdir or an exported folder. A new run starts with its parameters, and with a
+    fresh optimizer and step count (fine-tuning). A run that has a checkpoint resumes from that.
     """
 
     def __init__(
@@ -107,10 +108,10 @@ class Run:
         self.values: dict[str, float] = {}  # of the newest step that was read
 
     def train(self) -> dict | None:
-        """Trains to run.steps, resuming where the workdir left off.
+        """Trains until run.steps. If the workdir has a checkpoint, the run resumes from it.
 
         Returns the summary, or None if the run was asked to stop (SIGTERM) and saved its state.
-        Raises UserError for what the user must mend; what was saved before is intact then.
+        Raises UserError for a mistake that the user can correct. Older checkpoints stay intact.
         """
         run = self.config.run
         with (
@@ -132,7 +133,7 @@ class Run:
                         f"Stopped on request; step {done} is saved, the same command resumes."
                     )
                     return None
-                checkpointer.close()  # whoever finds a summary finds its checkpoint too
+                checkpointer.close()  # first, so that a summary exists only if its checkpoint does
                 summary = self._finish(state)
                 if self.writer:
                     self.writer.summary(summary)
@@ -151,7 +152,8 @@ class Run:
         self.evaluators = [make(self) for make in self._make_evaluators]
 
     def _begin(self, checkpointer: Checkpointer) -> tuple[TrainState, int]:
-        """A restored or a fresh state. All that can refuse comes before all that writes."""
+        """The state (restored or fresh) and its step. Every check comes before the first write, so
+        that a run that is refused changes nothing."""
         config, data = self.config, self.data
         manifest = describe(
             config.to_dict(),
@@ -179,12 +181,13 @@ class Run:
             state, first = self._fresh(manifest, notices), 0
         write_manifest(self.workdir, manifest)
         if self.is_main:
-            if first < config.run.steps:  # whoever finds a summary takes the run for finished
+            if first < config.run.steps:  # a run with a summary counts as finished
                 (self.workdir / "summary.json").unlink(missing_ok=True)
             self.writer = metrics.MetricsWriter(
                 self.workdir, resume_step=first if restored else None
             )
-            # Beside the checkpoints: a cache may be gone, and another Python trains another one.
+            # Stored with the checkpoints: the cache may be deleted, and another Python may train
+            # another tokenizer.
             write_atomically(self.workdir / "tokenizer.json", data.tokenizer.to_json())
             self.writer.text("config", _as_text(config), first)
             self.writer.hparams(config.to_dict())
@@ -248,7 +251,7 @@ class Run:
         return state, done
 
     def _compile(self, state: TrainState):
-        """The train step, compiled before the clock starts."""
+        """Compiles the train step before the stopwatch starts."""
         start = time.perf_counter()
         batch = self.data.abstract_batch(self.sharding)
         step = self.setup.step.lower(state, batch).compile()
@@ -256,7 +259,7 @@ class Run:
         return step
 
     def _report(self, step: int, out: dict[str, jax.Array], evaluated: dict | None = None) -> None:
-        """Waits for the metrics of a step; shows and, when due, writes them."""
+        """Waits for the metrics of a step, shows them, and writes a row if one is due."""
         values = {name: value.item() for name, value in jax.device_get(out).items()}
         in_a_row = int(values.pop(metrics.SKIPPED_IN_A_ROW))
         if in_a_row >= self.config.optimizer.max_skipped_updates:
@@ -292,17 +295,18 @@ class Run:
         return {name: value for metrics in found for name, value in metrics.items()}
 
     def _try_show(self, evaluator: Evaluator, params, step: int) -> None:
-        """Lets an evaluator show something; what goes wrong is told, and the run goes on."""
+        """Calls `show` of an evaluator. An error in it is logged, and the run continues."""
         try:
             evaluator.show(params, step)
         except Exception as error:
-            if jax.process_count() > 1:  # the others may still be in it: nobody goes on alone
+            if jax.process_count() > 1:  # the other processes may still wait inside `show`
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             log.warning("No %s at step %d: %s", evaluator.name, step, reason)
 
     def _profile(self, step: int) -> None:
-        """A profiler trace of run.profile_steps steps from the tenth on, for TensorBoard."""
+        """Records a trace of run.profile_steps steps for TensorBoard. It begins after the first
+        PROFILE_FROM steps of this process."""
         wanted = self.config.run.profile_steps if self.is_main else 0
         if wanted and step == PROFILE_FROM:
             jax.profiler.start_trace(str(self.workdir / "tensorboard"))
@@ -311,7 +315,7 @@ class Run:
             self._profiling.close()
 
     def _finish(self, state: TrainState) -> dict:
-        """The summary; tokens_per_s and wall_s are those of this process, resumed or not."""
+        """The summary. tokens_per_s and wall_s count this process only, also after a resume."""
         config, stopwatch = self.config, self.stopwatch
         tokens = config.run.steps * self.tokens_per_step
         sha256 = params_sha256(state.params)

@@ -18,9 +18,10 @@ CHUNK_LOGITS_ACCELERATOR = 2**26
 
 @flax.struct.dataclass
 class LossSums:
-    """Sums over weighted targets: those of microbatches and devices are added, and then divided.
+    """Sums over the targets, each times its weight. (Means of microbatches could not be added.)
 
-    nll: -log p(target) in nats; z: logsumexp(logits)^2; weight: the sum of the weights.
+    nll: the sum of -log p(target) in nats. z: the sum of logsumexp(logits)^2. weight: the sum of
+    the weights, which divides the other two.
     """
 
     nll: Float[Array, ""]
@@ -29,13 +30,15 @@ class LossSums:
 
 
 def _num_chunks(rows: int, length: int, vocab: int) -> int:
-    """Number of chunks of positions for the rows of one device; at most one per position."""
+    """Number of chunks that split the axis of positions, at most `length`. rows: number of
+    positions on one device, of all its sequences."""
     limit = CHUNK_LOGITS.get(target_device().platform, CHUNK_LOGITS_ACCELERATOR)
     return min(length, -(-rows * vocab // limit))
 
 
 def _to_chunks(x, shards: int, chunks: int):
     """[B, N, ...] -> [chunks, shards, rows, ...]. Each chunk has some positions of every sequence.
+    A row is one position of one sequence.
 
     Sequences are split over devices, so every device has work in each chunk. The axis `shards`
     separates their rows. Positions are padded with zeros to a multiple of the number of chunks.

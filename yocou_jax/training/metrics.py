@@ -32,15 +32,17 @@ VAL_BPB = "val_bpb"
 GRAD_NORM = "grad_norm"  # of all gradients together, before clipping
 LR = "lr"
 TOKENS_PER_S = "tokens_per_s"  # over all devices, since the last logged step
-MFU = "mfu"  # share of the peak FLOP/s; absent if the peak is unknown
+MFU = "mfu"  # model FLOP/s divided by the peak of the devices; absent if the peak is unknown
 DATA_WAIT_FRACTION = "data_wait_fraction"  # share of the time spent waiting for batches
-SKIPPED_UPDATES = "skipped_updates"  # non-finite updates since step 0
-SKIPPED_IN_A_ROW = "skipped_in_a_row"  # non-finite updates since the last finite one
-Z_LOSS = "z_loss"  # mean logsumexp(logits)^2
-LOAD_BALANCE = "load_balance"  # of the routers: 1 if uniform, at most experts / experts per token
-ROUTER_Z = "router_z"
-EXPERT_LOAD_MAX = "expert_load_max"  # of the busiest expert: 1 if uniform
-EXPERT_LOAD_MIN = "expert_load_min"
+SKIPPED_UPDATES = "skipped_updates"  # since step 0, because their gradient was not finite
+SKIPPED_IN_A_ROW = "skipped_in_a_row"  # since the last update that was not skipped
+Z_LOSS = "z_loss"  # mean of logsumexp(logits)^2
+# With experts, means over layers and microbatches:
+LOAD_BALANCE = "load_balance"  # the auxiliary loss; 1 if all experts get the same share
+ROUTER_Z = "router_z"  # mean of logsumexp(router logits)^2
+# The load of an expert is its tokens divided by those of the mean expert, so 1 if all get the same.
+EXPERT_LOAD_MAX = "expert_load_max"  # of the expert with the most tokens, in any layer
+EXPERT_LOAD_MIN = "expert_load_min"  # of the expert with the fewest tokens, in any layer
 
 
 def mfu(
@@ -54,8 +56,8 @@ def mfu(
 class MetricsWriter:
     """Writes metrics.jsonl, summary.json and TensorBoard events of a run. Only process 0 makes one.
 
-    resume_step: the step of the checkpoint (None: a new run). Later rows of a killed run are
-    dropped, so no step appears twice. Write the row of a step before you save its checkpoint: in
+    resume_step: the step of the checkpoint (None: a new run). Rows after this step are dropped,
+    because the run repeats these steps. Write the row of a step before you save its checkpoint: in
     the other order, a kill between the two loses the row. Every call writes immediately and in this
     thread. So a kill loses nothing, and a full disk raises OSError here. (With tensorboardX's
     SummaryWriter, the run would hang.)

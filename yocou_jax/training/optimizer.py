@@ -9,14 +9,17 @@ import optax
 from yocou_jax.config import OptimizerConfig
 from yocou_jax.typing import PyTree
 
-# Scales orthogonalised updates to the size of AdamW's updates, so that Muon can take the learning
-# rate and weight decay of AdamW (Moonlight, arXiv 2502.16982, eq. 4).
+# Scale of Muon's updates. It gives them the root mean square of AdamW's updates, so that Muon can
+# use the learning rate and weight decay of AdamW (Moonlight, arXiv 2502.16982, eq. 4).
 MUON_CONSISTENT_RMS = 0.2
 
 # Stacked axes: a parameter that has one of them is many matrices.
 _BATCH_AXES = ("layers", "experts")
-# Matrices with one of these axes take Muon. Embedding, head, router and prefix take AdamW.
+# Muon updates a parameter with "embed" and one of these axes: attention and feed-forward.
 _MUON_AXES = {"heads", "kv_heads", "mlp"}
+# AdamW updates a parameter with "embed" and one of these axes: embedding and head, routers, and the
+# matrices that join parallel streams.
+_ADAMW_AXES = {"vocab", "experts", "streams"}
 
 
 def decay_starts(config: OptimizerConfig, steps: int) -> int | None:
@@ -66,8 +69,17 @@ def _is_names(x) -> bool:
 
 
 def _muon_dimensions(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-    """The axes of a parameter that are rows and columns of its matrices. None: it takes AdamW."""
-    if not _MUON_AXES & set(names) or "embed" not in names:
+    """The axes of a parameter that are rows and columns of its matrices. None: AdamW updates it.
+
+    Raises ValueError for axes that are in neither table. This is a mistake in a module.
+    """
+    if "embed" not in names:
+        return None
+    if not _MUON_AXES & set(names):
+        if not _ADAMW_AXES & set(names):
+            raise ValueError(
+                f"Muon or AdamW? Add an axis of the parameter {names} to _MUON_AXES or _ADAMW_AXES."
+            )
         return None
     embed = names.index("embed")
     hidden = [i for i, name in enumerate(names) if name not in (*_BATCH_AXES, "embed")]

@@ -1,17 +1,17 @@
-"""The interface through which the training loop reports."""
+"""The interface through which a run reports its events."""
 
 from collections.abc import Mapping
 
 
 class Reporter:
-    """The loop calls it for everything that it reports. This class shows nothing;
-    console.Console shows the reports on a terminal."""
+    """Receives the events of a run. This class ignores them. console.Console shows them on a
+    terminal."""
 
     def banner(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
         """Before the first step: the facts of the run, by section."""
 
     def start(self, total_steps: int) -> None:
-        """Training begins; it ends at `total_steps`."""
+        """Training begins. It ends at the step `total_steps`."""
 
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
         """The metrics of a step, under the names in metrics.py."""

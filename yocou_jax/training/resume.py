@@ -20,11 +20,11 @@ FREE_FIELDS, END_FIELDS = resumable(FREE), resumable(END)
 def going_on(
     workdir: Path, before: dict, config: Config, first: int, init_from: Path | None
 ) -> tuple[list[str], bool]:
-    """Compares a run that has done `first` updates with its last start, whose manifest is `before`.
+    """Compares a run that has done `first` updates with `before`, the manifest of its last start.
 
-    Returns sentences about what has changed, and whether all learning rates so far are those of
-    the schedule in `config`. Raises UserError if the run was started from other weights than
-    `init_from`, or if `new_end` does.
+    Returns sentences about what has changed, and whether the run is exact: all learning rates so
+    far are those of the schedule in `config`. Raises UserError if the run did not start from the
+    weights of `init_from`, and the errors of `new_end`.
     """
     started = (before.get("init_from") or {}).get("path")
     if init_from is not None and started != str(init_from):
@@ -40,7 +40,10 @@ def going_on(
         sentence, exact_now = new_end(Config.from_dict(before["config"]), config, first)
         notices.append(sentence)
         if exact_now and not exact:
-            notices.append("But an earlier change of the end was made after its decay had begun.")
+            notices.append(
+                "But an earlier change of the end came after a decay had begun, so the run differs "
+                "from one that had the new end from its start."
+            )
         exact = exact and exact_now
     return notices, exact
 
@@ -48,9 +51,9 @@ def going_on(
 def new_end(old: Config, new: Config, first: int) -> tuple[str, bool]:
     """What another end of the schedule changes in a run that has done `first` updates.
 
-    Returns a sentence, and whether the new schedule has the same learning rates so far. Raises
-    UserError if the run is past its new end, or if the old or the new schedule is a cosine and an
-    update so far depends on its end.
+    Returns a sentence, and whether the old and the new schedule have the same learning rates up to
+    here. Raises UserError if the run has done more steps than the new end allows. Also raises it
+    if the old or the new schedule is a cosine, and an update so far depends on its end.
     """
     if first > new.run.steps:
         raise UserError(
@@ -60,8 +63,8 @@ def new_end(old: Config, new: Config, first: int) -> tuple[str, bool]:
     changes = differences(*({n: flat(c.to_dict())[n] for n in END_FIELDS} for c in (old, new)))
     words = f"The end of the schedule has changed ({'; '.join(changes)})"
     if all(end is None or first <= end for end in ends):
-        words += ": no update so far depends on it, so this is the run with the new end."
-        return words, True
+        words += ": no update so far depends on it, so the run is the same as with the new end"
+        return f"{words} from its start.", True
     if "cosine" in (old.optimizer.schedule, new.optimizer.schedule):
         raise UserError(
             f"{words}, but the {first} updates done depend on it: the cosine falls over the whole "
@@ -77,7 +80,8 @@ def new_end(old: Config, new: Config, first: int) -> tuple[str, bool]:
 
 
 class Source(NamedTuple):
-    """The parameters that a run starts with, sharded like its own, and sentences about them."""
+    """The parameters that a run starts with (sharded as those of the run), the step at which they
+    were saved (None: unknown), and sentences for the user."""
 
     params: PyTree
     step: int | None
@@ -111,6 +115,6 @@ def load_source(path: Path, setup: Setup, config: Config, tokenizer: Tokenizer) 
     old, new = (flat({"model": vars(model), "compute": vars(how)}) for model, how in settings)
     if changed := differences(old, new, ignore=FREE_FIELDS):
         notices.append(f"Its model differs: {'; '.join(changed)}.")
-    # `load` has placed them on the mesh, like training.
+    # `load` has sharded them over the mesh as training does.
     params = jax.tree.map(lambda x, like: x.astype(like.dtype), source.params, wanted)
     return Source(params, source.step, notices)

@@ -1,4 +1,4 @@
-"""The train step and the state it moves: pure functions, their shardings, one jit each.
+"""The train step, the evaluation step and the state: pure functions, their shardings and jits.
 
 The host loop that calls them is in loop.py.
 """
@@ -29,7 +29,7 @@ from yocou_jax.typing import Array, PyTree
 
 @flax.struct.dataclass
 class TrainState:
-    """step: updates tried so far, which is also the number of batches consumed."""
+    """step: number of batches consumed so far. A batch with a skipped update counts too."""
 
     step: Array
     params: PyTree
@@ -37,10 +37,11 @@ class TrainState:
 
 
 def loss_fn(params: PyTree, batch: Batch, config: Config, compute: Compute, num_targets: Array):
-    """The objective of one microbatch, as its share of the mean over `num_targets` targets.
+    """The part of the objective that one microbatch contributes. The parts of all microbatches sum
+    to the objective of the batch, which is a mean over its `num_targets` targets.
 
-    Returns (objective, (LossSums, RouterStats or None)). With experts the auxiliary losses are
-    means over layers and microbatches, weighted as the config says.
+    Returns (objective, (LossSums, RouterStats or None)). With experts, the auxiliary losses are
+    means over layers and microbatches. The config has their weights.
     """
     model = config.model
     output = LanguageModel(model, compute).apply(
@@ -73,8 +74,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update from one global batch, in `accumulation_steps` microbatches.
 
-    schedule: the optimiser's learning rate, which is reported.
-    A non-finite gradient leaves parameters and optimiser as they were and is counted.
+    schedule: the learning rate of `optimizer`, only for the metrics. If the gradient is not finite,
+    parameters and optimizer do not change, and the metrics count a skipped update.
     """
     weights = batch.loss_weights
     num_targets = jnp.float32(batch.targets.size) if weights is None else jnp.sum(weights)
@@ -84,6 +85,8 @@ def train_step(
     if steps == 1:
         grads, (sums, router) = grad_fn(state.params, batch)
     else:
+        # Microbatch m has the rows m, m + steps, ... A device has consecutive rows of the batch. So
+        # each microbatch takes as many rows from every device, and no row moves to another device.
         micro = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def accumulate(total, one):
@@ -113,7 +116,7 @@ def train_step(
 
 
 def eval_step(params: PyTree, batch: Batch, *, config: ModelConfig, compute: Compute) -> LossSums:
-    """Sums of one validation batch, to be added up on the host."""
+    """The sums of one validation batch. The host adds those of all batches."""
     output = LanguageModel(config, compute).apply(
         {"params": params}, batch.tokens, batch.positions, batch.segment_ids
     )
@@ -134,8 +137,12 @@ def logical_axes(boxed: PyTree) -> PyTree:
 
 
 def state_shardings(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """(abstract TrainState, its NamedShardings). An array of the optimiser whose path ends in a
-    parameter's path and that has its shape lies as the parameter does; all else is replicated."""
+    """Returns the abstract TrainState and its NamedShardings.
+
+    The optimizer has trees like that of the parameters (its moments). If the path of an array ends
+    in the path of a parameter, and both have one shape, the array gets the sharding of the
+    parameter. All other arrays are replicated.
+    """
     boxed = abstract_params(config.model)
     params = nn.unbox(boxed)
     by_path = {
@@ -148,7 +155,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
     }
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def lies(path, leaf):
+    def sharding_of(path, leaf):
         for start in range(len(path)):
             shape, sharding = by_path.get(path[start:], (None, None))
             if shape == leaf.shape:
@@ -157,13 +164,13 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
 
     step = jax.ShapeDtypeStruct((), jnp.int32)
     abstract = TrainState(step, params, jax.eval_shape(optimizer.init, params))
-    return abstract, jax.tree_util.tree_map_with_path(lies, abstract)
+    return abstract, jax.tree_util.tree_map_with_path(sharding_of, abstract)
 
 
 def init_state(
     config: Config, compute: Compute, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """A fresh state from run.seed; jit it with out_shardings so that no device holds all of it."""
+    """A fresh state from run.seed. Jit this with out_shardings, so that no device stores all."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     model = LanguageModel(config.model, compute)
     variables = model.init(jax.random.key(config.run.seed), tokens)
@@ -172,8 +179,13 @@ def init_state(
 
 
 class Setup(NamedTuple):
-    """What a run is made of once its config is known: how it is computed, mesh, learning rate,
-    optimiser, jitted functions."""
+    """All that `set_up` derives from the config of a run.
+
+    init() returns a TrainState. step(state, batch) returns the next one and the metrics, and the
+    given state is donated. evaluate(params, batch) returns LossSums. On several devices, call them
+    inside `with jax.set_mesh(setup.mesh)`, or they raise RuntimeError: the shardings of activations
+    and of attention are those of the mesh in the context.
+    """
 
     compute: Compute
     mesh: Mesh
@@ -185,14 +197,31 @@ class Setup(NamedTuple):
     evaluate: Callable
 
 
+def _inside(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, but when it is traced, it checks that the context has the mesh."""
+
+    def checked(*args):
+        if mesh.size > 1 and jax.sharding.get_abstract_mesh() != mesh.abstract_mesh:
+            raise RuntimeError(
+                "Call init, step and evaluate inside `with jax.set_mesh(setup.mesh)`."
+            )
+        return function(*args)
+
+    return checked
+
+
 def set_up(config: Config, devices=None) -> Setup:
-    """Derives all shardings and jits init, step and evaluation once. Compiles nothing yet."""
+    """Derives all shardings, and jits init, step and evaluate once. Nothing is compiled yet.
+
+    devices: all of jax's if None. Raises UserError if the batch, the mesh and the devices do not
+    fit together.
+    """
     mesh = make_mesh(config.mesh, devices)
     ways = batch_ways(mesh) * config.optimizer.accumulation_steps
     if config.data.batch_size % ways:
         raise UserError(
-            f"data.batch_size={config.data.batch_size} does not divide by {ways}, which is "
-            f"mesh data*fsdp={batch_ways(mesh)} times "
+            f"data.batch_size={config.data.batch_size} must be a multiple of {ways}, which is "
+            f"mesh.data * mesh.fsdp = {batch_ways(mesh)} times "
             f"optimizer.accumulation_steps={config.optimizer.accumulation_steps}."
         )
     boxed = abstract_params(config.model)
@@ -202,7 +231,7 @@ def set_up(config: Config, devices=None) -> Setup:
     abstract, shardings = state_shardings(config, optimizer, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = batch_sharding(mesh)
-    with jax.set_mesh(mesh):  # whose devices answer "auto"
+    with jax.set_mesh(mesh):  # "auto" depends on the devices of this mesh
         compute = resolve_compute(config.compute)
     step = functools.partial(
         train_step, config=config, compute=compute, optimizer=optimizer, schedule=schedule
@@ -215,15 +244,17 @@ def set_up(config: Config, devices=None) -> Setup:
         abstract_state=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         ),
-        init=jax.jit(lambda: init_state(config, compute, optimizer), out_shardings=shardings),
+        init=jax.jit(
+            _inside(mesh, lambda: init_state(config, compute, optimizer)), out_shardings=shardings
+        ),
         step=jax.jit(
-            step,
+            _inside(mesh, step),
             in_shardings=(shardings, batch),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
-            functools.partial(eval_step, config=config.model, compute=compute),
+            _inside(mesh, functools.partial(eval_step, config=config.model, compute=compute)),
             in_shardings=(shardings.params, batch),
             out_shardings=replicated,
         ),
