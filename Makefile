@@ -77,8 +77,8 @@ test-fast: setup
 	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: setup
-	@$(VENV)/bin/python -c 'import basedpyright' 2>/dev/null || $(VENV)/bin/python -m pip install -qq \
-	  --disable-pip-version-check --no-compile -r requirements/lint.txt -c constraints/newest.txt
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
+	  -r requirements/lint.txt
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m basedpyright --pythonpath $(VENV)/bin/python

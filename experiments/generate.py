@@ -6,7 +6,7 @@
     python -m experiments.generate --workdir=runs/yocou_small --interactive
 
 --workdir is a workdir of `experiments.train` or a folder of `experiments.export`. Several prompts
-run in one batch, and each text is printed when it ends. Texts are written to stdout. Kernels, speed
+run in one batch, and each text is printed when it ends. Texts are written to stdout. Speed
 (without compilation) and bytes of the cache are written to stderr. Each prompt is the beginning of
 a new text, and --prompt= (empty) lets the model write all of it. A text ends at the end-of-text
 token, after --max_new_tokens, or before a --stop text. In bash, --stop=$'\\n\\n' is an empty line.
@@ -98,8 +98,7 @@ def tensor_mesh() -> jax.sharding.Mesh | None:
 
 
 def main(_):
-    texts = prompts()
-    mesh = tensor_mesh()
+    texts, ends, mesh = prompts(), stops(), tensor_mesh()
     # These imports take seconds, so they come after the checks.
     from experiments.writer import Options, Writer
     from yocou_jax.inference import Sampling
@@ -114,7 +113,7 @@ def main(_):
         num_samples=NUM_SAMPLES.value,
         max_new_tokens=NEW_TOKENS.value,
         seed=SEED.value,
-        stops=stops(),
+        stops=ends,
         chunk=CHUNK.value,
     )
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():

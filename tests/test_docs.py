@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import yocou_small
 from pallas_kernels import api
 from pallas_kernels.attention import gpu, triton
 from pallas_kernels.device import Device
@@ -114,7 +115,7 @@ def test_the_table_of_kernels_is_what_auto_chooses(name, dtype, needs, kernel, m
 @pytest.mark.parametrize("document", [d for d in CURRENT if "```python" in read(d)])
 @pytest.mark.slow
 def test_python_code_runs(document, tmp_path, monkeypatch):
-    """It runs in a folder where runs/yocou_small is a trained tiny model."""
+    """With tiny sizes in yocou_small, and in a folder where runs/yocou_small is a trained model."""
     blocks = re.findall(r"^```python\n(.*?)^```", read(document), re.MULTILINE | re.DOTALL)
     config, words = tiny.config(vocab_size=258), Tokenizer.from_json("bytes")
     trained = pretrained.Pretrained(
@@ -122,6 +123,16 @@ def test_python_code_runs(document, tmp_path, monkeypatch):
     )
     pretrained.export(tmp_path / "runs/yocou_small", trained)
     monkeypatch.chdir(tmp_path)
+    real = yocou_small.get_config
+
+    def get_config(*preset):
+        fields = real(*preset)
+        sizes = {name: size for name, size in tiny.MODEL.items() if name != "num_layers"}
+        fields.model.update(sizes | {"vocab_size": 258})
+        fields.data.validation_sequences = 8
+        return fields
+
+    monkeypatch.setattr(yocou_small, "get_config", get_config)
     namespace = {}
     for block in blocks:
         exec(compile(block, document, "exec"), namespace)

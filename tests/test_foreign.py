@@ -48,8 +48,8 @@ def test_absl_repeats_a_value_that_is_refused(command):
 
 
 def test_xla_says_when_memory_is_used_up():
-    with pytest.raises((jax.errors.JaxRuntimeError, MemoryError)) as error:
-        jnp.zeros(2**50).block_until_ready()  # four times what a process can address
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jnp.zeros(2**50).block_until_ready()  # 32 times what a process can address
     assert foreign.out_of_memory(error.value)
     assert foreign.out_of_memory(MemoryError())
     assert not foreign.out_of_memory(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes."))

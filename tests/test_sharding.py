@@ -17,7 +17,14 @@ from yocou_jax.config import MeshConfig
 from yocou_jax.errors import UserError
 from yocou_jax.model import abstract_params, resolve_compute
 from yocou_jax.program import ARCHITECTURES
-from yocou_jax.sharding import LOGICAL_AXES, batch_sharding, make_mesh, spec_for, tree_shardings
+from yocou_jax.sharding import (
+    LOGICAL_AXES,
+    SIZES,
+    batch_sharding,
+    make_mesh,
+    spec_for,
+    tree_shardings,
+)
 from yocou_jax.training.step import logical_axes, loss_fn, set_up
 
 MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
@@ -200,6 +207,8 @@ def test_two_dimensions_cannot_use_the_same_mesh_axis():
 
 def test_the_table_names_only_mesh_axes():
     assert {axis for axes in LOGICAL_AXES.values() for axis in axes} <= {"data", "fsdp", "tensor"}
+    parameters = {name for name, axes in LOGICAL_AXES.items() if {"fsdp", "tensor"} & set(axes)}
+    assert SIZES.keys() == parameters - {"batch"}
 
 
 def test_make_mesh_fills_an_axis_of_minus_one():
@@ -242,7 +251,7 @@ def test_a_mesh_axis_that_splits_no_parameter_is_refused():
     fields = {"d_ff": 20, "vocab_size": 30}
     with pytest.raises(UserError, match=r"mesh.tensor=8 would split no parameter: 8 does not"
                        r" divide 30 \(model.vocab_size\), 2 \(model.num_kv_heads\), "
-                       r"4 \(model.num_heads\), 20 \(model.d_ff or the width of experts\)\."
+                       r"4 \(model.num_heads\), 20 \(model.d_ff or model.expert_width\)\."
                        ):  # fmt: skip
         set_up(config_on((1, 1, 8), **fields))
     set_up(config_on((8, 1, 1), d_model=12, **fields))

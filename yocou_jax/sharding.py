@@ -43,12 +43,12 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 
 
-# What sets the size of a logical axis that is split, for messages.
+# The config field that sets the size of a logical axis that is split, for messages.
 SIZES = {
     "embed": "model.d_model",
     "heads": "model.num_heads",
     "kv_heads": "model.num_kv_heads",
-    "mlp": "model.d_ff or the width of experts",
+    "mlp": "model.d_ff or model.expert_width",
     "vocab": "model.vocab_size",
 }
 
@@ -94,7 +94,7 @@ def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
         ways, whole = mesh.shape[axis], [box for box in boxes if not _is_split(box, mesh, axis)]
         sizes = [pair for box in whole for pair in zip(box.names, box.value.shape, strict=True)]
         uneven = dict.fromkeys(
-            f"{size} ({SIZES[n]})" for n, size in sizes if axis in LOGICAL_AXES.get(n, ())
+            f"{size} ({SIZES.get(n, n)})" for n, size in sizes if axis in LOGICAL_AXES.get(n, ())
         )
         reason = f"{ways} does not divide {', '.join(uneven)}"
         if len(whole) == len(boxes):

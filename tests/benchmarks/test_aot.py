@@ -217,7 +217,6 @@ for kernel in result["kernels"]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.slow
 def test_splash_compiles_for_a_tpu(tmp_path):
     """From compiling with libtpu to counting cycles, with splash, which the tile table needs."""
     environment = os.environ | targets.environment(targets.TARGETS["v6e"], tmp_path)

@@ -327,7 +327,8 @@ def check_what_comes_next(config, out):
 def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
     config = tiny.model("yoco_u", num_layers=2)
     run = model(config)
-    free = generate(run, PROMPTS, max_new_tokens=12).tokens
+    arrays = [np.array(PROMPTS[0]), *map(jnp.array, PROMPTS[1:])]  # as well as lists
+    free = generate(run, arrays, max_new_tokens=12).tokens
     stop = int(free[2, 3])
     options = {"max_new_tokens": 12, "stop_tokens": [stop], "logprobs": True}
     out = generate(run, PROMPTS, **options)

@@ -274,7 +274,6 @@ def test_the_interpreter_does_not_round_to_bf16():
 
 
 @needs_triton
-@pytest.mark.slow
 def test_the_compiler_spills_nothing():
     shape = {"N": 1024, "S": 1024, "Q": 12, "K": 4, "H": 64, "window": 512}
     kernels = triton.compile_report(89, [shape, shape | {"N": 1}])

@@ -11,6 +11,7 @@ from tests import tiny
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.program import ARCHITECTURES
 from yocou_jax.training import metrics
+from yocou_jax.training.optimizer import make_schedule
 from yocou_jax.training.step import eval_step, set_up, train_step
 
 
@@ -79,6 +80,14 @@ def test_the_step_donates_its_state():
     assert not any(x.is_deleted() for x in jax.tree.leaves(new))
 
 
+def test_profiles_show_the_names_of_the_jitted_functions():
+    """Also compile logs and errors: jax takes the name of the function."""
+    setup = one_device(tiny.config("window*1"))
+    names = setup.init.__name__, setup.step.__name__, setup.evaluate.__name__
+    assert names == ("init_state", "train_step", "eval_step")
+    assert setup.init.lower().as_text().startswith("module @jit_init_state")
+
+
 def test_the_loss_is_that_of_the_evaluation():
     """For the same batch, training has means over the targets, and the evaluation has sums."""
     config = tiny.config("window*1 | cross*1")
@@ -94,7 +103,8 @@ def test_the_loss_is_that_of_the_evaluation():
 def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     config = tiny.config("window*1 | cross*1")
     setup, params = one_device(config), tiny.params(config.model)
-    given = {"compute": setup.compute, "optimizer": setup.optimizer, "schedule": setup.schedule}
+    schedule = make_schedule(config.optimizer, config.run.steps)
+    given = {"compute": setup.compute, "optimizer": setup.optimizer, "schedule": schedule}
     step = jax.jit(functools.partial(train_step, config=config, **given))
     state = tiny.fresh_state(setup, params)
     batch = tiny.packed_batch()

@@ -99,7 +99,7 @@ def check_prefill(
     return Prompts(tokens, lengths, room, chunk)
 
 
-def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def padded(prompts: Sequence[WholeNumbers]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of any lengths as tokens [B, N], with 0 after the end of each row, and lengths [B].
 
     Raises UserError for a prompt that is not a list of token ids.

@@ -189,7 +189,6 @@ class Setup(NamedTuple):
 
     compute: Compute
     mesh: Mesh
-    schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     abstract_state: TrainState
     init: Callable
@@ -198,7 +197,8 @@ class Setup(NamedTuple):
 
 
 def _inside(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, but when it is traced, it checks that the context has the mesh."""
+    """`function`, but when it is traced, it checks that the context has the mesh. The name stays:
+    profiles, compile logs and errors show it."""
 
     def checked(*args):
         if mesh.size > 1 and jax.sharding.get_abstract_mesh() != mesh.abstract_mesh:
@@ -207,6 +207,7 @@ def _inside(mesh: Mesh, function: Callable) -> Callable:
             )
         return function(*args)
 
+    checked.__name__ = getattr(function, "func", function).__name__  # of a partial: its function
     return checked
 
 
@@ -233,20 +234,18 @@ def set_up(config: Config, devices=None) -> Setup:
     batch = batch_sharding(mesh)
     with jax.set_mesh(mesh):  # "auto" depends on the devices of this mesh
         compute = resolve_compute(config.compute)
+    init = functools.partial(init_state, config, compute, optimizer)
     step = functools.partial(
         train_step, config=config, compute=compute, optimizer=optimizer, schedule=schedule
     )
     return Setup(
         compute=compute,
         mesh=mesh,
-        schedule=schedule,
         optimizer=optimizer,
         abstract_state=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         ),
-        init=jax.jit(
-            _inside(mesh, lambda: init_state(config, compute, optimizer)), out_shardings=shardings
-        ),
+        init=jax.jit(_inside(mesh, init), out_shardings=shardings),
         step=jax.jit(
             _inside(mesh, step),
             in_shardings=(shardings, batch),
