@@ -398,13 +398,13 @@ def _tokenised(
     key = f"{FORMAT} {fingerprint} {tokenizer.fingerprint} {split.threshold!r} {allow_lossy}"
     directory = cache_dir / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
     if not os.path.isdir(directory):
-        with _whole_or_absent(directory) as scratch:
+        with _complete_or_absent(directory) as scratch:
             _write_tokens(split, tokenizer, allow_lossy, scratch)
     return directory, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
-def _whole_or_absent(directory: Path) -> Iterator[Path]:
+def _complete_or_absent(directory: Path) -> Iterator[Path]:
     """A scratch directory. At the end of the block, one rename makes it `directory`.
 
     If another process was faster, its result stays. Both have the same bytes.
