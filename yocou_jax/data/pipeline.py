@@ -364,8 +364,8 @@ def _validation(
 
 
 def _bpe_sample(parts: list[tuple[float, Split]]) -> Iterator[str]:
-    """The documents that train a BPE. If the training split has more than BPE_SAMPLE_BYTES, about
-    so many of them, chosen by the hash of their names."""
+    """The documents that train a BPE. If the training split has more than BPE_SAMPLE_BYTES,
+    these are about BPE_SAMPLE_BYTES of it, chosen by the hash of their names."""
     for weight, (corpus, threshold) in parts:
         share = weight * BPE_SAMPLE_BYTES / corpus.summary.bytes
         for name, text in corpus.documents():
