@@ -23,7 +23,7 @@ from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.step import set_up
 
-TIMES = 5.0  # a run may differ by so many times the control's difference
+TIMES = 5.0  # a run may differ by this multiple of the control's difference
 FLOOR = 1e-5  # nats per token that it may always differ by: some 40 roundings of a float32 loss
 
 

@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     o.schedule = "cosine"  # or wsd (constant, then a linear decay), or constant
     o.warmup_steps = 100
     o.decay_fraction = 0.3  # share of run.steps; the length of the decay of wsd
-    o.final_fraction = 0.1  # share of learning_rate; exactly that is the last update's rate
+    o.final_fraction = 0.1  # share of learning_rate: the exact rate of the last update
     o.beta1 = 0.9  # of AdamW, as is beta2 (Table 6 of the paper)
     o.beta2 = 0.95
     o.momentum = 0.95  # of Muon (Nesterov; the formula is in yocou_jax/training/optimizer.py)
@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     o.clip_norm = 1.0  # limit of the global gradient norm (1e9: no limit); not in the paper
     o.z_loss = 0.0  # weight of logsumexp(logits)^2
     o.accumulation_steps = 1  # microbatches per update
-    o.max_skipped_updates = 5  # the run stops after so many non-finite updates in a row
+    o.max_skipped_updates = 5  # the run stops after this number of non-finite updates in a row
 
     d = c.data = ConfigDict()
     # python | site_packages | a path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config]
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     d.batch_size = 16  # sequences per update, over all devices
     d.sequence_length = 512  # tokens
     d.validation_fraction = 0.02  # share of the documents; the hash of a name decides
-    # (another share of a small text, so that a held-out sequence and a training batch are full)
+    # (a small text gets another share if a held-out sequence or a batch would not be full)
     d.validation_sequences = 64  # may change on resume, although the validation loss then differs
     d.seed = 0  # for the order of the training sequences
     d.cache_dir = "runs/cache"  # tokenised corpora and trained tokenizers

@@ -47,7 +47,7 @@ IMPLEMENTATION = flags.DEFINE_enum(
 )
 STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-CONFIG = cli.config_file(default_config(), "What to train; a small config of its own if not given.")
+CONFIG = cli.config_file(default_config(), "What to train. Default: a small model.")
 
 
 def main(_):

@@ -63,21 +63,21 @@ from yocou_jax.model import resolve_compute
 
 CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to profile.")
 LENGTHS = flags.DEFINE_list(
-    "lengths", None, "Prompt lengths; 8192,16384,65536,262144, on a CPU 1024 to 16384."
+    "lengths", None, "Prompt lengths. Default: 8192,16384,65536,262144; on a CPU 1024 to 16384."
 )
 ARCHITECTURE_NAMES = flags.DEFINE_list(
     "architectures",
     ["transformer", "yoco", "rins", "yoco_u"],
-    "Which to measure, of program.ARCHITECTURES.",
+    "Names in program.ARCHITECTURES to measure.",
 )
 BATCH = flags.DEFINE_integer(
-    "batch", None, "Most rows decoded at once; 32, on a CPU 4.", lower_bound=1
+    "batch", None, "Largest batch of decode. Default: 32; on a CPU 4.", lower_bound=1
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
-OUT = flags.DEFINE_string("out", None, "A .json that has all numbers so far, also if cut short.")
+OUT = flags.DEFINE_string("out", None, "File for the numbers (.json), written after each length.")
 PLOT = flags.DEFINE_string("plot", None, "File for the three curves, such as a PNG or PDF.")
 BUDGET = flags.DEFINE_float(
-    "budget_s", None, "Seconds after which nothing more is begun; 400, on a CPU 300."
+    "budget_s", None, "Seconds after which no measurement starts. Default: 400; on a CPU 300."
 )
 
 

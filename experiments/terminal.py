@@ -76,7 +76,7 @@ class Printer:
                 before = row.ended
                 row.add(tokens[i])
                 if row.ended and not before:
-                    _print_now(self._whole(i))
+                    _print_now(self._titled(i))
         return [row.ended for row in self.rows]
 
     def _continue(self, row: "TextRow", tokens: np.ndarray) -> None:
@@ -87,7 +87,7 @@ class Printer:
         _print_now(start + row.text[shown:] + end)
         self.begun = True
 
-    def _whole(self, i: int) -> str:
+    def _titled(self, i: int) -> str:
         """The text of one of several rows, with a title and its prompt."""
         num_samples = len(self.rows) // len(self.prompts)
         prompt, sample = divmod(i, num_samples)

@@ -93,8 +93,8 @@ def layout(partition: Partition | None, B: int, Q: int, K: int) -> Layout | None
 
 def on_each_device(body: Callable, where: Layout, in_specs, out_specs) -> Callable:
     """body as a shard_map over all axes of the mesh, because XLA must not split a TPU kernel along
-    any axis. check_vma is off: jax would check over which mesh axes each value differs, and a
-    pallas_call does not say this of its results."""
+    any axis. check_vma is off: jax would check the mesh axes along which each value differs,
+    and a pallas_call does not declare them for its results."""
     return jax.shard_map(
         body, in_specs=in_specs, out_specs=out_specs, axis_names=set(where.axes), check_vma=False
     )

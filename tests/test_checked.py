@@ -1,4 +1,4 @@
-"""What is to be noticed in every test is noticed: wrong shapes, silent broadcasts, warnings."""
+"""The checks that run in every test find wrong shapes, silent broadcasts and warnings."""
 
 import sys
 import warnings

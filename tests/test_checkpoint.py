@@ -192,7 +192,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["deleted", "halved", "emptied", "flipped"])
 @pytest.mark.parametrize("pattern", checkpoint_files())
-def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, saved, caplog, pattern, how):
+def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, saved, caplog, pattern, how):
     directory = shutil.copytree(saved, tmp_path / "c")
     victim = max((directory / "20").glob(pattern), key=lambda p: p.stat().st_size)
     damage(victim, how)
@@ -222,7 +222,7 @@ def test_the_steps_after_a_damaged_checkpoint_can_be_saved_again(tmp_path, saved
     assert_same(state, make_state(20))
 
 
-def test_a_folder_that_was_never_finished_is_passed_over(tmp_path, saved, caplog):
+def test_a_folder_that_was_never_finished_is_skipped(tmp_path, saved, caplog):
     directory = shutil.copytree(saved, tmp_path / "c")
     (directory / "30").mkdir()
     shutil.copytree(directory / "20", directory / "40.orbax-checkpoint-tmp-1")
@@ -245,7 +245,7 @@ def test_damaged_checkpoints_stop_a_run_and_unfinished_ones_do_not(tmp_path, sav
     for step in ("10", "20"):
         (directory / step / "inventory.json").unlink()
     with Checkpointer(directory) as checkpointer:
-        assert checkpointer.newest_whole() is None
+        assert checkpointer.newest_undamaged() is None
         assert checkpointer.save(10, make_state(10))
     assert folders(directory) == ["10", "passed-over-10", "passed-over-20"]
 

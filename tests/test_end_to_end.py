@@ -217,7 +217,7 @@ def test_a_run_that_is_killed_stopped_and_resumed_equals_an_uninterrupted_run(ho
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_passed_over(home, whole):
+def test_a_damaged_newest_checkpoint_is_skipped(home, whole):
     workdir = home / "damaged"
     shutil.copytree(whole, workdir)
     (workdir / "summary.json").unlink()

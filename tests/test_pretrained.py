@@ -70,7 +70,7 @@ def test_a_workdir_gives_its_newest_checkpoint(tmp_path, architecture):
     assert_same(one, load(tmp_path / "exported"))
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
+def test_a_damaged_newest_checkpoint_is_skipped(tmp_path):
     one = model(step=1)
     path = workdir(tmp_path, one, 1, 2)
     (path / "checkpoints/2/inventory.json").unlink()

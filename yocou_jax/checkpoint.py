@@ -55,7 +55,7 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self._manager: ocp.CheckpointManager | None = None
         self._keep, self._closed = keep, False
-        self._whole: tuple[int | None, dict[int, str]] | None = None
+        self._newest: tuple[int | None, dict[int, str]] | None = None
         self._finishing: threading.Thread | None = None
         self._saving, self._error = -1, None
 
@@ -114,15 +114,15 @@ class Checkpointer:
         self._finishing.start()
         return True
 
-    def newest_whole(self) -> int | None:
+    def newest_undamaged(self) -> int | None:
         """The step that `restore_latest` restores. The first call reads all its files.
 
         Raises UserError if there are finished checkpoints and all of them are damaged.
         """
-        if self._whole is None:
+        if self._newest is None:
             finished = [step for step in _steps(self.directory) if self._finished(step)]
-            self._whole = _newest_whole(self.directory, finished)
-        step, damaged = self._whole
+            self._newest = _newest_undamaged(self.directory, finished)
+        step, damaged = self._newest
         if step is None and damaged:
             raise UserError(
                 f"No checkpoint in {self.directory} can be read: "
@@ -138,11 +138,11 @@ class Checkpointer:
         that their steps can be saved again. Raises UserError, and changes nothing, if all are
         damaged, or if the arrays differ from those of `abstract_state`.
         """
-        step = self.newest_whole()
+        step = self.newest_undamaged()
         if step is None:
             return None
         state = _restore(self.directory, step, abstract_state)
-        _, damaged = self._whole
+        _, damaged = self._newest
         self._put_aside({s: f"{why}; step {step} is used instead" for s, why in damaged.items()})
         self._open_manager()
         return state, step
@@ -213,7 +213,7 @@ def load_params(
         raise UserError(
             f"There is no checkpoint of step {step} in {directory}; the steps there: {there}."
         )
-    found, damaged = _newest_whole(directory, steps if step is None else [step])
+    found, damaged = _newest_undamaged(directory, steps if step is None else [step])
     if step in damaged:
         raise UserError(
             f"The checkpoint of step {step} in {directory} cannot be read: {damaged[step]}."
@@ -260,14 +260,14 @@ def _steps(directory: Path) -> list[int]:
     return [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
 
 
-def _newest_whole(directory: Path, steps: list[int]) -> tuple[int | None, dict[int, str]]:
+def _newest_undamaged(directory: Path, steps: list[int]) -> tuple[int | None, dict[int, str]]:
     """The newest undamaged step, and what is wrong with each newer one. Process 0 decides."""
     damaged = {}
     for step in sorted(steps, reverse=True):
         why = _damage(directory / str(step)) if jax.process_index() == 0 else ""
         if jax.process_count() > 1:
-            whole = bool(multihost_utils.broadcast_one_to_all(np.array(not why)))
-            why = "" if whole else why or "it is damaged"
+            undamaged = bool(multihost_utils.broadcast_one_to_all(np.array(not why)))
+            why = "" if undamaged else why or "it is damaged"
         if not why:
             return step, damaged
         damaged[step] = why

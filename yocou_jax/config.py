@@ -397,7 +397,7 @@ def unknown_field(name: str) -> UserError:
     return UserError(f"{sentence} {hint}")
 
 
-def check_names(fields: Any, cls: Any = Config, prefix: str = "") -> None:
+def check_names(fields: object, cls: Any = Config, prefix: str = "") -> None:
     """Raises UserError if a field is missing or unknown. Does not check values."""
     if not isinstance(fields, Mapping | ConfigDict):  # a ConfigDict is not a Mapping
         what = f"{prefix.rstrip('.')}=" if prefix else "The config "

@@ -18,6 +18,6 @@ from jaxtyping import Bool, Float, Int, Key
 
 __all__ = ["AnyArray", "Array", "Bool", "Float", "Int", "Key", "PyTree", "WholeNumbers"]
 
-AnyArray = Array | np.ndarray  # where the host hands over what it has
+AnyArray = Array | np.ndarray  # for functions that take arrays of the host and of devices
 WholeNumbers = Sequence[int] | AnyArray
 PyTree = Any

@@ -37,8 +37,8 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-triton", "trito
 def compile_one(target: Target, on: Mesh, folder: Path, function, args) -> dict[str, Any]:
     """Compiles one program. Returns the seconds, the bytes that it accesses by XLA's count (None if
     XLA does not count) and one entry per kernel. Empties the folder of the compiler's files."""
-    whole = NamedSharding(on, PartitionSpec())
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
+    replicated = NamedSharding(on, PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args)
     with jax.sharding.use_abstract_mesh(on.abstract_mesh):
         pairs = {}
         if target.platform == "tpu":

@@ -75,9 +75,9 @@ def parse_ptxas(log: str) -> dict[str, Any]:
 
 def pairs_per_stretch(jaxpr) -> list[int]:
     """How many pairs of query and key each piece of straight code of a kernel handles, in order,
-    without pieces that handle none. That is the number of exponentials of which the result goes
-    into a matrix product. So the exponentials that correct a running softmax do not count, and
-    other products than those of attention do not matter."""
+    without pieces that handle none. It counts the exponentials whose results go into a matrix
+    product: attention has one for each pair. The exponentials that correct a running softmax do
+    not count, because no product reads them. A product without exponentials adds nothing."""
     found, here = [], 0
 
     def walk(jaxpr, copies):

@@ -161,8 +161,8 @@ def padded(x, axis: int, size: int):
 def _check_context(opaque: bool, q, where) -> None:
     if (opaque or where is not None) and getattr(jax.typeof(q), "vma", None):
         raise ValueError(
-            "Attention kernels do not say over which mesh axes their results vary: give the "
-            "jax.shard_map around them check_vma=False."
+            "Attention kernels do not declare the mesh axes along which their results vary: give "
+            "the jax.shard_map around them check_vma=False."
         )
 
 

@@ -32,7 +32,7 @@ from pallas_kernels.attention.hopper import CONSUMERS, KeyStream, Softmax, pl, p
 from pallas_kernels.attention.join import join_splits
 
 MULTIPROCESSORS = 132  # H100 SXM, H200
-STARTUP = 4  # to start a thread block takes as long as so many blocks of keys (a guess)
+STARTUP = 4  # blocks of keys that are read in the time that a thread block needs to start (a guess)
 
 
 def _splits(rows: int, S: int, size: int) -> int:

@@ -63,8 +63,8 @@ def _produce_keys(plan: Plan, tile: _Tile, keys: KeyStream, k_ref, v_ref, ids_re
 
 
 def _in_segment(seen, row_ids, column_ids):
-    """The mask `seen` of a block of scores (None: all are seen), and if there are segments, also
-    with the mask of equal ids. Ids of rows are in registers, ids of columns in shared memory."""
+    """The mask of a block of scores: `seen` (None: all are seen), and if there are segments,
+    only where ids are equal. Ids of rows are in registers, ids of columns in shared memory."""
     if row_ids is None:
         return seen
     shape = (row_ids.shape[0], column_ids.shape[0])

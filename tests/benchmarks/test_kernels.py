@@ -174,7 +174,7 @@ def test_the_backward_alone_is_the_difference_of_two_times():
     assert np.isclose(found["spread"], 0.2)
 
 
-def test_both_files_are_whole_at_any_time(tmp_path, monkeypatch):
+def test_both_files_are_complete_at_any_time(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "markdown", lambda report: "page")
     kernels.write(tmp_path, {"times": [1]})
     kernels.write(tmp_path, {"times": [1, 2]})

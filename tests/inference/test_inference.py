@@ -606,10 +606,10 @@ def test_caches_and_rows_that_do_not_fit_are_refused(unchecked):
         prepare(tiny.params(config), dataclasses.replace(config, num_loops=2)),
     )
     cache, logits = prefill(run, np.array([[1, 2, 3], [4, 5, 6]]))
-    with refused("A cache of 2 rows does not fit 1 prompts"):
+    with refused("A memory of 2 rows does not fit 1 prompts"):
         prefill(run, np.array([[1]]), memory=cache)
     for stranger in (other, model(tiny.model("transformer"))):
-        with refused("The cache does not fit this model"):
+        with refused("The memory does not fit this model"):
             generate_from(stranger, cache, logits, max_new_tokens=1)
     with refused("capacity=9 cannot be given with a memory"):
         prefill(run, np.array([[1], [2]]), memory=cache, capacity=9)

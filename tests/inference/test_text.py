@@ -1,4 +1,4 @@
-"""Text as its tokens come: whole characters, up to a stop text."""
+"""Text as its tokens come: complete characters, up to a stop text."""
 
 import numpy as np
 import pytest

@@ -95,7 +95,7 @@ def plain(**options):
 ROW = {"loss": 3.21987, "bpb": 1.5, "tokens_per_s": 45678.9, "mfu": 0.412}
 
 
-def test_plain_lines_are_whole_and_throttled(monkeypatch):
+def test_plain_lines_are_complete_and_throttled(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("yocou_jax.training.console.time.monotonic", lambda: clock[0])
     out, console = plain(plain_every_s=10)

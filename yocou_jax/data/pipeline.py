@@ -364,8 +364,8 @@ def _validation(
 
 
 def _bpe_sample(parts: list[tuple[float, Split]]) -> Iterator[str]:
-    """The documents that train a BPE. If the training split has more than BPE_SAMPLE_BYTES, about
-    so many of them, chosen by the hash of their names."""
+    """The documents that train a BPE. If the training split has more than BPE_SAMPLE_BYTES,
+    these are about BPE_SAMPLE_BYTES of it, chosen by the hash of their names."""
     for weight, (corpus, threshold) in parts:
         share = weight * BPE_SAMPLE_BYTES / corpus.summary.bytes
         for name, text in corpus.documents():
@@ -398,13 +398,13 @@ def _tokenised(
     key = f"{FORMAT} {fingerprint} {tokenizer.fingerprint} {split.threshold!r} {allow_lossy}"
     directory = cache_dir / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
     if not os.path.isdir(directory):
-        with _whole_or_absent(directory) as scratch:
+        with _complete_or_absent(directory) as scratch:
             _write_tokens(split, tokenizer, allow_lossy, scratch)
     return directory, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
-def _whole_or_absent(directory: Path) -> Iterator[Path]:
+def _complete_or_absent(directory: Path) -> Iterator[Path]:
     """A scratch directory. At the end of the block, one rename makes it `directory`.
 
     If another process was faster, its result stays. Both have the same bytes.

@@ -17,7 +17,7 @@ from yocou_jax.model.memory import Memory
 from yocou_jax.sharding import batch_ways
 from yocou_jax.typing import WholeNumbers
 
-# Positions of a chunk. So many fill the matrix unit of a device.
+# Positions of a chunk: enough to fill the matrix unit of a device.
 CHUNK = 2048
 # Positions of a chunk in all rows of one device together. A large batch gets shorter chunks (of at
 # least 128 positions), because activations need memory: with 1.3B parameters in bfloat16, XLA
@@ -41,8 +41,8 @@ class Prompts(NamedTuple):
 
 def bucket(n: int, least: int = 16) -> int:
     """n, rounded up to 1, 1.25, 1.5 or 1.75 times a power of two, and at least `least`. For example
-    33 to 40 give 40, 41 to 48 give 48, 49 to 56 give 56, and 57 to 64 give 64. So many sizes share
-    few compiled programs, and above `least` a size grows by at most a quarter."""
+    33 to 40 give 40, 41 to 48 give 48, 49 to 56 give 56, and 57 to 64 give 64. This way, few
+    compiled programs serve all sizes. Above `least`, a size grows by at most a quarter."""
     if n <= least:
         return least
     quarter = max(1, 2 ** ((n - 1).bit_length() - 3))
@@ -186,7 +186,7 @@ def check_memory(
     before = np.asarray(memory.lengths)
     if before.shape != lengths.shape:
         raise UserError(
-            f"A cache of {before.shape[0]} rows does not fit {lengths.shape[0]} prompts."
+            f"A memory of {before.shape[0]} rows does not fit {lengths.shape[0]} prompts."
         )
     room = memory.capacity
     like = _described(model.config, model.compute, len(before), room or 1)
@@ -194,7 +194,7 @@ def check_memory(
     kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(m)] for m in (like, memory)]
     if not same or kinds[0] != kinds[1]:
         raise UserError(
-            f"The cache does not fit this model, '{model.config.program}': it has other layers, "
+            f"The memory does not fit this model, '{model.config.program}': it has other layers, "
             "loops or sizes."
         )
     check_room(before + lengths, room, new_tokens)

@@ -1,4 +1,4 @@
-"""From new tokens to text that can be shown: whole characters, up to the first stop text."""
+"""From new tokens to text that can be shown: complete characters, up to the first stop text."""
 
 from collections.abc import Sequence
 
@@ -46,9 +46,9 @@ class TextRow:
         """The text of all ids. If more may come, a character that is not complete is left out."""
         before = self.tokenizer.decode(self._ids[self._context : self._next])
         text = self.tokenizer.decode(self._ids[self._context :])
-        whole = text if self.ended else text.rstrip("\ufffd")
-        decoded = self._settled + whole[len(before) :]
-        if whole == text:
+        complete = text if self.ended else text.rstrip("\ufffd")
+        decoded = self._settled + complete[len(before) :]
+        if complete == text:
             # Some ids stay as context, because a decoder may treat the first id differently.
             self._settled = decoded
             self._context, self._next = self._next, len(self._ids)

@@ -163,7 +163,7 @@ class Run:
             init_from=None,
         )
         notices: list[str] = []
-        newest = checkpointer.newest_whole()
+        newest = checkpointer.newest_undamaged()
         before = None if newest is None else read_manifest(self.workdir)
         if before:
             check_resume(self.workdir, before, manifest, FREE_FIELDS + END_FIELDS)
