@@ -22,7 +22,7 @@ help:
 	@echo "make test-fast  setup, then the tests that take seconds"
 	@echo "make lint       setup, then ruff's checks, its format check, and the types of the arithmetic"
 	@echo "make kernels    compile the attention kernels for $(TARGET): v5e, v5p, v6e, tpu7x, h200 or a100"
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) REQUIREMENTS=$(REQUIREMENTS) CONFIG=$(CONFIG) ARGS=$(ARGS)"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) REQUIREMENTS=$(REQUIREMENTS) CONFIG=$(CONFIG) ARGS="
 
 # The tested versions differ by Python, because jax 0.10.2 is the last release for Python 3.11.
 # The stamp is a file with hashes of the requirements: a second call installs nothing, and a changed

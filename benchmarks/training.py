@@ -1,5 +1,6 @@
 """How fast a config trains, compiles, and attends to a window."""
 
+import dataclasses
 import statistics
 import time
 from typing import Any
@@ -20,11 +21,14 @@ LOOPS = (1, 3, 8)
 WINDOW_LENGTHS = (4096, 8192)
 
 
-def _with_architecture(fields: ConfigDict, name: str, num_loops: int | None = None) -> Config:
-    fields = fields.copy_and_resolve_references()
-    with fields.unlocked():
-        fields.model.architecture, fields.model.num_loops = name, num_loops
-    return Config.from_dict(fields)
+def _configs(fields: ConfigDict) -> dict[str, Config]:
+    """The config, and a transformer of the same sizes and the same number of layers."""
+    config = Config.from_dict(fields)
+    transformer = accounting.sibling(config.model, "transformer")
+    return {
+        "transformer": dataclasses.replace(config, model=transformer),
+        config.model.architecture: config,
+    }
 
 
 class Trainer:
@@ -61,14 +65,13 @@ class Trainer:
 
 
 def measure_training(fields: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
-    """Times the config, the same config as a transformer, and a large matrix product, in turn."""
+    """Times the config, a transformer of its sizes, and a large matrix product, in turn."""
     n = 2048
     x = jax.random.normal(jax.random.key(0), (n, n))
     product = jax.jit(jnp.dot)
     seconds(product, x, x)
-    names = dict.fromkeys((str(fields.model.architecture), "transformer"))
-    trainers = {name: Trainer(_with_architecture(fields, name), steps) for name in names}
-    device, training, matmul = {n: [] for n in names}, {n: [] for n in names}, []
+    trainers = {name: Trainer(config, steps) for name, config in _configs(fields).items()}
+    device, training, matmul = {n: [] for n in trainers}, {n: [] for n in trainers}, []
     for trainer in trainers.values():
         seconds(trainer.device_only)  # compiles
     for _ in range(rounds):
@@ -95,7 +98,9 @@ def measure_compilation(fields: ConfigDict, rounds: int) -> dict[str, float]:
     taken = {str(n): [] for n in LOOPS}
     for _ in range(rounds):
         for loops in LOOPS:
-            setup = set_up(_with_architecture(fields, "yoco_u", loops))
+            changed = fields.copy_and_resolve_references()
+            changed.model.update(architecture="yoco_u", num_loops=loops)
+            setup = set_up(Config.from_dict(changed))
             length, size = fields.data.sequence_length, fields.data.batch_size
             tokens = jax.ShapeDtypeStruct((size, length), jnp.int32)
             batch = Batch(tokens, tokens, None, None, None)

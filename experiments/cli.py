@@ -23,13 +23,13 @@ from collections.abc import Callable
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import absl.logging
-from absl import app
+from absl import app, flags
 
 from experiments.command_line import parse
 from experiments.config_flag import config_file
 from yocou_jax.errors import UserError
 
-__all__ = ["config_file", "keep_freed_memory", "parse", "run"]
+__all__ = ["config_file", "keep_freed_memory", "parse", "refuse_empty", "run"]
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -39,6 +39,13 @@ MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES),
     *(errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENOMEM),
 }
+
+
+def refuse_empty(*folders: flags.FlagHolder) -> None:
+    """An empty path would be the current folder. Raises UserError."""
+    for flag in folders:
+        if flag.value is not None and not flag.value.strip():
+            raise UserError(f"The flag --{flag.name} is empty. Name a folder, or omit the flag.")
 
 
 def run(main: Callable[[list[str]], int | None], arguments: int = 0) -> None:

@@ -27,7 +27,7 @@ def parse(
             _check_overrides(words, flag_values["config"])
         rest = flag_values([argv[0], *words])
     except flags.Error as error:
-        raise UserError(_sentence(error)) from error
+        raise UserError(_sentence(error, flag_values)) from error
     except UserError:
         raise
     except ValueError as error:  # a flag file that is not text, --nojson=3
@@ -92,14 +92,22 @@ def _check_overrides(words: list[str], flag: flags.Flag) -> None:
         raise UserError("The flag --config is missing.")
 
 
-def _sentence(error: flags.Error) -> str:
+def _field_flag(name: str) -> str | None:
+    """The flag of the config field that `name` may mean: --window is --config.model.window."""
+    fields = [f for f in settings.FIELDS if f.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"config.{fields[0]}" if fields else None
+
+
+def _sentence(error: flags.Error, flag_values: flags.FlagValues) -> str:
     """An error of absl as a sentence. An error of ConfigParser is a sentence already."""
     text, cause = str(error), error.__context__
     if isinstance(cause, UserError):
         return str(cause)
     if isinstance(error, flags.UnrecognizedFlagError):
         nearest = foreign.NEAREST_FLAG.search(text)
-        hint = f" Did you mean --{nearest[1]}?" if nearest else ""
+        field = _field_flag(error.flagname) if "config" in flag_values else None
+        name = nearest[1] if nearest else field
+        hint = f" Did you mean --{name}?" if name else ""
         return f"There is no flag {shown('--' + error.flagname)}.{hint}"
     if required := foreign.REQUIRED_FLAG.match(text):
         return f"The flag --{required[1]} is missing."

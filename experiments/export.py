@@ -20,6 +20,7 @@ flags.mark_flags_as_required(["workdir", "folder"])
 
 
 def main(_):
+    cli.refuse_empty(WORKDIR, FOLDER)
     # Only copies arrays. On the CPU, a model that is too large for one accelerator fits too.
     jax.config.update("jax_platforms", "cpu")
     model, folder = pretrained.load(WORKDIR.value, step=STEP.value), expand_path(FOLDER.value)

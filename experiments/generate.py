@@ -91,13 +91,14 @@ def tensor_mesh() -> jax.sharding.Mesh | None:
         return None
     if TENSOR.value > jax.device_count():
         raise UserError(
-            f"--tensor={TENSOR.value} needs {TENSOR.value} devices, but there are "
-            f"{jax.device_count()}."
+            f"--tensor={TENSOR.value} needs {TENSOR.value} devices, but jax finds "
+            f"{jax.device_count()} here."
         )
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
 
 
 def main(_):
+    cli.refuse_empty(WORKDIR)
     texts, ends, mesh = prompts(), stops(), tensor_mesh()
     # These imports take seconds, so they come after the checks.
     from experiments.writer import Options, Writer

@@ -39,6 +39,7 @@ def talk(write: Callable[[list[str]], None]) -> None:
         try:
             text = input("> ")
         except EOFError:
+            print()
             return
         try:
             if text:

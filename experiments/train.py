@@ -41,6 +41,7 @@ def default_workdir(config_file: str) -> Path:
 
 
 def main(_):
+    cli.refuse_empty(WORKDIR, INIT_FROM)
     # Before training begins, there is nothing to save, so Ctrl-C ends the process as SIGTERM does.
     # Python's KeyboardInterrupt may arrive inside an import, and would print a stack trace.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -64,9 +65,6 @@ def main(_):
         cli.keep_freed_memory()
     config = Config.from_dict(CONFIG.value)
     config_file = flags.FLAGS["config"].config_filename
-    for flag in (WORKDIR, INIT_FROM):
-        if flag.value is not None and not flag.value.strip():
-            raise UserError(f"The flag --{flag.name} is empty. Name a folder, or omit the flag.")
     workdir = expand_path(WORKDIR.value or default_workdir(config_file))
     # Only process 0 prints, because the others would print the same.
     with Console(Terminal(quiet=jax.process_index() > 0)) as console:

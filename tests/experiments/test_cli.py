@@ -102,6 +102,8 @@ def test_an_override_is_applied(words, group, field, value):
         (["--config.run.steps", "--json"], "steps' has no value: '--json' follows it."),
         (["--undefok", "--config.run.steps=3"], "The flag '--undefok' has no value"),
         (["--workdr=x"], "There is no flag '--workdr'. Did you mean --workdir?"),
+        (["--window=5"], "There is no flag '--window'. Did you mean --config.model.window?"),
+        (["--model.window=5"], "'--model.window'. Did you mean --config.model.window?"),
         (["steps=3"], "The argument 'steps=3' is not possible here: every option is a --flag."),
         (["--flagfile=/no/such/file"], "Unable to open flagfile"),
         ([SMALL], "The flag --config is given 2 times, but there can be one config file."),

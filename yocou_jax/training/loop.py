@@ -113,7 +113,7 @@ class Run:
         Returns the summary, or None if the run was asked to stop (SIGTERM) and saved its state.
         Raises UserError for a mistake that the user can correct. Older checkpoints stay intact.
         """
-        run = self.config.run
+        run, self.stopwatch = self.config.run, Stopwatch()
         with (
             WorkdirLock(self.workdir) as self.lock,
             jax.set_mesh(self.setup.mesh),
