@@ -193,10 +193,10 @@ def test_init_from_does_not_change_the_parameters(make_run, tmp_path):
 @pytest.mark.slow
 def test_a_summary_of_a_shorter_run_is_removed(make_run, tmp_path):
     """A sweep treats a run with a summary as finished."""
-    make_run(steps=2).train()
+    run = make_run(steps=2)
+    old = run.train()
     path = tmp_path / "run" / "summary.json"
-    old = json.loads(path.read_text())
-    assert make_run(steps=2).train() == old
+    assert run.train() == make_run(steps=2).train() == json.loads(path.read_text()) == old
     path.write_text(json.dumps(old | {"final_params_sha256": "another"}))
     assert make_run(steps=2).train()["final_params_sha256"] == old["final_params_sha256"]
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
