@@ -174,6 +174,7 @@ def test_a_run_learns(whole):
 # --- Interrupted runs end with the same parameters ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_workdir_in_use_is_refused(home):
     with WorkdirLock(home / "held"):
         output = run(command(home, "held"), code=2)
@@ -239,6 +240,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(home, whole):
     assert rows(workdir) == rows(whole)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(home, whole):
     before = summary(whole)["final_params_sha256"]
     output = run(command(home, "whole"))
@@ -348,6 +350,7 @@ def test_a_bad_config_is_answered_with_one_sentence(home, fields, words):
     assert not (home / "bad").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_over_the_devices(home):
     output = run(command(home, "bad", data__batch_size=9), code=2, devices=2)
     assert_one_sentence(output, "data.batch_size=9", "2")
@@ -370,6 +373,7 @@ def test_a_bad_command_line_is_answered_with_one_sentence(flags, words):
     assert_one_sentence(output, *words)
 
 
+@pytest.mark.slow
 def test_an_unwritable_workdir_is_answered_with_one_sentence(home):
     """The path is a file. This test works for root too, who may write everywhere."""
     (home / "file").write_text("")

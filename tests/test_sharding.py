@@ -29,7 +29,7 @@ from yocou_jax.training.step import logical_axes, loss_fn, set_up
 
 MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
 
-QUICK = {(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)}
+QUICK = {(2, 2, 2), (1, 1, 8)}
 
 
 def config_on(mesh, architecture="yoco_u", **fields):

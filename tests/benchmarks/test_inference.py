@@ -258,6 +258,7 @@ def test_what_cannot_be_compiled_fails_alone(monkeypatch):
     assert rows[1]["samples"] == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_in_a_measurement(caplog):
     """The programs that are compiled ahead are those that inference calls."""
     config = tiny.model("yoco_u", vocab_size=33)  # shapes that no other test compiles
@@ -281,6 +282,7 @@ def compilations(caplog) -> set[str]:
     return {x.split("jit(")[1].split(")")[0] for x in lines if x.startswith("Compiling jit(")}
 
 
+@pytest.mark.slow
 def test_the_decode_block_takes_greedy_steps():
     config = tiny.model("yoco_u")
     model = model_inference.prepare(tiny.params(config), config)

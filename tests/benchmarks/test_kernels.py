@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import cases, kernels, timing
 
@@ -56,6 +57,7 @@ def test_a_dense_or_slow_call_is_left_out():
     assert "3.0 s" in kernels._left_out(case, "xla", blocked, pace, cases.ACCELERATOR)
 
 
+@pytest.mark.slow
 def test_a_tiny_run_reports_failures_and_what_was_left_out(monkeypatch):
     usual = kernels.subjects
 

@@ -146,6 +146,7 @@ def test_mistakes_give_sentences(flags, sentence):
 # --- The end of a row -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_that_the_host_ends_are_no_longer_computed():
     one = model()
     run, prompts = prepare(one.params, one.config), [[1, 2], [3]]
@@ -227,6 +228,7 @@ def test_a_step_other_than_the_newest(tmp_path, capsys):
 # --- Terminals ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_a_character_gets_its_escape(trained):
     environment = os.environ | {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
     flags = ["--workdir", trained[2], "--prompt=日é", "--prompt=\u0085", "--max_new_tokens=9"]

@@ -186,6 +186,7 @@ def test_rows_that_are_not_active_stay_as_they_are():
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "parscale"])
+@pytest.mark.slow
 def test_inference_in_bfloat16_is_as_exact_as_training(name):
     """The error against float32 is at most 1.5 times that of the forward pass of training."""
     config = tiny.model(name, num_layers=2, **(tiny.MOE if name == "yoco_u" else {}))
@@ -289,6 +290,7 @@ def test_a_row_is_drawn_by_its_own_seed():
     np.testing.assert_array_equal(three[0], together.tokens[0])
 
 
+@pytest.mark.slow
 def test_streamed_blocks_are_the_result_and_logprobs_those_of_the_model(monkeypatch):
     config = tiny.model("yoco_u", num_layers=2)
     options = {"sampling": Sampling(temperature=1.3, top_k=20), "seeds": 3, "logprobs": True}
@@ -357,6 +359,7 @@ def test_every_row_may_have_its_own_limit():
     check_what_comes_next(config, out)
 
 
+@pytest.mark.slow
 def test_two_calls_of_generate_give_the_tokens_of_one():
     """A draw depends on seed and position. The penalty also counts tokens of the first call."""
     run = model(tiny.model("yoco_u", num_layers=2))
@@ -367,6 +370,7 @@ def test_two_calls_of_generate_give_the_tokens_of_one():
     np.testing.assert_array_equal(np.hstack([part.tokens, rest.tokens]), whole.tokens)
 
 
+@pytest.mark.slow
 def test_the_loop_filters_logits_and_draws_new_noise_in_each_step():
     run = model(tiny.model("yoco_u", num_layers=2))
     hot = Sampling(temperature=50.0, top_k=1)
@@ -391,6 +395,7 @@ def test_a_repetition_penalty_counts_prompt_and_output():
     assert any(len(set(row.tolist())) < 12 for row in plain)  # without it, tokens repeat
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_equal_those_of_copies_of_it():
     run = model(tiny.model("yoco_u", num_layers=2))
     options = {
@@ -442,6 +447,7 @@ def inference_programs(counter):
     return {name: count for name, count in counter.items() if name in PROGRAMS}
 
 
+@pytest.mark.slow
 def test_prompts_of_one_bucket_share_their_programs(compiled):
     run = model(tiny.model("yoco_u", num_layers=2, vocab_size=33))  # only this test has this size
     generate(run, [[1] * 35], max_new_tokens=5, capacity=64)

@@ -154,6 +154,7 @@ def test_packed_documents_do_not_see_each_other(program):
     tiny.assert_close(packed, np.concatenate(alone, axis=1))
 
 
+@pytest.mark.slow
 def test_the_new_mixer_trains_and_is_sharded():
     """A mesh of all three axes gives the numbers of one device. The mixer needs no kernel."""
     config = tiny.config(PROGRAMS[0], num_loops=None, optimizer={"learning_rate": 1e-2})

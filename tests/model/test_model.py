@@ -174,6 +174,7 @@ def test_remat_recomputes_products_and_attention_fewer_of_them():
     assert products["none"] < products["attention"] < products["full"]
 
 
+@pytest.mark.slow
 def test_the_program_to_compile_does_not_grow_with_loops_or_layers():
     def size(scan=True, **fields):
         return len(_gradient_jaxpr(tiny.model(**fields), scan=scan).splitlines())

@@ -207,6 +207,7 @@ def test_a_summary_of_a_shorter_run_is_removed(make_run, tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_the_last_step_is_saved_before_a_sample_is_shown(make_run, monkeypatch):
     """Also if no checkpoint is due at the last step."""
     run, saved = make_run(steps=3, sample_every=3, checkpoint_every=2), []
@@ -219,6 +220,7 @@ def test_the_last_step_is_saved_before_a_sample_is_shown(make_run, monkeypatch):
     assert saved == [True]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_stays_infinite_stops_the_run(make_run):
     run = make_run(steps=20)
     init = run.setup.init
