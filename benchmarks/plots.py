@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from benchmarks import comparison
 
 
-def draw(report: dict[str, Any], kind: str, axes: Axes) -> None:
-    """The curves of one kind of measurement on log axes. If there are none, a sentence says so."""
+def draw(report: dict[str, Any], kind: str, axes: Axes) -> bool:
+    """The curves of one kind of measurement on log axes. If there are none, a sentence says so, and
+    the result is False."""
     for i, name in enumerate(report["programs"]):
         points = comparison.speeds(report, kind, name)
         axes.plot(list(points), list(points.values()), "o-", color=f"C{i}", label=name)
@@ -21,23 +22,25 @@ def draw(report: dict[str, Any], kind: str, axes: Axes) -> None:
         # Log axes cannot be drawn without a value.
         axes.text(0.5, 0.5, "Nothing was measured.", ha="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
-        return
+        return False
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(report["lengths"], [comparison.short(n) for n in report["lengths"]])
     axes.set_xlabel("prompt, tokens")
     axes.grid(alpha=0.3)
+    return True
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Three panels with the length on the x axis. For the paper's model, its figures are dashed."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
+    measured = []
     for axes, (kind, title) in zip(figure.subplots(1, 3), comparison.TITLES.items(), strict=True):
         axes.set_title(title.split(";")[0])
-        draw(report, kind, axes)
+        if draw(report, kind, axes):
+            measured.append(axes)
     dashed = "; dashed: the paper's, H100" if report["papers_model"] else ""
     figure.suptitle(f"{report['device']}, {report['dtype']}{dashed}")
-    measured = [axes for axes in figure.axes if axes.get_xticks().size]
     if measured:
         measured[0].legend()
     figure.savefig(path, dpi=120)

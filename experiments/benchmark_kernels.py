@@ -49,7 +49,10 @@ OUT = flags.DEFINE_string(
     "Folder for kernels.json and kernels.md. Default: results/kernels-<device>.",
 )
 BUDGET = flags.DEFINE_float(
-    "budget_s", None, "Seconds after which no new case starts. Default: 420; on a CPU 75.", 0
+    "budget_s",
+    None,
+    "Seconds after which no new case starts. Default: 420; on a CPU 75.",
+    lower_bound=0,
 )
 
 

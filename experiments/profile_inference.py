@@ -77,7 +77,10 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables
 OUT = flags.DEFINE_string("out", None, "File for the numbers (.json), written after each length.")
 PLOT = flags.DEFINE_string("plot", None, "File for the three curves, such as a PNG or PDF.")
 BUDGET = flags.DEFINE_float(
-    "budget_s", None, "Seconds after which no measurement starts. Default: 400; on a CPU 300.", 0
+    "budget_s",
+    None,
+    "Seconds after which no measurement starts. Default: 400; on a CPU 300.",
+    lower_bound=0,
 )
 
 
