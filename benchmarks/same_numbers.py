@@ -42,7 +42,7 @@ VARIANTS = {
         **{"model.qk_norm": "true", "model.cross_rope": "true"},
     },
     "bfloat16": {"model.architecture": "yoco_u", "compute.dtype": "bfloat16"},
-    "unrolled": {"model.architecture": "yoco_u", "compute.scan": "false"},
+    "python": {"model.architecture": "yoco_u", "compute.scan": "false"},
     "remat": {"model.architecture": "yoco_u", "compute.remat": "attention"},
 }
 ALL = {name: {"model.architecture": name} for name in ARCHITECTURES} | VARIANTS

@@ -45,6 +45,10 @@ def get_config() -> ConfigDict:
     # What the backward pass computes again to save memory: none | attention (all but the results of
     # attention) | full (all)
     k.remat = "none"
+    # A stage with at most this many runs of a layer (layers times loops) is compiled run by run, a
+    # deeper one as loops. On a CPU, loops cost a fifth of a step: they copy what the backward pass
+    # keeps. 0: always loops.
+    k.unroll = 16
     k.scan = True  # False: Python loops over layers and loops, to debug
 
     o = c.optimizer = ConfigDict()

@@ -249,7 +249,9 @@ def set_up_failure(config: Config) -> str | None:
     from yocou_jax.training.step import set_up
 
     program = config.model.program
-    if len(program.stages) > 10 or (not config.compute.scan and program.depth > 20):
+    if len(program.stages) > 10 or (
+        program.depth > 20 and (config.compute.unroll > 20 or not config.compute.scan)
+    ):
         return None  # it takes minutes to trace
     try:
         jax.eval_shape(set_up(config, jax.devices()[:1]).init)

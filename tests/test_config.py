@@ -302,7 +302,7 @@ def test_fields_that_may_change_when_a_run_is_resumed():
         "optimizer.final_fraction",
     }
     assert set(resumable(FREE)) == {
-        *("compute.attention", "compute.remat", "compute.scan"),
+        *("compute.attention", "compute.remat", "compute.scan", "compute.unroll"),
         *("data.cache_dir", "data.validation_sequences", "mesh.data", "mesh.fsdp", "mesh.tensor"),
         *("optimizer.max_skipped_updates", "run.log_every", "run.eval_every", "run.sample_every"),
         *("run.sample_prompt", "run.sample_tokens", "run.checkpoint_every"),

@@ -41,6 +41,7 @@ def config(
     """A tiny version of configs/base.py. Fields of `model` and `compute` are given by name, other
     groups as dicts."""
     c = base.get_config()
+    c.compute.unroll = 0  # loops compile faster
     c.compute.update({name: model.pop(name) for name in tuple(model) if name in c.compute})
     c.model.update(architecture=architecture, **(MODEL | model))
     c.optimizer.update({"warmup_steps": 2} | (optimizer or {}))
@@ -57,6 +58,9 @@ def model(architecture="yoco_u", **fields) -> ModelConfig:
 def compute(**fields) -> Compute:
     """How a model runs, resolved. fields: those of `config.compute` that differ from base.py."""
     return resolve_compute(config(**fields).compute)
+
+
+_compute = compute  # `compute` is also the name of an argument
 
 
 @functools.cache
@@ -136,7 +140,7 @@ def hidden(
     num_loops=None,
     compute: Compute | None = None,
 ):
-    output = LanguageModel(config, compute or resolve_compute()).apply(
+    output = LanguageModel(config, compute or _compute()).apply(
         {"params": params}, tokens, positions, segment_ids, num_loops=num_loops
     )
     return output.hidden
@@ -147,7 +151,7 @@ def value_and_grad(params, config: ModelConfig, tokens, compute: Compute | None 
     """Mean loss of predicting each next token, and its gradients."""
 
     def loss(params):
-        model = LanguageModel(config, compute or resolve_compute())
+        model = LanguageModel(config, compute or _compute())
         output = model.apply({"params": params}, tokens[:, :-1])
         total, _ = cross_entropy(output.hidden, head_matrix(params, config), tokens[:, 1:])
         return total / tokens[:, 1:].size

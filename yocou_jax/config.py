@@ -203,6 +203,7 @@ class ComputeConfig:
     dtype: str = one_of("auto", "float32", "bfloat16")
     attention: str = one_of(*ATTENTION, resume=FREE)
     remat: str = one_of("none", "attention", "full", resume=FREE)
+    unroll: int = number(0, 1000, resume=FREE)
     scan: bool = truth(resume=FREE)
 
     def __post_init__(self):

@@ -6,10 +6,10 @@ q: query positions that are handled at a time. Times the G heads of a group, the
 one matrix product. kv: keys that are handled at a time. With a window, a block of q queries sees a
 band of q + W - 1 keys; for xla, kv is the whole band, rounded up.
 
-xla, measured in CPU time on XLA's CPU backend (2 cores, 2 MB of L2 each), forward + backward:
-* full: 128 x 128 beat 256 x 256 by 1.2-1.8x and 128 x 512 by 2-3x from N = 512 to 4096: it matters
-  more that scores stay in cache and that few are above the diagonal than that products are long.
-  64 x 64 beats 128 x 128 by 1.2x at N = 256.
+xla, measured in CPU time on XLA's CPU backend (2 cores), forward + backward:
+* full: products must be long, although long blocks have more pairs above the diagonal. For 4 and 8
+  heads at N = 256 to 4096, 256 x 256 was the fastest of 64 x 64 to 512 x 512: 1.2-1.8x as fast as
+  128 x 128. For one row of 2 heads, 512 x 512 was 2x as fast as 256 x 256 (LOG.md, 2026-11-26).
 * window: the largest block with scores of at most about 2 MB. B = 16, 4 heads, W = 128: 32 or 64
   beat 128 by 1.6x; B = 1, 4 heads, W = 512: 128 beats 32 by 1.15x.
 * decode: 512 keys were fastest or within 5% of it, of 128 to 4096, at S = 16384.
@@ -80,7 +80,7 @@ class Blocks(NamedTuple):
 @_replaceable
 def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Blocks:
     if window is None:
-        size = 64 if N <= 256 else 128
+        size = 512 if batch * heads * 512 * 512 <= SCORES_IN_CACHE else 256
         return Blocks(min(size, N), min(size, S))
     for q in (128, 64, 32):
         q = min(q, N)

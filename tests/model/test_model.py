@@ -147,12 +147,14 @@ def test_num_loops_of_a_call_needs_a_looped_stage():
         pytest.param(
             {"scan": False}, tiny.MOE | {"architecture": "window*2@2"}, marks=pytest.mark.slow
         ),
+        ({"unroll": 6}, {}),
+        ({"unroll": 6, "remat": "full"}, tiny.MOE | {"architecture": "window*2@2"}),
         ({"remat": "attention"}, {}),
-        ({"remat": "full"}, {}),
+        pytest.param({"remat": "full"}, {}, marks=pytest.mark.slow),
     ],
-    ids=["unrolled", "unrolled experts", "remat attention", "remat full"],
+    ids=["python", "python experts", "unrolled", "unrolled remat", "remat attention", "remat full"],
 )
-def test_scan_unrolled_and_remat_agree(fields, extra):
+def test_loops_in_python_unrolled_and_remat_agree(fields, extra):
     config, compute = tiny.model(**extra), tiny.compute(**fields)
     params, tokens = tiny.params(config), tiny.tokens(2, 13)
     plain = tiny.value_and_grad(params, config, tokens)
@@ -167,11 +169,35 @@ def _gradient_jaxpr(config, length=12, **fields) -> str:
 
 def test_remat_recomputes_products_and_attention_fewer_of_them():
     """The number of matrix products in the program shows what runs twice."""
-    products = {
-        remat: _gradient_jaxpr(tiny.model(), remat=remat).count("dot_general")
-        for remat in ("none", "attention", "full")
-    }
-    assert products["none"] < products["attention"] < products["full"]
+    for unroll in (0, 16):
+        products = {
+            remat: _gradient_jaxpr(tiny.model(), remat=remat, unroll=unroll).count("dot_general")
+            for remat in ("none", "attention", "full")
+        }
+        assert products["none"] < products["attention"] < products["full"]
+
+
+def test_remat_of_unrolled_layers_is_still_there_after_compilation():
+    """XLA could find that the same values are computed twice."""
+
+    def flops(remat):
+        config, compute = tiny.model(), tiny.compute(remat=remat, unroll=16, attention="reference")
+        lowered = tiny.value_and_grad.lower(
+            tiny.params(config), config, tiny.tokens(2, 13), compute
+        )
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert flops("full") > 1.2 * flops("none")
+
+
+def test_a_stage_with_few_runs_of_a_layer_is_unrolled():
+    def loops(unroll, **fields):
+        return _gradient_jaxpr(tiny.model(**fields), unroll=unroll, attention="reference").count(
+            " scan["
+        )
+
+    assert loops(6) < loops(5) < loops(1)  # window*2@3 | cross*2: the head has a loop too
+    assert loops(6, num_loops=4) == loops(5)
 
 
 @pytest.mark.slow

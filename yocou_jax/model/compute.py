@@ -11,11 +11,13 @@ from yocou_jax.config import ComputeConfig
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """dtype: of activations and matrix products; parameters are always float32. attention: the name
-    of an implementation in pallas_kernels, or "auto". remat, scan: see configs/base.py."""
+    of an implementation in pallas_kernels, or "auto". remat, unroll, scan: see configs/base.py.
+    """
 
     dtype: jnp.dtype
     attention: str = "auto"
     remat: str = "none"
+    unroll: int = 16
     scan: bool = True
 
 

@@ -8,7 +8,8 @@
     logits = RMSNorm(x) W_out
 
 The output of one loop is the input of the next one; nothing else happens between loops. Layers and
-loops are `nn.scan`s, so the compile time does not grow with them. Loops add no parameters.
+loops are `nn.scan`s, so the compile time of a deep model does not grow with them (compute.unroll
+says what is deep). Loops add no parameters.
 """
 
 import functools
@@ -87,14 +88,19 @@ class StageStack(nn.Module):
     def setup(self):
         block = Block
         if self.compute.remat != "none":
-            # The body of a scan needs no barrier against common-subexpression elimination.
-            block = nn.remat(Block, policy=REMAT[self.compute.remat], prevent_cse=False)
+            # Only the body of a loop needs no barrier against common-subexpression elimination.
+            block = nn.remat(
+                Block,
+                policy=REMAT[self.compute.remat],
+                prevent_cse=self._unrolls(self.stage.num_loops),
+            )
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.stage.layers,
+            unroll=self.stage.layers if self._unrolls(self.stage.num_loops) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
             # This check traces the layer once more. Initialisation needs it: it moves shared
             # parameters out of a loop, and without it other random numbers would be drawn.
@@ -105,7 +111,7 @@ class StageStack(nn.Module):
         self, x: Float[Array, "B N D"], context: Context, num_loops: int
     ) -> tuple[Float[Array, "B N D"], RouterStats | None]:
         if not self.compute.scan and not self.is_initializing():
-            return self._unrolled(x, context, num_loops)
+            return self._in_python(x, context, num_loops)
         if self.stage.loops is None:
             x, out = self.layers(x, context)
             return x, out.router
@@ -115,12 +121,16 @@ class StageStack(nn.Module):
             split_rngs={"params": False},
             in_axes=nn.broadcast,
             length=num_loops,
+            unroll=num_loops if self._unrolls(num_loops) else 1,
             check_constancy_invariants=self.is_initializing(),
         )
         x, out = loop(self, x, context)
         return x, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), out.router)
 
-    def _unrolled(self, x, context, num_loops):
+    def _unrolls(self, num_loops: int) -> bool:
+        return self.stage.layers * num_loops <= self.compute.unroll
+
+    def _in_python(self, x, context, num_loops):
         """The same in plain Python, to debug: a print or breakpoint in Block sees each layer."""
         stacked = self.layers.variables["params"]
         block = Block(self.config, self.compute, self.stage.mixer, parent=None)
