@@ -5,10 +5,9 @@ import sys
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 
 from benchmarks.peers import turns
-from benchmarks.report import table
+from benchmarks.report import console, table
 from benchmarks.training import PRODUCT
 
 
@@ -31,13 +30,13 @@ def show(report: dict[str, Any], texts: list[str], notes: list[str], as_json: bo
     if as_json:
         print(json.dumps(report | {"notes": notes}))
         return
-    console, theirs, products = Console(), report["peer"], report["matmul_gflops"]
+    out, products = console(120), report["matmul_gflops"]
     for versions in (report["versions"], report["peer_versions"]):
-        console.print(", ".join(f"{name} {v}" for name, v in versions.items()), markup=False)
-    console.print(
+        out.print(", ".join(f"{name} {v}" for name, v in versions.items()), markup=False)
+    out.print(
         f"{report['device']}, {report['cores']} cores. {PRODUCT} x {PRODUCT} matrix "
         f"product: jax {products['ours']:.0f} GFLOP/s, PyTorch {products['theirs']:.0f} GFLOP/s"
     )
     for note in notes:
-        console.print(note, markup=False)
-    console.print(table(turns.grid(report, theirs, texts)))
+        out.print(note, markup=False)
+    out.print(table(turns.grid(report, texts)))

@@ -90,8 +90,8 @@ def cells(times: dict[str, Any]) -> list[str]:
     ]
 
 
-def grid(report: dict[str, Any], theirs: str, texts: list[str]) -> Grid:
+def grid(report: dict[str, Any], texts: list[str]) -> Grid:
     """The table of a report. texts: the fields of a row that name it."""
-    columns = [*texts, "ours, ms", f"{theirs}, ms", "ratio of times", "quartiles", "speed", "pairs"]
+    columns = [*texts, "ours, ms", "theirs, ms", "ratio of times", "quartiles", "speed", "pairs"]
     rows = [[*(str(row[key]) for key in texts), *cells(row)] for row in report["rows"]]
-    return Grid("ours / theirs", columns, rows, texts=len(texts))
+    return Grid(f"ours / {report['peer']}", columns, rows, texts=len(texts))

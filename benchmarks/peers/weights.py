@@ -10,7 +10,7 @@ from yocou_jax.config import Config, ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.mixers import MIXERS
 from yocou_jax.model import head_matrix
-from yocou_jax.typing import PyTree
+from yocou_jax.typing import AnyArray, PyTree
 
 OPTIMIZER = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "clip_norm")
 SIZES = (
@@ -106,7 +106,7 @@ def _blocks(params: PyTree, config: ModelConfig) -> Iterator[tuple[int, int, dic
             yield number, layer, block
 
 
-def _parts(block: PyTree, config: ModelConfig) -> dict[str, np.ndarray]:
+def _parts(block: PyTree, config: ModelConfig) -> dict[str, AnyArray]:
     """The parameters of one layer, by the names of torch_twin, without keys and values."""
     D, attention, feed_forward = config.d_model, block["attention"], block["feed_forward"]
     gate_up = [_matrix(feed_forward[name], D) for name in ("gate", "up")]
@@ -125,7 +125,7 @@ def _parts(block: PyTree, config: ModelConfig) -> dict[str, np.ndarray]:
     return found
 
 
-def _twin_key_value(projection: PyTree, config: ModelConfig, prefix: str) -> dict[str, np.ndarray]:
+def _twin_key_value(projection: PyTree, config: ModelConfig, prefix: str) -> dict[str, AnyArray]:
     found = {f"{prefix}.project.weight": np.concatenate(_key_value(projection, config.d_model))}
     if config.qk_norm:
         found[f"{prefix}.norm.weight"] = projection["norm"]["scale"]
