@@ -10,6 +10,8 @@ from benchmarks.peers import turns
 from benchmarks.report import console, table
 from benchmarks.training import PRODUCT
 
+BUSY = 0.5  # a load (threads that run) above which a report warns
+
 
 class _Python(flags.ArgumentParser):
     """Reads --peer as the Python that runs this command, and --peer=PATH as another one."""
@@ -37,6 +39,12 @@ def show(report: dict[str, Any], texts: list[str], notes: list[str], as_json: bo
         f"{report['device']}, {report['cores']} cores. {PRODUCT} x {PRODUCT} matrix "
         f"product: jax {products['ours']:.0f} GFLOP/s, PyTorch {products['theirs']:.0f} GFLOP/s"
     )
+    if report["load_before"] > BUSY:
+        # On busy cores PyTorch lost far more time than XLA.
+        out.print(
+            f"The load of the machine was {report['load_before']:.1f} before this began. The "
+            "ratios mean something only on an idle machine."
+        )
     for note in notes:
         out.print(note, markup=False)
     out.print(table(turns.grid(report, texts)))

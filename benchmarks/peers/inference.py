@@ -98,7 +98,8 @@ def measure(
             "--peer compares float32 on a CPU only: set JAX_PLATFORMS=cpu and "
             "--config.compute.dtype=float32."
         )
-    config, start = accounting.sibling(config, "transformer"), time.perf_counter()
+    load, start = turns.load(), time.perf_counter()
+    config = accounting.sibling(config, "transformer")
     cells = plan(config, sizes, compute)
     with Peer(python, PACKAGES, turns.cores()) as peer:
         difference = make(peer, config, compute, max(sizes.lengths))
@@ -116,6 +117,7 @@ def measure(
         return {
             "device": jax.devices()[0].device_kind,
             "cores": turns.cores(),
+            "load_before": load,
             "versions": device.versions(),
             "peer": "LlamaForCausalLM",
             "peer_versions": peer.versions,

@@ -131,7 +131,7 @@ def measure(fields: ConfigDict, rounds: int, python: str) -> dict[str, Any]:
     """
     if jax.default_backend() != "cpu":
         raise UserError("--peer compares the speed on a CPU only: set JAX_PLATFORMS=cpu.")
-    configs = compared(with_adamw(fields))
+    load, configs = turns.load(), compared(with_adamw(fields))
     for config in configs.values():
         weights.twin_sizes(config)  # before anything is compiled
     with Peer(python, ("torch", "numpy"), turns.cores()) as peer:
@@ -145,6 +145,7 @@ def measure(fields: ConfigDict, rounds: int, python: str) -> dict[str, Any]:
         return {
             "device": jax.devices()[0].device_kind,
             "cores": turns.cores(),
+            "load_before": load,
             "versions": device.versions(),
             "peer": "torch.compile",
             "peer_versions": peer.versions,

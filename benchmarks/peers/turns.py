@@ -27,6 +27,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def load() -> float:
+    """How many threads of all programs were busy in the last minute, on average."""
+    return os.getloadavg()[0]
+
+
 def products(peer: Peer) -> tuple[Timed, Timed]:
     """A matrix product in jax, and the same in PyTorch."""
     x = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT))
