@@ -22,10 +22,9 @@ failed; the others were made.
     python -m experiments.profile_inference --peer[=PATH_OF_PYTHON] [--rounds=20]
 
 This compares only the transformer of these sizes, on a CPU, with LlamaForCausalLM of transformers
-5.x (float32, sdpa, its usual cache). First the logits of both sides must agree. Prefill is that of
-one prompt, decode that of --batch rows. PyTorch runs in a process of its own, on as many cores,
-perhaps with the Python of another environment. Ours and theirs take turns. The ratio of times is
-the median over all pairs, ours / theirs: below 1 ours is faster.
+5.x (float32, sdpa, its usual cache), in a process of its own, perhaps with the Python of another
+environment. First the logits of both must agree. Then they take turns: prefill of one prompt,
+decode of --batch rows. The ratio of times, ours / theirs, is the median over all pairs.
 
 The results to expect for the 1.3B model, by the paper's Table 1 and `accounting`: Prefill. The cost
 per token of a window layer is constant, that of a full layer grows with N, and a token passes
@@ -132,9 +131,8 @@ def main(_):
     compute = resolve_compute(config.compute)
     if PEER.value is not None:
         budget_s = 600 if BUDGET.value is None else budget_s
-        first = next(iter(configs.values()))
-        report = peers.measure(first, sizes, compute, ROUNDS.value, budget_s, PEER.value, say)
-        keep(report)
+        model, rounds = configs[ARCHITECTURE_NAMES.value[0]], ROUNDS.value
+        keep(report := peers.measure(model, sizes, compute, rounds, budget_s, PEER.value, say))
         peer.show(report, ["kind", "length", "batch"], notes, JSON.value)
         return 0
     report = inference.measure(configs, sizes, budget_s, keep, say, compute) | {"notes": notes}
