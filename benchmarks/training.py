@@ -19,9 +19,10 @@ from yocou_jax.training.step import set_up
 
 LOOPS = (1, 3, 8)
 WINDOW_LENGTHS = (4096, 8192)
+PRODUCT = 2048  # rows and columns of the matrix product that a training step is compared with
 
 
-def _configs(fields: ConfigDict) -> dict[str, Config]:
+def compared(fields: ConfigDict) -> dict[str, Config]:
     """The config, and a transformer of the same sizes and the same number of layers."""
     config = Config.from_dict(fields)
     transformer = accounting.sibling(config.model, "transformer")
@@ -66,11 +67,11 @@ class Trainer:
 
 def measure_training(fields: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
     """Times the config, a transformer of its sizes, and a large matrix product, in turn."""
-    n = 2048
+    n = PRODUCT
     x = jax.random.normal(jax.random.key(0), (n, n))
     product = jax.jit(jnp.dot)
     seconds(product, x, x)
-    trainers = {name: Trainer(config, steps) for name, config in _configs(fields).items()}
+    trainers = {name: Trainer(config, steps) for name, config in compared(fields).items()}
     device, training, matmul = {n: [] for n in trainers}, {n: [] for n in trainers}, []
     for trainer in trainers.values():
         seconds(trainer.device_only)  # compiles
@@ -91,6 +92,17 @@ def measure_training(fields: ConfigDict, rounds: int, steps: int) -> dict[str, A
             "outside_device_fraction": statistics.median(shares),
         }
     return result
+
+
+def headline(name: str, architecture: str, trained: dict[str, Any]) -> str:
+    """The one sentence about a result of `measure_training`: how fast the config trains, and what
+    share of a matrix product this is."""
+    row, product = trained[architecture], trained["matmul_gflops"]
+    return (
+        f"{name} trains at {row['tokens_per_s']:,.0f} tokens/s, {row['gflops']:,.0f} GFLOP/s: "
+        f"{row['gflops'] / product:.0%} of a {PRODUCT} x {PRODUCT} matrix product on this machine "
+        f"({product:,.0f} GFLOP/s)."
+    )
 
 
 def measure_compilation(fields: ConfigDict, rounds: int) -> dict[str, float]:

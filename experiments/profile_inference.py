@@ -19,6 +19,13 @@ of a plain copy on the device, measured in the same run. After --budget_s no mea
 report names what is missing. --out=x.json is written after each length. Exit code 1: a measurement
 failed; the others were made.
 
+    python -m experiments.profile_inference --peer[=PATH_OF_PYTHON] [--rounds=20]
+
+This compares only the transformer of these sizes, on a CPU, with LlamaForCausalLM of transformers
+5.x (float32, sdpa, its usual cache), in a process of its own, perhaps with the Python of another
+environment. First the logits of both must agree. Then they take turns: prefill of one prompt,
+decode of --batch rows. The ratio of times, ours / theirs, is the median over all pairs.
+
 The results to expect for the 1.3B model, by the paper's Table 1 and `accounting`: Prefill. The cost
 per token of a window layer is constant, that of a full layer grows with N, and a token passes
 through 30 layers in yoco_u and through 20 in the transformer. FLOPs per token of the transformer
@@ -56,8 +63,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import comparison, inference, plots
+from benchmarks.peers import inference as peers
 from benchmarks.report import console, output_file, table, write_json
-from experiments import cli
+from experiments import cli, peer
 from yocou_jax.config import Config
 from yocou_jax.model import resolve_compute
 
@@ -79,9 +87,13 @@ PLOT = flags.DEFINE_string("plot", None, "File for the three curves, such as a P
 BUDGET = flags.DEFINE_float(
     "budget_s",
     None,
-    "Seconds after which no measurement starts. Default: 400; on a CPU 300.",
+    "Seconds after which no measurement starts. Default: 400; on a CPU 300, with --peer 600.",
     lower_bound=0,
 )
+PEER = peer.flag(
+    "Compare with transformers. --peer=PATH: the Python of an environment that has it."
+)
+ROUNDS = flags.DEFINE_integer("rounds", 20, "Pairs of times with --peer.", lower_bound=1)
 
 
 def show(report: dict, out: Console) -> None:
@@ -117,6 +129,12 @@ def main(_):
     budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value
     say = functools.partial(print, file=sys.stderr)
     compute = resolve_compute(config.compute)
+    if PEER.value is not None:
+        budget_s = 600 if BUDGET.value is None else budget_s
+        model, rounds = configs[ARCHITECTURE_NAMES.value[0]], ROUNDS.value
+        keep(report := peers.measure(model, sizes, compute, rounds, budget_s, PEER.value, say))
+        peer.show(report, ["kind", "length", "batch"], notes, JSON.value)
+        return 0
     report = inference.measure(configs, sizes, budget_s, keep, say, compute) | {"notes": notes}
     keep(report)
     if JSON.value:
