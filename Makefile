@@ -1,4 +1,4 @@
-# make help | setup | train | test | test-fast | lint | kernels
+# make help | setup | train | test | test-fast | test-once | lint | kernels
 #
 # Everything runs in its own virtual environment. Another Python, environment or accelerator:
 #   make test PYTHON=python3.13 VENV=.venv-newest
@@ -13,13 +13,14 @@ TARGET       ?= v6e
 ARGS         ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint kernels
+.PHONY: help setup train test test-fast test-once lint kernels
 
 help:
 	@echo "make setup      make $(VENV) and install $(REQUIREMENTS) into it (once)"
 	@echo "make train      setup, then train $(CONFIG); ARGS='--config.run.steps=50' is passed on"
 	@echo "make test       setup, then the whole test suite"
 	@echo "make test-fast  setup, then the tests that take seconds"
+	@echo "make test-once  setup, then each of these tests with one of its cases"
 	@echo "make lint       setup, then ruff's checks, its format check, and the types of the arithmetic"
 	@echo "make kernels    compile the attention kernels for $(TARGET): v5e, v5p, v6e, tpu7x, h200 or a100"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) REQUIREMENTS=$(REQUIREMENTS) CONFIG=$(CONFIG) ARGS="
@@ -75,6 +76,9 @@ test: setup
 
 test-fast: setup
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-once: setup
+	$(PYTEST) --once $(ARGS)
 
 lint: setup
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile \

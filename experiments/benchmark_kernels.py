@@ -40,7 +40,7 @@ from absl import flags
 
 from benchmarks import cases, kernels
 from benchmarks.report import console, output_folder, plain_name, table
-from experiments import cli
+from experiments import cli, process
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 OUT = flags.DEFINE_string(
@@ -82,7 +82,7 @@ def folder(on_cpu: bool) -> Path | None:
 def main(_):
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
-        cli.keep_freed_memory()
+        process.keep_freed_memory()
     out = folder(on_cpu)  # first, so that a mistake in --out does not cost minutes of measurements
     sizes = cases.CPU if on_cpu else cases.ACCELERATOR
     budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value

@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks import training
 from benchmarks.peers import training as peers
 from benchmarks.report import Grid, table
-from experiments import cli, peer
+from experiments import cli, peer, process
 
 CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
@@ -69,7 +69,7 @@ def compare(python: str) -> None:
 
 def main(_):
     if jax.default_backend() == "cpu":
-        cli.keep_freed_memory()
+        process.keep_freed_memory()
     if PEER.value is not None:
         compare(PEER.value)
         return

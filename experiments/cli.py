@@ -11,7 +11,6 @@ different names.
 """
 
 import contextlib
-import ctypes
 import errno
 import functools
 import logging
@@ -29,7 +28,7 @@ from experiments.command_line import parse
 from experiments.config_flag import config_file
 from yocou_jax.errors import UserError
 
-__all__ = ["config_file", "keep_freed_memory", "parse", "refuse_empty", "run"]
+__all__ = ["config_file", "parse", "refuse_empty", "run"]
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -67,23 +66,6 @@ def run(main: Callable[[list[str]], int | None], arguments: int = 0) -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _stop(f"{error.strerror}{where}. What was saved before is intact.", EXIT_USER_ERROR)
-
-
-def keep_freed_memory() -> None:
-    """Lets the CPU backend of jax use the same temporary memory in each step (glibc only).
-
-    By default, glibc returns large blocks to the operating system when they are freed, and every
-    train step gets the same pages again. In a test with 8 layers of D = 256 and 4,096 tokens, these
-    were 327,000 page faults, which took 0.7-0.9 s of system time per step. With this function there
-    were none. Whether steps also took less wall time is not known.
-    """
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # another C library, which has no such options
-    for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 1)):
-        mallopt(option, value)
 
 
 def _stop(sentence: str, code: int) -> None:

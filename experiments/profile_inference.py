@@ -65,7 +65,7 @@ from rich.console import Console
 from benchmarks import comparison, inference, plots
 from benchmarks.peers import inference as peers
 from benchmarks.report import console, output_file, table, write_json
-from experiments import cli, peer
+from experiments import cli, peer, process
 from yocou_jax.config import Config
 from yocou_jax.model import resolve_compute
 
@@ -108,7 +108,7 @@ def show(report: dict, out: Console) -> None:
 def main(_):
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
-        cli.keep_freed_memory()
+        process.keep_freed_memory()
     sizes = inference.CPU if on_cpu else inference.ACCELERATOR
     config = Config.from_dict(CONFIG.value)
     configs, notes = inference.choose_configs(config.model, ARCHITECTURE_NAMES.value, on_cpu)

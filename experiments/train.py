@@ -48,6 +48,7 @@ def main(_):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
 
+    from experiments import process
     from yocou_jax.training.console import Console, duration
     from yocou_jax.training.loop import Run
     from yocou_jax.training.preemption import EXIT_PREEMPTED
@@ -62,8 +63,9 @@ def main(_):
                 f"give --coordinator, --num_processes and --process_id too ({error})."
             ) from error
     if jax.default_backend() == "cpu":
-        cli.keep_freed_memory()
+        process.keep_freed_memory()
     config = Config.from_dict(CONFIG.value)
+    process.keep_compiled_programs(config.data.cache_dir)
     config_file = flags.FLAGS["config"].config_filename
     workdir = expand_path(WORKDIR.value or default_workdir(config_file))
     # Only process 0 prints, because the others would print the same.

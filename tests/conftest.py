@@ -51,7 +51,26 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--once",
+        action="store_true",
+        help="of each test with parameters, run only the first case; a test that not every Python "
+        "can run keeps them all",
+    )
+
+
+def _first_cases(items):
+    """One case of each test function, and all cases of tests that are skipped elsewhere."""
+    seen = set()
+    for item in items:
+        name = item.path, item.originalname
+        if item.get_closest_marker("skipif") or name not in seen:
+            yield item
+        seen.add(name)
+
+
+def pytest_collection_modifyitems(config, items):
     order = {name: i for i, name in enumerate(LONGEST)}
 
     def place(item):
@@ -59,6 +78,9 @@ def pytest_collection_modifyitems(items):
         return order.get(name, len(order))
 
     items.sort(key=place)
+    if config.getoption("--once"):
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        items[:] = _first_cases(items)
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+"""Settings of this process that make a command faster."""
+
+import contextlib
+import ctypes
+import hashlib
+import platform
+from pathlib import Path
+
+import jax
+
+from yocou_jax.files import expand_path
+
+
+def keep_freed_memory() -> None:
+    """Lets the CPU backend of jax use the same temporary memory in each step (glibc only).
+
+    By default, glibc returns large blocks to the operating system when they are freed, and every
+    train step gets the same pages again. In a test with 8 layers of D = 256 and 4,096 tokens, these
+    were 327,000 page faults, which took 0.7-0.9 s of system time per step. With this function there
+    were none. Whether steps also took less wall time is not known.
+    """
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library, which has no such options
+    for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 1)):
+        mallopt(option, value)
+
+
+def keep_compiled_programs(cache_dir: str) -> None:
+    """Keeps compiled programs in a folder below `cache_dir`, so that the next start reads them.
+
+    Not if JAX_COMPILATION_CACHE_DIR names a folder. Processors of several kinds may share a file
+    system, and a program may have instructions that only some of them know. So each kind has a
+    folder of its own.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = expand_path(cache_dir) / f"compiled-{_processor()}"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _processor() -> str:
+    """A short name for the instructions that this processor has."""
+    facts = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        facts += next(line for line in lines if line.startswith(("flags", "Features")))
+    return hashlib.sha256(facts.encode()).hexdigest()[:8]
