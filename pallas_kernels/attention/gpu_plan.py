@@ -93,9 +93,9 @@ class Visits:
     def documents(self, segments: masks.SegmentIds, lengths):
         """What the kernel gets if there are segments. Both axes have whole tiles and blocks."""
         ids, others = segments[self.query_axis], segments[1 - self.query_axis]
-        some, _ = _shared(ids, others, CONSUMERS * self.rows, self.size)
-        some = jnp.repeat(some, CONSUMERS, axis=1)
-        _, every = _shared(ids, others, self.rows, self.size)
+        some, every = _shared(ids, others, self.rows, self.size)
+        tiles = some.reshape(len(ids), -1, CONSUMERS, some.shape[2]).any(2)
+        some = jnp.repeat(tiles, CONSUMERS, axis=1)
         starts = jnp.arange(0, ids.shape[1], self.rows, dtype=jnp.int32)
         limits = jnp.broadcast_to(self.plan.limit(lengths, slice(None)), ids.shape[:1])
         consumers = jax.vmap(self._blocks, (0, None, 0, 0))
@@ -113,9 +113,9 @@ class Visits:
         """
         block = jnp.arange(len(some), dtype=jnp.int32)
         first, last = self.tile(start - lax.rem(start, CONSUMERS * self.rows), limit)
-        first, last = _ends(some & (first <= block) & (block < last))
         low, high = self.inside(start, limit, first, last)
         free = every & (low <= block) & (block < high)
+        first, last = _ends(some & (first <= block) & (block < last))
         low, high = (jnp.clip(x, first, last) for x in _ends(free))
         return jnp.stack([first, low, jnp.where(high - low == free.sum(), high, low), last])
 
@@ -173,10 +173,10 @@ class QueryVisits(Visits):
 
 
 def _shared(ids, others, rows: int, size: int):
-    """[B tiles blocks] booleans: whether a tile of `rows` ids and a block of `size` others may have
-    an id in common, and whether they have one id only, the same. For the first, some id of each
-    must be in the range of the other's ids. So it is exact if ids increase along the row, also if
-    the row ends with padding of another id."""
+    """[B M/rows L/size] booleans: whether `rows` ids and a block of `size` others may have an id in
+    common, and whether they have one id only, the same. For the first, some id of each must be in
+    the range of the other's ids. So it is exact if ids increase along the row, also if the row ends
+    with padding of another id."""
     B = ids.shape[0]
     ids, others = ids.reshape(B, -1, 1, rows), others.reshape(B, 1, -1, size)
     low, high = ids.min(3, keepdims=True), ids.max(3, keepdims=True)
