@@ -56,15 +56,17 @@ class _Tile(NamedTuple):
         tiles = q_ref.shape[1] // (CONSUMERS * visits.rows)
         return cls.at(visits, tiles - 1 - lax.axis_index("tiles"), documents, lengths_ref)
 
+    def begin(self, wg):
+        """The first position of a consumer."""
+        return self.start + wg * self.visits.rows
+
     def positions(self, wg):
-        """Those of a consumer."""
-        return pl.ds(self.start + wg * self.visits.rows, self.visits.rows)
+        return pl.ds(self.begin(wg), self.visits.rows)
 
     def blocks(self, wg):
         """first, low, high, last: the blocks first..last, of which low..high need no mask."""
         if self.table is None:
-            start = self.start + wg * self.visits.rows
-            inside = self.visits.inside(start, self.limit, self.first, self.last)
+            inside = self.visits.inside(self.begin(wg), self.limit, self.first, self.last)
         else:
             consumer = self.number * CONSUMERS + wg
             inside = self.table[self.b, consumer, 1], self.table[self.b, consumer, 2]
@@ -73,7 +75,7 @@ class _Tile(NamedTuple):
     def mask(self, wg, j, ids, block_ids):
         """Who sees whom among the consumer's positions (the rows) and block j (the columns). ids
         are in registers, block_ids in shared memory; both are None without segments."""
-        seen = self.visits.seen(self.start + wg * self.visits.rows, j, self.limit)
+        seen = self.visits.seen(self.begin(wg), j, self.limit)
         if ids is None:
             return seen
         block_ids = hopper.each_column(hopper.load_columns(block_ids), seen.shape)
