@@ -2,7 +2,7 @@
 
 Why it exists: plain XLA moves every block of scores through device memory, and public kernels visit
 all blocks in the backward of a window. Here one template serves the window and full causal
-attention: `Plan` says which blocks of the other axis a block of rows visits, and which of those
+attention: `Visits` says which blocks of the other axis a block of rows visits, and which of those
 need a mask; no other block is loaded.
 
 How: FlashAttention-3 (arXiv 2407.08608). A thread block has three warpgroups (of 128 threads). The
@@ -35,7 +35,7 @@ from pallas_kernels.attention import gpu_kernels, hopper
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, gpu_blocks
 from pallas_kernels.attention.flash import Spec, kernel_name, padded, round_up, work
-from pallas_kernels.attention.gpu_plan import Plan
+from pallas_kernels.attention.gpu_plan import KeyVisits, Plan, QueryVisits, Visits
 from pallas_kernels.attention.hopper import CONSUMERS, plgpu
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation
@@ -84,12 +84,23 @@ def _prepare(spec: Spec, q, k, v, mask: masks.Mask):
     bounded = lengths is not None or S_pad > S
     plan = Plan(N, S, Q // K, mask.window, mask.q_offset, spec.scale, bounded)
     if segments is not None:
-        q_ids, kv_ids = (x.astype(jnp.int32) for x in segments)
-        segments = masks.SegmentIds(padded(q_ids, 1, N_pad), padded(kv_ids, 1, S_pad))
+        sizes = masks.SegmentIds(N_pad, S_pad)
+        segments = jax.tree.map(_padded_ids, segments, sizes)
     if lengths is not None:
         lengths = lengths.astype(jnp.int32)
     q, k, v = padded(q, 1, N_pad), padded(k, 1, S_pad), padded(v, 1, S_pad)
     return plan, blocks, (q, k, v, segments, lengths)
+
+
+def _padded_ids(ids, size: int):
+    """Padding belongs to the last document, so that no block has it and a document of its own."""
+    return jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, size - ids.shape[1])), mode="edge")
+
+
+def _with_documents(visits: Visits, q, k, v, segments, lengths, *others):
+    """The operands of the kernel that has these visits."""
+    documents = None if segments is None else visits.documents(segments, lengths)
+    return q, k, v, documents, lengths, *others
 
 
 def forward(spec: Spec, q, k, v, mask: masks.Mask):
@@ -100,7 +111,7 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
     out, lse = hopper.run(
         functools.partial(gpu_kernels.forward_kernel, plan),
         kernel_name("forward", "pallas_gpu", plan.window),
-        *operands,
+        *_with_documents(KeyVisits(plan, blocks.rows, blocks.kv), *operands),
         grid=(B, q.shape[1] // (CONSUMERS * blocks.rows), Q),
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -125,7 +136,7 @@ def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     dq = hopper.run(
         functools.partial(gpu_kernels.dq_kernel, plan),
         kernel_name("dq", "pallas_gpu", plan.window),
-        *operands,
+        *_with_documents(KeyVisits(plan, blocks.rows, blocks.dq_kv), *operands),
         grid=(B, q.shape[1] // tile, Q),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch=gpu_kernels.dq_scratch(blocks, H, q.dtype, segments),
@@ -134,7 +145,7 @@ def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     dk, dv = hopper.run(
         functools.partial(gpu_kernels.dkv_kernel, plan),
         kernel_name("dkv", "pallas_gpu", plan.window),
-        *operands,
+        *_with_documents(QueryVisits(plan, blocks.rows, blocks.dkv_q), *operands),
         grid=(B, k.shape[1] // tile, K),
         out_type=[jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype)] * 2,
         scratch=gpu_kernels.dkv_scratch(blocks, H, q.dtype, segments),

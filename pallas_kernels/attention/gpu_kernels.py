@@ -19,58 +19,75 @@ from pallas_kernels.attention import hopper
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import GpuBlocks
 from pallas_kernels.attention.flash import LOG2E
-from pallas_kernels.attention.gpu_plan import Plan, edges_and_inside
+from pallas_kernels.attention.gpu_plan import KeyVisits, Plan, QueryVisits, Visits, edges_and_inside
 from pallas_kernels.attention.hopper import CONSUMERS, KeyStream, Softmax, pl, plgpu
 
 
 class _Tile(NamedTuple):
     """What one thread block handles: CONSUMERS x `rows` positions from `start` on, of batch row b
     and of one head (a K/V head if they are keys), and the blocks first..last of the other axis. The
-    row has `limit` keys."""
+    row has `limit` keys. table: see Documents; None without segments."""
 
+    visits: Visits
+    number: Any
     b: Any
     head: Any
     start: Any
     limit: Any
+    table: Any
     first: Any
     last: Any
 
     @classmethod
-    def of_queries(cls, plan: Plan, q_ref, lengths_ref, rows: int, size: int):
-        """The positions are queries, the blocks have `size` keys. The tiles that see the most keys
-        start first, so that no long one is left for the end."""
+    def at(cls, visits: Visits, number, documents, lengths_ref):
+        """The tile with this number in its batch row."""
         b, head = lax.axis_index("batch"), lax.axis_index("heads")
-        tile = q_ref.shape[1] // (CONSUMERS * rows) - 1 - lax.axis_index("tiles")
-        start = tile * (CONSUMERS * rows)
-        limit = plan.limit(lengths_ref, b)
-        return cls(b, head, start, limit, *plan.key_blocks(start, CONSUMERS * rows, size, limit))
+        start, limit = number * (CONSUMERS * visits.rows), visits.plan.limit(lengths_ref, b)
+        if documents is None:
+            table, (first, last) = None, visits.tile(start, limit)
+        else:
+            table = documents.table
+            first, last = table[b, number * CONSUMERS, 0], table[b, number * CONSUMERS, 3]
+        return cls(visits, number, b, head, start, limit, table, first, last)
 
     @classmethod
-    def of_keys(cls, plan: Plan, lengths_ref, rows: int, size: int):
-        """The positions are keys, the blocks have `size` queries."""
-        b, head = lax.axis_index("batch"), lax.axis_index("heads")
-        start = lax.axis_index("tiles") * (CONSUMERS * rows)
-        limit = plan.limit(lengths_ref, b)
-        return cls(b, head, start, limit, *plan.query_blocks(start, CONSUMERS * rows, size, limit))
+    def of_queries(cls, visits: Visits, q_ref, documents, lengths_ref):
+        """The tiles that see the most keys start first, so that no long one is left for the end."""
+        tiles = q_ref.shape[1] // (CONSUMERS * visits.rows)
+        return cls.at(visits, tiles - 1 - lax.axis_index("tiles"), documents, lengths_ref)
+
+    def begin(self, wg):
+        """The first position of a consumer."""
+        return self.start + wg * self.visits.rows
+
+    def positions(self, wg):
+        return pl.ds(self.begin(wg), self.visits.rows)
+
+    def blocks(self, wg):
+        """first, low, high, last: the blocks first..last, of which low..high need no mask."""
+        if self.table is None:
+            inside = self.visits.inside(self.begin(wg), self.limit, self.first, self.last)
+        else:
+            consumer = self.number * CONSUMERS + wg
+            inside = self.table[self.b, consumer, 1], self.table[self.b, consumer, 2]
+        return self.first, *inside, self.last
+
+    def mask(self, wg, j, ids, block_ids):
+        """Who sees whom among the consumer's positions (the rows) and block j (the columns). ids
+        are in registers, block_ids in shared memory; both are None without segments."""
+        seen = self.visits.seen(self.begin(wg), j, self.limit)
+        if ids is None:
+            return seen
+        block_ids = hopper.each_column(hopper.load_columns(block_ids), seen.shape)
+        return seen & (hopper.each_row(ids, seen.shape) == block_ids)
 
 
-def _produce_keys(plan: Plan, tile: _Tile, keys: KeyStream, k_ref, v_ref, ids_ref):
+def _produce_keys(plan: Plan, tile: _Tile, keys: KeyStream, k_ref, v_ref, documents):
     """What the producer does in the forward and for dq."""
     kv_head = lax.div(tile.head, plan.group)
-    ids = None if ids_ref is None else ids_ref.kv
+    ids = None if documents is None else documents.kv
     size = keys.k_smem.shape[1]
     keys.fill(tile.first, tile.last, lambda j: j * size, k_ref, v_ref, ids, tile.b, kv_head)
-
-
-def _in_segment(seen, row_ids, column_ids):
-    """The mask of a block of scores: `seen` (None: all are seen), and if there are segments,
-    only where ids are equal. Ids of rows are in registers, ids of columns in shared memory."""
-    if row_ids is None:
-        return seen
-    shape = (row_ids.shape[0], column_ids.shape[0])
-    column_ids = hopper.load_columns(column_ids)
-    same = hopper.each_row(row_ids, shape) == hopper.each_column(column_ids, shape)
-    return same if seen is None else seen & same
 
 
 # --- Forward --------------------------------------------------------------------------------------
@@ -87,19 +104,18 @@ def forward_scratch(blocks: GpuBlocks, H: int, dtype, segments: bool) -> dict:
 
 
 def forward_kernel(
-    plan: Plan, q_ref, k_ref, v_ref, ids_ref, lengths_ref, out_ref, lse_ref,
+    plan: Plan, q_ref, k_ref, v_ref, documents, lengths_ref, out_ref, lse_ref,
     *, q_smem, lse_smem, q_full, turn, **stream,
 ):  # fmt: skip
     """out, lse of 2 x `rows` queries of one head: a running softmax over blocks of keys."""
     keys, (_, rows, H) = KeyStream(**stream), q_smem.shape
     stages, size, _ = keys.k_smem.shape
-    tile = _Tile.of_queries(plan, q_ref, lengths_ref, rows, size)
+    tile = _Tile.of_queries(KeyVisits(plan, rows, size), q_ref, documents, lengths_ref)
 
     def consumer(wg):
-        mine = tile.start + wg * rows
-        here = pl.ds(mine, rows)
+        here = tile.positions(wg)
         plgpu.copy_gmem_to_smem(q_ref.at[tile.b, here, tile.head], q_smem.at[wg], q_full.at[wg])
-        q_ids = None if ids_ref is None else hopper.load_rows(ids_ref.q.at[tile.b, here])
+        q_ids = None if documents is None else hopper.load_rows(documents.q.at[tile.b, here])
 
         def take_turn():
             plgpu.barrier_arrive(turn)
@@ -109,8 +125,7 @@ def forward_kernel(
             block = keys.at(lax.rem(j - tile.first, stages))
             plgpu.barrier_wait(block.k_full)
             s = hopper.scores(q_smem.at[wg], block.k_smem, take_turn)
-            seen = plan.seen(mine, j * size, tile.limit, s.shape, 0) if edge else None
-            seen = _in_segment(seen, q_ids, block.ids_smem)
+            seen = tile.mask(wg, j, q_ids, block.ids_smem) if edge else None
             plgpu.barrier_arrive(block.k_free)
             p, softmax = softmax.add_scores(s, plan.scale2, seen)
             p = p.astype(q_smem.dtype)
@@ -125,8 +140,7 @@ def forward_kernel(
 
         plgpu.barrier_wait(q_full.at[wg])
         pl.when(wg == 1)(take_turn)  # half a step after the other
-        inner = plan.inner_key_blocks(mine, rows, size, tile.limit, tile.first, tile.last)
-        softmax = edges_and_inside(step, tile.first, *inner, tile.last, Softmax.start(rows, H))
+        softmax = edges_and_inside(step, tile.blocks(wg), Softmax.start(rows, H))
         pl.when(wg == 0)(take_turn)
         _put_results(softmax, q_smem.at[wg], lse_smem.at[wg])
         hopper.copy_out(
@@ -134,7 +148,7 @@ def forward_kernel(
             (lse_smem.at[wg], lse_ref.at[tile.b, tile.head, here]),
         )
 
-    produce = functools.partial(_produce_keys, plan, tile, keys, k_ref, v_ref, ids_ref)
+    produce = functools.partial(_produce_keys, plan, tile, keys, k_ref, v_ref, documents)
     hopper.specialise(produce, consumer)
 
 
@@ -175,21 +189,20 @@ def dq_scratch(blocks: GpuBlocks, H: int, dtype, segments: bool) -> dict:
 
 
 def dq_kernel(
-    plan: Plan, q_ref, k_ref, v_ref, ids_ref, lengths_ref, lse2_ref, delta_ref, d_out_ref, dq_ref,
+    plan: Plan, q_ref, k_ref, v_ref, documents, lengths_ref, lse2_ref, delta_ref, d_out_ref, dq_ref,
     *, q_smem, d_out_smem, q_full, **stream,
 ):  # fmt: skip
     """dq of 2 x `rows` queries of one head: p and ds are computed again, block by block of keys."""
     keys, (_, rows, H) = KeyStream(**stream), q_smem.shape
     stages, size, _ = keys.k_smem.shape
-    tile = _Tile.of_queries(plan, q_ref, lengths_ref, rows, size)
+    tile = _Tile.of_queries(KeyVisits(plan, rows, size), q_ref, documents, lengths_ref)
 
     def consumer(wg):
-        mine = tile.start + wg * rows
-        here = pl.ds(mine, rows)
+        here = tile.positions(wg)
         place = tile.b, here, tile.head
         plgpu.copy_gmem_to_smem(q_ref.at[place], q_smem.at[wg], q_full.at[wg])
         plgpu.copy_gmem_to_smem(d_out_ref.at[place], d_out_smem.at[wg], q_full.at[wg])
-        q_ids = None if ids_ref is None else hopper.load_rows(ids_ref.q.at[tile.b, here])
+        q_ids = None if documents is None else hopper.load_rows(documents.q.at[tile.b, here])
         lse2 = hopper.load_rows(lse2_ref.at[tile.b, tile.head, here])
         delta = hopper.load_rows(delta_ref.at[tile.b, tile.head, here])
 
@@ -197,8 +210,7 @@ def dq_kernel(
             block = keys.at(lax.rem(j - tile.first, stages))
 
             def probabilities(s):
-                seen = plan.seen(mine, j * size, tile.limit, s.shape, 0) if edge else None
-                seen = _in_segment(seen, q_ids, block.ids_smem)
+                seen = tile.mask(wg, j, q_ids, block.ids_smem) if edge else None
                 return hopper.probabilities(s, plan.scale2, seen, hopper.each_row(lse2, s.shape))
 
             plgpu.barrier_wait(block.k_full)
@@ -209,7 +221,7 @@ def dq_kernel(
                 block.v_full,
                 probabilities,
                 lambda: hopper.each_row(delta, (rows, size)),
-                overlap=not edge and q_ids is None,
+                overlap=not edge,
             )
             plgpu.barrier_arrive(block.v_free)
             dq = hopper.add_product(dq, ds.astype(q_smem.dtype), block.k_smem)
@@ -217,11 +229,10 @@ def dq_kernel(
             return dq
 
         plgpu.barrier_wait(q_full.at[wg])
-        inner = plan.inner_key_blocks(mine, rows, size, tile.limit, tile.first, tile.last)
-        dq = edges_and_inside(step, tile.first, *inner, tile.last, hopper.zeros((rows, H)))
+        dq = edges_and_inside(step, tile.blocks(wg), hopper.zeros((rows, H)))
         _put_gradients(wg, place, (dq * plan.scale, q_smem, dq_ref))
 
-    produce = functools.partial(_produce_keys, plan, tile, keys, k_ref, v_ref, ids_ref)
+    produce = functools.partial(_produce_keys, plan, tile, keys, k_ref, v_ref, documents)
     hopper.specialise(produce, consumer)
 
 
@@ -256,7 +267,7 @@ class _QueryStream(NamedTuple):
 
     at = hopper.at_slot
 
-    def fill(self, plan: Plan, tile: _Tile, q_ref, ids_ref, lse2_ref, delta_ref, d_out_ref):
+    def fill(self, plan: Plan, tile: _Tile, q_ref, documents, lse2_ref, delta_ref, d_out_ref):
         """What the producer does: copies the tile's blocks of queries, for one head after the other
         of the group."""
         num, size = tile.last - tile.first, self.q_smem.shape[1]
@@ -269,8 +280,8 @@ class _QueryStream(NamedTuple):
             def copy():
                 copy_in(q_ref.at[b, here, head], block.q_smem, block.q_full)
                 copy_in(lse2_ref.at[b, head, here], block.lse2_smem, block.q_full)
-                if ids_ref is not None:
-                    copy_in(ids_ref.q.at[b, here], block.ids_smem, block.q_full)
+                if documents is not None:
+                    copy_in(documents.q.at[b, here], block.ids_smem, block.q_full)
                 copy_in(d_out_ref.at[b, here, head], block.d_out_smem, block.d_out_full)
                 copy_in(delta_ref.at[b, head, here], block.delta_smem, block.d_out_full)
 
@@ -290,7 +301,7 @@ def dkv_scratch(blocks: GpuBlocks, H: int, dtype, segments: bool) -> dict:
 
 
 def dkv_kernel(
-    plan: Plan, q_ref, k_ref, v_ref, ids_ref, lengths_ref, lse2_ref, delta_ref, d_out_ref,
+    plan: Plan, q_ref, k_ref, v_ref, documents, lengths_ref, lse2_ref, delta_ref, d_out_ref,
     dk_ref, dv_ref, *, k_smem, v_smem, kv_full, **stream,
 ):  # fmt: skip
     """dk, dv of 2 x `rows` keys of one K/V head: sums over the query heads of its group, and for
@@ -298,20 +309,20 @@ def dkv_kernel(
     left operands of their products."""
     queries, (_, rows, H) = _QueryStream(**stream), k_smem.shape
     stages, size, _ = queries.q_smem.shape
-    tile = _Tile.of_keys(plan, lengths_ref, rows, size)
+    visits = QueryVisits(plan, rows, size)
+    tile = _Tile.at(visits, lax.axis_index("tiles"), documents, lengths_ref)
     num = tile.last - tile.first
 
     def producer():
-        queries.fill(plan, tile, q_ref, ids_ref, lse2_ref, delta_ref, d_out_ref)
+        queries.fill(plan, tile, q_ref, documents, lse2_ref, delta_ref, d_out_ref)
 
     def consumer(wg):
-        mine = tile.start + wg * rows
-        here = pl.ds(mine, rows)
+        here = tile.positions(wg)
         place = tile.b, here, tile.head
         plgpu.copy_gmem_to_smem(k_ref.at[place], k_smem.at[wg], kv_full.at[wg])
         plgpu.copy_gmem_to_smem(v_ref.at[place], v_smem.at[wg], kv_full.at[wg])
-        kv_ids = None if ids_ref is None else hopper.load_rows(ids_ref.kv.at[tile.b, here])
-        inner = plan.inner_query_blocks(mine, rows, size, tile.limit, tile.first, tile.last)
+        kv_ids = None if documents is None else hopper.load_rows(documents.kv.at[tile.b, here])
+        blocks = tile.blocks(wg)
 
         def step(g, i, carry, edge):
             dk, dv = carry
@@ -319,8 +330,7 @@ def dkv_kernel(
             own = hopper.anew(wg)
 
             def probabilities(s):
-                seen = plan.seen(i * size, mine, tile.limit, s.shape, 1) if edge else None
-                seen = _in_segment(seen, kv_ids, block.ids_smem)
+                seen = tile.mask(wg, i, kv_ids, block.ids_smem) if edge else None
                 lse2 = hopper.each_column(hopper.load_columns(block.lse2_smem), s.shape)
                 return hopper.probabilities(s, plan.scale2, seen, lse2)
 
@@ -331,7 +341,7 @@ def dkv_kernel(
                 block.d_out_full,
                 probabilities,
                 lambda: hopper.each_column(hopper.load_columns(block.delta_smem), (rows, size)),
-                overlap=not edge and kv_ids is None,
+                overlap=not edge,
             )
             p, ds = p.astype(k_smem.dtype), ds.astype(k_smem.dtype)
             dv, dk = hopper.add_two_products(dv, p, block.d_out_smem, dk, ds, block.q_smem)
@@ -339,8 +349,7 @@ def dkv_kernel(
             return dk, dv
 
         def query_head(g, carry):
-            at_head = functools.partial(step, g)
-            return edges_and_inside(at_head, tile.first, *inner, tile.last, carry)
+            return edges_and_inside(functools.partial(step, g), blocks, carry)
 
         plgpu.barrier_wait(kv_full.at[wg])
         carry = hopper.zeros((rows, H)), hopper.zeros((rows, H))

@@ -21,7 +21,9 @@ from pallas_kernels import (
     interpret,
 )
 from pallas_kernels.attention import blocks, gpu, gpu_decode, hopper
-from pallas_kernels.attention.gpu_plan import Plan
+from pallas_kernels.attention.gpu_plan import KeyVisits, Plan, QueryVisits
+from pallas_kernels.attention.hopper import CONSUMERS
+from pallas_kernels.attention.mask import Mask
 from pallas_kernels.device import Device
 from tests.kernels.cases import (
     Shape,
@@ -115,7 +117,12 @@ def test_full_with_lengths_and_segments():
     want = with_masks(shape, {"implementation": "reference"})
     got = with_masks(shape, {"implementation": "pallas_gpu"})
     one_document = SegmentIds(jnp.zeros((2, 13), int), jnp.zeros((2, 40), int))
-    cases = [(one_document, jnp.array([0, 13])), (documents(shape, 7, 11), jnp.array([16, 40]))]
+    pieces = SegmentIds(*(ids % 2 for ids in documents(shape, 3, 19)))
+    cases = [
+        (one_document, jnp.array([0, 13])),
+        (documents(shape, 7, 11), jnp.array([16, 40])),
+        (pieces, jnp.array([37, 40])),
+    ]
     with interpret():
         results = [got(args, *case) for case in cases]
     for case, result in zip(cases, results, strict=True):
@@ -165,31 +172,87 @@ def test_decode(decode, S, Q, K, lengths, races, capfd):
     assert not got[lengths == 0].any()
 
 
+def blocks_of_consumers(visits, mask, table):
+    """[consumers blocks] booleans: which blocks the table visits, which have a visible pair of the
+    tile, which blocks are without a mask, and in which all pairs of the consumer are visible."""
+    seen = np.asarray(mask if visits.query_axis == 0 else mask.T)
+    seen = seen.reshape(len(seen) // visits.rows, visits.rows, -1, visits.size)
+    some, every = seen.any((1, 3)), seen.all((1, 3))
+    some = some.reshape(-1, CONSUMERS, some.shape[1]).any(1).repeat(CONSUMERS, 0)
+    first, low, high, last = np.asarray(table).T[..., None]
+    assert (np.diff(table, axis=1) >= 0).all()
+    block = np.arange(some.shape[1])
+    return (first <= block) & (block < last), some, (low <= block) & (block < high), every
+
+
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 23])
 @pytest.mark.parametrize("q_offset", [0, 3, 16])
-def test_plan_visits_exactly_the_blocks_that_hold_visible_pairs(window, q_offset):
+def test_visits_are_exactly_the_blocks_that_hold_visible_pairs(window, q_offset):
     """Compared with the dense mask, also with a limit: no visible pair is outside the blocks, the
     first and the last block have some, and in the inner blocks all pairs are visible. Blocks of
     queries and of keys have different sizes."""
     N, S = 48, 40
     for limit in (0, 13, 40):
         plan = Plan(N, S, 1, window, q_offset, 1.0, limit < S)
-        age = q_offset + np.arange(N)[:, None] - np.arange(S)[None, :]
-        seen = (age >= 0) & (age < (window or 1000)) & (np.arange(S) < limit)
-        for axis, (outer, inner) in ((0, (16, 8)), (1, (8, 16))):
-            visits = (plan.key_blocks, plan.query_blocks)[axis]
-            within = (plan.inner_key_blocks, plan.inner_query_blocks)[axis]
-            mask = seen if axis == 0 else seen.T
-            for start in range(0, mask.shape[0], outer):
-                rows = mask[start : start + outer]
-                at = jnp.int32(start), outer, inner, jnp.int32(limit)
-                first, last = map(int, visits(*at))
-                low, high = map(int, within(*at, jnp.int32(first), jnp.int32(last)))
-                assert first <= low <= high <= last
-                blocks = [rows[:, j : j + inner] for j in range(0, rows.shape[1], inner)]
-                visible = [j for j, block in enumerate(blocks) if block.any()]
-                assert (not visible and first == last) or visible == list(range(first, last))
-                assert all(block.all() for block in blocks[low:high])
+        mask = Mask(window, q_offset, jnp.array([limit])).as_array(N, S)[0]
+        for visits, length in ((KeyVisits(plan, 8, 8), N), (QueryVisits(plan, 4, 16), S)):
+            table = []
+            for start in range(0, length, visits.rows):
+                tile = start // (CONSUMERS * visits.rows) * (CONSUMERS * visits.rows)
+                first, last = visits.tile(jnp.int32(tile), limit)
+                table.append([first, *visits.inside(jnp.int32(start), limit, first, last), last])
+            visited, some, free, every = blocks_of_consumers(visits, mask, table)
+            np.testing.assert_array_equal(visited, some)
+            assert not (free & ~every).any()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def table_of_documents(visits, segments, lengths):
+    return visits.documents(segments, lengths).table
+
+
+def blocks_of_documents(q_ids, kv_ids, window, q_offset, length):
+    """`blocks_of_consumers` for both kinds of tiles, in a row with these segment ids."""
+    N, S = len(q_ids), len(kv_ids)
+    segments = SegmentIds(*(jnp.array(ids, jnp.int32)[None] for ids in (q_ids, kv_ids)))
+    lengths = None if length is None else jnp.array([length])
+    plan = Plan(N, S, 1, window, q_offset, 1.0, length is not None)
+    mask = Mask(window, q_offset, lengths, segments).as_array(N, S)[0]
+    for visits in (KeyVisits(plan, 8, 8), QueryVisits(plan, 4, 16)):
+        yield blocks_of_consumers(visits, mask, table_of_documents(visits, segments, lengths)[0])
+
+
+late_and_short = pytest.mark.parametrize(
+    ("window", "q_offset", "length"), [(None, 0, None), (37, 16, 90)]
+)
+
+
+@late_and_short
+@pytest.mark.parametrize("padding", [0, 21])
+def test_packed_documents_visit_exactly_the_blocks_that_hold_visible_pairs(
+    window, q_offset, length, padding
+):
+    """And the blocks without a hidden pair are exactly those without a mask. The padding is a
+    document at the end of the row, with an id that is lower than those before it."""
+    ids = np.sort(np.random.default_rng(0).integers(1, 6, 128))
+    ids[len(ids) - padding :] = 0
+    for visited, some, free, every in blocks_of_documents(
+        ids[q_offset : q_offset + 96], ids, window, q_offset, length
+    ):
+        np.testing.assert_array_equal(visited, some)
+        np.testing.assert_array_equal(free, every)
+        assert free.any()
+
+
+@late_and_short
+@pytest.mark.parametrize("pieces", [8, 32])
+def test_documents_in_pieces_miss_no_visible_pair(window, q_offset, length, pieces):
+    rng = np.random.default_rng(pieces)
+    q_ids, kv_ids = (np.repeat(rng.integers(-2, 2, pieces), n // pieces) for n in (96, 128))
+    for visited, some, free, every in blocks_of_documents(q_ids, kv_ids, window, q_offset, length):
+        assert some.any()
+        assert not (some & ~visited).any()
+        assert not (free & ~every).any()
 
 
 def test_decode_splits_fill_the_device():
