@@ -96,8 +96,11 @@ def devices() -> dict[str, Any]:
 def in_child(call: str, limit_s: float) -> tuple[dict[str, Any], str | None]:
     """The dict that an expression of this module returns in a new process, such as "devices()".
     Without one: {} and how the process ended."""
-    code = f"import json; from benchmarks import machine; print(json.dumps(machine.{call}))"
-    # The parent may hold a GPU's memory; a machine of a pod answers for itself.
+    # The alarm ends it even if this process was killed meanwhile.
+    code = (
+        f"import signal; signal.alarm({int(limit_s) + 10}); import json; "
+        f"from benchmarks import machine; print(json.dumps(machine.{call}))"
+    )
     ended = verdicts.run_child(["-c", code], limit_s, verdicts.environment())
     return (ended.rows[-1], None) if ended.rows else ({}, verdicts.how(ended, limit_s))
 

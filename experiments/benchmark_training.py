@@ -32,6 +32,7 @@ def grid(title: str, rows: dict[str, dict[str, float]]) -> Grid:
 
 
 def main(_):
+    cli.check_kernels(CONFIG.value.compute.attention)
     if jax.default_backend() == "cpu":
         cli.keep_freed_memory()
     result = training.measure(CONFIG.value, ROUNDS.value, STEPS.value)

@@ -29,7 +29,14 @@ from experiments.command_line import parse
 from experiments.config_flag import config_file
 from yocou_jax.errors import UserError
 
-__all__ = ["config_file", "keep_freed_memory", "parse", "refuse_empty", "run"]
+__all__ = [
+    "check_kernels",
+    "config_file",
+    "keep_freed_memory",
+    "parse",
+    "refuse_empty",
+    "run",
+]
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -86,6 +93,15 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def check_kernels(attention: str) -> None:
+    """The first start on a kind of accelerator checks its attention kernels in other processes; so
+    call this before jax starts. Does nothing on a CPU, or if attention is the name of a kernel."""
+    if attention == "auto":
+        from pallas_kernels import api
+
+        api.check_kernels()
+
+
 def _stop(sentence: str, code: int) -> None:
     # Both streams may be closed, or their reader may have ended.
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -119,10 +135,11 @@ def _quiet() -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)
     absl.logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    ours = logging.getLogger("yocou_jax")
-    ours.setLevel(logging.INFO)
-    ours.addHandler(_CurrentStderr())
-    ours.propagate = False
+    for name in ("yocou_jax", "pallas_kernels.verdicts"):
+        ours = logging.getLogger(name)
+        ours.setLevel(logging.INFO)
+        ours.addHandler(_CurrentStderr())
+        ours.propagate = False
 
 
 class _CurrentStderr(logging.Handler):

@@ -99,6 +99,7 @@ def tensor_mesh() -> jax.sharding.Mesh | None:
 
 def main(_):
     cli.refuse_empty(WORKDIR)
+    cli.check_kernels(ATTENTION.value)
     texts, ends, mesh = prompts(), stops(), tensor_mesh()
     # These imports take seconds, so they come after the checks.
     from experiments.writer import Options, Writer

@@ -94,6 +94,7 @@ def show(report: dict, out: Console) -> None:
 
 
 def main(_):
+    cli.check_kernels(CONFIG.value.compute.attention)
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
         cli.keep_freed_memory()

@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from pallas_kernels.device import Device
 
@@ -53,6 +55,7 @@ _BUS = {
 Verdict = dict[str, str | None]
 # By kind of device and implementation. A text says why there is no verdict.
 _known: dict[tuple[str, str], Verdict | str] = {}
+_agreed: set[str] = set()  # the kinds of device about which all processes of this run agree
 
 
 class NotChecked(Exception):
@@ -273,6 +276,7 @@ def check(name: str) -> Checked:
 def forget() -> None:
     """Reads the files again when the next question is asked."""
     _known.clear()
+    _agreed.clear()
 
 
 def _find(name: str, device: Device) -> Verdict | str:
@@ -296,9 +300,7 @@ def _check_here(name: str, device: Device) -> Verdict | str:
     return checked.verdict if same else f"a new process computes on a {checked.device.kind}"
 
 
-def why_not(name: str, operation: str, device: Device) -> str | None:
-    """Why "auto" does not take an implementation that could run the operation on this device, as a
-    sentence; None if its check passed. Without a verdict this may start the check and wait."""
+def _why_not(name: str, operation: str, device: Device) -> str | None:
     key = device.kind, name
     if key not in _known:
         _known[key] = _find(name, device)
@@ -306,6 +308,27 @@ def why_not(name: str, operation: str, device: Device) -> str | None:
     if isinstance(verdict, str):
         return f"It was not checked on this device, because {verdict}; {COMMAND} checks it."
     return verdict.get(operation, f"Its check has no call of {operation} that it supports.")
+
+
+def why_not(name: str, operation: str, device: Device) -> str | None:
+    """Why "auto" does not take an implementation that could run the operation on this device, as a
+    sentence; None if its check passed. Without a verdict this may start the check and wait."""
+    if jax.process_count() > 1 and device.kind not in _agreed:
+        return "The processes of this run did not compare their checks (set_up compares them)."
+    return _why_not(name, operation, device)
+
+
+def agree(names: Sequence[str], operations: Sequence[str], device: Device) -> None:
+    """Processes that took different kernels would wait for each other forever. So in a run of
+    several, a check has passed only if it passed in all of them. Every process must call this."""
+    mine = [[_why_not(name, o, device) is None for o in operations] for name in names]
+    passed = multihost_utils.process_allgather(np.array(mine)).all(0)
+    for name, row in zip(names, passed, strict=True):
+        _known[device.kind, name] = {
+            o: None if ok else _why_not(name, o, device) or "Its check did not pass on every host."
+            for o, ok in zip(operations, row, strict=True)
+        }
+    _agreed.add(device.kind)
 
 
 # --- Before jax starts ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -140,6 +141,20 @@ def check_kernels() -> None:
     for platform, ids in verdicts.accelerators().items():
         names = [name for name, found in _REGISTRY.items() if found.platform == platform]
         verdicts.before_start(names, ids)
+
+
+def agree_on_kernels() -> None:
+    """In a run of several processes on accelerators, each must call this before "auto" can take a
+    kernel (`verdicts.agree`)."""
+    device = target_device()
+    if is_here(device) and jax.process_count() > 1:
+        names = [
+            name
+            for name, found in _REGISTRY.items()
+            if found.platform == device.platform
+            and any(unsupported_reason(name, Call(o, device)) is None for o in OPERATIONS)
+        ]
+        verdicts.agree(names, OPERATIONS, device)
 
 
 @functools.cache

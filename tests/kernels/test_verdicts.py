@@ -5,6 +5,7 @@ import logging
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from pallas_kernels import check, choose_implementation, verdicts
@@ -128,6 +129,18 @@ def test_a_cpu_has_no_gate_and_no_cache(tmp_path, monkeypatch):
     api.check_kernels()
     assert choose_implementation("cross_attention").reason == "auto"
     assert not list(tmp_path.iterdir())
+
+
+def test_in_a_run_of_several_processes_a_check_must_pass_in_all(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "did not compare their checks" in asked("good")[0]
+    other = np.array([[True] * 4, [True, False, True, True]])
+    monkeypatch.setattr(
+        verdicts.multihost_utils, "process_allgather", lambda mine: np.stack([mine, other])
+    )
+    verdicts.agree(["wrong", "good"], OPERATIONS, FAKE)
+    assert asked("good") == [None, "Its check did not pass on every host.", None, None]
+    assert asked("wrong") == ["It is wrong."] * 4
 
 
 # --- Fakes in the table, checked by the real check ------------------------------------------------
