@@ -12,8 +12,7 @@ def relative_rms(x, y) -> float:
     return float(np.sqrt(np.mean(np.square(x - y)) / np.mean(np.square(y))))
 
 
-def error_ratio(rms: float, reference_rms: float, dtype) -> float:
-    """The error over that of the reference. In float32 both are exact up to their order of sums: 8
-    roundings are allowed. NaN if the error is NaN; so compare with `ratio <= ERROR_RATIO`."""
-    allowed = 8 * np.finfo(np.float32).eps if np.dtype(dtype) == np.float32 else 0.0
-    return rms / max(reference_rms, allowed)
+def error_ratio(rms: float, reference_rms: float, floor: float = 0.0) -> float:
+    """The error over that of the reference, or over `floor` if that is larger. NaN if the error is
+    NaN; so compare with `ratio <= ERROR_RATIO`."""
+    return rms / max(reference_rms, floor)

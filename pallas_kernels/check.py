@@ -4,7 +4,7 @@
 
 It compares the implementation with the reference on small odd shapes: values, gradients and lse,
 with packed documents, lengths, an offset, float32 keys, and whole calls in float32. It prints JSON
-objects, one a line: first the device and all operations, as soon as the reference has run there,
+objects, one a line: first the device and all operations, as soon as a product has run there,
 and then {"operation": ..., "reason": null or a sentence, "supported": ...} for each operation.
 """
 
@@ -31,6 +31,9 @@ from pallas_kernels.device import Device, target_device
 
 B, Q, K = 4, 6, 2
 DOCUMENT = 71  # tokens
+# Relative error that is always allowed in float32. How exact an accelerator's float32 products and
+# exponentials are, nobody here has seen. A key too many or too few makes an error above 1e-2.
+FLOAT32_FLOOR = 1e-4
 
 
 class Case(NamedTuple):
@@ -122,18 +125,20 @@ def lowered(name: str, operation: str, case: Case, dtypes: Case) -> jax.stages.L
     return jax.jit(run).lower(*typed(arrays, dtypes))
 
 
-def typed(arrays: list[np.ndarray], dtypes: Case) -> list[jax.Array]:
+def typed(arrays: list[np.ndarray], dtypes: Case) -> list[np.ndarray]:
     q, k, v, *rest = arrays
     kv = dtypes.kv_dtype or dtypes.dtype
-    rounded = [jnp.asarray(x, dtype) for x, dtype in ((q, dtypes.dtype), (k, kv), (v, kv))]
-    return rounded + [jnp.asarray(x) for x in rest]
+    return [q.astype(jnp.dtype(dtypes.dtype)), *(x.astype(jnp.dtype(kv)) for x in (k, v)), *rest]
 
 
 def programs(name: str, operation: str, case: Case) -> list[tuple[jax.stages.Lowered, Case]]:
     """The reference in float32, the reference in the case's dtypes, the implementation in these;
     each with the dtypes of its arguments."""
     exact = case._replace(dtype="float32", kv_dtype=None)
-    with jax.default_matmul_precision("highest"):
+    # On the host: a device that computes nonsense does not agree with itself, and the compiler of a
+    # TPU takes half a minute for each of these programs.
+    host = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(host), jax.default_matmul_precision("highest"):
         references = [lowered("reference", operation, case, dtypes) for dtypes in (exact, case)]
     # By default, products of float32 are rounded on accelerators: this is no fault of a kernel.
     wide = case.dtype == "float32"
@@ -152,7 +157,8 @@ def judge(operation: str, case: Case, exact: dict, plain: dict, mine: dict) -> s
             return f"In its check of {operation}, other queries than in the reference see no key."
         want, theirs, got = (np.where(empty, 0, x) for x in (want, theirs, got))
         rms = relative_rms(got, want)
-        ratio = error_ratio(rms, relative_rms(theirs, want), case.dtype)
+        floor = FLOAT32_FLOOR if case.dtype == "float32" else 0.0
+        ratio = error_ratio(rms, relative_rms(theirs, want), floor)
         if not ratio <= ERROR_RATIO:  # NaN too
             return (
                 f"Its check of {operation} gave a wrong {what}: the relative error is {rms:.1e}, "
@@ -189,9 +195,8 @@ def check(name: str, operation: str) -> dict:
 def rows(name: str, known: list[str]) -> Iterator[dict]:
     """What the process prints. After an exception there is no next row, because the device may be
     unusable in this process."""
-    case = CASES["decode_window"][0]
-    arrays = typed(inputs("decode_window", case)[0], case)
-    jax.device_get(lowered("reference", "decode_window", case, case).compile()(*arrays))
+    x = jnp.ones((128, 128))
+    jax.device_get(jax.jit(jnp.dot)(x, x))
     yield {**target_device()._asdict(), "operations": list(api.OPERATIONS)}
     for operation in (o for o in api.OPERATIONS if o not in known):
         try:

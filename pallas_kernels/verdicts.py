@@ -221,6 +221,9 @@ def how(ended: Ended, limit_s: float) -> str:
 def environment() -> dict[str, str]:
     """Of a child that shares a GPU with others, and that is alone on the chip of a TPU."""
     found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    wanted = jax.config.jax_platforms
+    if wanted and "cpu" not in wanted.split(","):  # the reference runs on the host
+        found["JAX_PLATFORMS"] = f"{wanted},cpu"
     if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):  # a pod: do not wait for its other hosts
         one = {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1"}
         found |= one | {"TPU_VISIBLE_CHIPS": "0"}
@@ -243,7 +246,7 @@ def check(name: str) -> Checked:
     checks the next ones, because the device of the old one may be unusable.
 
     Raises:
-      NotChecked: no process could compute even the reference there.
+      NotChecked: no process could compute anything there.
     """
     verdict: Verdict = {}
     unsupported: dict[str, str] = {}

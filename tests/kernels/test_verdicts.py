@@ -21,7 +21,7 @@ FAKE = Device("gpu", "Fake 1")
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("YOCOU_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(verdicts, "CHILD", "tests.kernels.child")
-    monkeypatch.setattr(verdicts, "LIMIT_S", 20.0)
+    monkeypatch.setattr(verdicts, "LIMIT_S", 120.0)
     verdicts.forget()
     yield
     verdicts.forget()
