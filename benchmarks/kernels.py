@@ -7,25 +7,24 @@ says how a call is timed.
 import functools
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import cases, device, timing
 from benchmarks.cases import Case, Sizes, inputs
 from benchmarks.report import Grid, page, write_json
 from benchmarks.timing import Pace, first_line
 from pallas_kernels import Call, Mask, api
+from pallas_kernels.accuracy import ERROR_RATIO, error_ratio, relative_rms
 from pallas_kernels.attention import reference
 from pallas_kernels.call import decodes
 from pallas_kernels.device import target_device
 from yocou_jax.files import write_atomically
 
-ERROR_RATIO = 1.5  # largest error, over that of the reference in the same dtype
 DERIVED = "backward (derived)"  # the difference of two times that are measured
 ERROR_OPERATIONS = api.OPERATIONS
 
@@ -139,17 +138,13 @@ def results(case: Case, subject: Subject) -> Callable:
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-def _rms(x, y) -> float:
-    """Root mean square of x - y, relative to that of y."""
-    x, y = (np.asarray(a, np.float64) for a in (x, y))
-    return float(np.sqrt(np.mean(np.square(x - y)) / np.mean(np.square(y))))
-
-
 def measure_errors(sizes: Sizes) -> list[dict]:
     """One entry per operation, head width, subject and result."""
     found = []
     Q, K = sizes.heads
     N, eps = sizes.error_length, float(jnp.finfo(sizes.dtype).eps)
+    # In float32 both are exact up to their order of sums: 8 roundings are allowed.
+    floor = 8 * eps if eps < 1e-6 else 0.0
     for H in sizes.head_widths:
         for operation in ERROR_OPERATIONS:
             window = N // 4 if operation == "window_attention" else None
@@ -172,10 +167,9 @@ def measure_errors(sizes: Sizes) -> list[dict]:
                 except Exception as error:
                     found.append(row | {"error": first_line(error)})
                     continue
-                for what, value in got.items():
-                    rms, theirs = _rms(value, exact[what]), _rms(plain[what], exact[what])
-                    # In float32 both are exact up to their order of sums: 8 roundings are allowed.
-                    ratio = rms / max(theirs, 8 * eps if eps < 1e-6 else 0.0)
+                for what in got:
+                    rms, theirs = (relative_rms(x[what], exact[what]) for x in (got, plain))
+                    ratio = error_ratio(rms, theirs, floor)
                     row |= {"result": what, "rms": rms, "reference_rms": theirs, "ratio": ratio}
                     found.append(dict(row))
     return found
@@ -202,13 +196,18 @@ def _left_out(case: Case, name: str, subject: Subject, pace: Pace, sizes: Sizes)
     return None
 
 
-def measure_group(group: list[Case], sizes: Sizes, pace: Pace) -> tuple[list[dict], list[str]]:
+def measure_group(
+    group: list[Case], sizes: Sizes, pace: Pace, names: Collection[str] | None = None
+) -> tuple[list[dict], list[str]]:
     """Times the cases of a group. All programs are compiled at the same time; then the
-    implementations take turns. Returns the rows of the report and what was left out."""
+    implementations take turns. Returns the rows of the report and what was left out.
+    names: measures no others."""
     rows, left_out, planned, programs = [], [], {}, {}
     for case in group:
         args = jax.eval_shape(functools.partial(inputs, case, sizes.dtype, 0))
         for name, subject in subjects(case, sizes.dtype).items():
+            if names is not None and name not in names:
+                continue
             if reason := _left_out(case, name, subject, pace, sizes):
                 left_out.append(f"{name}, {case.label}: {reason}")
                 continue

@@ -68,6 +68,7 @@ def compare(python: str) -> None:
 
 
 def main(_):
+    process.check_kernels(CONFIG.value.compute.attention)
     if jax.default_backend() == "cpu":
         process.keep_freed_memory()
     if PEER.value is not None:

@@ -101,10 +101,11 @@ def _quiet() -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)
     absl.logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    ours = logging.getLogger("yocou_jax")
-    ours.setLevel(logging.INFO)
-    ours.addHandler(_CurrentStderr())
-    ours.propagate = False
+    for name in ("yocou_jax", "pallas_kernels.verdicts"):
+        ours = logging.getLogger(name)
+        ours.setLevel(logging.INFO)
+        ours.addHandler(_CurrentStderr())
+        ours.propagate = False
 
 
 class _CurrentStderr(logging.Handler):

@@ -17,7 +17,7 @@ import contextlib
 import jax
 from absl import flags
 
-from experiments import cli
+from experiments import cli, process
 from experiments.terminal import checked, read_prompt, talk
 from yocou_jax.errors import UserError
 
@@ -99,6 +99,7 @@ def tensor_mesh() -> jax.sharding.Mesh | None:
 
 def main(_):
     cli.refuse_empty(WORKDIR)
+    process.check_kernels(ATTENTION.value)
     texts, ends, mesh = prompts(), stops(), tensor_mesh()
     # These imports take seconds, so they come after the checks.
     from experiments.writer import Options, Writer

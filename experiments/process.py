@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels import api
 from yocou_jax.files import expand_path
 
 
@@ -26,6 +27,13 @@ def keep_freed_memory() -> None:
         return  # another C library, which has no such options
     for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 1)):
         mallopt(option, value)
+
+
+def check_kernels(attention: str) -> None:
+    """The first start on a kind of accelerator checks its attention kernels in other processes; so
+    call this before jax starts. Does nothing on a CPU, or if attention is the name of a kernel."""
+    if attention == "auto":
+        api.check_kernels()
 
 
 def keep_compiled_programs(cache_dir: str) -> None:

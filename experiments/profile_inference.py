@@ -106,6 +106,7 @@ def show(report: dict, out: Console) -> None:
 
 
 def main(_):
+    process.check_kernels(CONFIG.value.compute.attention)
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
         process.keep_freed_memory()

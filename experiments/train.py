@@ -53,6 +53,7 @@ def main(_):
     from yocou_jax.training.loop import Run
     from yocou_jax.training.preemption import EXIT_PREEMPTED
 
+    process.check_kernels(CONFIG.value.compute.attention)
     if DISTRIBUTED.value:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only CPUs read it
         try:

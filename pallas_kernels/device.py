@@ -40,6 +40,17 @@ class Device(NamedTuple):
         return next((cc for name, cc in _GPU_KINDS.items() if name in self.kind), None)
 
 
+def _described(device: jax.Device) -> Device:
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return Device(platform, device.device_kind)
+
+
+def is_here(device: Device) -> bool:
+    """Whether this process computes on such an accelerator. False for a CPU, and for a device that
+    is only compiled for."""
+    return device.platform != "cpu" and device in map(_described, jax.local_devices())
+
+
 def _of_mesh(mesh) -> Device | None:
     abstract = None if mesh is None or mesh.empty else mesh.abstract_device
     if abstract is None or abstract.platform is None:
@@ -57,8 +68,7 @@ def target_device(x: jax.Array | None = None) -> Device:
     if found is None:
         device = jax.config.jax_default_device or jax.devices()[0]
         device = jax.devices(device)[0] if isinstance(device, str) else device
-        platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-        found = Device(platform, device.device_kind)
+        found = _described(device)
     return found
 
 

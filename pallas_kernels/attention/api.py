@@ -14,9 +14,11 @@ import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import verdicts
 from pallas_kernels.attention import (
     cudnn,
     flash,
@@ -32,7 +34,7 @@ from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, TPU_HEAD_WIDTHS, TR
 from pallas_kernels.attention.flash import Kernels
 from pallas_kernels.attention.mask import Mask, SegmentIds
 from pallas_kernels.call import Call, UnsupportedCall
-from pallas_kernels.device import on_device, target_device
+from pallas_kernels.device import is_here, on_device, target_device
 from pallas_kernels.sharding import Partition
 
 logger = logging.getLogger(__name__)
@@ -123,11 +125,36 @@ def choose_implementation(operation: str, *, implementation: str = "auto", **fac
     for name, candidate in _REGISTRY.items():
         with on_device():
             reason = unsupported_reason(name, call)
+        if reason is None and candidate.platform is not None and is_here(call.device):
+            reason = verdicts.why_not(name, operation, call.device)
         if reason is None:
             return Choice(operation, name, "; ".join(reasons))
         if candidate.platform == call.device.platform:
             reasons.append(f"not {name}: {reason.rstrip('.')}")
     raise AssertionError("xla supports every call")
+
+
+def check_kernels() -> None:
+    """Makes the verdicts that "auto" will ask for, if this machine has an accelerator and no start
+    has made them before (`verdicts.before_start`). Call it before jax has started. On a CPU it does
+    nothing."""
+    for platform, ids in verdicts.accelerators().items():
+        names = [name for name, found in _REGISTRY.items() if found.platform == platform]
+        verdicts.before_start(names, ids)
+
+
+def agree_on_kernels() -> None:
+    """In a run of several processes on accelerators, each must call this before "auto" can take a
+    kernel (`verdicts.agree`)."""
+    device = target_device()
+    if is_here(device) and jax.process_count() > 1:
+        names = [
+            name
+            for name, found in _REGISTRY.items()
+            if found.platform == device.platform
+            and any(unsupported_reason(name, Call(o, device)) is None for o in OPERATIONS)
+        ]
+        verdicts.agree(names, OPERATIONS, device)
 
 
 @functools.cache

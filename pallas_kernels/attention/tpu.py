@@ -114,6 +114,12 @@ def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cos
     )(*scalars, *args)
 
 
+def whole_block(n: int) -> int:
+    """The size of a block that holds n positions: a power of two. Mosaic does not compile the
+    gradients with a block of 384 and three heads in a group."""
+    return TPU_LANES << (-(-n // TPU_LANES) - 1).bit_length()
+
+
 class _Operands:
     """The arrays of one call, padded and in the kernels' layout, and the specs of their blocks."""
 
@@ -124,8 +130,8 @@ class _Operands:
         self.mask, self.work = mask, work(kernel, q, k, mask)
         self.outer = "keys" if kernel == "dkv" else "queries"
         blocks = tpu_blocks(kernel, self.G, mask.window)
-        bq = min(blocks.q, round_up(self.N, TPU_LANES))
-        bk = min(blocks.kv, round_up(self.S, TPU_LANES))
+        bq = min(blocks.q, whole_block(self.N))
+        bk = min(blocks.kv, whole_block(self.S))
         # With a window, the band is one piece of the inner axis; else it is cut into blocks.
         inner, ahead = (bk if self.outer == "queries" else bq), None
         if mask.window is not None:

@@ -19,6 +19,7 @@ from pallas_kernels import (
     interpret,
     window_attention,
 )
+from pallas_kernels.attention import tpu
 from pallas_kernels.attention.blocks import TpuBlocks
 from pallas_kernels.attention.tpu_bands import Bands
 from tests.kernels.cases import (
@@ -219,3 +220,11 @@ def test_a_cpu_host_that_compiles_for_a_tpu_gets_the_tpu_kernels(shape):
     for what in ("window", "full"):
         for kernel in ("forward", "dq"):
             assert f"attention_{what}_{kernel}_pallas_tpu" in text
+
+
+@pytest.mark.parametrize(
+    ("positions", "size"), [(1, 128), (128, 128), (129, 256), (333, 512), (512, 512), (513, 1024)]
+)
+def test_a_block_is_a_power_of_two(positions, size):
+    """Mosaic does not compile the gradients with a block of 384."""
+    assert tpu.whole_block(positions) == size

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import api
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError
@@ -232,6 +233,8 @@ def set_up(config: Config, devices=None) -> Setup:
     abstract, shardings = state_shardings(config, optimizer, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     batch = batch_sharding(mesh)
+    if config.compute.attention == "auto":
+        api.agree_on_kernels()
     with jax.set_mesh(mesh):  # "auto" depends on the devices of this mesh
         compute = resolve_compute(config.compute)
     init = functools.partial(init_state, config, compute, optimizer)

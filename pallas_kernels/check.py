@@ -1,0 +1,232 @@
+"""The check of one implementation on this process's device. `verdicts.check` starts it:
+
+    python -m pallas_kernels.check NAME [OPERATION ...]     # operations that are already known
+
+It compares the implementation with the reference on small odd shapes: values, gradients and lse,
+with packed documents, lengths, an offset, float32 keys, and whole calls in float32. It prints JSON
+objects, one a line: first the device and all operations, as soon as a product has run there,
+and then {"operation": ..., "reason": null or a sentence, "supported": ...} for each operation.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import verdicts
+from pallas_kernels.accuracy import ERROR_RATIO, error_ratio, relative_rms
+from pallas_kernels.attention import api
+from pallas_kernels.attention.mask import MASKED, SegmentIds
+from pallas_kernels.call import Call, decodes
+from pallas_kernels.device import Device, target_device
+
+B, Q, K = 4, 6, 2
+DOCUMENT = 71  # tokens
+# Relative error that is always allowed in float32. How exact an accelerator's float32 products and
+# exponentials are, nobody here has seen. A key too many or too few makes an error above 1e-2.
+FLOAT32_FLOOR = 1e-4
+
+
+class Case(NamedTuple):
+    """One call, with the letters of api.py. kv_dtype: of k and v, if it is another one. lse:
+    whether the call returns it, and it is differentiated too."""
+
+    N: int
+    S: int
+    H: int
+    dtype: str = "bfloat16"
+    kv_dtype: str | None = None
+    window: int | None = None
+    q_offset: int = 0
+    segments: bool = False
+    lengths: bool = False
+    lse: bool = False
+
+
+# N is above every block size of a GPU, and odd, so that the last block is not full.
+CASES = {
+    "window_attention": (
+        Case(333, 333, 64, window=100, segments=True, lse=True),
+        Case(333, 333, 128, window=100),
+        Case(150, 150, 64, "float32", window=37),
+    ),
+    "cross_attention": (
+        Case(333, 333, 64, segments=True, lse=True),
+        Case(333, 333, 128, kv_dtype="float32"),
+        Case(150, 333, 128, q_offset=183, lengths=True),
+        Case(200, 200, 64, lengths=True),
+        Case(150, 150, 64, "float32"),
+    ),
+    "decode_window": (Case(1, 100, 64), Case(1, 100, 128), Case(1, 100, 64, "float32")),
+    "decode_cross": (Case(1, 777, 64), Case(1, 777, 128), Case(1, 777, 64, "float32")),
+}
+
+
+def described(operation: str, case: Case, device: Device) -> Call:
+    single = decodes(operation)
+    return Call(
+        operation,
+        device,
+        (B, Q, case.H) if single else (B, case.N, Q, case.H),
+        (B, case.S, K, case.H),
+        jnp.dtype(case.dtype),
+        case.window,
+        case.segments,
+        case.lengths,
+        case.q_offset,
+        case.lse,
+    )
+
+
+def inputs(operation: str, case: Case) -> tuple[list[np.ndarray], dict]:
+    """q, k, v and the gradients of the output and of lse, in float32; and the options of the call.
+    Decode: q, k, v and lengths."""
+    rng = np.random.default_rng(case.S + case.H)
+    heads = (B, Q, case.H) if decodes(operation) else (B, case.N, Q, case.H)
+    sizes = [heads, *[(B, case.S, K, case.H)] * 2, heads, heads[:-1]]
+    arrays = [rng.standard_normal(size).astype(np.float32) for size in sizes]
+    lengths = np.array([0, 1, case.S // 2, case.S + 1], np.int32)  # a ring has seen more than S
+    if decodes(operation):
+        return [*arrays[:3], lengths], {}
+    options = {"q_offset": case.q_offset}
+    if case.window is not None:
+        options["window"] = case.window
+    if case.lengths:
+        options["kv_lengths"] = jnp.asarray(lengths)
+    if case.segments:
+        rows = np.arange(B)[:, None] * 10
+        ids = [(np.arange(n)[None] + rows) // DOCUMENT for n in (case.N, case.S)]
+        options["segment_ids"] = SegmentIds(*map(jnp.asarray, ids))
+    return arrays, options
+
+
+def lowered(name: str, operation: str, case: Case, dtypes: Case) -> jax.stages.Lowered:
+    """The program of a case, with arrays in the dtypes of another case. It returns a dict."""
+    call, (arrays, options) = getattr(api, operation), inputs(operation, case)
+
+    def run(q, k, v, *rest):
+        if decodes(operation):
+            return {"out": call(q, k, v, *rest, implementation=name)}
+        attend = functools.partial(call, return_lse=case.lse, implementation=name, **options)
+        out, vjp = jax.vjp(lambda *x: jax.tree.leaves(attend(*x)), q, k, v)
+        gradients = vjp([d.astype(x.dtype) for d, x in zip(rest, out, strict=False)])
+        names = (*("out", "lse")[: len(out)], "dq", "dk", "dv")
+        return dict(zip(names, (*out, *gradients), strict=True))
+
+    return jax.jit(run).lower(*typed(arrays, dtypes))
+
+
+def typed(arrays: list[np.ndarray], dtypes: Case) -> list[np.ndarray]:
+    q, k, v, *rest = arrays
+    kv = dtypes.kv_dtype or dtypes.dtype
+    return [q.astype(jnp.dtype(dtypes.dtype)), *(x.astype(jnp.dtype(kv)) for x in (k, v)), *rest]
+
+
+def programs(name: str, operation: str, case: Case) -> list[tuple[jax.stages.Lowered, Case]]:
+    """The reference in float32, the reference in the case's dtypes, the implementation in these;
+    each with the dtypes of its arguments."""
+    exact = case._replace(dtype="float32", kv_dtype=None)
+    # On the host: a device that computes nonsense does not agree with itself, and the compiler of a
+    # TPU takes half a minute for each of these programs.
+    host = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(host), jax.default_matmul_precision("highest"):
+        references = [lowered("reference", operation, case, dtypes) for dtypes in (exact, case)]
+    # By default, products of float32 are rounded on accelerators: this is no fault of a kernel.
+    wide = case.dtype == "float32"
+    with jax.default_matmul_precision("highest") if wide else contextlib.nullcontext():
+        mine = lowered(name, operation, case, case)
+    return list(zip((*references, mine), (exact, case, case), strict=True))
+
+
+def judge(operation: str, case: Case, exact: dict, plain: dict, mine: dict) -> str | None:
+    """A sentence if `mine` is wrong: `exact` is the reference in float32, `plain` the reference in
+    the dtype of the case."""
+    for what in exact:
+        want, theirs, got = (np.asarray(x[what], np.float64) for x in (exact, plain, mine))
+        empty = want <= MASKED / 2 if what == "lse" else np.zeros(want.shape, bool)
+        if what == "lse" and not np.array_equal(empty, got <= MASKED / 2):
+            return f"In its check of {operation}, other queries than in the reference see no key."
+        want, theirs, got = (np.where(empty, 0, x) for x in (want, theirs, got))
+        rms = relative_rms(got, want)
+        floor = FLOAT32_FLOOR if case.dtype == "float32" else 0.0
+        ratio = error_ratio(rms, relative_rms(theirs, want), floor)
+        if not ratio <= ERROR_RATIO:  # NaN too
+            return (
+                f"Its check of {operation} gave a wrong {what}: the relative error is {rms:.1e}, "
+                f"which is {ratio:.3g} times the reference's (N = {case.N}, S = {case.S}, "
+                f"H = {case.H}, {case.dtype})."
+            )
+    return None
+
+
+def check(name: str, operation: str) -> dict:
+    """The row of an operation: reason is None if all cases that the implementation supports are
+    right. supported: whether it supports any of them."""
+    device = target_device()
+    # The tests compare what runs on a CPU with the reference: there, one case is enough.
+    cases = CASES[operation][:1] if device.platform == "cpu" else CASES[operation]
+    calls = {case: described(operation, case, device) for case in cases}
+    reasons = {case: api.unsupported_reason(name, call) for case, call in calls.items()}
+    cases = [case for case, reason in reasons.items() if reason is None]
+    row = {"operation": operation, "reason": None, "supported": bool(cases)}
+    if not cases:
+        return row | {"reason": next(iter(reasons.values()))}
+    plans = [program for case in cases for program in programs(name, operation, case)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # compiles them at the same time
+        compiled = list(pool.map(lambda plan: plan[0].compile(), plans))
+    for i, case in enumerate(cases):
+        arrays, _ = inputs(operation, case)
+        three = zip(compiled[3 * i :][:3], plans[3 * i :][:3], strict=True)
+        found = [jax.device_get(run(*typed(arrays, dtypes))) for run, (_, dtypes) in three]
+        if reason := judge(operation, case, *found):
+            return row | {"reason": reason}
+    return row
+
+
+def rows(name: str, known: list[str]) -> Iterator[dict]:
+    """What the process prints. After an exception there is no next row, because the device may be
+    unusable in this process."""
+    x = jnp.ones((128, 128))
+    jax.device_get(jax.jit(jnp.dot)(x, x))
+    yield {**target_device()._asdict(), "operations": list(api.OPERATIONS)}
+    for operation in (o for o in api.OPERATIONS if o not in known):
+        try:
+            yield check(name, operation)
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            said = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(".")
+            reason = f"Its check of {operation} failed: {said}."
+            yield {"operation": operation, "reason": reason, "supported": True}
+            raise
+
+
+def main(words: list[str]) -> int:
+    # If the process that waits for this one was killed: SIGALRM ends even a process that hangs.
+    signal.alarm(int(verdicts.LIMIT_S) + 10)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    name, *known = words
+    try:
+        for row in rows(name, known):
+            print(json.dumps(row), flush=True)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return verdicts.AGAIN
+    return 0
+
+
+def run() -> None:
+    code = main(sys.argv[1:])
+    os._exit(code)  # the exit of a runtime that has lost its device may hang
+
+
+if __name__ == "__main__":
+    run()
