@@ -8,8 +8,9 @@ VMEM, spilled register and wgmma.
 The shapes are those of configs/yocou_125m.py and configs/yocou_1b.py. A few small shapes, "others",
 have what these do not use: other dtypes and head widths, lengths, queries after a cache. As in
 training, a program of attention contains the forward and the backward kernels. Exit code 1: a
-program does not compile, a GPU kernel spills registers or serialises its wgmma, or on v6e a tile
-takes more cycles than splash's or an unknown number of cycles.
+program does not compile, a GPU kernel spills registers or serialises its wgmma, a TPU tile takes
+more cycles than splash's or an unknown number of cycles, or a step of decode_cross on a TPU
+accesses more than 1.05 times the bytes of the cache.
 
 TPU. libtpu compiles on any host. With --xla_jf_dump_to and --xla_jf_dump_llo_text it writes the
 final schedule of each kernel, with one row per VLIW bundle. A bundle is one instruction for all
@@ -32,7 +33,8 @@ schedule has fewer exponentials than that, the table has a question mark. The co
   512 x 512 tile are four times the register file, and splash spills 558 times.
 * bytes / cache, for decode: the bytes that the step accesses, by XLA's count, over the bytes of
   both caches. 1 means that every key and value is read once. A copy of the caches before the kernel
-  adds 2, and more if it pads them. A small cache may be copied to VMEM as a whole. Not a failure.
+  adds 2, and more if it pads them. A small cache may be copied to VMEM as a whole; that is not a
+  failure.
 
 The tile table compiles splash (blocks of 512, head width 128, LocalMask of the same window) and our
 kernels (one head of 128) in the same process. With libtpu 0.0.50.1 splash takes 734, 890 and 1167

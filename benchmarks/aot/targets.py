@@ -20,21 +20,19 @@ from yocou_jax import hardware
 class Target(NamedTuple):
     """An accelerator to compile for. platform: "tpu", "cuda" or "triton", the compiler.
     device_kind: the device's name in jax. topology: the argument of jax's get_topology_desc.
-    accelerator: the value of TPU_ACCELERATOR_TYPE, for libtpu. must_beat_splash: the command fails
-    if a tile takes more cycles than splash's."""
+    accelerator: the value of TPU_ACCELERATOR_TYPE, for libtpu."""
 
     platform: str
     implementation: str
     device_kind: str
     topology: str = ""
     accelerator: str = ""
-    must_beat_splash: bool = False
 
 
 TARGETS = {
     "v5e": Target("tpu", "pallas_tpu", "TPU v5 lite", "v5e:2x2", "v5litepod-4"),
     "v5p": Target("tpu", "pallas_tpu", "TPU v5", "v5p:2x2x1", "v5p-8"),
-    "v6e": Target("tpu", "pallas_tpu", "TPU v6 lite", "v6e:2x2", "v6e-4", must_beat_splash=True),
+    "v6e": Target("tpu", "pallas_tpu", "TPU v6 lite", "v6e:2x2", "v6e-4"),
     "tpu7x": Target("tpu", "pallas_tpu", "TPU7x", "tpu7x:2x2x1", "tpu7x-8"),
     "h200": Target("cuda", "pallas_gpu", "NVIDIA H200", "1x1x1"),
     "a100": Target("triton", "triton", "NVIDIA A100"),

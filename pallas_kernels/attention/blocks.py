@@ -119,7 +119,7 @@ class TpuBlocks(NamedTuple):
 
 
 @_replaceable
-def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
+def tpu_blocks(kind: str, kernel: str, G: int, H: int, window: int | None) -> TpuBlocks:
     """kernel "forward", "dq" or "dkv"; G query heads per K/V head.
 
     Chosen by static cycles on v6e (instructions of the compiled schedule, README.md; H = 128, bf16;
@@ -141,14 +141,37 @@ def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
     return TpuBlocks(512, 512, 512) if window is None else TpuBlocks(0, 256, 768)
 
 
-@_replaceable
-def tpu_sums_on_mxu(kind: str) -> bool:
-    """Whether the forward kernel sums p in the matrix unit (MXU). Static cycles of a 512 x 512 tile
-    and of its masked variant together, H = 128, when it does and when it does not: v6e 1559 and
-    1659, tpu7x 2182 and 1692, v5e 2927 and 2036, v5p 2973 and 2029. The matrix units of v5 are
-    narrower, so the columns of ones cost time there.
+class TpuForm(NamedTuple):
+    """How the kernels work inside a tile.
+
+    sums_on_mxu: the forward kernel sums p in the matrix unit (MXU).
+    ceilings: the forward kernel masks with an array that it makes once (tpu_bands.Ceilings).
+    transposed: dq, dk and dv are summed as [H, positions], so that the products have all columns
+        that a matrix unit of 256 x 256 has. Else as [positions, H], so that a matrix unit of
+        128 x 128 keeps each of its operands for more rows.
     """
-    return "v6" in kind
+
+    sums_on_mxu: bool
+    ceilings: bool
+    transposed: bool
+
+
+@_replaceable
+def tpu_form(kind: str, H: int) -> TpuForm:
+    """By generation and head width H. Static cycles of the slowest tile, per 512 x 512 pairs of
+    query and key, G = 1, W = 512, bf16 (libtpu 0.0.50.1; never timed on a device):
+
+    * forward, with and without sums_on_mxu, both tiles together and without ceilings: v6e 1559 and
+      1659, tpu7x 2182 and 1692, v5e 2927 and 2036, v5p 2973 and 2029. The matrix units of v5 are
+      narrower, so the columns of ones cost time there.
+    * forward, with and without ceilings: v6e 629 and 717, tpu7x 674 and 810. On v5 the matrix units
+      have more to do than the vector units, so a cheaper mask gains nothing.
+    * dq and dkv, transposed and not: v5p, H = 128, 1387 and 1360, 1967 and 1721; v5p, H = 64, 1184
+      and 1369, 1485 and 1743: there, half of the columns of [positions, H] would be empty.
+    """
+    if "v5" in kind:
+        return TpuForm(sums_on_mxu=False, ceilings=False, transposed=H < 128)
+    return TpuForm(sums_on_mxu="v6" in kind, ceilings=True, transposed=True)
 
 
 @_replaceable
@@ -156,7 +179,7 @@ def tpu_decode_rows(H: int) -> int:
     """How many rows (slots x K/V heads) one grid step reads: 1 MB of keys and 1 MB of values in
     bf16, so that the copies of a step take several times as long as the step's fixed cost (about
     0.35 us)."""
-    return 4096 * 128 // max(H, 128)
+    return 4096 * 128 // H
 
 
 class GpuBlocks(NamedTuple):

@@ -17,6 +17,7 @@ layouts that make them free; nobody has examined whether it does so in a model.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,10 @@ from pallas_kernels.attention.blocks import (
     TPU_LANES,
     TPU_VMEM,
     tpu_blocks,
-    tpu_sums_on_mxu,
+    tpu_form,
 )
 from pallas_kernels.attention.flash import Spec, kernel_name, padded, round_up, work
-from pallas_kernels.attention.tpu_bands import Bands, Tiles
+from pallas_kernels.attention.tpu_bands import Bands, Ceilings, Tiles
 from pallas_kernels.call import Call
 from pallas_kernels.device import interpretation, target_device
 
@@ -76,7 +77,7 @@ def _vmem(call: Call) -> int:
     item = jnp.dtype(call.dtype).itemsize
     largest = 0
     for kernel in ("forward", "dq", "dkv"):
-        blocks = tpu_blocks(kernel, G, call.window)
+        blocks = tpu_blocks(call.device.kind, kernel, G, H, call.window)
         outer, inner = (blocks.kv, blocks.q) if kernel == "dkv" else (blocks.q, blocks.kv)
         if call.window is not None:
             inner = outer + call.window + TPU_LANES
@@ -84,11 +85,26 @@ def _vmem(call: Call) -> int:
         arrays = 2 * (3 * rows + 4 * keys) * H * item
         sums = 4 * (2 * keys if kernel == "dkv" else rows) * (H + 2 * TPU_LANES)
         tile = 12 * min(rows if kernel == "forward" else 512, rows) * min(blocks.compute, inner)
+        if kernel == "forward" and tpu_form(call.device.kind, H).ceilings:
+            tile += 4 * math.prod(Ceilings(call.window, outer, blocks.compute, 0).shape)
         largest = max(largest, arrays + sums + tile)
     return largest
 
 
-def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cost, scalars, *args):
+def call_kernel(
+    kernel,
+    name,
+    grid,
+    in_specs,
+    out_specs,
+    out_shape,
+    scratch,
+    cost,
+    scalars,
+    *args,
+    ordered=False,
+):
+    """ordered: one core runs all grid steps, so that what a step leaves in scratch stays there."""
     mode = interpretation()
     interpret = mode is not None
     if mode is not None and mode.detect_races:
@@ -105,7 +121,10 @@ def call_kernel(kernel, name, grid, in_specs, out_specs, out_shape, scratch, cos
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",),
+            dimension_semantics=(
+                *["arbitrary" if ordered else "parallel"] * (len(grid) - 1),
+                "arbitrary",
+            ),
             vmem_limit_bytes=TPU_VMEM.get(target_device(args[0]).kind),
         ),
         cost_estimate=cost,
@@ -129,7 +148,9 @@ class _Operands:
         self.G = Q // self.K
         self.mask, self.work = mask, work(kernel, q, k, mask)
         self.outer = "keys" if kernel == "dkv" else "queries"
-        blocks = tpu_blocks(kernel, self.G, mask.window)
+        kind = target_device(q).kind
+        self.form = tpu_form(kind, self.H)
+        blocks = tpu_blocks(kind, kernel, self.G, self.H, mask.window)
         bq = min(blocks.q, whole_block(self.N))
         bk = min(blocks.kv, whole_block(self.S))
         # With a window, the band is one piece of the inner axis; else it is cut into blocks.
@@ -225,6 +246,12 @@ class _Operands:
             return None, None
         return tuple(self._spec(x, (1,), (), heads=False) for x in ("queries", "keys"))
 
+    def sums_shape(self):
+        """Of the sums of dq, and of those of dk and dv."""
+        sums = self.bands.block, self.H
+        lead = (self.G,) if self.outer == "queries" else ()
+        return (*lead, *(sums[::-1] if self.form.transposed else sums))
+
     def cost(self, arrays) -> pl.CostEstimate:
         flops, exponentials = self.work
         moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
@@ -235,23 +262,28 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
     """See flash.Kernels."""
     o = _Operands(spec, "forward", q, k, mask)
     R = o.G * o.bands.block
-    width = round_up(o.H + 1, TPU_LANES) if tpu_sums_on_mxu(target_device(q).kind) else o.H
+    width = round_up(o.H + 1, TPU_LANES) if o.form.sums_on_mxu else o.H
+    scratch, ceilings = [(R, TPU_LANES), (R, TPU_LANES), (R, width)], None
+    if o.form.ceilings:
+        ceilings = Ceilings(mask.window, o.bands.block, o.bc, mask.q_offset % TPU_LANES)
+        scratch.append(ceilings.shape)
     args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
     out_shape = (
         jax.ShapeDtypeStruct(args[0].shape, q.dtype),
         jax.ShapeDtypeStruct(args[0].shape[:-1], jnp.float32),
     )
     out, lse = call_kernel(
-        functools.partial(tpu_kernels.forward_kernel, o.tiles, o.bands, o.bc),
+        functools.partial(tpu_kernels.forward_kernel, o.tiles, o.bands, o.bc, ceilings),
         kernel_name("forward", "pallas_tpu", mask.window),
         o.grid,
         (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs()),
         (o.query_spec(), o.stat_spec()),
         out_shape,
-        [(R, TPU_LANES), (R, TPU_LANES), (R, width)],
+        scratch,
         o.cost((args, out_shape)),
         o.scalars(),
         *args,
+        ordered=o.form.ceilings,
     )
     return o.queries_back(out), lse[..., : o.N].reshape(o.B, -1, o.N)
 
@@ -259,20 +291,20 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
 def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
     """See flash.Kernels."""
 
-    def gradients(kernel, name, out_shapes, out_spec, acc_shape):
+    def gradients(kernel, name, out_shapes, out_spec):
         o = _Operands(spec, name, q, k, mask)
         args = (o.queries(q), o.keys(k), o.keys(v), *o.ids())
         args += (o.queries(d_out), o.stats(lse2), o.stats(delta))
         rows = (o.query_spec(), o.stat_spec(), o.stat_spec())
         out_shape = out_shapes(*args[:2])
         out = call_kernel(
-            functools.partial(kernel, o.tiles, o.bands, o.bc),
+            functools.partial(kernel, o.tiles, o.bands, o.bc, o.form.transposed),
             kernel_name(name, "pallas_tpu", mask.window),
             o.grid,
             (o.query_spec(), o.key_spec(), o.key_spec(), *o.ids_specs(), *rows),
             (out_spec(o),) * len(out_shape),
             out_shape,
-            [acc_shape(o)] * len(out_shape),
+            [o.sums_shape()] * len(out_shape),
             o.cost((args, out_shape)),
             o.scalars(),
             *args,
@@ -284,13 +316,11 @@ def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
         "dq",
         lambda q, k: (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         _Operands.query_spec,
-        lambda o: (o.G, o.H, o.bands.block),
     )
     _, dkv = gradients(
         tpu_kernels.dkv_kernel,
         "dkv",
         lambda q, k: (jax.ShapeDtypeStruct(k.shape, spec.kv_grad_dtype),) * 2,
         _Operands.key_spec,
-        lambda o: (o.H, o.bands.block),
     )
     return o.queries_back(dq), *(x[:, :, : o.S].swapaxes(1, 2) for x in dkv)

@@ -5,6 +5,7 @@ inner axis. The outer axis is that of the queries; for dk and dv it is that of t
 
 `Bands` says which positions of the inner axis a block reads. `Scalars` has what is copied to scalar
 memory before a kernel starts. `Tiles` runs a tile without a mask, with one, or not at all.
+`Ceilings` stores the masks of all tiles.
 """
 
 import dataclasses
@@ -125,8 +126,10 @@ class Tiles:
         pl.when(some & every)(functools.partial(body, False))
         pl.when(some & ~every)(functools.partial(body, True))
 
-    def seen(self, q_first, k_first, shape, q_axis, limit, q_ids, k_ids):
-        """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it."""
+    def seen(self, q_first, k_first, shape, q_axis, limit, q_ids, k_ids, by_position=True):
+        """The mask of a tile [bq bk] (q_axis 0) or [bk bq] (q_axis 1); ids broadcast to it.
+        by_position: causality and the window are a part of it. Without them, None if every key
+        exists and there are no segments."""
         q_pos = lax.broadcasted_iota(jnp.int32, shape, q_axis)
         k_pos = lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
         # Only the difference of the two starts matters. It is added to the positions that change
@@ -135,18 +138,76 @@ class Tiles:
             zero, k_pos = q_first, k_pos + (k_first - q_first)
         else:
             zero, q_pos = k_first, q_pos + (q_first - k_first)
-        seen = masks.visible_int32(q_pos, k_pos, self.window)
+        conditions = [masks.visible_int32(q_pos, k_pos, self.window)] if by_position else []
         if self.padded or self.lengths:
-            seen = seen & (k_pos < limit - zero)
+            conditions.append(k_pos < limit - zero)
         if self.segments:
-            seen = seen & (q_ids == k_ids)
-        return seen
+            conditions.append(q_ids == k_ids)
+        return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
-    def columns_and_rows(self, q_ref, q_here, k_ref, k_here):
-        """Ids of the queries as a column, of the keys as a row; two Nones without segments."""
+    def ids(self, q_axis, q_ref, q_here, k_ref, k_here):
+        """Ids of the queries and of the keys, for `seen`: those of axis 0 as a column, those of
+        axis 1 as a row. Two Nones without segments."""
         if not self.segments:
             return None, None
-        return column(q_ref[:, q_here])[:, :1], k_ref[:, k_here]
+        ids = [q_ref[:, q_here], k_ref[:, k_here]]
+        ids[q_axis] = column(ids[q_axis])[:, :1]
+        return tuple(ids)
 
-    def rows_and_columns(self, q_ref, q_here, k_ref, k_here):
-        return self.columns_and_rows(k_ref, k_here, q_ref, q_here)[::-1]
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """The masks by position (causality and window) of all tiles of bq queries and bc keys, as one
+    array [bq, width] of fp32: infinity where the query sees the key, else MASKED. A kernel makes it
+    once, in VMEM. The smaller one of a score and its ceiling is the masked score. This takes one
+    operation of the vector unit, and to compare positions takes three.
+
+    A mask depends only on the distance of the tile: its first query minus its first key. The masks
+    of two distances are the same diagonals, moved. So each is a part of the array, which starts at
+    a multiple of 128, because all distances have the same remainder.
+    """
+
+    window: int | None
+    bq: int
+    bc: int
+    remainder: int  # of all distances, divided by 128
+
+    @property
+    def skipped(self) -> int:
+        """Between the two edges of a long window, the tiles need no mask. The array leaves out so
+        many of these distances."""
+        if self.window is None:
+            return 0
+        spare = self.window - self.bq - self.bc - TPU_LANES
+        return max(spare // TPU_LANES * TPU_LANES, 0)
+
+    @property
+    def farthest(self) -> int:
+        """The largest distance in the array."""
+        far = self.bc if self.window is None else self.window - self.skipped + self.bc
+        return round_up(far, TPU_LANES) + self.remainder
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bq, round_up(self.farthest + self.bq, TPU_LANES) + self.bc
+
+    def fill(self, ref):
+        window = None if self.window is None else self.window - self.skipped
+        shape = (self.bq, TPU_LANES)
+        q_pos = lax.broadcasted_iota(jnp.int32, shape, 0) + self.farthest
+        k_pos = lax.broadcasted_iota(jnp.int32, shape, 1)
+
+        def columns(n, _):
+            first = pl.multiple_of(n * TPU_LANES, TPU_LANES)
+            seen = masks.visible_int32(q_pos, k_pos + first, window)
+            ref[:, pl.ds(first, TPU_LANES)] = jnp.where(seen, jnp.inf, masks.MASKED)
+            return 0
+
+        lax.fori_loop(0, self.shape[1] // TPU_LANES, columns, 0)
+
+    def of(self, ref, distance):
+        """[bq, bc], for a tile that is not too far away to see anything."""
+        beyond = jnp.maximum(distance - self.skipped, self.bc)
+        distance = jnp.where(distance < self.bc, distance, beyond)
+        start = jnp.maximum(self.farthest - distance, 0) // TPU_LANES * TPU_LANES
+        return ref[:, pl.ds(pl.multiple_of(start, TPU_LANES), self.bc)]

@@ -136,16 +136,18 @@ def test_a_slower_tile_or_a_failed_program_fails_the_command():
     assert len(v6e) == 2
     assert "808 cycles" in v6e[0]
     assert "no cycles" in v6e[1]
-    assert verdict.failures(targets.TARGETS["v5e"], jobs, rows) == []
     # A tile with unknown cycles may be the slowest one.
     ours[0]["tiles"] = [tile, tile | {"tile_cycles": None}]
     row = verdict.compare_with_splash(jobs)[0]
     assert (row["ratio"], row["unknown"]) == (1.0, 1)
     (sentence,) = verdict.failures(targets.TARGETS["v6e"], [], [row])
     assert sentence.startswith("tile, forward: the cycles of 1 of our tiles are unknown")
-    assert verdict.failures(targets.TARGETS["v5e"], [], [row]) == []
     failed = [{"model": "m", "operation": "o", "error": "Too much VMEM."}]
     assert verdict.failures(targets.TARGETS["v5e"], failed, []) == ["m, o: Too much VMEM."]
+    decode = {"model": "m", "operation": "decode_cross", "error": None, "cache_bytes": 100}
+    assert verdict.failures(targets.TARGETS["v5e"], [decode | {"bytes_accessed": 104}], []) == []
+    (sentence,) = verdict.failures(targets.TARGETS["v5e"], [decode | {"bytes_accessed": 300}], [])
+    assert sentence == "m, decode_cross: it accesses 3.00 times the bytes of the cache."
 
 
 def test_cases_are_those_of_the_configs_and_a_few_others():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import (
@@ -19,9 +20,10 @@ from pallas_kernels import (
     interpret,
     window_attention,
 )
+from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention import tpu
-from pallas_kernels.attention.blocks import TpuBlocks
-from pallas_kernels.attention.tpu_bands import Bands
+from pallas_kernels.attention.blocks import TpuBlocks, tpu_form
+from pallas_kernels.attention.tpu_bands import Bands, Ceilings
 from tests.kernels.cases import (
     Shape,
     assert_matches_reference,
@@ -33,6 +35,8 @@ from tests.kernels.cases import (
 )
 
 matches_reference = functools.partial(assert_matches_reference, implementation="pallas_tpu")
+
+V5, V6E, TPU7X = (tpu_form(kind, 128) for kind in ("TPU v5", "TPU v6 lite", "TPU7x"))
 
 SHAPES = {
     "full, odd, groups of 3": Shape(150, 150, Q=3, K=1, H=64, B=1),
@@ -50,6 +54,32 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape):
     matches_reference(shape)
+
+
+def test_the_form_of_v5():
+    """The other tests take the form of an unknown device, which is that of tpu7x."""
+    assert len({V5, V6E, TPU7X}) == 3
+    shape = Shape(300, 300, 130, Q=2, K=1, H=64, B=1)
+    blocks = TpuBlocks(128, 128, 128)
+    with block_sizes(tpu_form=lambda *_: V5, tpu_blocks=lambda *_: blocks):
+        matches_reference(shape, segment_ids=documents(shape, 170, 170))
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 500, 512, 1000])
+@pytest.mark.parametrize("remainder", [0, 3])
+def test_ceilings_have_the_mask_of_every_tile(window, remainder):
+    bq, bc = 128, 256
+    ceilings = Ceilings(window, bq, bc, remainder)
+    assert ceilings.shape[1] <= 128 + 2 * bq + 3 * bc + 256  # however long the window is
+
+    shape = jax.ShapeDtypeStruct(ceilings.shape, jnp.float32)
+    array = pl.pallas_call(ceilings.fill, shape, interpret=True)()
+    age = np.arange(bq)[:, None] - np.arange(bc)
+    nearest, farthest = -bq, (window or 1024) + bc - 2  # of the tiles in which some key is seen
+    for distance in range(nearest + remainder, farthest + 1, 128):
+        got = ceilings.of(array, jnp.int32(distance))
+        want = masks.visible(age + distance, 0, window)
+        np.testing.assert_array_equal(got, np.where(want, np.inf, np.float32(MASKED)))
 
 
 @pytest.mark.parametrize("window", [None, 60])
@@ -105,17 +135,20 @@ def test_a_chunk_of_queries_after_a_cache_that_is_not_full():
 
 
 @pytest.mark.parametrize(
-    ("H", "sums_on_mxu"),
-    [(64, True), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((64, False), (128, True)))],
+    ("H", "form"),
+    [
+        (64, V6E),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((64, V5), (64, TPU7X), (128, V6E))),
+    ],
 )
-def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(H, sums_on_mxu):
+def test_bf16_error_is_that_of_the_reference_and_runs_repeat_bit_for_bit(H, form):
     """The root mean square of the errors is at most 1.5 times the reference's. Both are errors
     against the fp32 reference on fp32 inputs."""
     shape = Shape(256, 256, 100, Q=2, K=1, H=H, B=1)
     exact = outputs_and_gradients(operation(shape, implementation="reference"), inputs(shape))
     args = inputs(shape, jnp.bfloat16)
     bf16 = outputs_and_gradients(operation(shape, implementation="reference"), args)
-    with interpret(), block_sizes(tpu_sums_on_mxu=lambda kind: sums_on_mxu):
+    with interpret(), block_sizes(tpu_form=lambda *_: form):
         attend = operation(shape, implementation="pallas_tpu")
         got, again = (outputs_and_gradients(attend, args) for _ in range(2))
 
@@ -162,11 +195,14 @@ def test_no_race():
     assert not interpreter.races.races_found
 
 
-@pytest.mark.parametrize("G", [1, 3])
-def test_decode(G):
+# With H = 64 the slots are the columns of the cache; heads of 256 have two parts.
+@pytest.mark.parametrize(
+    ("G", "K", "H"), [(1, 2, 64), (3, 2, 64), (1, 2, 128), (2, 2, 256), (1, 16, 256)]
+)
+def test_decode(G, K, H):
     """Lengths of 0, 1, exactly a block, and all slots. No slot after the length is read."""
     lengths = jnp.array([0, 1, 128, 300])
-    q, k, v, *_ = inputs(Shape(1, 300, Q=2 * G, K=2, H=64, B=4))
+    q, k, v, *_ = inputs(Shape(1, 300, Q=K * G, K=K, H=H, B=4))
     want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
     beyond = (jnp.arange(300)[None] >= lengths[:, None])[:, :, None, None]
     k, v = (jnp.where(beyond, jnp.nan, x) for x in (k, v))
