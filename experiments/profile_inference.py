@@ -132,16 +132,13 @@ def main(_):
     compute = resolve_compute(config.compute)
     if PEER.value is not None:
         budget_s = 600 if BUDGET.value is None else budget_s
-        model, rounds = configs[ARCHITECTURE_NAMES.value[0]], ROUNDS.value
-        keep(report := peers.measure(model, sizes, compute, rounds, budget_s, PEER.value, say))
+        ours = configs[ARCHITECTURE_NAMES.value[0]], sizes, compute
+        keep(report := peers.measure(*ours, ROUNDS.value, budget_s, PEER.value, say))
         peer.show(report, ["kind", "length", "batch"], notes, JSON.value)
         return 0
     report = inference.measure(configs, sizes, budget_s, keep, say, compute) | {"notes": notes}
     keep(report)
-    if JSON.value:
-        print(json.dumps(report))
-    else:
-        show(report, console(160))
+    print(json.dumps(report)) if JSON.value else show(report, console(160))
     if plot_path is not None:
         plots.plot(report, plot_path)
     return 1 if any(row["status"] == "failed" for row in report["rows"]) else 0
