@@ -29,6 +29,7 @@ FIELDS = {
     "model.head_dim": 16,
     "model.d_ff": 64,
     "model.window": 8,
+    "compute.unroll": 0,  # loops compile faster
     "optimizer.learning_rate": 0.003,
     "optimizer.warmup_steps": 5,
     "data.tokenizer": "bytes",

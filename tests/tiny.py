@@ -60,9 +60,6 @@ def compute(**fields) -> Compute:
     return resolve_compute(config(**fields).compute)
 
 
-_compute = compute  # `compute` is also the name of an argument
-
-
 @functools.cache
 def params(config: ModelConfig, seed: int = 0):
     """Random parameters from numpy, because flax's initialisation takes seconds to compile.
@@ -140,7 +137,7 @@ def hidden(
     num_loops=None,
     compute: Compute | None = None,
 ):
-    output = LanguageModel(config, compute or _compute()).apply(
+    output = LanguageModel(config, compute or resolve_compute()).apply(
         {"params": params}, tokens, positions, segment_ids, num_loops=num_loops
     )
     return output.hidden
@@ -151,7 +148,7 @@ def value_and_grad(params, config: ModelConfig, tokens, compute: Compute | None 
     """Mean loss of predicting each next token, and its gradients."""
 
     def loss(params):
-        model = LanguageModel(config, compute or _compute())
+        model = LanguageModel(config, compute or resolve_compute())
         output = model.apply({"params": params}, tokens[:, :-1])
         total, _ = cross_entropy(output.hidden, head_matrix(params, config), tokens[:, 1:])
         return total / tokens[:, 1:].size

@@ -17,7 +17,7 @@ class Compute:
     dtype: jnp.dtype
     attention: str = "auto"
     remat: str = "none"
-    unroll: int = 16
+    unroll: int = 0
     scan: bool = True
 
 
