@@ -102,18 +102,29 @@ def test_loading_sets_the_attention_kernel_to_auto(tmp_path):
             export(path, loaded)
 
 
-def without_compute(fields: dict) -> None:
-    """The settings before the group `compute` existed."""
-    fields["model"] |= fields.pop("compute")
+# The fields of `compute` in files of the past, written down here because the code has newer ones.
+COMPUTE_BEFORE_UNROLL = ("attention", "dtype", "remat", "scan")
 
 
-def test_files_older_than_the_group_compute_are_read(tmp_path):
-    """Exported folders of version 2, and workdirs of the same age."""
+def older(fields: dict, version: int) -> None:
+    """Makes settings of version 3 before `compute.unroll`, or of version 2 without the group."""
+    compute = fields.pop("compute")
+    compute = {name: compute[name] for name in COMPUTE_BEFORE_UNROLL}
+    fields["model" if version == 2 else "compute"] = (
+        fields["model"] | compute if version == 2 else compute
+    )
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_files_of_older_versions_are_read(version, tmp_path):
+    """Exported folders, and workdirs of the same age."""
     one = model(dtype="bfloat16", step=1)
     export(tmp_path / "exported", one)
-    edit(tmp_path / "exported/config.json", lambda c: without_compute(c) or c.update(version=2))
+    edit(
+        tmp_path / "exported/config.json", lambda c: older(c, version) or c.update(version=version)
+    )
     path = workdir(tmp_path / "run", one, 1)
-    edit(path / "manifest.json", lambda m: without_compute(m["config"]))
+    edit(path / "manifest.json", lambda m: older(m["config"], version))
     for folder in (tmp_path / "exported", path):
         loaded = load(folder)
         assert (loaded.config, loaded.compute) == (one.config, one.compute)

@@ -342,18 +342,19 @@ class Config:
 
 
 def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings of any version of this code, with the groups of this version.
+    """Settings of any version of this code, with the groups and fields of this version.
 
     Before version 3 of exported folders there was no group `compute`, and its fields were in
-    `model`. Newer settings are returned unchanged.
+    `model`. Before `compute.unroll`, all stages were loops. Newer settings are returned unchanged.
     """
-    model = fields.get("model")
-    if "compute" in fields or not isinstance(model, Mapping):
+    model, compute = fields.get("model"), fields.get("compute")
+    if compute is None and isinstance(model, Mapping):
+        moved = {field.name for field in dataclasses.fields(ComputeConfig)}
+        compute = {name: value for name, value in model.items() if name in moved}
+        model = {name: value for name, value in model.items() if name not in moved}
+    if not isinstance(compute, Mapping):
         return fields
-    moved = {field.name for field in dataclasses.fields(ComputeConfig)}
-    compute = {name: value for name, value in model.items() if name in moved}
-    model = {name: value for name, value in model.items() if name not in moved}
-    return {**fields, "model": model, "compute": compute}
+    return {**fields, "model": model, "compute": {"unroll": 0, **compute}}
 
 
 # --- From a ConfigDict ----------------------------------------------------------------------------

@@ -147,12 +147,16 @@ def test_num_loops_of_a_call_needs_a_looped_stage():
         pytest.param(
             {"scan": False}, tiny.MOE | {"architecture": "window*2@2"}, marks=pytest.mark.slow
         ),
+        pytest.param({"scan": False, "remat": "full"}, {}, marks=pytest.mark.slow),
         ({"unroll": 6}, {}),
         ({"unroll": 6, "remat": "full"}, tiny.MOE | {"architecture": "window*2@2"}),
         ({"remat": "attention"}, {}),
         pytest.param({"remat": "full"}, {}, marks=pytest.mark.slow),
     ],
-    ids=["python", "python experts", "unrolled", "unrolled remat", "remat attention", "remat full"],
+    ids=[
+        *("python", "python experts", "python remat", "unrolled", "unrolled remat"),
+        *("remat attention", "remat full"),
+    ],
 )
 def test_loops_in_python_unrolled_and_remat_agree(fields, extra):
     config, compute = tiny.model(**extra), tiny.compute(**fields)
@@ -169,11 +173,12 @@ def _gradient_jaxpr(config, length=12, **fields) -> str:
 
 def test_remat_recomputes_products_and_attention_fewer_of_them():
     """The number of matrix products in the program shows what runs twice."""
-    products = {
-        remat: _gradient_jaxpr(tiny.model(), remat=remat).count("dot_general")
-        for remat in ("none", "attention", "full")
-    }
-    assert products["none"] < products["attention"] < products["full"]
+    for scan in (True, False):
+        products = {
+            remat: _gradient_jaxpr(tiny.model(), remat=remat, scan=scan).count("dot_general")
+            for remat in ("none", "attention", "full")
+        }
+        assert products["none"] < products["attention"] < products["full"]
 
 
 def _lowered(fields=None, **compute):

@@ -17,9 +17,9 @@ from yocou_jax.typing import PyTree
 class PreparedModel:
     """Parameters for inference, made by `prepare`.
 
-    Matrices have the compute type. `params["stage_..."]` is a tuple with one tree for each layer
-    (training has one tree with stacked arrays). `params["head"]` [D, V] always exists: with
-    tie_embeddings it is the transposed embedding.
+    Matrices have the compute type, except those that are always float32. `params["stage_..."]` is a
+    tuple with one tree for each layer (training has one tree with stacked arrays). `params["head"]`
+    [D, V] always exists: with tie_embeddings it is the transposed embedding.
     """
 
     params: PyTree

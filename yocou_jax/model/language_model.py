@@ -86,21 +86,14 @@ class StageStack(nn.Module):
     stage: Stage
 
     def setup(self):
-        block = Block
-        if self.compute.remat != "none":
-            # Only the body of a loop needs no barrier against common-subexpression elimination.
-            block = nn.remat(
-                Block,
-                policy=REMAT[self.compute.remat],
-                prevent_cse=self._unrolls(self.stage.num_loops),
-            )
+        unrolled = self._unrolls(self.stage.num_loops)
         self.layers = nn.scan(
-            block,
+            self._block(in_loop=not unrolled),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.stage.layers,
-            unroll=self.stage.layers if self._unrolls(self.stage.num_loops) else 1,
+            unroll=self.stage.layers if unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
             # This check traces the layer once more. Initialisation needs it: it moves shared
             # parameters out of a loop, and without it other random numbers would be drawn.
@@ -127,13 +120,21 @@ class StageStack(nn.Module):
         x, out = loop(self, x, context)
         return x, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), out.router)
 
+    def _block(self, in_loop: bool) -> type[Block]:
+        """Only in the body of a loop, recomputation needs no barrier against the elimination of
+        common subexpressions."""
+        if self.compute.remat == "none":
+            return Block
+        return nn.remat(Block, policy=REMAT[self.compute.remat], prevent_cse=not in_loop)
+
     def _unrolls(self, num_loops: int) -> bool:
         return self.stage.layers * num_loops <= self.compute.unroll
 
     def _in_python(self, x, context, num_loops):
         """The same in plain Python, to debug: a print or breakpoint in Block sees each layer."""
         stacked = self.layers.variables["params"]
-        block = Block(self.config, self.compute, self.stage.mixer, parent=None)
+        block = self._block(in_loop=False)
+        block = block(self.config, self.compute, self.stage.mixer, parent=None)
         stats = []
         for _ in range(num_loops):
             for layer in range(self.stage.layers):

@@ -93,8 +93,9 @@ class Run:
         except UnicodeEncodeError as error:  # Orbax takes no others
             raise UserError(f"The workdir {str(workdir)!a} must be valid Unicode.") from error
         self.init_from = None if init_from is None else expand_path(init_from).resolve()
-        self.attention = attention_choices(config)  # before any work: a name may be wrong
         self.setup: Setup = set_up(config)
+        with jax.set_mesh(self.setup.mesh):  # "auto" depends on its devices
+            self.attention = attention_choices(config)  # before any work: a name may be wrong
         self.is_main = jax.process_index() == 0
         self.sharding = batch_sharding(self.setup.mesh)
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
