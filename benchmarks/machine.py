@@ -252,6 +252,9 @@ def measure(quick: bool, say: Callable[[str], None] = lambda line: None) -> dict
                 sentence = f"The process that measured times {error.rstrip('.')}."
                 found.append(Problem(sentence, "python -m experiments.benchmark_kernels"))
         report["auto"], error = in_child("choices()", DEVICES_LIMIT_S)
+        if error:
+            sentence = f"The process that asked what auto takes {error.rstrip('.')}."
+            found.append(Problem(sentence, "python -m experiments.check_device"))
     return report | {"problems": [problem._asdict() for problem in found]}
 
 

@@ -45,9 +45,9 @@ def get_config() -> ConfigDict:
     # What the backward pass computes again to save memory: none | attention (all but the results of
     # attention) | full (all)
     k.remat = "none"
-    # A stage with at most this many runs of a layer (layers times loops) is compiled run by run, a
-    # deeper one as loops. On a CPU, loops cost a fifth of a step: they copy what the backward pass
-    # keeps. 0: always loops.
+    # On a CPU, a stage with at most this many runs of a layer (layers times loops) is compiled run
+    # by run, a deeper one as loops. Loops copy what the backward pass keeps: a fifth of a step.
+    # 0: always loops, as on other devices, where nothing was measured.
     k.unroll = 16
     k.scan = True  # False: Python loops over layers and loops, to debug
 

@@ -252,7 +252,10 @@ def check(name: str) -> Checked:
     unsupported: dict[str, str] = {}
     while True:
         known = [*verdict, *unsupported]
-        ended = run_child(["-m", CHILD, name, *known], LIMIT_S, environment())
+        try:
+            ended = run_child(["-m", CHILD, name, *known], LIMIT_S, environment())
+        except OSError as error:  # no memory or no space for a process, for example
+            raise NotChecked(f"its check could not start ({error.strerror})") from error
         if not ended.rows:
             raise NotChecked(f"its check {how(ended, LIMIT_S)}".rstrip("."))
         first, *rows = ended.rows
@@ -360,12 +363,14 @@ def accelerators() -> dict[str, list[str]]:
     return found
 
 
-def before_start(names: Sequence[str], ids: list[str]) -> None:
+def before_start(names: Sequence[str], ids: list[str], platform: str) -> None:
     """Makes the verdicts of this machine in the order of `names`, until one passes everything, if
     no start on such a machine has made them before. Call it before jax has started: on a TPU no
     other process can compute later, and on a GPU there is more memory.
 
     ids: which accelerators the machine has, so that its file is found without jax.
+    platform: theirs. If a child computes on another one, perhaps because a program holds the
+    device, nothing is kept, and the next start checks again.
     """
     machine = " ".join(ids)
     with _alone():
@@ -378,6 +383,10 @@ def before_start(names: Sequence[str], ids: list[str]) -> None:
                 checked = check(name)
             except NotChecked as error:
                 logger.warning("No kernel was checked, because %s.", error.reason)
+                return
+            if checked.device.platform != platform:
+                where = checked.device.kind
+                logger.warning("No kernel was checked: a new process computes on %s.", where)
                 return
             if checked.verdict and not any(checked.verdict.values()):
                 break

@@ -140,7 +140,7 @@ def check_kernels() -> None:
     nothing."""
     for platform, ids in verdicts.accelerators().items():
         names = [name for name, found in _REGISTRY.items() if found.platform == platform]
-        verdicts.before_start(names, ids)
+        verdicts.before_start(names, ids, platform)
 
 
 def agree_on_kernels() -> None:

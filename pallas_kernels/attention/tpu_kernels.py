@@ -49,9 +49,9 @@ def _masked(scores, seen, ceiling):
 
 def lanes(x, width: int):
     """x [rows, 128], in which all columns are equal, as [rows, width]."""
-    if width <= x.shape[1]:
-        return x[:, :width]
-    return jnp.concatenate([x] * (width // x.shape[1]), axis=1)
+    copies = -(-width // x.shape[1])
+    x = jnp.concatenate([x] * copies, axis=1) if copies > 1 else x
+    return x[:, :width]
 
 
 def _each_tile(bands, j, start, tile, n):

@@ -197,7 +197,7 @@ def test_no_race():
 
 # With H = 64 the slots are the columns of the cache; heads of 256 have two parts.
 @pytest.mark.parametrize(
-    ("G", "K", "H"), [(1, 2, 64), (3, 2, 64), (1, 2, 128), (2, 2, 256), (1, 16, 256)]
+    ("G", "K", "H"), [(1, 2, 64), (3, 3, 64), (1, 2, 128), (2, 2, 256), (1, 16, 256)]
 )
 def test_decode(G, K, H):
     """Lengths of 0, 1, exactly a block, and all slots. No slot after the length is read."""

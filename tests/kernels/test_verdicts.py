@@ -51,13 +51,13 @@ def test_a_check_runs_once_for_a_device_and_these_versions(tmp_path, monkeypatch
 
 
 def test_a_kernel_that_hangs_is_stopped(monkeypatch):
-    monkeypatch.setattr(verdicts, "LIMIT_S", 1.0)
+    monkeypatch.setattr(verdicts, "LIMIT_S", 4.0)  # a busy machine starts Python in two
     start = time.monotonic()
     first, second, third, fourth = asked("hang-cross_attention")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     assert first is None
     assert second == (
-        "Its check of cross_attention on this device ended after 1 s without an answer."
+        "Its check of cross_attention on this device ended after 4 s without an answer."
     )
     assert third == fourth == "It was not checked, because cross_attention hung."
 
@@ -113,13 +113,30 @@ def test_a_damaged_file_is_made_again(tmp_path):
 
 def test_the_first_start_on_a_machine_checks_until_a_kernel_passes(tmp_path):
     for _ in range(2):  # the second start finds what the first has made
-        verdicts.before_start(["wrong", "good", "crash-decode_cross"], ["10de:1234"])
+        verdicts.before_start(["wrong", "good", "crash-decode_cross"], ["10de:1234"], "gpu")
     assert starts(tmp_path) == 2
     assert asked("wrong") == ["It is wrong."] * 4
     assert asked("good") == [None] * 4
     assert starts(tmp_path) == 2
-    verdicts.before_start(["good"], ["10de:5678"])  # another machine with the same home
+    verdicts.before_start(["good"], ["10de:5678"], "gpu")  # another machine with the same home
     assert starts(tmp_path) == 3
+
+
+def test_a_start_while_another_program_holds_the_device_keeps_nothing(tmp_path):
+    """jax then computes on the CPU without an error."""
+    for count in (1, 2):
+        verdicts.before_start(["good"], ["1ae0:0063"], "tpu")
+        assert starts(tmp_path) == count
+
+
+def test_a_check_that_cannot_start_is_no_verdict(monkeypatch):
+    def no_memory(*args):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(verdicts, "run_child", no_memory)
+    (reason,) = set(asked("good"))
+    assert "its check could not start (Cannot allocate memory)" in reason
+    assert not verdicts.file("Fake 1").exists()
 
 
 def test_a_cpu_has_no_gate_and_no_cache(tmp_path, monkeypatch):

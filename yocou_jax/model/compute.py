@@ -22,10 +22,12 @@ class Compute:
 
 
 def resolve_compute(config: ComputeConfig | None = None) -> Compute:
-    """The settings of `config`, in which the device has decided dtype="auto": float32 on a CPU,
-    bfloat16 elsewhere. None: the defaults."""
+    """The settings of `config`, in which the device has decided dtype="auto" (float32 on a CPU,
+    bfloat16 elsewhere) and `unroll` (only on a CPU). None: the defaults, with loops."""
     dtype = "auto" if config is None else config.dtype
     if dtype == "auto":
         dtype = "float32" if target_device().platform == "cpu" else "bfloat16"
     rest = {} if config is None else dataclasses.asdict(config)
+    if target_device().platform != "cpu":
+        rest["unroll"] = 0
     return Compute(**rest | {"dtype": jnp.dtype(dtype)})

@@ -88,7 +88,7 @@ class StageStack(nn.Module):
     def setup(self):
         unrolled = self._unrolls(self.stage.num_loops)
         self.layers = nn.scan(
-            self._block(in_loop=not unrolled),
+            self._block(in_loop=not unrolled and self.stage.layers > 1),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
