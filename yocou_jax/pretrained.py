@@ -171,7 +171,8 @@ def _load_exported(path: Path, mesh: Mesh | None, asked: int | None) -> Pretrain
             f"{file} is of format {kind[0]!r}, version {kind[1]!r}; only format {FORMAT!r}, "
             f"version {' or '.join(map(str, READABLE))} can be read, so export the model again."
         )
-    stored = migrated_fields(stored) if kind[1] == 2 else stored
+    if kind[1] == 2 or "compute" in stored:
+        stored = migrated_fields(stored)
     if stored.keys() != CONFIG_FIELDS:
         raise UserError(
             f"{file} has the fields {', '.join(sorted(stored))}, but should have "
