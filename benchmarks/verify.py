@@ -50,7 +50,8 @@ def _command(name: str, *words: str) -> list[str]:
 def first_part() -> Part:
     """It says which device this is, on which all others depend."""
     question = "What is this machine, and which kernels are right on small odd shapes?"
-    return Part("check", question, _command("check_device", "--quick"), 240)
+    # One kernel that hangs must leave time for the others, and for the next parts.
+    return Part("check", question, _command("check_device", "--quick", "--limit_s=60"), 240)
 
 
 def parts(report: dict[str, Any]) -> list[Part]:
@@ -223,9 +224,10 @@ def _scalars(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
 
 def measure(
     results: Path, budget_s: float = BUDGET_S, say: Callable[[str], None] = lambda line: None
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Path, list[str]]:
     """Runs all parts and writes them to a folder of `results` with the name of the device. Returns
-    the folder and sentences about what failed; (None, ...) if there is no device."""
+    the folder and sentences about what failed. If the first part did not find out which device this
+    is, its log is all that there is, in the folder unknown-device."""
     start = time.monotonic()
 
     def done(part: Part) -> dict[str, Any]:
@@ -234,13 +236,14 @@ def measure(
         return run(part, left)
 
     first = done(first_part())
-    if not (first["answer"] or {}).get("auto"):
-        return None, [f"check: {first['failure'] or 'jax has no device.'}"]
-    kind = first["answer"]["machine"]["devices"]["kind"]
+    known = (first["answer"] or {}).get("auto")
+    kind = first["answer"]["machine"]["devices"]["kind"] if known else "unknown device"
     folder = results / plain_name(kind)
     folder.mkdir(parents=True, exist_ok=True)
     records = [first]
     write(folder, first)
+    if not known:
+        return folder, [f"check: {first['failure'] or 'jax has no device.'}"]
     for part in parts(first["answer"]):
         records.append(done(part))
         write(folder, records[-1])

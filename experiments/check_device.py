@@ -20,12 +20,17 @@ from absl import flags
 from benchmarks import machine
 from benchmarks.report import console, table
 from experiments import cli
+from pallas_kernels import verdicts
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 QUICK = flags.DEFINE_bool("quick", False, "Measure no times.")
+LIMIT = flags.DEFINE_float(
+    "limit_s", verdicts.LIMIT_S, "Seconds after which a kernel counts as hanging.", lower_bound=1
+)
 
 
 def main(_):
+    verdicts.LIMIT_S = LIMIT.value
     report = machine.measure(QUICK.value, functools.partial(print, file=sys.stderr, flush=True))
     if JSON.value:
         print(json.dumps(report))

@@ -39,8 +39,7 @@ def main(_):
     folder, failures = verify.measure(output_folder(OUT.value), BUDGET.value, say)
     for failure in failures:
         print(failure)
-    if folder is not None:
-        print(f"The results are in {folder}/.")
+    print(f"The results are in {folder}/.")
     return 1 if failures else 0
 
 

@@ -84,8 +84,19 @@ def test_no_part_starts_after_the_budget(fakes, tmp_path, monkeypatch):
     record = verify.run(PARTS["good"], 999.0)
     assert record["failure"] == "It did not start, because the time was over."
     folder, failures = verify.measure(tmp_path)
-    assert folder is None
+    assert folder == tmp_path / "unknown-device"
     assert "did not start" in failures[0]
+
+
+def test_a_first_part_that_hangs_is_written_too(fakes, tmp_path, monkeypatch):
+    code = (
+        "import sys, time; print('pallas_gpu hangs', file=sys.stderr, flush=True); time.sleep(99)"
+    )
+    monkeypatch.setattr(verify, "first_part", lambda: part("check", code, 2.0))
+    folder, _ = verify.measure(tmp_path)
+    record = json.loads((folder / "check.json").read_text())
+    assert record["failure"] == "The command ended after 2 s without an answer."
+    assert "pallas_gpu hangs" in record["log"]
 
 
 @pytest.mark.parametrize(("platform", "count"), [("cpu", 1), ("gpu", 4), ("tpu", 8)])
