@@ -352,7 +352,7 @@ def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         moved = {field.name for field in dataclasses.fields(ComputeConfig)}
         compute = {name: value for name, value in model.items() if name in moved}
         model = {name: value for name, value in model.items() if name not in moved}
-    if not isinstance(compute, Mapping):
+    if not isinstance(compute, Mapping) or "scan" not in compute:
         return fields
     return {**fields, "model": model, "compute": {"unroll": 0, **compute}}
 

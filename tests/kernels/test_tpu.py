@@ -72,12 +72,19 @@ def test_ceilings_have_the_mask_of_every_tile(window, remainder):
     ceilings = Ceilings(window, bq, bc, remainder)
     assert ceilings.shape[1] <= 128 + 2 * bq + 3 * bc + 256  # however long the window is
 
-    shape = jax.ShapeDtypeStruct(ceilings.shape, jnp.float32)
-    array = pl.pallas_call(ceilings.fill, shape, interpret=True)()
+    def tile(distance_ref, filled_ref, tile_ref):
+        tile_ref[...] = ceilings.of(filled_ref, distance_ref[0])
+
+    filled = pl.pallas_call(
+        ceilings.fill, jax.ShapeDtypeStruct(ceilings.shape, jnp.float32), interpret=True
+    )()
+    tile = jax.jit(
+        pl.pallas_call(tile, jax.ShapeDtypeStruct((bq, bc), jnp.float32), interpret=True)
+    )
     age = np.arange(bq)[:, None] - np.arange(bc)
     nearest, farthest = -bq, (window or 1024) + bc - 2  # of the tiles in which some key is seen
     for distance in range(nearest + remainder, farthest + 1, 128):
-        got = ceilings.of(array, jnp.int32(distance))
+        got = tile(jnp.array([distance]), filled)
         want = masks.visible(age + distance, 0, window)
         np.testing.assert_array_equal(got, np.where(want, np.inf, np.float32(MASKED)))
 
