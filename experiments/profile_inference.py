@@ -6,11 +6,11 @@ architecture, on this device, and shows the figures of the paper's Tables 8, 9 a
 Weights are random and in the compute type, without a mesh. On a CPU a small model with the same
 programs replaces one of more than 30M parameters.
 
-Prefill is `inference.prefill` of new prompts. It has few rows, because its time depends on
-arithmetic, not on memory. Decode is a compiled loop of greedy steps on a cache of random values,
-because the cost of a step depends on lengths alone. It runs at the largest batch up to --batch (the
-paper's 32) that fits into memory. If the architecture that it is compared with needs a smaller
-batch, it runs at that batch too. So every ratio compares equal batches, but the plot does not.
+Prefill is `inference.prefill` of new prompts, with few rows, because arithmetic limits it. Decode
+is a compiled loop of greedy steps on a cache of random values, because the cost of a step depends
+on lengths alone. It runs at the largest batch up to --batch (the paper's 32) that fits into memory,
+and at that of the architecture that it is compared with, if that one is smaller. So every ratio
+compares equal batches, but the plot does not.
 
 All programs of a length are compiled first, in parallel. Then the measurements take turns, and the
 report has their medians. GB/s of decode count the bytes that a step must read, by
@@ -22,9 +22,8 @@ failed; the others were made.
     python -m experiments.profile_inference --peer[=PATH_OF_PYTHON] [--rounds=20]
 
 This compares only the transformer of these sizes, on a CPU, with LlamaForCausalLM of transformers
-5.x (float32, sdpa, its usual cache), in a process of its own, perhaps with the Python of another
-environment. First the logits of both must agree. Then they take turns: prefill of one prompt,
-decode of --batch rows. The ratio of times, ours / theirs, is the median over all pairs.
+5.x (float32, sdpa, its usual cache) in another process. First the logits of both must agree. Then
+they take turns. The ratio of times, ours / theirs, is the median over all pairs.
 
 The results to expect for the 1.3B model, by the paper's Table 1 and `accounting`: Prefill. The cost
 per token of a window layer is constant, that of a full layer grows with N, and a token passes
@@ -127,18 +126,21 @@ def main(_):
         if out_path is not None:
             write_json(out_path, report | {"notes": notes})
 
-    budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value
+    default_s = sizes.budget_s if PEER.value is None else 600
+    budget_s = default_s if BUDGET.value is None else BUDGET.value
     say = functools.partial(print, file=sys.stderr)
     compute = resolve_compute(config.compute)
     if PEER.value is not None:
-        budget_s = 600 if BUDGET.value is None else budget_s
-        ours = configs[ARCHITECTURE_NAMES.value[0]], sizes, compute
-        keep(report := peers.measure(*ours, ROUNDS.value, budget_s, PEER.value, say))
+        ours, how = configs[ARCHITECTURE_NAMES.value[0]], (ROUNDS.value, budget_s, PEER.value)
+        keep(report := peers.measure(ours, sizes, compute, *how, say))
         peer.show(report, ["kind", "length", "batch"], notes, JSON.value)
         return 0
     report = inference.measure(configs, sizes, budget_s, keep, say, compute) | {"notes": notes}
     keep(report)
-    print(json.dumps(report)) if JSON.value else show(report, console(160))
+    if JSON.value:
+        print(json.dumps(report))
+    else:
+        show(report, console(160))
     if plot_path is not None:
         plots.plot(report, plot_path)
     return 1 if any(row["status"] == "failed" for row in report["rows"]) else 0

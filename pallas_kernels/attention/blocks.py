@@ -119,12 +119,14 @@ class TpuBlocks(NamedTuple):
 
 
 @_replaceable
-def tpu_blocks(kind: str, kernel: str, G: int, H: int, window: int | None) -> TpuBlocks:
+def tpu_blocks(kernel: str, G: int, window: int | None) -> TpuBlocks:
     """kernel "forward", "dq" or "dkv"; G query heads per K/V head.
 
-    Chosen by static cycles on v6e (instructions of the compiled schedule, README.md; H = 128, bf16;
-    never timed on a device), per 512 queries and a whole window of W = 512. The 512 x 512 blocks of
-    jax's splash attention need 1468, 1780 and 2334 for forward, dq and dkv:
+    One set for all generations and head widths: with it and `tpu_form`, no tile of G = 1 and
+    H = 128 takes more cycles than splash's on v5e, v5p, v6e and tpu7x. It was chosen before
+    `tpu_form`, by static cycles on v6e (instructions of the compiled schedule, README.md; H = 128,
+    bf16; never timed on a device), per 512 queries and a whole window of W = 512. The 512 x 512
+    blocks of jax's splash attention need 1468, 1780 and 2334 for forward, dq and dkv:
     * forward: G = 5, 256 queries in tiles of 256 keys 1106, of 768 1217, of 384 1353; G = 3, H = 64
       256 x 384 1015, 256 x 256 1244; G = 1 512 x 512 1434, 256 x 256 1942.
     * dq: 256 queries and their band of 768 in one tile 1202, 256 x 256 1492, 512 x 512 1516.

@@ -77,7 +77,7 @@ def _vmem(call: Call) -> int:
     item = jnp.dtype(call.dtype).itemsize
     largest = 0
     for kernel in ("forward", "dq", "dkv"):
-        blocks = tpu_blocks(call.device.kind, kernel, G, H, call.window)
+        blocks = tpu_blocks(kernel, G, call.window)
         outer, inner = (blocks.kv, blocks.q) if kernel == "dkv" else (blocks.q, blocks.kv)
         if call.window is not None:
             inner = outer + call.window + TPU_LANES
@@ -150,7 +150,7 @@ class _Operands:
         self.outer = "keys" if kernel == "dkv" else "queries"
         kind = target_device(q).kind
         self.form = tpu_form(kind, self.H)
-        blocks = tpu_blocks(kind, kernel, self.G, self.H, mask.window)
+        blocks = tpu_blocks(kernel, self.G, mask.window)
         bq = min(blocks.q, whole_block(self.N))
         bk = min(blocks.kv, whole_block(self.S))
         # With a window, the band is one piece of the inner axis; else it is cut into blocks.
