@@ -110,3 +110,10 @@ def test_the_parts_of_a_device(platform, count):
     words = {part.name: part.words for part in verify.parts(report)}
     if platform != "cpu":
         assert f"--config.data.batch_size={2 * count}" in words["training_yocou_1b"]
+
+
+@pytest.mark.parametrize("kernel", ["xla", "triton"])
+def test_a_model_is_not_trained_twice_with_xla(kernel):
+    report = {**REPORT, "auto": {"window_attention": {"implementation": kernel}}}
+    names = [part.name for part in verify.parts(report)]
+    assert ("parity" in names) == (kernel != "xla")
