@@ -117,7 +117,7 @@ def _resume(name: str, platform: str, deterministic: bool) -> Part:
     code = f"import json; from benchmarks import verify; print(json.dumps({call}))"
     flag = " with --xla_gpu_deterministic_ops" if deterministic else ""
     question = f"Does a run that was killed end with the same parameters, bit for bit{flag}?"
-    return Part(name, question, ["-c", code], 100)
+    return Part(name, question, ["-c", code], 160)  # 109 s on 2 CPU cores
 
 
 # --- Kill and resume ------------------------------------------------------------------------------
