@@ -33,7 +33,7 @@ CPU = cases.CPU._replace(lengths=(512,), decode=((4, 2048),), decode_ring=(4,), 
 
 
 class Problem(NamedTuple):
-    """What is wrong, as a sentence, and the command that mends it."""
+    """What is wrong, as a sentence, and the command that fixes it."""
 
     sentence: str
     command: str
@@ -194,8 +194,8 @@ def problems(machine: Machine) -> list[Problem]:
     for folder, why in machine.unwritable.items():
         sentence = f"The folder {folder} cannot be written ({why})."
         cache = folder == str(verdicts.cache_folder())
-        mend = "export YOCOU_JAX_CACHE=/a/folder/of/yours" if cache else f"ls -ld {folder}"
-        found.append(Problem(sentence, mend))
+        fix = "export YOCOU_JAX_CACHE=/a/folder/of/yours" if cache else f"ls -ld {folder}"
+        found.append(Problem(sentence, fix))
     for folder, size in machine.full.items():
         sentence = f"The disk of {folder} has only {size / 2**30:.1f} GiB left."
         found.append(Problem(sentence, f"df -h {folder}"))

@@ -87,12 +87,12 @@ def get_config() -> ConfigDict:
     # (a small text gets another share if a held-out sequence or a batch would not be full)
     d.validation_sequences = 64  # may change on resume, although the validation loss then differs
     d.seed = 0  # for the order of the training sequences
-    d.cache_dir = "runs/cache"  # tokenised corpora and trained tokenizers
+    d.cache_dir = "runs/cache"  # tokenized corpora and trained tokenizers
 
     # How devices share the work (yocou_jax/sharding.py). mesh.data is not the group `data` above.
     s = c.mesh = ConfigDict()
     s.data = -1  # copies of the model, each for other rows of a batch; -1: all devices left
-    s.fsdp = 1  # parts of the parameters and the optimiser state
+    s.fsdp = 1  # parts of the parameters and the optimizer state
     s.tensor = 1  # parts of the heads, the feed-forward and the vocabulary
 
     r = c.run = ConfigDict()

@@ -55,7 +55,7 @@ def name() -> str:
 def compare(python: str) -> None:
     report = peers.measure(CONFIG.value, ROUNDS.value or 20, python)
     changed = ", ".join(f"{field} {value}" for field, value in report["optimizer"].items())
-    notes = [f"Both sides train with another optimiser than the config: {changed}."]
+    notes = [f"Both sides train with another optimizer than the config: {changed}."]
     product = report["matmul_gflops"]["ours"]
     for row in report["rows"]:
         notes.append(

@@ -96,7 +96,7 @@ def _quiet() -> None:
     """Shows our log as plain sentences, and of other packages only warnings, with their origin.
 
     Orbax logs the stack traces of errors that it also raises, and asyncio those of reads that Orbax
-    has cancelled. They are not shown, because yocou_jax.checkpoint raises one sentence instead.
+    has canceled. They are not shown, because yocou_jax.checkpoint raises one sentence instead.
     """
     absl.logging.set_verbosity(absl.logging.WARNING)
     absl.logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)

@@ -45,7 +45,7 @@ def _check_values(words: list[str], flag_values: flags.FlagValues) -> None:
     first."""
     following_is_value = False
     for word, following in itertools.pairwise(words):
-        if following_is_value or not word.startswith("-"):  # a value, also if it begins with --
+        if following_is_value or not word.startswith("-"):  # a value, even if it begins with --
             following_is_value = False
             continue
         name = re.sub("^--?", "", word)

@@ -8,7 +8,7 @@ VMEM, spilled register and wgmma.
 The shapes are those of configs/yocou_125m.py and configs/yocou_1b.py. A few small shapes, "others",
 have what these do not use: other dtypes and head widths, lengths, queries after a cache. As in
 training, a program of attention contains the forward and the backward kernels. Exit code 1: a
-program does not compile, a GPU kernel spills registers or serialises its wgmma, a TPU tile takes
+program does not compile, a GPU kernel spills registers or serializes its wgmma, a TPU tile takes
 more cycles than splash's or an unknown number of cycles, or a step of decode_cross on a TPU
 accesses more than 1.05 times the bytes of the cache.
 

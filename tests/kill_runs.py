@@ -3,7 +3,7 @@
     python -m tests.kill_runs --count=100 --seed=0
 
 Each run starts in a pseudo-terminal. SIGKILL, SIGTERM, SIGHUP, Ctrl-C, or two Ctrl-C end it while
-it starts, tokenises, trains, saves or finishes. Then the same command starts again, until a run
+it starts, tokenizes, trains, saves or finishes. Then the same command starts again, until a run
 ends by itself. It must end with the parameters of a run that was not killed, and restore its
 terminal, and no start may be refused. After a failure, prints the output and exits with 1.
 """
@@ -44,7 +44,7 @@ SIGNALS = {
     "Ctrl-C at once twice": (signal.SIGINT, signal.SIGINT),
     "Ctrl-C again": (signal.SIGINT, None, signal.SIGINT),
 }
-MOMENTS = ("start", "tokenise", "train", "save", "finish")
+MOMENTS = ("start", "tokenize", "train", "save", "finish")
 STOPPED, INTERRUPTED = 75, 130
 
 
@@ -113,7 +113,7 @@ class Game:
 
     def run(self, workdir: str, moment: str | None, signals) -> tuple[int, Terminal]:
         """Starts a run, sends the signals at the moment, and waits for its end."""
-        if moment == "tokenise":
+        if moment == "tokenize":
             shutil.rmtree(self.cache, ignore_errors=True)
         terminal = Terminal()
         flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
@@ -172,7 +172,7 @@ class Game:
 
         happens = {
             "start": lambda: time.monotonic() > at,
-            "tokenise": lambda: self.cache.exists() and any(self.cache.iterdir()),
+            "tokenize": lambda: self.cache.exists() and any(self.cache.iterdir()),
             "train": lambda: rows() >= row,
             "save": saving,
             "finish": lambda: rows() >= STEPS,

@@ -165,7 +165,7 @@ def logits(params, c: ModelConfig, tokens, positions=None, segment_ids=None):
 
 
 def training_step(params, config: Config, batch: Batch) -> dict:
-    """objective: what one update minimises. The other entries are metrics: loss, z_loss and, with
+    """objective: what one update minimizes. The other entries are metrics: loss, z_loss and, with
     experts, load_balance, router_z, expert_load_max, expert_load_min.
 
     The cross-entropy and z are means over all targets of the batch. The losses of the routers are

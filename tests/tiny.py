@@ -62,7 +62,7 @@ def compute(**fields) -> Compute:
 
 @functools.cache
 def params(config: ModelConfig, seed: int = 0):
-    """Random parameters from numpy, because flax's initialisation takes seconds to compile.
+    """Random parameters from numpy, because flax's initialization takes seconds to compile.
 
     Norm scales are not all 1, so that tests find one that is not used.
     """
@@ -77,7 +77,7 @@ def params(config: ModelConfig, seed: int = 0):
 
 
 def fresh_state(setup, params) -> TrainState:
-    """A first state from given parameters, without the compilation of an initialisation.
+    """A first state from given parameters, without the compilation of an initialization.
 
     It is placed like the state of later steps. Otherwise a step would be compiled a second time.
     """

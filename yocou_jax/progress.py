@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 def with_progress(
     items: Iterable[Item], what: str, size: Callable[[Item], int], total: int | None = None
 ) -> Iterator[Item]:
-    """Yields the items, and logs "Tokenising python: 12.3 MB of 40.1 MB." (`size` is in bytes)."""
+    """Yields the items, and logs "Tokenizing python: 12.3 MB of 40.1 MB." (`size` is in bytes)."""
     done, last = 0, time.monotonic()
     for item in items:
         yield item

@@ -39,7 +39,7 @@ def failures(target: Target, jobs: list[dict], tiles: list[dict]) -> list[str]:
                 size = kernel["spilled_bytes"]
                 found.append(f"{where}: {kernel['kernel']} spills {size} bytes of registers.")
             if kernel.get("wgmma_serialized"):
-                found.append(f"{where}: ptxas serialises the wgmma of {kernel['kernel']}.")
+                found.append(f"{where}: ptxas serializes the wgmma of {kernel['kernel']}.")
         # A ring may be copied to VMEM as a whole, because it is small.
         if target.platform == "tpu" and job["operation"].startswith("decode_cross"):
             moved = job.get("bytes_accessed")
@@ -108,7 +108,7 @@ def kernel_grid(name: str, result: dict[str, Any]) -> Grid:
                 cells = [str(kernel["registers"]), _kib(kernel["shared_bytes"])]
                 cells += [str(kernel["spilled_bytes"])]
                 if "wgmma_serialized" in kernel:
-                    cells += ["serialised" if kernel["wgmma_serialized"] else "ok"]
+                    cells += ["serialized" if kernel["wgmma_serialized"] else "ok"]
             rows.append([*first, kernel["kernel"], *cells])
             first = [""] * 3
     columns = ("model", "operation", "compile s", "kernel", *COLUMNS[platform])

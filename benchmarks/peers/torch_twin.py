@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
 
 
 class Model:
-    """The model with its optimiser, and one way to train it."""
+    """The model with its optimizer, and one way to train it."""
 
     def __init__(self, sizes, arrays):
         self.sizes, self.model = sizes, LanguageModel(sizes)

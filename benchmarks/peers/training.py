@@ -21,7 +21,7 @@ from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.step import set_up
 
-# Both sides train with it, because PyTorch's own optimisers have no other one that is fused.
+# Both sides train with it, because PyTorch's own optimizers have no other one that is fused.
 ADAMW = {"name": "adamw", "learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0}
 WARM_STEPS = 4  # their losses are compared too
 LOSS_TOLERANCE = 1e-5  # before the first update
@@ -116,7 +116,7 @@ def _row(pair: Pair, times: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_adamw(fields: ConfigDict) -> ConfigDict:
-    """The config with the optimiser that both sides use."""
+    """The config with the optimizer that both sides use."""
     changed = fields.copy_and_resolve_references()
     changed.optimizer.update(ADAMW)
     return changed

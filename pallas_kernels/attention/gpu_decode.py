@@ -53,7 +53,7 @@ def _kernel(
     """The average of one share of the values, and the log of its sum in base 2.
 
     q [B K R H]: R query heads of a group, padded to a multiple of 8. out [B K P R H], lse2
-    [B K P R]: P splits. Rows of the tile after the first R are not initialised and not used.
+    [B K P R]: P splits. Rows of the tile after the first R are not initialized and not used.
     """
     keys, rows = KeyStream(**stream), q_smem.shape[0]
     stages, size, H = keys.k_smem.shape
@@ -105,7 +105,7 @@ def _kernel(
             )
 
     produce = functools.partial(keys.fill, first, last, start, k_ref, v_ref, None, b, kv_head)
-    hopper.specialise(produce, consumer)
+    hopper.specialize(produce, consumer)
 
 
 def _share(num, split, splits: int):

@@ -1,6 +1,6 @@
 """The three attention kernels for NVIDIA Hopper that gpu.py starts: forward, dq, and dk with dv.
 
-A thread block has a producer warpgroup and two consumer warpgroups (`hopper.specialise`). Each
+A thread block has a producer warpgroup and two consumer warpgroups (`hopper.specialize`). Each
 consumer has `rows` rows in shared memory: queries in the forward and for dq, keys for dk and dv.
 The producer copies blocks of the other axis to shared memory, one after the other, and both
 consumers read them. The function before each kernel (`*_scratch`) says what the kernel stores in
@@ -149,7 +149,7 @@ def forward_kernel(
         )
 
     produce = functools.partial(_produce_keys, plan, tile, keys, k_ref, v_ref, documents)
-    hopper.specialise(produce, consumer)
+    hopper.specialize(produce, consumer)
 
 
 def _put_results(softmax: Softmax, out_smem, lse_smem):
@@ -233,7 +233,7 @@ def dq_kernel(
         _put_gradients(wg, place, (dq * plan.scale, q_smem, dq_ref))
 
     produce = functools.partial(_produce_keys, plan, tile, keys, k_ref, v_ref, documents)
-    hopper.specialise(produce, consumer)
+    hopper.specialize(produce, consumer)
 
 
 class _QueryStream(NamedTuple):
@@ -356,4 +356,4 @@ def dkv_kernel(
         dk, dv = lax.fori_loop(0, plan.group, query_head, carry)
         _put_gradients(wg, place, (dk * plan.scale, k_smem, dk_ref), (dv, v_smem, dv_ref))
 
-    hopper.specialise(producer, consumer)
+    hopper.specialize(producer, consumer)

@@ -37,7 +37,7 @@ class Plan:
 
     def seen(self, row, key, limit, shape, query_axis: int):
         """The mask of one block of scores [M N]; query_axis is the axis of the queries. What
-        changes from block to block is added to the positions of the rows, before an optimisation
+        changes from block to block is added to the positions of the rows, before an optimization
         barrier. Otherwise the compiler computes M N differences before the loop and keeps them in
         registers."""
         ahead = self.q_offset + row - key
@@ -175,7 +175,7 @@ class QueryVisits(Visits):
 def _shared(ids, others, rows: int, size: int):
     """[B M/rows L/size] booleans: whether `rows` ids and a block of `size` others may have an id in
     common, and whether they have one id only, the same. For the first, some id of each must be in
-    the range of the other's ids. So it is exact if ids increase along the row, also if the row ends
+    the range of the other's ids. So it is exact if ids increase along the row, even if the row ends
     with padding of another id."""
     B = ids.shape[0]
     ids, others = ids.reshape(B, -1, 1, rows), others.reshape(B, 1, -1, size)

@@ -273,7 +273,7 @@ def stream(first, last, copies, free):
             plgpu.barrier_wait(barrier.at[lax.rem(j - first, stages)])
 
 
-def specialise(producer, consumer):
+def specialize(producer, consumer):
     """Gives each warpgroup its work and its registers."""
     wg = lax.axis_index("wg")
 

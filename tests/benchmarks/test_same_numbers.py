@@ -29,7 +29,7 @@ def test_a_case_that_fails_is_not_the_same(monkeypatch):
     assert same_numbers.compare("x", ["yoco"], 5)["yoco"]["differ"].keys() == {"fails"}
 
 
-def test_every_architecture_is_a_case_and_fields_are_spelt_as_the_tree_has_them(tmp_path):
+def test_every_architecture_is_a_case_and_fields_are_spelled_as_the_tree_has_them(tmp_path):
     assert set(ARCHITECTURES) < set(same_numbers.ALL)
     assert not any("," in name for name in same_numbers.ALL)  # --cases is a list of names
     here = same_numbers.overrides("bfloat16", ROOT, tmp_path, 5)

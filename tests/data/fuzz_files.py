@@ -228,7 +228,7 @@ def damage(rng: random.Random, case: Case) -> Case:
         return dataclasses.replace(case, reading=lambda: [*meant, "".join(meant)])
     content = path.read_bytes()
     packed = decompressed(content) != content
-    # Compressed data without a suffix is recognised only by its beginning.
+    # Compressed data without a suffix is recognized only by its beginning.
     kept = 10 if packed and path.suffix.lower() not in COMPRESS else 0
     path.write_bytes(content[:kept] + damaged_bytes(rng, content[kept:]))
 

@@ -216,7 +216,7 @@ def test_parquet_rows_without_text(tmp_path):
 
 
 @pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz"])
-def test_compressed_text_is_recognised_by_its_content(tmp_path, compression):
+def test_compressed_text_is_recognized_by_its_content(tmp_path, compression):
     compress = COMPRESS[compression]
     for name in (f"x.txt{compression}", f"x.txt{compression.upper()}", "x.txt", "x", "x.py"):
         assert texts(write(tmp_path / name, compress(b"some text"))) == ["some text"]

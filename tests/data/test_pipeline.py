@@ -466,7 +466,7 @@ def test_long_work_reports_its_progress(make_config, corpus, monkeypatch, caplog
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     load_data(make_config(validation_fraction=0.3))
     lines = [record.getMessage() for record in caplog.records]
-    for what, of in (("Reading", ""), ("Tokenising", r" of 0\.0 MB")):
+    for what, of in (("Reading", ""), ("Tokenizing", r" of 0\.0 MB")):
         pattern = rf"{what} {re.escape(corpus.source)}: 0\.0 MB{of}\."
         assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == len(corpus.texts)
 
@@ -520,10 +520,10 @@ def test_bpe_is_trained_on_the_training_split_only(make_config, corpus, monkeypa
 # --- The token cache -------------------------------------------------------------------------
 
 
-def test_second_load_tokenises_nothing(make_config, corpus, monkeypatch):
+def test_second_load_tokenizes_nothing(make_config, corpus, monkeypatch):
     first = load_data(make_config())
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_tokens", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(pipeline, "_write_tokens", lambda *_: pytest.fail("tokenized again"))
         assert load_data(make_config(seed=5)).fingerprint == first.fingerprint
         # Another sequence length or packing reads the same cache.
         assert load_data(make_config(sequence_length=8, packing=True)).num_tokens
@@ -567,7 +567,7 @@ KILLED = """
 """
 
 
-def test_a_kill_while_tokenising_leaves_no_cache(make_config, tmp_path, sharding):
+def test_a_kill_while_tokenizing_leaves_no_cache(make_config, tmp_path, sharding):
     config = make_config()
     command = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(vars(config))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -487,7 +487,7 @@ def test_data_has_the_end_of_text_that_was_asked_for(tmp_path, bpe, make_config)
         load_data(make_config(tokenizer=kind, end_of_text="<|endoftext|>"))
 
 
-def test_a_change_that_no_probe_shows_is_found_while_tokenising(bpe, tmp_path):
+def test_a_change_that_no_probe_shows_is_found_while_tokenizing(bpe, tmp_path):
     """A rule with a regular expression that does not match ordinary text."""
     rule = normalizers.Replace(Regex(r"\d{12,}"), "#")
     (tmp_path / "tokenizer.json").write_text(changed(bpe, normalizer=rule))

@@ -187,9 +187,9 @@ def test_our_progress_lines_are_shown(monkeypatch):
     monkeypatch.setattr(ours, "level", logging.NOTSET)
     cli._quiet()
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    logging.getLogger("yocou_jax.data").info("tokenising %s", "x")
+    logging.getLogger("yocou_jax.data").info("tokenizing %s", "x")
     logging.getLogger("yocou_jax.data").debug("not this")
-    assert sys.stderr.getvalue() == "tokenising x\n"
+    assert sys.stderr.getvalue() == "tokenizing x\n"
 
 
 # --- How a command ends ---------------------------------------------------------------------------

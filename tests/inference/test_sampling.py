@@ -246,9 +246,9 @@ def test_temperature_0_and_top_1_take_the_argmax():
         np.testing.assert_array_equal(draw(x, keys(), sampling, None), x.argmax(-1))
     for sort in (False, True):
         tokens = draw(x, keys(), Sampling(temperature=0.0, repetition_penalty=2.0), seen, sort)
-        penalised = np.where(seen, np.where(x > 0, x / 2, x * 2), x)
-        np.testing.assert_array_equal(tokens, penalised.argmax(-1))
-        assert (penalised.argmax(-1) != x.argmax(-1)).any()
+        penalized = np.where(seen, np.where(x > 0, x / 2, x * 2), x)
+        np.testing.assert_array_equal(tokens, penalized.argmax(-1))
+        assert (penalized.argmax(-1) != x.argmax(-1)).any()
 
 
 def test_the_first_of_equal_logits_is_taken():

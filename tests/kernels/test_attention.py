@@ -169,7 +169,7 @@ def test_scale(small_blocks):
 
 
 def test_parts_of_the_keys_are_joined(small_blocks):
-    """The result is that over all keys, also if some rows see no key of a part."""
+    """The result is that over all keys, even if some rows see no key of a part."""
     q, k, v, *_ = inputs(Shape(12, 24, q_offset=12))
     whole = cross_attention(q, k, v, q_offset=12, return_lse=True)
 

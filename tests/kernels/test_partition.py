@@ -156,7 +156,7 @@ def test_xla_needs_no_partition_and_inside_a_shard_map_there_is_nothing_left_to_
                 np.testing.assert_allclose(got, x, atol=2e-5, rtol=2e-5)
 
 
-def test_a_rematerialised_layer_under_a_mesh_does_not_run_attention_again():
+def test_a_rematerialized_layer_under_a_mesh_does_not_run_attention_again():
     shape = Shape(32, 32, 6, Q=2, K=2, H=8)
     args = inputs(shape)[:3]
     attend = operation(shape, implementation="xla", partition=PARTITION)

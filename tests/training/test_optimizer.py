@@ -188,7 +188,7 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     fields = {"name": "muon", "schedule": "constant", "warmup_steps": 0, "learning_rate": 0.1}
     optimizer = optimizer_of(settings(**fields, weight_decay=0.0, clip_norm=1e9), axes)
     rng = np.random.default_rng(5)
-    # The matrices of one stack differ in size by a factor of 100. If they were orthogonalised
+    # The matrices of one stack differ in size by a factor of 100. If they were orthogonalized
     # together, this would change the result.
     grads = jax.tree.map(
         lambda x: jnp.asarray(

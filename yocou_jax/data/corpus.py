@@ -41,7 +41,7 @@ ENOUGH = 0.9  # a good split gives both sides this share of the bytes that they 
 # Tests of the standard library contain invalid encodings on purpose; lib2to3 has Python 2.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 
-SPELT_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others represent bytes
+SPELLED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others represent bytes
 WEIGHT = r"[-+]?(?:\d[\d.,_]*|\.\d[\d.]*|inf|infinity|nan)(?:e[-+]?\d+)?%?"
 WEIGHTED = re.compile(rf"{WEIGHT}\s*\*", re.IGNORECASE)
 SEPARATOR = re.compile(rf"\s+\+\s+|\s*\+\s*(?={WEIGHT}\s*\*)", re.IGNORECASE)
@@ -112,7 +112,7 @@ class Corpus:
                 counts["skipped"] += 1
                 continue
             if isinstance(raw, str):  # a row: a lone surrogate is an escape or an invalid byte
-                text = SPELT_SURROGATE.sub("\ufffd", raw)
+                text = SPELLED_SURROGATE.sub("\ufffd", raw)
                 text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
                 repaired = text != raw
             else:

@@ -1,4 +1,4 @@
-"""From a data configuration to global batches: tokenise once, then read sequences in any order.
+"""From a data configuration to global batches: tokenize once, then read sequences in any order.
 
     text                     documents: (name, text), see corpus.py
     the hash of the name     puts each document into the training split or the held-out split
@@ -260,7 +260,7 @@ class DataBundle:
 
 
 def load_data(config: Any) -> DataBundle:
-    """Reads the data and tokenises it, once per corpus and tokenizer, into config.cache_dir.
+    """Reads the data and tokenizes it, once per corpus and tokenizer, into config.cache_dir.
 
     `config` has the fields of DataConfig. Every process of a run calls this, and all must see the
     same documents. Raises UserError for input that cannot be used.
@@ -282,7 +282,7 @@ def load_data(config: Any) -> DataBundle:
 
     train, held_out, counts = [], [], {"documents": 0, "tokens": 0, "bytes": 0}
     for weight, split in parts:
-        directory, meta = _tokenised(split, tokenizer, cache_dir, config.allow_lossy_tokenizer)
+        directory, meta = _tokenized(split, tokenizer, cache_dir, config.allow_lossy_tokenizer)
         _require_sequences(split.corpus, meta, config.sequence_length)
         train.append((weight, _open_sequences(directory, meta, "train", config)))
         held_out.append((weight, _open_sequences(directory, meta, "held_out", config)))
@@ -390,7 +390,7 @@ def _require_same_everywhere(fingerprint: str) -> None:
 # --- The token cache: a directory that is complete or absent ----------------------------------
 
 
-def _tokenised(
+def _tokenized(
     split: Split, tokenizer: Tokenizer, cache_dir: Path, allow_lossy: bool
 ) -> tuple[Path, dict[str, Any]]:
     """The cache directory of a corpus, and its meta.json. Makes the cache if it is absent."""
@@ -441,7 +441,7 @@ def _write_tokens(split: Split, tokenizer: Tokenizer, allow_lossy: bool, out: Pa
     counts = {which: {"documents": 0, "tokens": 0, "bytes": 0} for which in SPLITS}
     with open(out / "train.bin", "wb") as train, open(out / "held_out.bin", "wb") as held_out:
         files = dict(zip(SPLITS, (train, held_out), strict=True))
-        what, total = f"Tokenising {corpus.source}", corpus.summary.bytes
+        what, total = f"Tokenizing {corpus.source}", corpus.summary.bytes
         reported = with_progress(corpus.documents(), what, text_bytes, total)
         for documents in _chunks(reported):
             for (name, text), ids in zip(

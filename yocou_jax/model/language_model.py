@@ -95,7 +95,7 @@ class StageStack(nn.Module):
             length=self.stage.layers,
             unroll=self.stage.layers if unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            # This check traces the layer once more. Initialisation needs it: it moves shared
+            # This check traces the layer once more. Initialization needs it: it moves shared
             # parameters out of a loop, and without it other random numbers would be drawn.
             check_constancy_invariants=self.is_initializing(),
         )(self.config, self.compute, self.stage.mixer)
@@ -240,7 +240,7 @@ class LanguageModel(nn.Module):
         return jnp.einsum("pbnd,bnp->bnd", x, weights.astype(x.dtype))
 
 
-@functools.cache  # to trace an initialisation takes a second, and a start needs it several times
+@functools.cache  # to trace an initialization takes a second, and a start needs it several times
 def abstract_params(config: ModelConfig) -> PyTree:
     """Shapes of all parameters, boxed with their logical axes. Allocates nothing."""
     tokens = jnp.zeros((1, 2), jnp.int32)

@@ -192,7 +192,7 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays except `lengths`, also if `jax.eval_shape` only describes them."""
+        """Bytes of all arrays except `lengths`, even if `jax.eval_shape` only describes them."""
         leaves = jax.tree.leaves((self.stages, self.global_kv))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 

@@ -1,7 +1,7 @@
 """One owner for each workdir: a second run in it would overwrite the files of the first one.
 
 The owner holds a lock of the operating system (flock) on workdir/owner.json. The lock ends with the
-process, also if it is killed, so nothing stays locked. The file names the owner: host, process id
+process, even if it is killed, so nothing stays locked. The file names the owner: host, process id
 and start. Some shared file systems have no locks, or do not share them between hosts. So an owner
 also sets the time of the file every BEAT_S seconds. If this host cannot see the lock of an owner,
 and the time of the file does not change for 2.5 times as long, the owner counts as dead.
