@@ -1,5 +1,8 @@
 """All fields of a config, with their units or reasons. A config imports this and changes a few.
 
+A step is one update of the parameters. A value without a reason is small, so that a first run fits
+on every device.
+
 There are no other fields: `--config.model.windw=64` is an error that says "Did you mean".
 """
 
@@ -16,25 +19,28 @@ def get_config() -> ConfigDict:
     m.num_layers = 8  # layers with parameters of their own; not used if a program is given
     m.num_loops = placeholder(int)  # runs of each looped stage; none: those of the architecture
     m.vocab_size = 4096  # rows of the embedding table; at least the tokenizer's entries
-    m.d_model = 256
+    m.d_model = 256  # numbers per position in the residual stream: the model width D
     m.num_heads = 4  # query heads
-    m.num_kv_heads = 2  # key/value heads; num_heads / num_kv_heads query heads share each
-    m.head_dim = 64
-    m.d_ff = 704  # width of SwiGLU
+    m.num_kv_heads = 2  # key/value heads; num_heads / num_kv_heads query heads share each one
+    m.head_dim = 64  # numbers per head; 64 and 128 need no padding in any attention kernel
+    m.d_ff = 704  # width of SwiGLU: 8/3 d_model, rounded up to a multiple of 64
     # Keys that a query of a window layer sees, including its own key. The rule is `visible` in
     # pallas_kernels/attention/mask.py.
     m.window = 128
-    m.rope_theta = 10_000.0
+    m.rope_theta = 10_000.0  # RoPE's angles are position * rope_theta^(-2i / head_dim) (its paper)
     m.cross_rope = False  # the paper's cross-decoder has no position encoding (NoPE)
     m.qk_norm = False  # RMSNorm on the queries and keys of each head
-    m.norm_eps = 1e-5
+    m.norm_eps = 1e-5  # RMSNorm adds it to the mean square (the value in YOCO's code)
     m.tie_embeddings = False  # one table for the embedding and the output head
     m.num_experts = 0  # routed experts of each feed-forward; 0: no experts, d_ff is the width
-    m.experts_per_token = 8
-    m.num_shared_experts = 1
-    m.expert_width = 1024
-    m.load_balance_weight = 0.01  # weight of the Switch load-balance loss, mean over layers
-    m.router_z_weight = 0.001  # weight of the router's logsumexp(logits)^2, mean over layers
+    # The next three are those of the paper's mixture of experts (Table 6).
+    m.experts_per_token = 8  # routed experts that a token is sent to
+    m.num_shared_experts = 1  # experts that every token passes through
+    m.expert_width = 1024  # width of the SwiGLU of one expert
+    # Weights of two losses of the router, each a mean over layers: the load-balance loss of Switch,
+    # and logsumexp(logits)^2 of ST-MoE. The values are those of their papers.
+    m.load_balance_weight = 0.01
+    m.router_z_weight = 0.001
     m.prefix_length = 48  # learned K/V positions per layer and stream (48 in ParScale)
     m.gate_floor = 0.1  # a stream's weight is at least this / streams (ParScale's epsilon)
 
@@ -55,17 +61,17 @@ def get_config() -> ConfigDict:
     o.name = "adamw"  # or muon (for the hidden matrices; AdamW for the rest)
     o.learning_rate = 1e-3  # the highest one (section 4.1 of the paper)
     o.schedule = "cosine"  # or wsd (constant, then a linear decay), or constant
-    o.warmup_steps = 100
+    o.warmup_steps = 100  # updates in which the learning rate rises to its peak
     o.decay_fraction = 0.3  # share of run.steps; the length of the decay of wsd
     o.final_fraction = 0.1  # share of learning_rate: the exact rate of the last update
-    o.beta1 = 0.9  # of AdamW, as is beta2 (Table 6 of the paper)
-    o.beta2 = 0.95
-    o.momentum = 0.95  # of Muon (Nesterov; the formula is in yocou_jax/training/optimizer.py)
-    o.eps = 1e-8  # AdamW adds it to the root; Muon to the norm of a matrix
+    o.beta1 = 0.9  # of AdamW: decay per update of the mean gradient (Table 6 of the paper)
+    o.beta2 = 0.95  # of AdamW: decay per update of the mean squared gradient (Table 6)
+    o.momentum = 0.95  # of Muon, as in optax (formula: make_optimizer in training/optimizer.py)
+    o.eps = 1e-8  # AdamW adds it to the root, Muon to the norm of a matrix (optax's default)
     o.weight_decay = 0.1  # of matrices, times the learning rate (Tables 6 and 7 of the paper)
     o.clip_norm = 1.0  # limit of the global gradient norm (1e9: no limit); not in the paper
-    o.z_loss = 0.0  # weight of logsumexp(logits)^2
-    o.accumulation_steps = 1  # microbatches per update
+    o.z_loss = 0.0  # weight of logsumexp(logits)^2 in the loss (PaLM); 0: no such term
+    o.accumulation_steps = 1  # microbatches per update; more of them need less memory
     o.max_skipped_updates = 5  # the run stops after this number of non-finite updates in a row
 
     d = c.data = ConfigDict()
@@ -82,10 +88,12 @@ def get_config() -> ConfigDict:
     # inside each document (segment ids).
     d.packing = False
     d.batch_size = 16  # sequences per update, over all devices
-    d.sequence_length = 512  # tokens
+    d.sequence_length = 512  # tokens that a sequence has as inputs
     d.validation_fraction = 0.02  # share of the documents; the hash of a name decides
     # (a small text gets another share if a held-out sequence or a batch would not be full)
-    d.validation_sequences = 64  # may change on resume, although the validation loss then differs
+    # Held-out sequences that one validation reads, or fewer if there are not so many. It may change
+    # on resume, although the validation loss then differs.
+    d.validation_sequences = 64
     d.seed = 0  # for the order of the training sequences
     d.cache_dir = "runs/cache"  # tokenized corpora and trained tokenizers
 
@@ -98,12 +106,15 @@ def get_config() -> ConfigDict:
     r = c.run = ConfigDict()
     r.steps = 1000  # updates
     r.seed = 0  # for the initial parameters
-    r.log_every = 10  # steps
-    r.eval_every = 200  # steps
-    r.sample_every = 200  # steps
-    r.sample_prompt = "def "
-    r.sample_tokens = 64
-    r.checkpoint_every = 200  # steps
-    r.keep_checkpoints = 2
-    r.profile_steps = 0  # steps after step 10 that TensorBoard's profiler traces
+    r.log_every = 10  # steps from one row of metrics to the next
+    r.eval_every = 200  # steps from one validation to the next
+    r.sample_every = 200  # steps from one sample (a text of the model) to the next
+    r.sample_prompt = "def "  # what a sample continues: Python code, as data.source
+    r.sample_tokens = 64  # new tokens of a sample
+    r.checkpoint_every = 200  # steps from one checkpoint to the next
+    r.keep_checkpoints = 2  # the newest ones that stay; a second one, if the newest is damaged
+    # How many steps TensorBoard's profiler records; 0: none. They come after the first 10 steps of
+    # this process (PROFILE_FROM in yocou_jax/config.py), because the first steps warm up. So a
+    # resumed run records steps too, counted from its checkpoint.
+    r.profile_steps = 0
     return c

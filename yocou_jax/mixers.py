@@ -3,8 +3,9 @@
 A mixer is the part of a layer that moves information between positions. Norms and feed-forward are
 the same in every layer. `MIXERS` has the facts that programs, accounting and the choice of kernels
 need. `MODULES` in yocou_jax/model/attention.py has the same keys, and the modules that compute. No
-other code compares the name of a mixer. So a new mixer is one entry in each table, and what its
-module needs that does not exist yet (CONTRIBUTING.md has the list).
+other code compares the name of a mixer. So a new mixer needs one entry in each table. If its module
+needs a memory or an axis name that does not exist yet, these are new too (CONTRIBUTING.md has the
+steps).
 """
 
 import typing
@@ -28,9 +29,10 @@ class Kernel(typing.NamedTuple):
 class Mixer:
     """Facts of one layer, for one sequence and one parallel stream. Sizes are numbers, not bytes.
 
-    reads_global: whether the layer reads the one global K, V, and so has no memory of its own in
-    inference. Only such layers may follow it. The memory of another layer is made by its module.
-    streams: whether the layer can run in parallel streams (ParScale).
+    reads_global: True if the layer attends to the one global K, V. Then it has no memory of its own
+    in inference, and only layers of this kind may come after it in a program. False: its module
+    makes its memory.
+    streams: True if the layer can run in parallel streams (ParScale).
     """
 
     reads_global = False
@@ -61,13 +63,14 @@ class Mixer:
         raise NotImplementedError
 
     def kept(self, config: "ModelConfig", length: int) -> int:
-        """How many numbers (not bytes) a memory with room for `length` positions stores, for one
-        sequence in one parallel stream. accounting.py multiplies it by streams, loops and layers.
-        """
+        """How many numbers (not bytes) the layer's own memory stores, if it has room for `length`
+        positions. For one sequence in one parallel stream: accounting.py multiplies the result by
+        streams, loops and layers. 0 for a layer that reads the global K, V, which count once."""
         raise NotImplementedError
 
     def read(self, config: "ModelConfig", context: int) -> int:
-        """How many of these numbers a decode step reads at the newest of `context` positions."""
+        """How many numbers a decode step reads from memory, at the newest of `context` positions:
+        from the layer's own memory, or from the global K, V."""
         raise NotImplementedError
 
 
@@ -157,7 +160,7 @@ class Full(Attention):
 
 
 class Cross(Attention):
-    """Causal attention to the one global K, V. The layer only reads them."""
+    """Causal attention to the one global K, V, which are computed outside the layer."""
 
     reads_global = True
     own_kv = False
@@ -167,7 +170,7 @@ class Cross(Attention):
 
 
 def kv_width(config: "ModelConfig") -> int:
-    """How many numbers the keys and values of one position are, over all heads."""
+    """How many numbers the keys and values of one position have, all heads together."""
     return 2 * config.num_kv_heads * config.head_dim
 
 

@@ -1,9 +1,11 @@
 """The mesh, and the one table that says how every array is split over it.
 
 Modules name logical axes, and LOGICAL_AXES maps them to mesh axes. All shardings are derived from
-this table (`jax.eval_shape` -> specs -> `jit(init, out_shardings=...)`). A new kind of parallelism
-is a new mesh axis: a name in MESH_AXES, a field of MeshConfig and of configs/base.py, its rows in
-LOGICAL_AXES, and, if it splits parameters, its name in `check_split`.
+this table (`jax.eval_shape` -> specs -> `jit(init, out_shardings=...)`). A new mesh axis needs a
+name in MESH_AXES, a field of MeshConfig and of configs/base.py, its rows in LOGICAL_AXES, and, if
+it splits parameters, its name in `check_split`. This is enough only for logical axes that the code
+can split already. It cannot split "experts" (model/moe.py raises an error), nor positions: the
+attention kernels need all of them on each device.
 """
 
 import logging

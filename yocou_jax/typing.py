@@ -5,8 +5,12 @@ Notation
     D  model width        Q  query heads          K  key/value heads    G  Q / K
     H  head width         F  feed-forward width   E  experts            V  vocabulary
     W  window: the number of visible keys, including that of the query (query i sees i-W+1 .. i)
-    L  layers             P  parallel streams
-The loop count is `num_loops`, never T.
+    L  layers             P  parallel streams     PB P times B rows: those of stream 0 come first
+    C  positions of a chunk of a prompt           n  new tokens of each row
+    M  tokens of all rows together                k  experts that a token is sent to
+    R  rows of a matrix product in a kernel: the queries or heads of a group that share their keys
+A word is the size of an axis too: `[splits, R, H]`. In annotations, `#B` is B or 1, `*rows` and
+`...` are any number of axes, and `""` is a scalar. The loop count is `num_loops`, never T.
 """
 
 from collections.abc import Sequence

@@ -52,8 +52,8 @@ def _kernel(
 ):  # fmt: skip
     """The average of one share of the values, and the log of its sum in base 2.
 
-    q [B K R H]: R query heads of a group, padded to a multiple of 8. out [B K P R H], lse2
-    [B K P R]: P splits. Rows of the tile after the first R are not initialized and not used.
+    q [B K R H]: R query heads of a group, padded to a multiple of 8. out [B K splits R H],
+    lse2 [B K splits R]. Rows of the tile after the first R are not initialized and not used.
     """
     keys, rows = KeyStream(**stream), q_smem.shape[0]
     stages, size, H = keys.k_smem.shape

@@ -36,9 +36,9 @@ class Plan:
         return jnp.int32(self.S) if lengths is None else jnp.minimum(lengths[b], self.S)
 
     def seen(self, row, key, limit, shape, query_axis: int):
-        """The mask of one block of scores [M N]; query_axis is the axis of the queries. What
+        """The mask of a block of scores [rows columns]; query_axis is the axis of the queries. What
         changes from block to block is added to the positions of the rows, before an optimization
-        barrier. Otherwise the compiler computes M N differences before the loop and keeps them in
+        barrier. Otherwise the compiler computes all differences before the loop and keeps them in
         registers."""
         ahead = self.q_offset + row - key
         rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=plgpu.Layout.WGMMA.reduce(1))
@@ -173,10 +173,11 @@ class QueryVisits(Visits):
 
 
 def _shared(ids, others, rows: int, size: int):
-    """[B M/rows L/size] booleans: whether `rows` ids and a block of `size` others may have an id in
-    common, and whether they have one id only, the same. For the first, some id of each must be in
-    the range of the other's ids. So it is exact if ids increase along the row, even if the row ends
-    with padding of another id."""
+    """For each pair of a block of `rows` ids and a block of `size` others: whether they may have an
+    id in common, and whether they have one id only, the same. Two arrays of booleans, [B, blocks of
+    ids, blocks of others]. For the first, some id of each must be in the range of the other's ids.
+    So it is exact if ids increase along the row, even if the row ends with padding of another id.
+    """
     B = ids.shape[0]
     ids, others = ids.reshape(B, -1, 1, rows), others.reshape(B, 1, -1, size)
     low, high = ids.min(3, keepdims=True), ids.max(3, keepdims=True)

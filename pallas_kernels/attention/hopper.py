@@ -43,8 +43,8 @@ def _dot(a, b):
 
 
 def scores(a, b, meanwhile=lambda: None):
-    """a @ b.T in fp32, of a [M H] and b [N H] in shared memory. `meanwhile` runs after the product
-    starts and before it ends."""
+    """a @ b.T in fp32, of a [rows H] and b [columns H] in shared memory. `meanwhile` runs after the
+    product starts and before it ends."""
     if interpretation() is not None:
         meanwhile()
         return _dot(a[...], b[...].T)
@@ -88,7 +88,7 @@ def p_and_ds(for_p, for_dp, dp_full, probabilities, delta, overlap: bool):
 
 
 def add_product(acc, a, b):
-    """acc + a @ b, of a [M N] in registers and b [N H] in shared memory."""
+    """acc + a @ b, of a [rows columns] in registers and b [columns H] in shared memory."""
     if interpretation() is not None:
         return acc + _dot(a, b[...])
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
@@ -112,8 +112,8 @@ def anew(wg):
     return lax.optimization_barrier(wg)
 
 
-# Arrays in registers: [M N] in the layout of wgmma's results, and vectors with one value per row
-# [M] or per column [N].
+# Arrays in registers: [rows columns] in the layout of wgmma's results, and vectors with one value
+# per row [rows] or per column [columns].
 
 
 def zeros(shape):
@@ -141,8 +141,8 @@ def each_column(x, shape):
 
 
 class Softmax(NamedTuple):
-    """A running softmax over blocks of keys. top [M]: the largest score so far, in base 2. acc
-    [M H]: the sum of p v; total [M]: the sum of p; both for p = exp2(score - top)."""
+    """A running softmax over blocks of keys. top [rows]: the largest score so far, in base 2. acc
+    [rows H]: the sum of p v; total [rows]: the sum of p; both for p = exp2(score - top)."""
 
     acc: Any
     top: Any
@@ -160,7 +160,7 @@ class Softmax(NamedTuple):
 
 
 def exponentials(s, scale2, seen, top):
-    """One step of the running softmax over scores s [M N], before the scale.
+    """One step of the running softmax over scores s [rows columns], before the scale.
 
     Returns p, the factor for the sums over earlier keys, and the new maximum. Scores are scaled
     first and then masked with a finite number. In the other order, one multiply-add would scale and
@@ -180,7 +180,7 @@ def exponentials(s, scale2, seen, top):
 
 
 def probabilities(s, scale2, seen, lse2):
-    """p [M N] of scores before the scale; lse2 has their shape."""
+    """p [rows columns] of scores before the scale; lse2 has their shape."""
     s = s * scale2 - lse2
     return jnp.exp2(s if seen is None else jnp.where(seen, s, masks.MASKED))
 

@@ -2,7 +2,7 @@
 
     text                     documents: (name, text), see corpus.py
     the hash of the name     puts each document into the training split or the held-out split
-    tokens, one file         <eot> doc <eot> doc ... of a split, uint16 or uint32 [T]
+    tokens, one file         <eot> doc <eot> doc ... of a split, uint16 or uint32 [tokens]
     sequence i               the N + 1 tokens i*N .. i*N + N of this file
     Batch, int32 [B, N]      B sequences: the inputs are all tokens but the last one of each
                              sequence, the targets are all but the first one
@@ -78,7 +78,7 @@ class Batch:
 class Sequences:
     """Sequences of N + 1 tokens of one memory map. Consecutive sequences share one token.
 
-    tokens: uint16 or uint32 [T]. starts: int64 [documents], the index of the <eot> before each
+    tokens: uint16 or uint32 [tokens]. starts: int64 [documents], the index of the <eot> before each
     document. The last tokens are left out, because they do not fill a sequence.
     """
 

@@ -285,7 +285,7 @@ def score(
 
 
 @jax.jit
-def _fork(memory: Memory, rows: Int[Array, " M"]) -> Memory:
+def _fork(memory: Memory, rows: Int[Array, " rows"]) -> Memory:
     batch = memory.lengths.shape[0]
 
     def take(x):  # with parallel streams, the rows of x are stream-major

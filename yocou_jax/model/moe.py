@@ -1,7 +1,8 @@
 """Mixture-of-experts feed-forward: SwiGLU experts, the top k of them per token, and shared ones.
 
 Tokens are sorted by expert. `jax.lax.ragged_dot` is one matrix product with one group per expert,
-so no token is dropped, and no expert is padded to a capacity.
+so no token is dropped, and no expert is padded to a capacity. Experts are not split over devices:
+each device has a slice of the width of every expert (mesh.tensor), or all of it.
 """
 
 import flax.linen as nn
@@ -41,7 +42,8 @@ def _experts(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "M D"]:
-    """Sends each token through its chosen experts, and returns the weighted sum of the results."""
+    """Sends each token through its `chosen` experts, and returns the sum of their results, times
+    `weights`. gate, up, down: the SwiGLU matrices of all experts; F is the width of one expert."""
     num_experts, (tokens, per_token) = gate.shape[0], chosen.shape
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
@@ -58,7 +60,7 @@ def _experts(
 
 
 class MixtureOfExperts(nn.Module):
-    """sum over the top-k experts of p_e SwiGLU_e(x), plus the shared experts.
+    """sum over the top-k experts of p_e SwiGLU_e(x), plus the shared experts: [B, N, D] as x.
 
     The probabilities are a float32 softmax over all experts. Those of the k chosen experts are
     scaled, so that their sum is 1. The shared experts are one SwiGLU, as wide as all of them.
