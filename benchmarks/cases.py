@@ -125,7 +125,8 @@ def grouped(sizes: Sizes) -> list[list[Case]]:
 
 
 def inputs(case: Case, dtype, seed: int) -> list[jax.Array]:
-    """q, k, v and the gradient of the output; for decode q, both caches and lengths of S."""
+    """Random q [B, N, Q, H], k and v [B, S, K, H], and the gradient of the output, as q. For
+    decode: q [B, Q, H], both caches [B, S, K, H], and lengths [B] that are all S."""
     keys = jax.random.split(jax.random.key(seed), 4)
     q_shape = (case.B, case.Q, case.H) if case.decodes else (case.B, case.N, case.Q, case.H)
     kv_shape = (case.B, case.S, case.K, case.H)

@@ -208,8 +208,8 @@ def random_like(tree, std: float):
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="steps")
 def decode_block(model, cache, tokens, start, *, steps):
-    """Decodes `steps` tokens greedily after `start` cached positions in every row. Returns the
-    cache and the next tokens."""
+    """Decodes `steps` tokens greedily after `start` cached positions in every row. tokens [B],
+    int32: the first ones. Returns the cache and the next tokens [B]."""
 
     def step(_, carry):
         cache, tokens = carry

@@ -30,7 +30,7 @@ FLOOR = 1e-5  # nats per token that it may always differ by: some 40 roundings o
 def losses(
     fields: ConfigDict, implementation: str, steps: int, say: Callable[[str], None]
 ) -> np.ndarray:
-    """The training loss of each step, nats per token."""
+    """The training loss of each step [steps], nats per token."""
     fields = fields.copy_and_resolve_references()
     with fields.unlocked():
         fields.compute.attention, fields.run.steps = implementation, steps
@@ -56,8 +56,9 @@ def smaller_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -
 
 
 def compare(run: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """How much the losses differ: the largest difference of any step, the difference of the means
-    over the last tenth of the steps, and the difference of the first step."""
+    """How much the losses [steps] of two runs differ, in nats per token: the largest difference of
+    any step, the difference of the means over the last tenth of the steps, and the difference of
+    the first step."""
     tail = max(1, len(run) // 10)
     return {
         "largest": float(np.abs(run - other).max()),

@@ -7,7 +7,7 @@ ERROR_RATIO = 1.5  # largest error that is accepted, over the reference's own
 
 
 def relative_rms(x, y) -> float:
-    """Root mean square of x - y, relative to that of y."""
+    """Root mean square of x - y, relative to that of y. x and y have one shape, any."""
     x, y = (np.asarray(a, np.float64) for a in (x, y))
     return float(np.sqrt(np.mean(np.square(x - y)) / np.mean(np.square(y))))
 

@@ -144,7 +144,7 @@ def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Part
 
 def constrain(x: Array, *axes: str | None) -> Array:
     """Tells the compiler how to split an activation over the mesh of the context (jax.set_mesh).
-    Without a mesh it returns x."""
+    axes: the logical axis of each axis of x; None: not split. Without a mesh it returns x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

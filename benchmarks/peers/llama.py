@@ -25,7 +25,8 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, tokens, cache, keep=1):
-        """Logits of the last `keep` positions, or of all if keep is 0. The cache is extended."""
+        """Logits [B, keep, V] after tokens [B, N], of the last `keep` positions, or of all if keep
+        is 0. The cache is extended."""
         options = {self.cache_name: cache, "use_cache": True, "logits_to_keep": keep}
         return self.model(input_ids=tokens, **options).logits
 

@@ -3,6 +3,10 @@
 It runs in the process of child.py, with torch and numpy only. `sizes` are those of
 `weights.twin_sizes`, and `arrays` those of `weights.twin_arrays`, by the names of the parameters
 here. Window layers give scaled_dot_product_attention a mask, because it has no windows.
+
+Shapes: x [B, N, D], queries [B, Q, N, H], keys and values [B, K, N, H], angles (their cosines and
+sines, [N, H / 2] each), mask [N, N], tokens and targets [B, N]. The result is the mean loss, in
+nats.
 """
 
 import time

@@ -29,7 +29,8 @@ UPDATED_TOLERANCE = 1e-3  # after updates: AdamW's first ones are near the sign 
 
 
 def batch(config: Config, seed: int) -> Batch:
-    """Random tokens and their targets. `torch_twin.Model.batch` draws the same ones."""
+    """Random tokens and their targets, both [B, N]. `torch_twin.Model.batch` draws the same
+    ones."""
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     text = np.random.default_rng(seed).integers(0, config.model.vocab_size, shape)
     text = text.astype(np.int32)

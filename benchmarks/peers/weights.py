@@ -133,7 +133,7 @@ def _twin_key_value(projection: PyTree, config: ModelConfig, prefix: str) -> dic
 
 
 def twin_arrays(params: PyTree, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Our parameters by the names of torch_twin."""
+    """Our parameters by the names of torch_twin, matrices as [outputs, inputs]."""
     found = {
         "embedding.weight": params["embedding"],
         "final_norm.weight": params["final_norm"]["scale"],
@@ -152,7 +152,8 @@ def twin_arrays(params: PyTree, config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def llama_arrays(params: PyTree, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Parameters of a transformer by the names of LlamaForCausalLM."""
+    """Parameters of a transformer by the names of LlamaForCausalLM, matrices as [outputs, inputs].
+    Llama does not scale its embedding, so it gets ours times sqrt(D)."""
     found = {
         "model.embed_tokens.weight": config.d_model**0.5 * np.asarray(params["embedding"]),
         "model.norm.weight": params["final_norm"]["scale"],

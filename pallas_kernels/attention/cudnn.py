@@ -65,8 +65,8 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def attention(q, k, v, mask: Mask, *, scale, partition=None):
-    """Same contract as `reference.attention`, except that lse is None. jax partitions cuDNN's
-    calls by itself, so `partition` is not needed."""
+    """As `reference.attention`, q [B N Q H], k and v [B S K H], except that lse is None. jax
+    partitions cuDNN's calls by itself, so `partition` is not needed."""
     out = _attend(
         q,
         k,
@@ -80,7 +80,7 @@ def attention(q, k, v, mask: Mask, *, scale, partition=None):
 
 
 def decode(q, k, v, valid, *, scale, partition=None):
-    """Same contract as `reference.decode`."""
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]."""
     return _attend(q[:, None], k, v, valid, scale)[:, 0]
 
 

@@ -104,7 +104,7 @@ def _with_documents(visits: Visits, q, k, v, segments, lengths, *others):
 
 
 def forward(spec: Spec, q, k, v, mask: masks.Mask):
-    """See flash.Kernels."""
+    """Shapes, dtypes and results: see flash.Kernels."""
     B, N, Q, H = q.shape
     plan, blocks, operands = _prepare(spec, q, k, v, mask)
     cost, q = work("forward", q, k, mask), operands[0]
@@ -124,7 +124,7 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
 
 
 def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
-    """See flash.Kernels."""
+    """Shapes, dtypes and results: see flash.Kernels."""
     B, N, Q, H = q.shape
     S, K = k.shape[1:3]
     plan, blocks, operands = _prepare(spec, q, k, v, mask)

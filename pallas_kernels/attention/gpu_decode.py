@@ -132,7 +132,7 @@ def _merge(mine: Softmax, out_smem, top_smem, total_smem):
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`."""
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]."""
     B, Q, H = q.shape
     K = k.shape[2]
     G = Q // K

@@ -39,6 +39,8 @@ def attention(
     scale: float,
     partition=None,  # left to XLA, which can split plain operations by itself
 ) -> tuple[Float[Array, "B N Q H"], Float[Array, "B N Q"]]:
+    """Attention of the keys that `mask` shows to each query: out in q's dtype, and lse in fp32. A
+    query that sees no key gets 0 and MASKED. scale: factor of the scores."""
     B, N, Q, H = q.shape
     S, K = k.shape[1:3]
     k, v = (_as_read(x, q.dtype) for x in (k, v))

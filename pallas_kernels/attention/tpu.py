@@ -259,7 +259,7 @@ class _Operands:
 
 
 def forward(spec: Spec, q, k, v, mask: masks.Mask):
-    """See flash.Kernels."""
+    """Shapes, dtypes and results: see flash.Kernels."""
     o = _Operands(spec, "forward", q, k, mask)
     R = o.G * o.bands.block
     width = round_up(o.H + 1, TPU_LANES) if o.form.sums_on_mxu else o.H
@@ -289,7 +289,7 @@ def forward(spec: Spec, q, k, v, mask: masks.Mask):
 
 
 def backward(spec: Spec, q, k, v, mask: masks.Mask, lse2, delta, d_out):
-    """See flash.Kernels."""
+    """Shapes, dtypes and results: see flash.Kernels."""
 
     def gradients(kernel, name, out_shapes, out_spec):
         o = _Operands(spec, name, q, k, mask)

@@ -151,8 +151,9 @@ def _slots(S: int, K: int, H: int, multiple: int) -> int:
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Its time is that of reading the cache: each valid slot
-    is read once for all heads, and no block after the last valid one."""
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]. Its time is that
+    of reading the cache: each valid slot is read once for all heads, and no block after the last
+    valid one."""
     (B, Q, H), (S, K) = q.shape, k.shape[1:3]
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     cost = pl.CostEstimate(

@@ -269,7 +269,7 @@ def _attend(kernel: str, spec: Spec, q, k, v, mask: Mask, *rest, outs):
 
 
 def forward(spec: Spec, q, k, v, mask: Mask):
-    """See flash.Kernels."""
+    """Shapes, dtypes and results: see flash.Kernels."""
     B, N, Q, _ = q.shape
     outs = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -279,7 +279,7 @@ def forward(spec: Spec, q, k, v, mask: Mask):
 
 
 def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
-    """See flash.Kernels."""
+    """Shapes, dtypes and results: see flash.Kernels."""
     arguments = (spec, q, k, v, mask, lse2, delta, d_out.astype(q.dtype))
     outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     (dq,) = _attend("dq", *arguments, outs=outs)
@@ -294,8 +294,8 @@ def _decode_constants(blocks, Q, K, H, scale, parts) -> dict:
 
 
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`. Each program handles a part of the cache. XLA then joins
-    the results of the parts (`join_splits`)."""
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]. Each program
+    handles a part of the cache. XLA then joins the results of the parts (`join_splits`)."""
     (B, Q, H), (S, K) = q.shape, k.shape[1:3]
     device = target_device(q)
     blocks = _blocks("decode", H, False, device)

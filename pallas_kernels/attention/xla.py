@@ -179,7 +179,7 @@ def _plan(spec: Spec, q, k, mask: Mask):
 
 
 def forward(spec: Spec, q, k, v, mask: Mask):
-    """See flash.Kernels."""
+    """Shapes, dtypes and results: see flash.Kernels."""
     N = q.shape[1]
     plan, mask = _plan(spec, q, k, mask)
     with jax.named_scope(kernel_name("forward", "xla", mask.window)):
@@ -188,7 +188,7 @@ def forward(spec: Spec, q, k, v, mask: Mask):
 
 
 def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
-    """See flash.Kernels."""
+    """Shapes, dtypes and results: see flash.Kernels."""
     N = q.shape[1]
     plan, mask = _plan(spec, q, k, mask)
     rows = q, lse2.swapaxes(1, 2), delta.swapaxes(1, 2), d_out

@@ -216,8 +216,8 @@ class Validation:
     def batches(
         self, sharding: jax.sharding.Sharding, batch_size: int | None = None
     ) -> Iterator[Batch]:
-        """Every sequence once, by default in batches of the training size. loss_weights are always
-        set, and their sum is num_tokens."""
+        """Every sequence once, in batches [batch_size, N], by default of the training size.
+        loss_weights are always set, and their sum is num_tokens."""
         size, length = batch_size or self.batch_size, self.rows[0][0].sequence_length
         batches = Batches(self._row, size, length, sharding)
         return (batches[k] for k in range(-(-len(self.rows) // size)))
@@ -246,14 +246,14 @@ class DataBundle:
         return self.num_bytes / self.num_tokens
 
     def abstract_batch(self, sharding: jax.sharding.Sharding) -> Batch:
-        """Shapes and types of a training batch, to compile the step."""
+        """Shapes [B, N] and types of a training batch, to compile the step."""
         shape = (self.batch_size, self.sequence_length)
         return jax.tree.map(
             lambda row: jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding), self.stream[0]
         )
 
     def train(self, sharding: jax.sharding.Sharding, start_step: int = 0) -> TrainIterator:
-        """An iterator that begins with batch number `start_step`."""
+        """An iterator over batches [B, N] that begins with batch number `start_step`."""
         row = self.stream.__getitem__
         batches = Batches(row, self.batch_size, self.sequence_length, sharding)
         return TrainIterator(batches, start_step)

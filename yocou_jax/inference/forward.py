@@ -33,7 +33,8 @@ RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual str
 # Otherwise the programs that take these arrays would be compiled twice.
 @functools.partial(jax.jit, static_argnames=("batch", "capacity"), keep_unused=True)
 def new_memory(model: PreparedModel, batch: int, capacity: int) -> Memory:
-    """An empty memory in the compute type, with learned prefixes in it."""
+    """An empty memory for `batch` rows of at most `capacity` positions, in the compute type, with
+    learned prefixes in it. `Memory` has the shapes."""
     config = model.config
     memory = empty_memory(config, batch, capacity, model.compute.dtype)
     stages = {
@@ -81,7 +82,7 @@ def self_decoder(
     """Runs the stages before the cross-decoder, and adds the global K, V of the tokens to the
     memory. In prefill no other layers run for most tokens: see `prefill`.
 
-    Returns the residual stream, the memory with the new tokens, and the context of the
+    Returns the residual stream [PB, N, D], the memory with the new tokens, and the context of the
     cross-decoder.
     """
     config = model.config
@@ -311,7 +312,8 @@ def fork(memory: Memory, rows: WholeNumbers) -> Memory:
 
 
 def step(model: PreparedModel, memory: Memory, tokens: Int[Array, " B"], active: Bool[Array, " B"]):
-    """`decode_step` without its check, as a part of a larger program."""
+    """`decode_step` without its check, as a part of a larger program. Returns the memory and the
+    logits [B, V]."""
     at = NewPositions(memory.lengths, active.astype(jnp.int32))
     x, memory, context = self_decoder(model, memory, tokens[:, None], at)
     return memory, cross_decoder(model, x, context)[:, 0]

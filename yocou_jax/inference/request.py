@@ -82,7 +82,8 @@ def check_prefill(
     chunk: int | None,
     all_logits: bool = False,
 ) -> Prompts:
-    """Checks a call of `prefill`, or of `score` with all_logits. Raises the errors listed there."""
+    """Checks a call of `prefill`, or of `score` with all_logits: tokens [B, N], lengths [B] or
+    None. Raises the errors listed there."""
     tokens, lengths = check_prompts(model.config, tokens, lengths)
     if chunk is None and all_logits:
         _, usual = default_sizes(*tokens.shape)
@@ -165,7 +166,7 @@ def check_room(lengths: np.ndarray, room: int | None, new_tokens: np.ndarray | i
 
 
 def check_alive(memory: Memory) -> None:
-    """Checks that the arrays were not donated to an earlier call."""
+    """Raises UserError if the arrays were donated to an earlier call."""
     if memory.lengths.is_deleted():
         raise UserError(
             "This memory was donated to an earlier call and cannot be used again. Call fork() "
@@ -181,7 +182,7 @@ def _described(config: ModelConfig, compute: Compute, batch: int, capacity: int)
 def check_memory(
     model: PreparedModel, memory: Memory, lengths: np.ndarray, new_tokens: np.ndarray | int = 0
 ) -> None:
-    """Checks that `lengths` positions and new tokens can be appended to the memory."""
+    """Checks that `lengths` [B] positions and new tokens can be appended to the memory."""
     check_alive(memory)
     before = np.asarray(memory.lengths)
     if before.shape != lengths.shape:
@@ -206,7 +207,8 @@ def check_shape(name: str, x, shape: tuple[int, ...]) -> None:
 
 
 def whole_numbers(name: str, value, shapes, words: str, low: int, high: int) -> np.ndarray:
-    """The numbers as int64. They must have one of the shapes, which `words` describe."""
+    """The numbers as int64. They must have one of the `shapes`, which `words` describe, and be from
+    `low` to `high`. Raises UserError otherwise."""
     try:
         array = np.asarray(value)
     except ValueError:  # nested lists of different lengths
@@ -246,7 +248,7 @@ def check_request(
     on_tokens: OnTokens | None,
     block: int,
 ) -> Request:
-    """Checks the arguments of `generate_from` for a memory of B rows."""
+    """Checks the arguments of `generate_from` for a memory of B rows. Raises UserError."""
     each = [(), (B,)], f"a whole number, or one for each of {B} rows,"
     limit = whole_numbers("max_new_tokens", max_new_tokens, *each, 1, 2**31 - 1)
     given = whole_numbers("seeds", seeds, *each, 0, 2**32 - 1)

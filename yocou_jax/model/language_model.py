@@ -220,6 +220,7 @@ class LanguageModel(nn.Module):
         return jnp.tile(x, (c.program.streams, 1, 1)) if c.program.streams > 1 else x
 
     def project_global_kv(self, x: Float[Array, "B N D"], context: Context) -> KeyValue:
+        """The one global K, V [B, N, K, H] of x, the output of the self-decoder."""
         return self.global_kv(x, context)
 
     def read_out(self, x: Float[Array, "PB N D"]) -> Float[Array, "B N D"]:
@@ -242,7 +243,8 @@ class LanguageModel(nn.Module):
 
 @functools.cache  # to trace an initialization takes a second, and a start needs it several times
 def abstract_params(config: ModelConfig) -> PyTree:
-    """Shapes of all parameters, boxed with their logical axes. Allocates nothing."""
+    """Shapes of all parameters, boxed with their logical axes. Allocates nothing. Those of a stage
+    are stacked over its layers: [layers, ...]."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     model = LanguageModel(config, Compute(jnp.dtype("float32")))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]

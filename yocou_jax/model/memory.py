@@ -41,10 +41,12 @@ class NewPositions:
     fits: bool = flax.struct.field(pytree_node=False, default=False)
 
     def positions(self, N: int) -> Int[Array, "B N"]:
+        """The position of each of N new tokens in its row."""
         return jnp.broadcast_to(self.start, self.count.shape)[:, None] + jnp.arange(N)[None]
 
     @property
     def end(self) -> Int[Array, " B"]:
+        """Number of positions of each row after the new ones."""
         return self.start + self.count
 
     def for_streams(self, streams: int) -> "NewPositions":

@@ -2,7 +2,7 @@
 
 Tokens are sorted by expert. `jax.lax.ragged_dot` is one matrix product with one group per expert,
 so no token is dropped, and no expert is padded to a capacity. Experts are not split over devices:
-each device has a slice of the width of every expert (mesh.tensor), or all of it.
+each device computes with a slice of the width of every expert (mesh.tensor), or with all of it.
 """
 
 import flax.linen as nn

@@ -30,7 +30,8 @@ from yocou_jax.typing import Array, PyTree
 
 @flax.struct.dataclass
 class TrainState:
-    """step: number of batches consumed so far. A batch with a skipped update counts too."""
+    """step, int32 scalar: number of batches consumed so far. A batch with a skipped update counts
+    too. params: the tree of `LanguageModel`, float32. opt_state: that of `make_optimizer`."""
 
     step: Array
     params: PyTree
@@ -39,10 +40,12 @@ class TrainState:
 
 def loss_fn(params: PyTree, batch: Batch, config: Config, compute: Compute, num_targets: Array):
     """The part of the objective that one microbatch contributes. The parts of all microbatches sum
-    to the objective of the batch, which is a mean over its `num_targets` targets.
+    to the objective of the batch, which is a mean over its `num_targets` targets, a scalar (targets
+    of weight 0 do not count).
 
-    Returns (objective, (LossSums, RouterStats or None)). With experts, the auxiliary losses are
-    means over layers and microbatches. The config has their weights.
+    Returns (objective, (LossSums, RouterStats or None)), the objective a scalar in nats. With
+    experts, the auxiliary losses are means over layers and microbatches. The config has their
+    weights.
     """
     model = config.model
     output = LanguageModel(model, compute).apply(
@@ -73,8 +76,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update from one global batch, in `accumulation_steps` microbatches.
+    """One update from one global batch [B, N], in `accumulation_steps` microbatches.
 
+    Returns the next state, and a scalar for each metric, by the names in metrics.py.
     schedule: the learning rate of `optimizer`, only for the metrics. If the gradient is not finite,
     parameters and optimizer do not change, and the metrics count a skipped update.
     """
@@ -117,7 +121,7 @@ def train_step(
 
 
 def eval_step(params: PyTree, batch: Batch, *, config: ModelConfig, compute: Compute) -> LossSums:
-    """The sums of one validation batch. The host adds those of all batches."""
+    """The sums of one validation batch [B, N], in nats. The host adds those of all batches."""
     output = LanguageModel(config, compute).apply(
         {"params": params}, batch.tokens, batch.positions, batch.segment_ids
     )
