@@ -1,4 +1,5 @@
-"""What a report of `inference.measure` says: ratios, crossings, aims; sentences and tables."""
+"""What a report of `inference.measure` says, as sentences and tables: ratios of architectures, the
+lengths at which they are equally fast (crossings), and which aims (paper.py) are reached."""
 
 import statistics
 

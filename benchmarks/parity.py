@@ -96,7 +96,7 @@ def check(implementation: str, config: Config) -> bool:
     """Whether the implementation must be interpreted on this machine.
 
     Raises:
-      UserError: it cannot run the model's attention here, also not in an interpreter.
+      UserError: it cannot run the model's attention here, not even in an interpreter.
     """
     interpreted = why_not(implementation, config) is not None
     with interpret() if interpreted else contextlib.nullcontext():

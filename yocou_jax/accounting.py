@@ -3,8 +3,9 @@
 Conventions. One multiply-add is 2 FLOPs. Only matrix products are counted, and attention by its
 unmasked (query, key) pairs: 2 H for the score and 2 H for the value, per query head. Lookups,
 norms, softmax and the optimizer are left out. A backward pass costs twice its forward pass;
-recomputation (remat) is not counted, so these are model FLOPs, the numerator of MFU. The
-mixture-of-experts feed-forward counts the experts that a token is sent to.
+recomputation (remat) is not counted, so these are model FLOPs. (MFU is model FLOP/s divided by the
+peak FLOP/s of the devices.) The mixture-of-experts feed-forward counts the experts that a token is
+sent to.
 """
 
 import dataclasses

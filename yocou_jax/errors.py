@@ -1,4 +1,4 @@
-"""The one exception of which a command shows a sentence and not a stack trace."""
+"""The one exception for which a command shows a sentence, and no stack trace."""
 
 
 class UserError(ValueError):

@@ -1,6 +1,7 @@
 """Facts that other packages give only in the text of an error, not in its type or attributes.
 
-Every such text is in this file. tests/test_foreign.py makes the installed versions say it.
+Every such text is in this file. tests/test_foreign.py compares each with what the installed version
+of the package says.
 """
 
 import errno

@@ -167,9 +167,9 @@ def _check_context(opaque: bool, q, where) -> None:
 
 
 def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, head_widths=()):
-    """Computes what `reference.attention` computes, by the kernels given, under the mesh in use:
-    out [B N Q H] in q's dtype and lse [B N Q] fp32, of q [B N Q H], and k and v [B S K H]. Heads
-    are padded with zeros to the next of head_widths; the zeros change no result."""
+    """Computes what `reference.attention` computes, by the kernels given, under the mesh in use.
+    q [B N Q H], k and v [B S K H]. Returns out [B N Q H] in q's dtype, and lse [B N Q] in fp32.
+    Heads are padded with zeros to the next of head_widths; the zeros change no result."""
     H = q.shape[-1]
     q, k, v = (padded(x, 3, padded_width(H, head_widths)) for x in (q, k, v))
     if mask.window is not None and mask.window >= mask.q_offset + q.shape[1]:
@@ -182,8 +182,8 @@ def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, h
 
 
 def decode(kernel: Callable, q, k, v, valid, *, scale, partition=None, opaque=True):
-    """Computes what `reference.decode` computes, by the kernel given, under the mesh in use: of q
-    [B Q H], k and v [B S K H], and valid [B], the number of slots that count, [B Q H]."""
+    """Computes what `reference.decode` computes, by the kernel given, under the mesh in use.
+    q [B Q H], k and v [B S K H]; valid [B]: how many slots count. Returns [B Q H]."""
     where = sharding.layout(partition, q.shape[0], q.shape[1], k.shape[2])
     _check_context(opaque, q, where)
     if where is None:

@@ -133,10 +133,12 @@ def load_columns(ref):
 
 
 def each_row(x, shape):
+    """x [rows] as [rows columns]."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
 def each_column(x, shape):
+    """x [columns] as [rows columns]."""
     return lax.broadcast_in_dim(x, shape, [1])
 
 

@@ -56,7 +56,7 @@ def _softmax(step, valid, out_ref, top, total, acc):
 
 
 def _existing(v, axis, valid):
-    """v without the slots after the valid ones, which may hold anything, also NaN."""
+    """v without the slots after the valid ones, which may hold anything, even NaN."""
     exists = lax.broadcasted_iota(jnp.int32, v.shape, axis) < valid
     return jnp.where(exists, v, jnp.zeros((), v.dtype))
 

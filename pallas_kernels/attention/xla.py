@@ -200,8 +200,8 @@ def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
 
 @jax.named_scope(kernel_name("decode", "xla"))
 def decode(q, k, v, valid, *, scale):
-    """Same contract as `reference.decode`, with a running softmax over chunks of keys. It reads no
-    chunk after the end of the longest row.
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]. It has a running
+    softmax over chunks of keys, and reads no chunk after the end of the longest row.
 
     The cache is read as it is stored, [S, K H]. Each query is written into K H numbers that are
     zero outside its own K/V head. These are K times as many multiplications, but the cache is not

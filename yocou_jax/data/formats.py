@@ -1,9 +1,10 @@
 """From one file to its documents: compression, rows of JSON and parquet, text, and binary files.
 
-The content of a file decides what it is, if it can (compression, parquet, binary). Otherwise the
-name decides: `.GZ` is `.gz`, and the suffix of a compression or the number of a shard at the end
-does not count. A file without a suffix is JSON if it begins with `{"`. A file with another suffix
-(`.txt`, `.bak`) is JSON if it begins with objects, and one of them has the text field.
+Compression, parquet and binary files are recognized by their content. JSON is recognized by the
+suffix of the name, in upper or lower case. A suffix of a compression or without letters is left out
+before: `x.jsonl.gz`, `x.jsonl.3`. A file without a suffix is also JSON if it begins with `{"`, and
+a file with another suffix (`.txt`, `.bak`) if it begins with objects of which one has the text
+field.
 """
 
 import bz2
