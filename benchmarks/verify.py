@@ -1,7 +1,7 @@
 """All that the owner of a device can tell about it in a few minutes, part by part.
 
 A part is a command in a process of its own with a time limit. Its result is written as soon as it
-has ended, even if it failed; so a run that is cut short still has its parts.
+has ended, also if it failed; so a run that is cut short still has its parts.
 """
 
 import json

@@ -88,8 +88,8 @@ def described(operation: str, case: Case, device: Device) -> Call:
 
 
 def inputs(operation: str, case: Case) -> tuple[list[np.ndarray], dict]:
-    """q [B N Q H], k and v [B S K H], the gradients of the output and of lse [B N Q], in float32;
-    and the options of the call. Decode: q [B Q H], k, v and lengths [B]."""
+    """q, k, v and the gradients of the output and of lse, in float32; and the options of the call.
+    Decode: q, k, v and lengths."""
     rng = np.random.default_rng(case.S + case.H)
     heads = (B, Q, case.H) if decodes(operation) else (B, case.N, Q, case.H)
     sizes = [heads, *[(B, case.S, K, case.H)] * 2, heads, heads[:-1]]
