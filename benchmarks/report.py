@@ -1,6 +1,5 @@
 """Results as tables, pages and files."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from yocou_jax.errors import UserError
-from yocou_jax.files import expand_path, write_atomically
+from yocou_jax.files import expand_path, to_json, write_atomically
 
 
 class Grid(NamedTuple):
@@ -61,7 +60,7 @@ def page(
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Writes the report; the file is complete at any time."""
-    write_atomically(path, json.dumps(report, indent=1) + "\n")
+    write_atomically(path, to_json(report, indent=1) + "\n")
 
 
 def plain_name(device: str) -> str:

@@ -3,8 +3,6 @@
 python -m experiments.account --config=configs/yocou_1b.py [--json] [--lengths=8192,32768]
 """
 
-import json
-
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +12,7 @@ from yocou_jax import accounting
 from yocou_jax.config import MAX_INT32 as MAX_LENGTH
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError, shown
+from yocou_jax.files import to_json
 from yocou_jax.program import ARCHITECTURES
 
 CONFIG = cli.config_file("configs/yocou_1b.py", "Config file with the sizes.")
@@ -57,7 +56,7 @@ def main(_):
     if config.architecture not in reports:
         reports[config.architecture] = accounting.report(config, lengths)
     if JSON.value:
-        print(json.dumps({"config": str(config.program), "architectures": reports}))
+        print(to_json({"config": str(config.program), "architectures": reports}))
         return
 
     console = Console(width=None if Console().is_terminal else 120)

@@ -31,7 +31,6 @@ failed or is not accurate. If a baseline fails, it is only reported.
 """
 
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from absl import flags
 from benchmarks import cases, kernels
 from benchmarks.report import console, output_folder, plain_name, table
 from experiments import cli, process
+from yocou_jax.files import to_json
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 OUT = flags.DEFINE_string(
@@ -90,7 +90,7 @@ def main(_):
     say = functools.partial(print, file=sys.stderr)
     report = kernels.measure(sizes, budget_s, keep, say)
     if JSON.value:
-        print(json.dumps(report))
+        print(to_json(report))
     else:
         show(report)
     return 1 if report["failures"] else 0

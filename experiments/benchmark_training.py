@@ -17,7 +17,6 @@ perhaps with the Python of another environment. A step of ours and a step of the
 ratio is the median over all pairs, ours / theirs: below 1 ours is faster.
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -28,6 +27,7 @@ from benchmarks import training
 from benchmarks.peers import training as peers
 from benchmarks.report import Grid, table
 from experiments import cli, peer, process
+from yocou_jax.files import to_json
 
 CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
@@ -77,7 +77,7 @@ def main(_):
     result = training.measure(CONFIG.value, ROUNDS.value or 5, STEPS.value)
     headline = training.headline(name(), CONFIG.value.model.architecture, result["training"])
     if JSON.value:
-        print(json.dumps(result | {"headline": headline}))
+        print(to_json(result | {"headline": headline}))
         return
     console = Console()
     console.print(headline, markup=False)

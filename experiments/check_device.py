@@ -12,7 +12,6 @@ kernel that passed here. This command always makes them again. Exit code 1: some
 """
 
 import functools
-import json
 import sys
 
 from absl import flags
@@ -21,6 +20,7 @@ from benchmarks import machine
 from benchmarks.report import console, table
 from experiments import cli
 from pallas_kernels import verdicts
+from yocou_jax.files import to_json
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 QUICK = flags.DEFINE_bool("quick", False, "Measure no times.")
@@ -33,7 +33,7 @@ def main(_):
     verdicts.LIMIT_S = LIMIT.value
     report = machine.measure(QUICK.value, functools.partial(print, file=sys.stderr, flush=True))
     if JSON.value:
-        print(json.dumps(report))
+        print(to_json(report))
         return 1 if report["problems"] else 0
     out = console(140)
     for line in machine.lines(report):

@@ -47,8 +47,6 @@ pallas_kernels/attention/triton.py), here for bf16 without lengths only: float16
 compiled for a100.
 """
 
-import json
-
 from absl import flags
 
 from benchmarks.aot import compile as aot
@@ -57,6 +55,7 @@ from benchmarks.aot.targets import TARGETS, what_to_install
 from benchmarks.report import console, table
 from experiments import cli
 from yocou_jax.errors import UserError
+from yocou_jax.files import to_json
 
 TARGET = flags.DEFINE_enum("target", None, list(TARGETS), "What to compile for.", required=True)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
@@ -81,7 +80,7 @@ def main(_):
         raise UserError(missing)
     result = aot.measure(name)
     if JSON.value:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         show(name, result)
     return 1 if result["failures"] else 0

@@ -53,7 +53,6 @@ KV cache. 10240 / 542 MiB = 18.9, exactly.
 """
 
 import functools
-import json
 import sys
 
 import jax
@@ -66,6 +65,7 @@ from benchmarks.peers import inference as peers
 from benchmarks.report import console, output_file, table, write_json
 from experiments import cli, peer, process
 from yocou_jax.config import Config
+from yocou_jax.files import to_json
 from yocou_jax.model import resolve_compute
 
 CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to profile.")
@@ -138,7 +138,7 @@ def main(_):
     report = inference.measure(configs, sizes, budget_s, keep, say, compute) | {"notes": notes}
     keep(report)
     if JSON.value:
-        print(json.dumps(report))
+        print(to_json(report))
     else:
         show(report, console(160))
     if plot_path is not None:

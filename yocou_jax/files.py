@@ -1,7 +1,10 @@
 """Paths that users type, and files that are either complete or absent. All text is UTF-8."""
 
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def expand_path(path: str | os.PathLike) -> Path:
@@ -21,3 +24,16 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON text. A number that is not finite becomes null, because JSON has no NaN."""
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: finite(item) for key, item in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)

@@ -9,6 +9,7 @@ this file chooses. It logs each choice once (logger "pallas_kernels.attention.ap
 """
 
 import functools
+import importlib
 import logging
 import operator
 from collections.abc import Callable
@@ -19,22 +20,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import verdicts
-from pallas_kernels.attention import (
-    cudnn,
-    flash,
-    gpu,
-    gpu_decode,
-    reference,
-    tpu,
-    tpu_decode,
-    triton,
-    xla,
-)
+from pallas_kernels.attention import flash, reference, xla
 from pallas_kernels.attention.blocks import GPU_HEAD_WIDTHS, TPU_HEAD_WIDTHS, TRITON_HEAD_WIDTHS
 from pallas_kernels.attention.flash import Kernels
 from pallas_kernels.attention.mask import Mask, SegmentIds
 from pallas_kernels.call import Call, UnsupportedCall
-from pallas_kernels.device import is_here, on_device, target_device
+from pallas_kernels.device import interpretation, is_here, on_device, target_device
 from pallas_kernels.sharding import Partition
 
 logger = logging.getLogger(__name__)
@@ -46,7 +37,7 @@ class Implementation(NamedTuple):
     """One way to compute the operations. `attention` and `decode` have the signatures of those in
     reference.py. `unsupported_reason(call)` is None if they can run the call, else a full sentence.
     head_widths: the widths that `attention` computes with; it pads other heads to the next width.
-    platform: the only one that it runs on; None: any."""
+    platform: the only one that it runs on; None: any. A call for another one is refused before."""
 
     unsupported_reason: Callable[[Call], str | None]
     attention: Callable | None = None
@@ -67,14 +58,24 @@ def _always(call: Call) -> None:
     return None
 
 
-def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -> Implementation:
-    """An implementation from the module that has `forward` and `backward`. decode: the module that
-    has `decode`, if it is another one."""
-    both = Kernels(kernels.forward, kernels.backward, opaque)
+def _in(module: str, name: str) -> Callable:
+    """A function of a module of this package, which is imported when the function is called. To
+    import Pallas takes a second, and most processes run the kernels of no accelerator."""
+
+    def call(*args, **kwargs):
+        found = importlib.import_module(f"pallas_kernels.attention.{module}")
+        return getattr(found, name)(*args, **kwargs)
+
+    return call
+
+
+def _kernels(module: str, decode_module: str, head_widths, platform) -> Implementation:
+    """The kernels of an accelerator. `module` has forward, backward and unsupported_reason."""
+    both = Kernels(_in(module, "forward"), _in(module, "backward"))
     return Implementation(
-        getattr(kernels, "unsupported_reason", _always),
+        _in(module, "unsupported_reason"),
         functools.partial(flash.attention, both, head_widths=head_widths),
-        functools.partial(flash.decode, (decode or kernels).decode, opaque=opaque),
+        functools.partial(flash.decode, _in(decode_module, "decode")),
         head_widths,
         platform,
     )
@@ -82,13 +83,18 @@ def _blocked(kernels, platform=None, decode=None, head_widths=(), opaque=True) -
 
 # "auto" tries them in this order. xla can run every call, so "auto" never takes reference.
 _REGISTRY = {
-    "pallas_tpu": _blocked(tpu, "tpu", tpu_decode, TPU_HEAD_WIDTHS),
-    "pallas_gpu": _blocked(gpu, "gpu", gpu_decode, GPU_HEAD_WIDTHS),
-    "triton": _blocked(triton, "gpu", head_widths=TRITON_HEAD_WIDTHS),
+    "pallas_tpu": _kernels("tpu", "tpu_decode", TPU_HEAD_WIDTHS, "tpu"),
+    "pallas_gpu": _kernels("gpu", "gpu_decode", GPU_HEAD_WIDTHS, "gpu"),
+    "triton": _kernels("triton", "triton", TRITON_HEAD_WIDTHS, "gpu"),
     "cudnn": Implementation(
-        cudnn.unsupported_reason, cudnn.attention, cudnn.decode, platform="gpu"
+        *(_in("cudnn", name) for name in ("unsupported_reason", "attention", "decode")),
+        platform="gpu",
     ),
-    "xla": _blocked(xla, opaque=False),
+    "xla": Implementation(
+        _always,
+        functools.partial(flash.attention, Kernels(xla.forward, xla.backward, opaque=False)),
+        functools.partial(flash.decode, xla.decode, opaque=False),
+    ),
     "reference": Implementation(_always, reference.attention, reference.decode),
 }
 IMPLEMENTATIONS = ("auto", *_REGISTRY)
@@ -100,6 +106,9 @@ def unsupported_reason(implementation: str, call: Call) -> str | None:
         known = ", ".join(IMPLEMENTATIONS)
         raise UnsupportedCall(f"implementation={implementation!r} is not one of: {known}.")
     found = _REGISTRY[implementation]
+    if found.platform not in (None, call.device.platform) and interpretation() is None:
+        needs = {"tpu": "a TPU", "gpu": "an NVIDIA GPU"}.get(found.platform, found.platform)
+        return f"{implementation} needs {needs}; this computation is for {call.device.kind}."
     if call.q_shape is not None and not call.decodes:
         H = flash.padded_width(call.q_shape[-1], found.head_widths)
         call = call._replace(q_shape=(*call.q_shape[:-1], H))

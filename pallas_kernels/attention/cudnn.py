@@ -28,8 +28,6 @@ def unsupported_reason(call: Call) -> str | None:
     device = call.device
     if interpretation() is not None:
         return "cuDNN is a library for NVIDIA GPUs; it cannot be interpreted."
-    if device.platform != "gpu":
-        return f"cuDNN needs an NVIDIA GPU; this computation is for {device.kind}."
     capability = device.compute_capability
     if capability is None:
         return f"cuDNN needs an NVIDIA GPU of known compute capability; this is {device.kind}."

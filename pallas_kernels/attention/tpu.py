@@ -44,12 +44,9 @@ _DTYPES = ("bfloat16", "float32")
 def unsupported_reason(call: Call) -> str | None:
     """See api.Implementation. Interpreted kernels take any head width."""
     interpreted = interpretation() is not None
-    if not interpreted:
-        if call.device.platform != "tpu":
-            return f"The TPU kernels need a TPU; this computation is for {call.device.kind}."
-        if call.device.kind not in TPU_VMEM:
-            known = ", ".join(TPU_VMEM)
-            return f"The TPU kernels were compiled for {known} only; this is {call.device.kind}."
+    if not interpreted and call.device.kind not in TPU_VMEM:
+        known = ", ".join(TPU_VMEM)
+        return f"The TPU kernels were compiled for {known} only; this is {call.device.kind}."
     if call.dtype_name not in (None, *_DTYPES):
         return f"The TPU kernels take {' or '.join(_DTYPES)}; got {call.dtype_name}."
     if interpreted or call.q_shape is None:

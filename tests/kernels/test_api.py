@@ -79,7 +79,7 @@ def test_a_wrong_call_is_answered_with_a_sentence(sentence, unchecked):
 @pytest.mark.parametrize(
     ("name", "why"),
     {
-        "pallas_tpu": "need a TPU; this computation is for cpu",
+        "pallas_tpu": "needs a TPU; this computation is for cpu",
         "pallas_gpu": "",  # the files of the GPU implementations test their sentences
         "triton": "",
         "cudnn": "",

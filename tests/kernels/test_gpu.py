@@ -271,7 +271,6 @@ def test_it_says_why_it_cannot_run():
         return gpu.unsupported_reason(Call(operation, device, **facts))
 
     reasons = [
-        reason(Device("cpu", "cpu")),
         reason(Device("gpu", "NVIDIA A100-SXM4-80GB")),
         reason(dtype=jnp.dtype("float32")),
         reason(q_shape=(1, 8, 4, 80), k_shape=(1, 8, 4, 80)),

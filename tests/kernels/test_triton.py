@@ -48,7 +48,7 @@ A100 = Device("gpu", "NVIDIA A100-SXM4-80GB")
 @pytest.mark.parametrize(
     ("facts", "sentence"),
     [
-        ({"device": Device("cpu", "cpu")}, "need an NVIDIA GPU; this computation is for cpu"),
+        ({"device": Device("cpu", "cpu")}, "needs an NVIDIA GPU; this computation is for cpu"),
         ({"device": Device("gpu", "Radeon")}, "known compute capability; Radeon is not in"),
         ({"device": Device("gpu", "Tesla V100")}, r"8.0 \(A100\) or newer; Tesla V100 has 7.0"),
         ({"q_shape": (1, 8, 2, 300)}, "heads of width 64, 128, 256; got 300"),

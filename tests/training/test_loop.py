@@ -12,10 +12,11 @@ import rich.console
 from tests import tiny
 from yocou_jax import pretrained
 from yocou_jax.checkpoint import Checkpointer, params_sha256
+from yocou_jax.config import PROFILE_FROM
 from yocou_jax.errors import UserError
 from yocou_jax.training import metrics
 from yocou_jax.training.console import Console
-from yocou_jax.training.evaluators import Sample
+from yocou_jax.training.evaluators import Sample, Validation
 from yocou_jax.training.loop import Run
 from yocou_jax.training.resume import going_on, new_end
 
@@ -208,16 +209,26 @@ def test_a_summary_of_a_shorter_run_is_removed(make_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_last_step_is_saved_before_a_sample_is_shown(make_run, monkeypatch):
-    """Also if no checkpoint is due at the last step."""
-    run, saved = make_run(steps=3, sample_every=3, checkpoint_every=2), []
+def test_the_end_of_a_run(make_run, monkeypatch):
+    """The last step is saved before a sample is shown, even if no checkpoint is due. A trace that
+    ends with it has nothing of the evaluation."""
+    events = []
 
     def look(self, params, step):
-        saved.append(sorted((run.workdir / "checkpoints").glob(f"{step}*")) != [])
+        saved = sorted((run.workdir / "checkpoints").glob(f"{step}*")) != []
+        events.append(("sample", step, saved))
 
+    measure = Validation.measure
     monkeypatch.setattr(Sample, "show", look)
+    monkeypatch.setattr(
+        Validation, "measure", lambda *args: events.append("validation") or measure(*args)
+    )
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    sizes = {"steps": PROFILE_FROM + 2, "profile_steps": 2, "checkpoint_every": 5}
+    run = make_run(**sizes, sample_every=PROFILE_FROM + 2)
     run.train()
-    assert saved == [True]
+    assert events == ["start", "stop", "validation", ("sample", PROFILE_FROM + 2, True)]
 
 
 @pytest.mark.slow
@@ -232,3 +243,4 @@ def test_a_gradient_that_stays_infinite_stops_the_run(make_run):
     words = "not finite for 3 updates in a row, the last one at step 3"
     with pytest.raises(UserError, match=words):
         run.train()
+    assert run.writer._file.closed

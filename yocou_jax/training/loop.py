@@ -104,7 +104,7 @@ class Run:
         )
         self.started = time.perf_counter()
         self.stopwatch = Stopwatch()
-        self._profiling = contextlib.ExitStack()  # holds the end of a trace that has begun
+        self._at_end, self._tracing = contextlib.ExitStack(), False
         self.writer: metrics.MetricsWriter | None = None
         self.values: dict[str, float] = {}  # of the newest step that was read
 
@@ -114,12 +114,12 @@ class Run:
         Returns the summary, or None if the run was asked to stop (SIGTERM) and saved its state.
         Raises UserError for a mistake that the user can correct. Older checkpoints stay intact.
         """
-        run, self.stopwatch = self.config.run, Stopwatch()
+        run = self.config.run
         with (
             WorkdirLock(self.workdir) as self.lock,
             jax.set_mesh(self.setup.mesh),
             Checkpointer(self.workdir / "checkpoints", keep=run.keep_checkpoints) as checkpointer,
-            self._profiling,
+            self._at_end,
         ):
             self._load_data()
             state, first = self._begin(checkpointer)
@@ -138,7 +138,6 @@ class Run:
                 summary = self._finish(state)
                 if self.writer:
                     self.writer.summary(summary)
-                    self.writer.close()
         return summary
 
     def _load_data(self) -> None:
@@ -187,6 +186,7 @@ class Run:
             self.writer = metrics.MetricsWriter(
                 self.workdir, resume_step=first if restored else None
             )
+            self._at_end.callback(self.writer.close)
             # Stored with the checkpoints: the cache may be deleted, and another Python may train
             # another tokenizer.
             write_atomically(self.workdir / "tokenizer.json", data.tokenizer.to_json())
@@ -219,17 +219,19 @@ class Run:
     def _loop(self, state, first, batches, checkpointer, stop) -> tuple[TrainState, int]:
         run = self.config.run
         pending, done = None, first
-        if done < run.steps:
-            step = self._compile(state)
-            self.stopwatch = Stopwatch()
+        step = self._compile(state) if done < run.steps else None
+        self.stopwatch = Stopwatch()
         while done < run.steps:
             with self.stopwatch.waiting():
                 batch = next(batches)
-            self._profile(done - first)
+            if done - first == PROFILE_FROM:
+                self._start_trace(state)
             state, out = step(state, batch)
             if pending is not None:
                 self._report(*pending)
             done += 1
+            if done - first == PROFILE_FROM + run.profile_steps:
+                self._stop_trace(out)
             pending = (done, out)
             stopping = stop.reached(done)
             ending = done == run.steps
@@ -305,15 +307,21 @@ class Run:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             log.warning("No %s at step %d: %s", evaluator.name, step, reason)
 
-    def _profile(self, step: int) -> None:
-        """Records a trace of run.profile_steps steps for TensorBoard. It begins after the first
+    def _start_trace(self, state: TrainState) -> None:
+        """Starts the trace of run.profile_steps steps for TensorBoard. It begins after the first
         PROFILE_FROM steps of this process."""
-        wanted = self.config.run.profile_steps if self.is_main else 0
-        if wanted and step == PROFILE_FROM:
+        if self.is_main and self.config.run.profile_steps:
+            jax.block_until_ready(state)  # or the end of the step before would be in the trace
             jax.profiler.start_trace(str(self.workdir / "tensorboard"))
-            self._profiling.callback(jax.profiler.stop_trace)
-        if step == PROFILE_FROM + wanted:
-            self._profiling.close()
+            self._tracing = True
+            self._at_end.callback(self._stop_trace)  # if the run stops before the last of the steps
+
+    def _stop_trace(self, out: dict[str, jax.Array] | None = None) -> None:
+        """out: metrics of the last step of the trace."""
+        if self._tracing:
+            jax.block_until_ready(out)
+            jax.profiler.stop_trace()
+            self._tracing = False
 
     def _finish(self, state: TrainState) -> dict:
         """The summary. tokens_per_s and wall_s count this process only, also after a resume."""

@@ -5,7 +5,6 @@ The names below are an API: scripts and notebooks read them from metrics.jsonl.
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from yocou_jax import hardware
-from yocou_jax.files import write_atomically
+from yocou_jax.files import to_json, write_atomically
 from yocou_jax.trees import flat
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class MetricsWriter:
         self.path, self.tensorboard = self.workdir / "metrics.jsonl", self.workdir / "tensorboard"
         self.tensorboard.mkdir(exist_ok=True)
         kept = [r for r in read_metrics(self.path) if resume_step and r[STEP] <= resume_step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(self.path, "".join(to_json(row) + "\n" for row in kept))
         self._last_step = kept[-1][STEP] if kept else -1
         self._file = self.path.open("a", encoding="utf-8")
         # Without the suffix, two starts in the same second would write to one file.
@@ -85,11 +84,8 @@ class MetricsWriter:
         self._last_step = step
         known = {k: v for k, v in values.items() if v is not None}
         row = {k: v if isinstance(v, int | str) else float(v) for k, v in known.items()}
-        # JSON has no NaN, so a loss that is not finite is null there. In TensorBoard it is NaN.
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
-        self._file.write(json.dumps({STEP: step, **clean}) + "\n")
+        # A loss that is not finite is null here. In TensorBoard it is NaN.
+        self._file.write(to_json({STEP: step, **row}) + "\n")
         self._file.flush()
         for name, value in row.items():
             if not isinstance(value, str):
@@ -112,7 +108,7 @@ class MetricsWriter:
 
     def summary(self, values: Mapping) -> None:
         """Writes summary.json atomically."""
-        write_atomically(self.workdir / "summary.json", json.dumps(dict(values), indent=1) + "\n")
+        write_atomically(self.workdir / "summary.json", to_json(dict(values), indent=1) + "\n")
 
     def close(self) -> None:
         self._file.close()
