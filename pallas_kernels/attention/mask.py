@@ -1,6 +1,6 @@
 """The one definition of who sees whom: causality, the window and segments.
 
-Positions are absolute: key s stands at position s, query n at position q_offset + n. A query sees
+Positions are absolute: key s has position s, query n has position q_offset + n. A query sees
 its own position and all before it; with a window it sees W keys, **its own included**
 (i-W+1 .. i). Some other projects do not count the own key in W. So that there is one rule here,
 every implementation takes it from `visible`.
