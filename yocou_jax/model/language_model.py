@@ -12,6 +12,7 @@ loops are `nn.scan`s, so the compile time of a deep model does not grow with the
 says what is deep). Loops add no parameters.
 """
 
+import dataclasses
 import functools
 import operator
 
@@ -136,11 +137,10 @@ class StageStack(nn.Module):
         block = self._block(in_loop=False)
         block = block(self.config, self.compute, self.stage.mixer, parent=None)
         stats = []
-        for _ in range(num_loops):
-            for layer in range(self.stage.layers):
-                params = jax.tree.map(operator.itemgetter(layer), stacked)
-                x, out = block.apply({"params": params}, x, context)
-                stats.append(out.router)
+        for visit in dataclasses.replace(self.stage, loops=num_loops).visits(self.name):
+            params = jax.tree.map(operator.itemgetter(visit.layer), stacked)
+            x, out = block.apply({"params": params}, x, context)
+            stats.append(out.router)
         return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
 
 
@@ -257,7 +257,7 @@ def empty_memory(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloa
     program, rows = config.program, batch * config.program.streams
     stages = {
         name: tuple(
-            MODULES[stage.mixer].empty(config, rows, capacity, dtype) for _ in range(stage.depth)
+            MODULES[stage.mixer].empty(config, rows, capacity, dtype) for _ in stage.visits(name)
         )
         for name, stage in program.self_decoder
     }
