@@ -127,6 +127,10 @@ def packed_batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0
     )
 
 
+def _language_model(config: ModelConfig, how: Compute | None) -> LanguageModel:
+    return LanguageModel(config, how or compute())
+
+
 @functools.partial(jax.jit, static_argnames=("config", "num_loops", "compute"))
 def hidden(
     params,
@@ -137,7 +141,7 @@ def hidden(
     num_loops=None,
     compute: Compute | None = None,
 ):
-    output = LanguageModel(config, compute or resolve_compute()).apply(
+    output = _language_model(config, compute).apply(
         {"params": params}, tokens, positions, segment_ids, num_loops=num_loops
     )
     return output.hidden
@@ -148,7 +152,7 @@ def value_and_grad(params, config: ModelConfig, tokens, compute: Compute | None 
     """Mean loss of predicting each next token, and its gradients."""
 
     def loss(params):
-        model = LanguageModel(config, compute or resolve_compute())
+        model = _language_model(config, compute)
         output = model.apply({"params": params}, tokens[:, :-1])
         total, _ = cross_entropy(output.hidden, head_matrix(params, config), tokens[:, 1:])
         return total / tokens[:, 1:].size

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
 from yocou_jax.model.attention import MODULES, Context, GlobalKeyValue
-from yocou_jax.model.compute import Compute, resolve_compute
+from yocou_jax.model.compute import Compute
 from yocou_jax.model.layers import Linear, RMSNorm, SwiGLU, exact, fan_in_init
 from yocou_jax.model.memory import Cache, KeyValue, Memory
 from yocou_jax.model.moe import MixtureOfExperts, RouterStats
@@ -244,7 +244,9 @@ class LanguageModel(nn.Module):
 def abstract_params(config: ModelConfig) -> PyTree:
     """Shapes of all parameters, boxed with their logical axes. Allocates nothing."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    model = LanguageModel(config, Compute(jnp.dtype("float32")))
+    # Parameters do not depend on how the model runs.
+    compute = Compute(jnp.dtype("float32"), "auto", "none", unroll=0, scan=True)
+    model = LanguageModel(config, compute)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
 
 
@@ -274,12 +276,12 @@ def logits(
     params: PyTree,
     config: ModelConfig,
     tokens: Int[Array, "B N"],
-    compute: Compute | None = None,
+    compute: Compute,
     **kwargs,
 ) -> Float[Array, "B N V"]:
     """All logits at once in float32, for tests, analysis and short texts. Training computes logits
     in chunks."""
-    model = LanguageModel(config, compute or resolve_compute())
+    model = LanguageModel(config, compute)
     hidden = model.apply({"params": params}, tokens, **kwargs).hidden
     return to_logits(hidden, head_matrix(params, config))
 
