@@ -48,7 +48,7 @@ class Mixer:
         """Scales of norms inside the mixer."""
         return 0
 
-    def learned(self, config: "ModelConfig") -> int:
+    def other_parameters(self, config: "ModelConfig") -> int:
         """Parameters that are neither matrices nor scales, of all streams together."""
         return 0
 
@@ -60,13 +60,13 @@ class Mixer:
         """FLOPs of one decode step at the newest of `context` positions, without the matrices."""
         raise NotImplementedError
 
-    def kept(self, config: "ModelConfig", length: int) -> int:
+    def memory_size(self, config: "ModelConfig", length: int) -> int:
         """How many numbers (not bytes) a memory with room for `length` positions stores, for one
         sequence in one parallel stream. accounting.py multiplies it by streams, loops and layers.
         """
         raise NotImplementedError
 
-    def read(self, config: "ModelConfig", context: int) -> int:
+    def step_reads(self, config: "ModelConfig", context: int) -> int:
         """How many of these numbers a decode step reads at the newest of `context` positions."""
         raise NotImplementedError
 
@@ -110,10 +110,10 @@ class Attention(Mixer):
     def step_flops(self, config: "ModelConfig", context: int) -> int:
         return 4 * config.num_heads * config.head_dim * self.keys(config, context)
 
-    def kept(self, config: "ModelConfig", length: int) -> int:
+    def memory_size(self, config: "ModelConfig", length: int) -> int:
         return self.positions(config, length) * kv_width(config)
 
-    def read(self, config: "ModelConfig", context: int) -> int:
+    def step_reads(self, config: "ModelConfig", context: int) -> int:
         return self.keys(config, context) * kv_width(config)
 
 
@@ -152,7 +152,7 @@ class Full(Attention):
     def kernel(self, config: "ModelConfig") -> Kernel:
         return Kernel("cross_attention", prefix=config.kv_prefix)
 
-    def learned(self, config: "ModelConfig") -> int:
+    def other_parameters(self, config: "ModelConfig") -> int:
         return config.program.streams * config.kv_prefix * kv_width(config)
 
 

@@ -40,10 +40,10 @@ class MeanFacts(Mixer):
     def step_flops(self, config, context):
         return 0
 
-    def kept(self, config, length):
+    def memory_size(self, config, length):
         return (SPAN - 1) * config.num_kv_heads * config.head_dim
 
-    read = kept
+    step_reads = memory_size
 
 
 @flax.struct.dataclass

@@ -17,7 +17,7 @@ from yocou_jax.typing import PyTree
 FREE_FIELDS, END_FIELDS = resumable(FREE), resumable(END)
 
 
-def going_on(
+def compare_starts(
     workdir: Path, before: dict, config: Config, first: int, init_from: Path | None
 ) -> tuple[list[str], bool]:
     """Compares a run that has done `first` updates with `before`, the manifest of its last start.
