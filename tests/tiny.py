@@ -35,13 +35,17 @@ def quick(values, *chosen):
     return [pytest.param(v, marks=() if v in chosen else pytest.mark.slow) for v in values]
 
 
+UNROLL = base.get_config().compute.unroll  # of real runs
+
+
 def config(
     architecture="yoco_u", *, optimizer=None, data=None, mesh=None, run=None, **model
 ) -> Config:
     """A tiny version of configs/base.py. Fields of `model` and `compute` are given by name, other
-    groups as dicts."""
+    groups as dicts. Stages are loops, which compile faster; unroll=UNROLL gives those of real runs.
+    """
     c = base.get_config()
-    c.compute.unroll = 0  # loops compile faster
+    c.compute.unroll = 0
     c.compute.update({name: model.pop(name) for name in tuple(model) if name in c.compute})
     c.model.update(architecture=architecture, **(MODEL | model))
     c.optimizer.update({"warmup_steps": 2} | (optimizer or {}))
