@@ -24,7 +24,7 @@ from pallas_kernels import api
 from yocou_jax import accounting, inference
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
-from yocou_jax.model import Compute, abstract_params, resolve_compute
+from yocou_jax.model import Compute, abstract_params
 from yocou_jax.model.memory import Memory
 from yocou_jax.program import ARCHITECTURES
 
@@ -102,11 +102,7 @@ class Cell(NamedTuple):
     length: int
     batch: int
     piece: int
-    asked: Compute | None = None  # how it is run; None: as the device does best
-
-    @property
-    def compute(self) -> Compute:
-        return self.asked or resolve_compute()
+    compute: Compute
 
     @property
     def capacity(self) -> int:
@@ -156,7 +152,7 @@ def cells_at(
     configs: dict[str, ModelConfig],
     sizes: Sizes,
     room: float,
-    compute: Compute | None = None,
+    compute: Compute,
 ) -> tuple[list[Cell], list[dict]]:
     """The cells of one length; those that the aims need come first. The batch of a cell is halved
     until the cell fits into MEMORY_SHARE of `room` bytes. The second list has a row of the report
@@ -370,9 +366,9 @@ def measure(
     configs: dict[str, ModelConfig],
     sizes: Sizes,
     budget_s: float,
+    compute: Compute,
     keep: Callable[[dict], None] = lambda report: None,
     say: Callable[[str], None] = lambda line: None,
-    compute: Compute | None = None,
 ) -> dict[str, Any]:
     """Measures all that fits into the time budget, and returns the report. keep gets the report so
     far after each length; say gets a line about what is done."""
@@ -396,7 +392,7 @@ def measure(
             "memory_gib": room / 2**30,
             "date": device.today(),
             "versions": device.versions(),
-            "dtype": str((compute or resolve_compute()).dtype),
+            "dtype": str(compute.dtype),
             "model": {k: v for k, v in dataclasses.asdict(config).items() if k in SMALL},
             "programs": {name: str(config.program) for name, config in configs.items()},
             "parameters": {n: accounting.parameters(c).total for n, c in configs.items()},
@@ -405,9 +401,7 @@ def measure(
             "lengths": list(sizes.lengths),
             "budget_s": budget_s,
             "seconds": time.perf_counter() - start,
-            "papers_model": paper.is_the_papers(
-                config, (compute or resolve_compute()).dtype.itemsize
-            ),
+            "papers_model": paper.is_the_papers(config, compute.dtype.itemsize),
             "rows": rows,
             "ratios": comparison.ratios(rows, list(configs)),
         }
@@ -421,7 +415,7 @@ def measure(
         return report(measured)
 
 
-def kv_rows(configs: dict[str, ModelConfig], lengths, compute: Compute | None = None) -> list[dict]:
+def kv_rows(configs: dict[str, ModelConfig], lengths, compute: Compute) -> list[dict]:
     """Rows with the size of one sequence's cache, in MiB."""
     cells = [Cell("kv", name, c, n, 1, n, compute) for n in lengths for name, c in configs.items()]
     return [

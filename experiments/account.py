@@ -3,6 +3,8 @@
 python -m experiments.account --config=configs/yocou_1b.py [--json] [--lengths=8192,32768]
 """
 
+import sys
+
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -46,13 +48,17 @@ def _table(title: str, reports: dict, lengths, cell) -> Table:
 
 def main(_):
     config, lengths = Config.from_dict(CONFIG.value).model, _lengths()
-    reports = {}
-    for name in ARCHITECTURES:
-        try:
-            reports[name] = accounting.report(accounting.sibling(config, name), lengths)
-        except UserError:
-            if "{half}" not in ARCHITECTURES[name]:
-                raise  # only architectures with halves may fail: for an odd number of layers
+    layers = config.program.layers
+    halves = [name for name, template in ARCHITECTURES.items() if "{half}" in template]
+    left_out = halves if layers % 2 else []
+    if left_out:
+        note = f"Left out, because {layers} layers have no two equal halves"
+        print(f"{note}: {', '.join(left_out)}.", file=sys.stderr)
+    reports = {
+        name: accounting.report(accounting.sibling(config, name), lengths)
+        for name in ARCHITECTURES
+        if name not in left_out
+    }
     if config.architecture not in reports:
         reports[config.architecture] = accounting.report(config, lengths)
     if JSON.value:

@@ -135,7 +135,7 @@ def main(_):
         keep(report := peers.measure(ours, sizes, compute, *how, say))
         peer.show(report, ["kind", "length", "batch"], notes, JSON.value)
         return 0
-    report = inference.measure(configs, sizes, budget_s, keep, say, compute) | {"notes": notes}
+    report = inference.measure(configs, sizes, budget_s, compute, keep, say) | {"notes": notes}
     keep(report)
     if JSON.value:
         print(to_json(report))

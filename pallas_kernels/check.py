@@ -76,14 +76,14 @@ def described(operation: str, case: Case, device: Device) -> Call:
     return Call(
         operation,
         device,
-        (B, Q, case.H) if single else (B, case.N, Q, case.H),
-        (B, case.S, K, case.H),
-        jnp.dtype(case.dtype),
-        case.window,
-        case.segments,
-        case.lengths,
-        case.q_offset,
-        case.lse,
+        q_shape=(B, Q, case.H) if single else (B, case.N, Q, case.H),
+        k_shape=(B, case.S, K, case.H),
+        dtype=jnp.dtype(case.dtype),
+        window=case.window,
+        segments=case.segments,
+        lengths=case.lengths,
+        q_offset=case.q_offset,
+        return_lse=case.lse,
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 # Compute capability by a part of the device's name, for GPUs that are compiled for but are not in
-# this machine. The first match counts. Only the choice of a kernel depends on this table.
+# this machine. The first match counts. It decides which kernels may run, and how they are compiled.
 _GPU_KINDS = {
     "GH200": 90, "H100": 90, "H200": 90, "H800": 90, "H20": 90,
     "GB200": 100, "B200": 100, "B100": 100, "GB300": 103, "B300": 103,

@@ -405,11 +405,30 @@ def test_siblings_keep_the_sizes_and_the_loops():
     assert str(accounting.sibling(tiny.model("yoco_u"), "rins").program) == "full*2@3 | full*2"
 
 
+def account(*flags) -> tuple[str, str]:
+    """What the command writes to stdout and stderr."""
+    line = (sys.executable, "-m", "experiments.account", *flags)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr
+
+
+def test_the_account_command_names_what_it_leaves_out():
+    output, said = account(
+        "--config=configs/yocou_small.py:transformer", "--config.model.num_layers=3", "--json"
+    )
+    found = json.loads(output)["architectures"]
+    assert set(found) == {"transformer", "universal_transformer", "parscale"}
+    assert said == (
+        "Left out, because 3 layers have no two equal halves: yoco_u, yoco, rins, upper_loop, "
+        "upper_loop_unshared.\n"
+    )
+
+
 def test_the_account_command_prints_the_promised_keys():
-    line = (sys.executable, "-m", "experiments.account", "--config=configs/yocou_1b.py", "--json")
-    output = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output, said = account("--config=configs/yocou_1b.py", "--json")
     found = json.loads(output)["architectures"]
     assert set(found) == set(ARCHITECTURES)
+    assert not said
     lengths = {str(n) for n in LENGTHS.values()}
     for name, report in found.items():
         assert report["params"] == accounting.parameters(paper(name)).rows()

@@ -33,14 +33,14 @@ def test_wrong_tokens_are_refused_by_the_model():
     params, tokens = tiny.params(config), tiny.tokens(2, 5)
     for wrong in (tokens[0], tokens[None], tokens.astype(float)):
         with refused:
-            logits(params, config, wrong)
+            logits(params, config, wrong, tiny.compute())
 
 
 def test_a_wrong_result_is_refused(monkeypatch):
     config = tiny.model("yoco_u")
     monkeypatch.setattr("yocou_jax.model.language_model.to_logits", lambda hidden, head: hidden[0])
     with refused:
-        logits(tiny.params(config), config, tiny.tokens(2, 5))
+        logits(tiny.params(config), config, tiny.tokens(2, 5), tiny.compute())
 
 
 def test_a_test_that_is_wrong_on_purpose_reads_our_own_sentence(unchecked):

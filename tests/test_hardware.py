@@ -1,9 +1,7 @@
-"""The table of devices is right, and the kernels have the same facts."""
+"""The peaks of the devices, by their names in jax."""
 
 import pytest
 
-from pallas_kernels.attention.blocks import TPU_VMEM
-from pallas_kernels.device import Device
 from yocou_jax import hardware
 
 
@@ -18,15 +16,4 @@ from yocou_jax import hardware
     ],
 )  # fmt: skip
 def test_peak_flops(kind, tera):
-    assert hardware.of(kind).peak_flops == (None if tera is None else tera * 1e12)
-
-
-@pytest.mark.parametrize("kind", TPU_VMEM)
-def test_no_kernel_takes_more_vmem_than_there_is(kind):
-    assert TPU_VMEM[kind] < hardware.of(kind).vmem_bytes
-
-
-@pytest.mark.parametrize("name", ["A100-SXM4-80GB", "H100 PCIe", "H200", "GH200", "B200", "L4"])
-def test_gpus_have_the_compute_capability_that_the_kernels_check(name):
-    kind = f"NVIDIA {name}"
-    assert hardware.of(kind).compute_capability == Device("gpu", kind).compute_capability
+    assert hardware.peak_flops(kind) == (None if tera is None else tera * 1e12)

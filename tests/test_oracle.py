@@ -178,7 +178,7 @@ def test_a_window_about_as_long_as_the_text(window):
     hidden = tiny.hidden(params, config, tokens[:, :LENGTH])
     trained = np.asarray(hidden) @ np.asarray(params["head"])
     tiny.assert_close(trained, expected[:, :LENGTH])
-    model = inference.prepare(params, config)
+    model = inference.prepare(params, config, tiny.compute())
     cache, after, found = inference.score(
         model, tokens[:, :LENGTH], capacity=LENGTH + 3, chunk=LENGTH
     )

@@ -35,13 +35,17 @@ def quick(values, *chosen):
     return [pytest.param(v, marks=() if v in chosen else pytest.mark.slow) for v in values]
 
 
+UNROLL = base.get_config().compute.unroll  # of real runs
+
+
 def config(
     architecture="yoco_u", *, optimizer=None, data=None, mesh=None, run=None, **model
 ) -> Config:
     """A tiny version of configs/base.py. Fields of `model` and `compute` are given by name, other
-    groups as dicts."""
+    groups as dicts. Stages are loops, which compile faster; unroll=UNROLL gives those of real runs.
+    """
     c = base.get_config()
-    c.compute.unroll = 0  # loops compile faster
+    c.compute.unroll = 0
     c.compute.update({name: model.pop(name) for name in tuple(model) if name in c.compute})
     c.model.update(architecture=architecture, **(MODEL | model))
     c.optimizer.update({"warmup_steps": 2} | (optimizer or {}))
@@ -127,6 +131,10 @@ def packed_batch(size: int = 8, length: int = 16, vocab: int = 32, seed: int = 0
     )
 
 
+def _language_model(config: ModelConfig, how: Compute | None) -> LanguageModel:
+    return LanguageModel(config, how or compute())
+
+
 @functools.partial(jax.jit, static_argnames=("config", "num_loops", "compute"))
 def hidden(
     params,
@@ -137,7 +145,7 @@ def hidden(
     num_loops=None,
     compute: Compute | None = None,
 ):
-    output = LanguageModel(config, compute or resolve_compute()).apply(
+    output = _language_model(config, compute).apply(
         {"params": params}, tokens, positions, segment_ids, num_loops=num_loops
     )
     return output.hidden
@@ -148,7 +156,7 @@ def value_and_grad(params, config: ModelConfig, tokens, compute: Compute | None 
     """Mean loss of predicting each next token, and its gradients."""
 
     def loss(params):
-        model = LanguageModel(config, compute or resolve_compute())
+        model = _language_model(config, compute)
         output = model.apply({"params": params}, tokens[:, :-1])
         total, _ = cross_entropy(output.hidden, head_matrix(params, config), tokens[:, 1:])
         return total / tokens[:, 1:].size

@@ -71,7 +71,7 @@ def parameters(config: ModelConfig) -> Parameters:
     parts = {"embedding": config.vocab_size * d}
     for name, stage in program.named_stages:
         mixer = MIXERS[stage.mixer]
-        attention = mixer.weights(config) + mixer.learned(config)
+        attention = mixer.weights(config) + mixer.other_parameters(config)
         parts[f"{name}.attention"] = stage.layers * attention
         parts[f"{name}.feed_forward"] = stage.layers * _feed_forward_params(config, active=False)
         parts[f"{name}.norms"] = stage.layers * (2 * d + mixer.scales(config))
@@ -168,7 +168,7 @@ def decode_bytes_per_step(
         mixer = MIXERS[stage.mixer]
         feed_forward = _feed_forward_params(c, active=False) - unchosen
         matrices += stage.depth * (mixer.weights(c) + feed_forward)
-        cached += stage.depth * program.streams * mixer.read(c, context)
+        cached += stage.depth * program.streams * mixer.step_reads(c, context)
     return bytes_per_value * (matrices + batch * cached)
 
 
@@ -185,7 +185,7 @@ def kv_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
     """
     program = config.program
     numbers = sum(
-        program.streams * stage.depth * MIXERS[stage.mixer].kept(config, length)
+        program.streams * stage.depth * MIXERS[stage.mixer].memory_size(config, length)
         for stage in program.stages
     )
     if program.has_cross:

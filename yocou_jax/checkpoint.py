@@ -29,7 +29,7 @@ from yocou_jax.errors import UserError
 from yocou_jax.files import write_atomically
 from yocou_jax.foreign import no_room
 from yocou_jax.progress import progress
-from yocou_jax.trees import differences, named_leaves
+from yocou_jax.trees import check_arrays, named_leaves
 from yocou_jax.typing import PyTree
 
 INVENTORY = "inventory.json"
@@ -235,11 +235,7 @@ def _restore(directory: Path, step: int, abstract: PyTree, partial: bool = False
         stored, wanted = read(layout=ocp.args.JsonRestore())["layout"], _layout(abstract)
         if partial:  # ignores other entries and other types
             stored = {n: [v[0], wanted[n][1]] for n, v in stored.items() if n in wanted}
-        if differing := differences(stored, wanted):
-            raise UserError(
-                f"Checkpoint {step} in {directory} holds other arrays than this model has "
-                f"({len(differing)} differ): {'; '.join(differing[:8])}."
-            )
+        check_arrays(f"Checkpoint {step} in {directory}", stored, "this model", wanted)
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract

@@ -1,57 +1,30 @@
-"""Speed and memory of devices: one row per kind, from the data sheets of the makers.
+"""Peak speeds of devices, from the data sheets of the makers.
 
-These numbers decide what is reported (MFU: the share of the peak FLOP/s that a run reaches) and for
-what experiments.compile_kernels compiles. They decide nothing about a computation: which kernel may
-run is decided by pallas_kernels/device.py, which has a table of NVIDIA GPUs of its own, because
-that package does not import this one. A test compares the two.
+They decide only what is reported: MFU is the share of the peak that a run reaches. What a kernel
+must know about a device is in pallas_kernels (device.py, and TPU_VMEM in attention/blocks.py).
 """
 
 import re
-from typing import NamedTuple
 
-MIB = 2**20
-
-
-class Hardware(NamedTuple):
-    """One jax device of a kind. A value that this code does not need is None.
-
-    peak_flops: dense bf16 FLOP/s, without sparsity. memory_bytes, memory_bytes_per_s: size and
-    speed of the HBM. vmem_bytes: size of a TPU's vector memory. compute_capability: of an NVIDIA
-    GPU; 90 means 9.0.
-    """
-
-    peak_flops: float | None = None
-    memory_bytes: int | None = None
-    memory_bytes_per_s: int | None = None
-    vmem_bytes: int | None = None
-    compute_capability: int | None = None
-
-
-H200 = Hardware(
-    peak_flops=989e12,
-    memory_bytes=151_397_597_184,
-    memory_bytes_per_s=4_800_000_000_000,
-    compute_capability=90,
-)
-# (pattern of jax.Device.device_kind, row); the first match counts. A tpu7x chip (2307e12) has two
-# halves, and jax shows each half as a device.
-KINDS = (
-    (r"TPU v4 lite", Hardware()),
-    (r"TPU v4", Hardware(275e12)),
-    (r"TPU v5 ?(lite|e)", Hardware(197e12, vmem_bytes=128 * MIB)),
-    (r"TPU v5", Hardware(459e12, vmem_bytes=128 * MIB)),  # v5p
-    (r"TPU v6", Hardware(918e12, vmem_bytes=128 * MIB)),  # v6e, "v6 lite"
-    (r"TPU ?v?7", Hardware(1153.5e12, vmem_bytes=64 * MIB)),
-    (r"\bG?B200\b", Hardware(2250e12, compute_capability=100)),
-    (r"\bH[12]00 (NVL)\b", Hardware(835e12, compute_capability=90)),
-    (r"\bH100 PCIe\b", Hardware(756e12, compute_capability=90)),
-    (r"\bH200\b", H200),
-    (r"\bG?H[12]00\b", Hardware(989e12, compute_capability=90)),
-    (r"\bA100\b", Hardware(312e12, compute_capability=80)),
-    (r"\bL4\b", Hardware(121e12, compute_capability=89)),
+# (pattern of jax.Device.device_kind, dense bf16 FLOP/s without sparsity); the first match counts.
+# None: not known. A tpu7x chip (2307e12) has two halves, and jax
+# shows each half as a device.
+PEAK_FLOPS = (
+    (r"TPU v4 lite", None),
+    (r"TPU v4", 275e12),
+    (r"TPU v5 ?(lite|e)", 197e12),
+    (r"TPU v5", 459e12),  # v5p
+    (r"TPU v6", 918e12),  # v6e, "v6 lite"
+    (r"TPU ?v?7", 1153.5e12),
+    (r"\bG?B200\b", 2250e12),
+    (r"\bH[12]00 (NVL)\b", 835e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bG?H[12]00\b", 989e12),
+    (r"\bA100\b", 312e12),
+    (r"\bL4\b", 121e12),
 )
 
 
-def of(device_kind: str) -> Hardware:
-    """The row of a `jax.Device.device_kind`. For an unknown kind, all values are None."""
-    return next((row for pattern, row in KINDS if re.search(pattern, device_kind)), Hardware())
+def peak_flops(device_kind: str) -> float | None:
+    """The peak of a `jax.Device.device_kind`; None if it is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS if re.search(kind, device_kind)), None)

@@ -50,7 +50,7 @@ class Mixer:
         """Scales of norms inside the mixer."""
         return 0
 
-    def learned(self, config: "ModelConfig") -> int:
+    def other_parameters(self, config: "ModelConfig") -> int:
         """Parameters that are neither matrices nor scales, of all streams together."""
         return 0
 
@@ -62,13 +62,13 @@ class Mixer:
         """FLOPs of one decode step at the newest of `context` positions, without the matrices."""
         raise NotImplementedError
 
-    def kept(self, config: "ModelConfig", length: int) -> int:
+    def memory_size(self, config: "ModelConfig", length: int) -> int:
         """How many numbers (not bytes) the layer's own memory stores, if it has room for `length`
         positions. For one sequence in one parallel stream: accounting.py multiplies the result by
         streams, loops and layers. 0 for a layer that reads the global K, V, which count once."""
         raise NotImplementedError
 
-    def read(self, config: "ModelConfig", context: int) -> int:
+    def step_reads(self, config: "ModelConfig", context: int) -> int:
         """How many numbers a decode step reads from memory, at the newest of `context` positions:
         from the layer's own memory, or from the global K, V."""
         raise NotImplementedError
@@ -113,10 +113,10 @@ class Attention(Mixer):
     def step_flops(self, config: "ModelConfig", context: int) -> int:
         return 4 * config.num_heads * config.head_dim * self.keys(config, context)
 
-    def kept(self, config: "ModelConfig", length: int) -> int:
+    def memory_size(self, config: "ModelConfig", length: int) -> int:
         return self.positions(config, length) * kv_width(config)
 
-    def read(self, config: "ModelConfig", context: int) -> int:
+    def step_reads(self, config: "ModelConfig", context: int) -> int:
         return self.keys(config, context) * kv_width(config)
 
 
@@ -155,7 +155,7 @@ class Full(Attention):
     def kernel(self, config: "ModelConfig") -> Kernel:
         return Kernel("cross_attention", prefix=config.kv_prefix)
 
-    def learned(self, config: "ModelConfig") -> int:
+    def other_parameters(self, config: "ModelConfig") -> int:
         return config.program.streams * config.kv_prefix * kv_width(config)
 
 

@@ -34,7 +34,7 @@ from yocou_jax.files import expand_path
 from yocou_jax.model import abstract_params
 from yocou_jax.progress import progress
 from yocou_jax.sharding import check_split, tree_shardings
-from yocou_jax.trees import differences, named_leaves
+from yocou_jax.trees import check_arrays, named_leaves
 from yocou_jax.typing import PyTree
 
 FORMAT, VERSION = "yocou_jax", 3  # of an exported folder; raise it if a field changes its meaning
@@ -105,7 +105,7 @@ def export(folder: str | os.PathLike, pretrained: Pretrained) -> None:
     """
     folder, config = expand_path(folder).resolve(), pretrained.config
     found = {name: (list(x.shape), x.dtype.name) for name, x in named_leaves(pretrained.params)}
-    _check_arrays("The model to export", found, abstract_params(config))
+    _check_parameters("The model to export", found, abstract_params(config))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"{folder} exists and is not an empty folder: an export overwrites nothing, so remove "
@@ -156,7 +156,7 @@ def _load_workdir(path: Path, mesh: Mesh | None, step: int | None) -> Pretrained
             f"{file} is not the manifest of a training run: it lacks config.model, config.data or "
             "program."
         ) from error
-    config, compute = _model_config(file, model, program), _compute_config(file, compute)
+    config, compute = _settings(file, model, compute, program)
     tokenizer = _read_tokenizer(file, end_of_text, manifest.get("tokenizer"))
     params, step = load_params(path / "checkpoints", _placed(config, mesh), step)
     return Pretrained(params, config, compute, tokenizer, step)
@@ -183,8 +183,7 @@ def _load_exported(path: Path, mesh: Mesh | None, asked: int | None) -> Pretrain
         raise UserError(f"{file} has step={step!r}, which must be a whole number or null.")
     if asked not in (None, step):
         raise UserError(f"There is no step {asked} in {path}: an export has one, here {step}.")
-    config = _model_config(file, stored["model"], stored["program"])
-    compute = _compute_config(file, stored["compute"])
+    config, compute = _settings(file, stored["model"], stored["compute"], stored["program"])
     tokenizer = _read_tokenizer(file, stored["end_of_text"], stored["tokenizer"])
     params = _read_arrays(_file_of(path, WEIGHTS), _placed(config, mesh), stored["weights"])
     return Pretrained(params, config, compute, tokenizer, step)
@@ -200,12 +199,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _model_config(file: Path, fields: Any, program: Any) -> ModelConfig:
-    """The sizes. Raises UserError if this code makes another program of them than training did."""
-    if not isinstance(fields, Mapping):
-        raise UserError(f"{file} has no fields under 'model', but {fields!r}.")
+def _settings(
+    file: Path, model: Any, compute: Any, program: Any
+) -> tuple[ModelConfig, ComputeConfig]:
+    """Both groups of settings. Raises UserError if this code makes another program of the sizes
+    than training did."""
+    for name, fields in (("model", model), ("compute", compute)):
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{file} has no fields under '{name}', but {fields!r}.")
     try:
-        config = ModelConfig.from_dict(fields)
+        config, compute = ModelConfig.from_dict(model), ComputeConfig.from_dict(compute)
     except UserError as error:
         raise UserError(f"{file} cannot be used: {error}") from error
     if program != str(config.program):
@@ -213,18 +216,8 @@ def _model_config(file: Path, fields: Any, program: Any) -> ModelConfig:
             f"{file} is of the program {program!r}, but here model.architecture="
             f"'{config.architecture}' means '{config.program}'."
         )
-    return config
-
-
-def _compute_config(file: Path, fields: Any) -> ComputeConfig:
-    if not isinstance(fields, Mapping):
-        raise UserError(f"{file} has no fields under 'compute', but {fields!r}.")
-    try:
-        compute = ComputeConfig.from_dict(fields)
-    except UserError as error:
-        raise UserError(f"{file} cannot be used: {error}") from error
     # The choice of a kernel is a property of the device that trained, not of the model.
-    return dataclasses.replace(compute, attention="auto")
+    return config, dataclasses.replace(compute, attention="auto")
 
 
 def _file_of(path: Path, name: str) -> str:
@@ -250,14 +243,10 @@ def _placed(config: ModelConfig, mesh: Mesh | None) -> PyTree:
     )
 
 
-def _check_arrays(owner: str, found: dict[str, tuple[list[int], str]], wanted: PyTree) -> None:
+def _check_parameters(owner: str, found: dict[str, tuple[list[int], str]], wanted: PyTree) -> None:
     """Raises UserError if names, shapes or types are not those that `wanted` may have."""
     shapes = {name: list(x.shape) for name, x in named_leaves(nn.unbox(wanted))}
-    if differing := differences({name: shape for name, (shape, _) in found.items()}, shapes):
-        raise UserError(
-            f"{owner} has other arrays than its config says ({len(differing)} differ): "
-            f"{'; '.join(differing[:8])}."
-        )
+    check_arrays(owner, {name: shape for name, (shape, _) in found.items()}, "its config", shapes)
     for name, (_, dtype) in found.items():
         if dtype not in DTYPES.values():
             raise UserError(
@@ -302,7 +291,7 @@ def _read_arrays(file: str, wanted: PyTree, sha256: str) -> PyTree:
                 name: (part.get_shape(), DTYPES.get(part.get_dtype(), part.get_dtype()))
                 for name, part in slices.items()
             }
-            _check_arrays(file, found, wanted)
+            _check_parameters(file, found, wanted)
             if (found := _sha256(file)) != sha256:
                 raise UserError(
                     f"{file} is damaged: its sha256 is {found}, but {CONFIG} has {sha256}. Copy "

@@ -78,6 +78,12 @@ class Stage:
         """Number of layers that a token passes through: layers times loops."""
         return self.layers * self.num_loops
 
+    def visits(self, name: str) -> Iterator["Visit"]:
+        """Every run of one of its layers, loop by loop. name: of the stage in its program."""
+        for loop in range(self.num_loops):
+            for layer in range(self.layers):
+                yield Visit(name, self, loop, layer)
+
     def __str__(self) -> str:
         return f"{self.mixer}*{self.layers}" + ("" if self.loops is None else f"@{self.loops}")
 
@@ -232,9 +238,7 @@ class Program:
     def visits(self) -> Iterator[Visit]:
         """Every run of a layer that a token passes through, in order."""
         for name, stage in self.named_stages:
-            for loop in range(stage.num_loops):
-                for layer in range(stage.layers):
-                    yield Visit(name, stage, loop, layer)
+            yield from stage.visits(name)
 
     def __str__(self) -> str:
         text = " | ".join(str(stage) for stage in self.stages)

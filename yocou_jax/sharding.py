@@ -180,3 +180,10 @@ def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of parts of the global batch on a mesh, by default on the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+
+
+def vocab_ways(vocab: int) -> int:
+    """Number of parts of a vocabulary of this size on the mesh of the context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["vocab"])
+    return ways if vocab % ways == 0 else 1  # as in `spec_for`

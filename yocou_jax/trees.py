@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from yocou_jax.errors import UserError
 from yocou_jax.typing import PyTree
 
 
@@ -30,3 +31,13 @@ def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> lis
         if name not in old or name not in new or old[name] != new[name]:
             shown[name] = [repr(side[name]) if name in side else "absent" for side in (old, new)]
     return [f"{name}: {a} -> {b}" for name, (a, b) in shown.items()]
+
+
+def check_arrays(owner: str, found: Mapping, source: str, wanted: Mapping) -> None:
+    """Raises UserError if an owner has other arrays than a source says. Both mappings describe
+    arrays by their names; the sentence has the first differences."""
+    if differing := differences(found, wanted):
+        raise UserError(
+            f"{owner} has other arrays than {source} ({len(differing)} differ): "
+            f"{'; '.join(differing[:8])}."
+        )

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from pallas_kernels import api
 from pallas_kernels.call import decodes
-from yocou_jax import hardware
 
 
 class Target(NamedTuple):
@@ -38,20 +37,19 @@ TARGETS = {
     "a100": Target("triton", "triton", "NVIDIA A100"),
 }
 
-_H200 = hardware.of("NVIDIA H200")
 # What XLA must know about an H200 (HBM3e, 132 multiprocessors). With the GPU it asks the driver.
-H200 = f"""
-gpu_device_info {{
+H200 = """
+gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
   shared_memory_per_core: 233472 core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {_H200.memory_bytes_per_s} l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: {_H200.memory_bytes} cuda_compute_capability {{ major: 9 minor: 0 }}
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 151397597184 cuda_compute_capability { major: 9 minor: 0 }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}}
+}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 

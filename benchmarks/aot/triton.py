@@ -3,12 +3,12 @@
 from benchmarks.aot.targets import MODELS, OTHERS, Target, cases
 from benchmarks.timing import first_line
 from pallas_kernels.attention import triton
-from yocou_jax import hardware
+from pallas_kernels.device import Device
 
 
 def run_jobs(target: Target) -> list[dict]:
     """A job for each kernel of each model. If a model fails, it has one job with the error."""
-    jobs, capability = [], hardware.of(target.device_kind).compute_capability
+    jobs, capability = [], Device("gpu", target.device_kind).compute_capability
     for model in (*MODELS, OTHERS):
         shapes = [case._asdict() for case in cases("triton") if case.model == model]
         try:

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from benchmarks import device
 from benchmarks import inference as profile
 from benchmarks.peers import turns, weights
 from benchmarks.peers.process import Peer
@@ -114,15 +113,8 @@ def measure(
             for cell, sides in pairs.items():
                 times[cell].append(turns.take(sides, number))
             say(f"{number + 1} of {rounds} pairs, {time.perf_counter() - start:.0f} s")
-        return {
-            "device": jax.devices()[0].device_kind,
-            "cores": turns.cores(),
-            "load_before": load,
-            "versions": device.versions(),
-            "peer": "LlamaForCausalLM",
-            "peer_versions": peer.versions,
+        return turns.report_head("LlamaForCausalLM", peer, load, product_times) | {
             "program": str(config.program),
             "logits_difference": difference,
-            "matmul_gflops": turns.product_gflops(turns.summary(product_times)),
             "rows": [_row(cell, taken) for cell, taken in times.items()],
         }

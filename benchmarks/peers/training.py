@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import device
 from benchmarks.peers import turns, weights
 from benchmarks.peers.process import Peer
 from benchmarks.training import compared
@@ -143,14 +142,7 @@ def measure(fields: ConfigDict, rounds: int, python: str) -> dict[str, Any]:
             product_times.append(turns.take(product, number))
             for name, pair in pairs.items():
                 times[name].append(pair.take(number))
-        return {
-            "device": jax.devices()[0].device_kind,
-            "cores": turns.cores(),
-            "load_before": load,
-            "versions": device.versions(),
-            "peer": "torch.compile",
-            "peer_versions": peer.versions,
+        return turns.report_head("torch.compile", peer, load, product_times) | {
             "optimizer": ADAMW,
-            "matmul_gflops": turns.product_gflops(turns.summary(product_times)),
             "rows": [_row(pairs[name], turns.summary(taken)) for name, taken in times.items()],
         }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import device
 from benchmarks.peers.process import Peer
 from benchmarks.report import Grid
 from benchmarks.timing import seconds
@@ -63,9 +64,22 @@ def summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def product_gflops(times: dict[str, Any]) -> dict[str, float]:
-    """GFLOP/s of the product, from its `summary`."""
-    return {side: 2 * PRODUCT**3 / times[f"{side}_s"] / 1e9 for side in ("ours", "theirs")}
+def report_head(
+    name: str, peer: Peer, load_before: float, product_times: list[tuple[float, float]]
+) -> dict[str, Any]:
+    """What every report has: the machine, the versions, and the speed of the matrix product."""
+    product = summary(product_times)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": cores(),
+        "load_before": load_before,
+        "versions": device.versions(),
+        "peer": name,
+        "peer_versions": peer.versions,
+        "matmul_gflops": {
+            side: 2 * PRODUCT**3 / product[f"{side}_s"] / 1e9 for side in ("ours", "theirs")
+        },
+    }
 
 
 def close(ours, theirs, what: str, tolerance: float) -> float:

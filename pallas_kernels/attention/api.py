@@ -259,14 +259,14 @@ def _attention(operation, q, k, v, mask: Mask, scale, return_lse, implementation
     call = Call(
         operation,
         target_device(q),
-        q.shape,
-        k.shape,
-        q.dtype,
-        mask.window,
-        mask.segments is not None,
-        mask.lengths is not None,
-        mask.q_offset,
-        return_lse,
+        q_shape=q.shape,
+        k_shape=k.shape,
+        dtype=q.dtype,
+        window=mask.window,
+        segments=mask.segments is not None,
+        lengths=mask.lengths is not None,
+        q_offset=mask.q_offset,
+        return_lse=return_lse,
     )
     attend = _select(implementation, call).attention
     out, lse = attend(q, k, v, mask, scale=_scale(scale, q), partition=partition)
@@ -340,7 +340,7 @@ def _decode(operation, q, k, v, lengths, scale, implementation, partition):
     _require(q.ndim == 3, f"{operation} needs q as [B, Q, H], one query per row; got {q.shape}.")
     _check_heads(operation, q, k, v)
     _check_rows(operation, "lengths", lengths, q.shape[0])
-    call = Call(operation, target_device(q), q.shape, k.shape, q.dtype)
+    call = Call(operation, target_device(q), q_shape=q.shape, k_shape=k.shape, dtype=q.dtype)
     run, lengths = _select(implementation, call).decode, _clipped(lengths, k.shape[1])
     return run(q, k, v, lengths, scale=_scale(scale, q), partition=partition)
 

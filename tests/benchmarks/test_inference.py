@@ -27,7 +27,7 @@ TINY = inference.CPU._replace(
     lengths=(8, 32), batch=2, prefill_tokens=16, chunk_tokens=16, steps=2, turns=2, probe=PROBE
 )
 BIG = Config.from_dict(yocou_1b.get_config()).model
-HALF = tiny.compute(dtype="bfloat16")
+FLOAT, HALF = tiny.compute(), tiny.compute(dtype="bfloat16")
 H200 = 104 * 2**30  # 75% of 139 GiB, which jax takes by default
 
 
@@ -131,7 +131,7 @@ def test_an_h200_measures_every_pair_at_a_batch_in_common():
     assert {(name, 262_144, 8) for name in ("yoco_u", "yoco", "transformer")} <= decode
     assert {(name, 262_144, 32) for name in ("yoco_u", "yoco")} <= decode
     assert {(name, 262_144, 4) for name in ("rins", "transformer")} <= decode
-    assert inference.Cell("prefill", "yoco", BIG, 100, 4, 32).capacity == 128
+    assert inference.Cell("prefill", "yoco", BIG, 100, 4, 32, HALF).capacity == 128
 
 
 def test_the_small_model_crosses_within_the_lengths():
@@ -191,7 +191,7 @@ def test_a_tiny_run_measures_and_a_failing_cell_fails_alone(monkeypatch, tmp_pat
     monkeypatch.setattr(paper, "AIM_LENGTH", max(TINY.lengths))
     configs = siblings(tiny.model(vocab_size=37), ("transformer", "yoco", "yoco_u"))
     kept = []
-    report = inference.measure(configs, TINY, 1000, kept.append)
+    report = inference.measure(configs, TINY, 1000, FLOAT, kept.append)
     first = {row["length"] for row in kept[0]["rows"] if row["kind"] != "kv"}
     assert first == {max(TINY.lengths)}  # what the aims are about
     assert kept[-1]["rows"] == report["rows"]
@@ -227,7 +227,9 @@ def test_a_tiny_run_measures_and_a_failing_cell_fails_alone(monkeypatch, tmp_pat
 
 
 def test_nothing_is_begun_after_the_deadline(monkeypatch):
-    cells = [inference.Cell("decode", "yoco", tiny.model("yoco"), n, 2, 2) for n in (8, 16, 32)]
+    cells = [
+        inference.Cell("decode", "yoco", tiny.model("yoco"), n, 2, 2, FLOAT) for n in (8, 16, 32)
+    ]
     groups = [[cell] for cell in cells]
     monkeypatch.setattr(inference, "compile_ahead", lambda cells: {})
     ran = []
@@ -243,14 +245,14 @@ def test_nothing_is_begun_after_the_deadline(monkeypatch):
     assert ran == [8, 16]
     assert [row["status"] for row in rows] == ["measured", "measured", "no time"]
     monkeypatch.undo()
-    report = inference.measure(siblings(tiny.model(), ("yoco", "yoco_u")), TINY, budget_s=0.0)
+    report = inference.measure(siblings(tiny.model(), ("yoco", "yoco_u")), TINY, 0.0, FLOAT)
     assert {row["status"] for row in report["rows"] if row["kind"] != "kv"} == {"no time"}
     assert "no time: prefill, yoco_u, N = 8" in shown(report)
 
 
 def test_what_cannot_be_compiled_fails_alone(monkeypatch):
-    good = inference.Cell("decode", "yoco", tiny.model("yoco"), 32, 2, 2)
-    bad = good._replace(asked=tiny.compute(attention="pallas_tpu"))
+    good = inference.Cell("decode", "yoco", tiny.model("yoco"), 32, 2, 2, FLOAT)
+    bad = good._replace(compute=tiny.compute(attention="pallas_tpu"))
     monkeypatch.setitem(inference.RUN, "decode", lambda cell: 0.1)
     rows = inference.measure_cells([[bad, good]], TINY, 1e9, time.perf_counter() + 1000)
     assert [row["status"] for row in rows] == ["failed", "measured"]
@@ -263,8 +265,8 @@ def test_nothing_is_compiled_in_a_measurement(caplog):
     """The programs that are compiled ahead are those that inference calls."""
     config = tiny.model("yoco_u", vocab_size=33)  # shapes that no other test compiles
     cells = [
-        inference.Cell("prefill", "yoco_u", config, 32, 3, 8),
-        inference.Cell("decode", "yoco_u", config, 32, 3, 2),
+        inference.Cell("prefill", "yoco_u", config, 32, 3, 8, FLOAT),
+        inference.Cell("decode", "yoco_u", config, 32, 3, 2, FLOAT),
     ]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         assert inference.compile_ahead(cells) == {}
@@ -285,7 +287,7 @@ def compilations(caplog) -> set[str]:
 @pytest.mark.slow
 def test_the_decode_block_takes_greedy_steps():
     config = tiny.model("yoco_u")
-    model = model_inference.prepare(tiny.params(config), config)
+    model = model_inference.prepare(tiny.params(config), config, tiny.compute())
     prompt = np.asarray(tiny.tokens(2, 5))
     cache, logits = model_inference.prefill(model, prompt, capacity=16)
     first = jnp.argmax(logits, -1).astype(jnp.int32)
@@ -298,7 +300,7 @@ def test_the_decode_block_takes_greedy_steps():
 def test_a_plot_says_what_was_not_measured():
     """If the budget is 0, the report has only the sizes of caches, which need no measurement."""
     configs = siblings(tiny.model(vocab_size=37), ("transformer", "yoco"))
-    report = inference.measure(configs, TINY, budget_s=0)
+    report = inference.measure(configs, TINY, 0, FLOAT)
     figure = Figure()
     for axes, kind in zip(figure.subplots(1, 3), comparison.TITLES, strict=True):
         plots.draw(report, kind, axes)

@@ -56,7 +56,7 @@ def texts(one, prompts, count, **options):
     """The texts that the library generates. options: those of `generate`."""
     ids = [[one.tokenizer.eot_id, *one.tokenizer.encode(text)] for text in prompts]
     stop = [one.tokenizer.eot_id]
-    run = prepare(one.params, one.config)
+    run = prepare(one.params, one.config, one.compute)
     out = generate(run, ids, max_new_tokens=count, stop_tokens=stop, **options)
     return [one.tokenizer.decode(row[row >= 0]) for row in out.tokens]
 
@@ -149,7 +149,7 @@ def test_mistakes_give_sentences(flags, sentence):
 @pytest.mark.slow
 def test_rows_that_the_host_ends_are_no_longer_computed():
     one = model()
-    run, prompts = prepare(one.params, one.config), [[1, 2], [3]]
+    run, prompts = prepare(one.params, one.config, one.compute), [[1, 2], [3]]
     options = {"max_new_tokens": 12, "block": 3, "sampling": Sampling(1.0)}
     whole = generate(run, prompts, on_tokens=lambda _: None, **options)
     compiled = generation._generate_block._cache_size()

@@ -34,12 +34,15 @@ from yocou_jax.sharding import make_mesh
 LENGTHS = np.array([3, 4, 5, 17])
 TEXT = 24  # positions of the longest prompt and of what is decoded after it
 
-full_logits = jax.jit(forward, static_argnames=("config", "num_loops", "compute"))
+full_logits = jax.jit(
+    functools.partial(forward, compute=tiny.compute()),
+    static_argnames=("config", "num_loops", "compute"),
+)
 
 
 @functools.cache
 def model(config):
-    return prepare(tiny.params(config), config)
+    return prepare(tiny.params(config), config, tiny.compute())
 
 
 @functools.cache
@@ -145,7 +148,7 @@ def test_a_model_runs_at_other_loop_counts_than_its_own(num_loops):
     want = np.asarray(
         full_logits(tiny.params(trained), trained, jnp.asarray(tokens), num_loops=num_loops)
     )
-    run = prepare(tiny.params(trained), config)
+    run = prepare(tiny.params(trained), config, tiny.compute())
     cache, logits, found = score(run, tokens[:, :13], capacity=15, chunk=4)
     assert_equal(found[:, 1:], tiny.logprobs(want, tokens[:, :13]), np.abs(want).max())
     assert_equal(logits, want[:, 12], np.abs(want).max())
@@ -192,7 +195,7 @@ def test_inference_in_bfloat16_is_as_exact_as_training(name):
     config = tiny.model(name, num_layers=2, **(tiny.MOE if name == "yoco_u" else {}))
     half = tiny.compute(dtype="bfloat16")
     want, tokens = expected(config), tiny.tokens(len(LENGTHS), TEXT)
-    training = np.asarray(full_logits(tiny.params(config), config, tokens, half))
+    training = np.asarray(full_logits(tiny.params(config), config, tokens, compute=half))
     run = prepare(tiny.params(config), config, half)
     assert {str(x.dtype) for x in jax.tree.leaves(run.params)} == {"bfloat16", "float32"}
     cache, _, found = score(run, tokens, chunk=7)
@@ -220,7 +223,7 @@ def test_prepared_parameters_are_what_training_computes_with(name, fields):
     back = jax.tree.map(lambda x: np.asarray(x, np.float32), prepared)
     tokens = tiny.tokens(2, 9)
     np.testing.assert_array_equal(
-        full_logits(back, config, tokens, half), full_logits(params, config, tokens, half)
+        *(full_logits(p, config, tokens, compute=half) for p in (back, params))
     )
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (back, params)), strict=True))
 
@@ -471,7 +474,7 @@ def test_every_chunk_and_every_block_runs_the_same_program(devices, compiled):
         params = tiny.params(config)
         if devices == 1:
             params = jax.device_put(params, jax.devices()[0])
-        run = prepare(params, config)
+        run = prepare(params, config, tiny.compute())
         generate(run, [PROMPTS[2]] * 8, **options)
         score(run, np.array([PROMPTS[2]] * 8), chunk=4)
     assert inference_programs(compiled()) == PROGRAMS
@@ -505,7 +508,7 @@ def test_eight_devices_generate_what_one_does(name):
     one = generate(model(config), prompts, **options)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        many = generate(prepare(tiny.params(config), config), prompts, **options)
+        many = generate(prepare(tiny.params(config), config, tiny.compute()), prompts, **options)
     np.testing.assert_array_equal(many.tokens, one.tokens)
     np.testing.assert_allclose(many.logprobs, one.logprobs, atol=1e-4)
     entry = jax.tree.leaves(many.memory)[0]
@@ -609,7 +612,7 @@ def test_caches_and_rows_that_do_not_fit_are_refused(unchecked):
     config = tiny.model("yoco_u", num_layers=2)
     run, other = (
         model(config),
-        prepare(tiny.params(config), dataclasses.replace(config, num_loops=2)),
+        prepare(tiny.params(config), dataclasses.replace(config, num_loops=2), tiny.compute()),
     )
     cache, logits = prefill(run, np.array([[1, 2, 3], [4, 5, 6]]))
     with refused("A memory of 2 rows does not fit 1 prompts"):

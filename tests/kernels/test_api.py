@@ -157,6 +157,8 @@ def test_the_device_is_that_of_the_mesh():
 
 def test_compute_capability():
     assert [device.compute_capability for device in DEVICES] == [None, None, 90, 80, 89, None]
+    known = {"H100 PCIe": 90, "GH200": 90, "B200": 100, "L40S": 89, "A10": 86}
+    assert {k: Device("gpu", f"NVIDIA {k}").compute_capability for k in known} == known
 
 
 def test_an_implementation_that_is_added_is_chosen_by_auto(monkeypatch):

@@ -28,8 +28,8 @@ def test_a_ragged_prefill_and_decode_are_the_forward_pass_in_plain_xla(implement
     plain = tiny.model(name, num_layers=2, num_loops=2 if name == "yoco_u" else None)
     kernels = tiny.compute(attention=implementation)
     tokens, lengths, rows = np.asarray(tiny.tokens(2, 16)), np.array([13, 6]), np.arange(2)
-    full = jax.jit(forward, static_argnames="config")
-    want = np.asarray(full(tiny.params(plain), plain, jnp.asarray(tokens)))
+    full = jax.jit(forward, static_argnames=("config", "compute"))
+    want = np.asarray(full(tiny.params(plain), plain, jnp.asarray(tokens), tiny.compute()))
     with interpret():
         model = prepare(tiny.params(plain), plain, kernels)
         cache, logits, found = score(model, tokens[:, :13], lengths, capacity=20, chunk=7)

@@ -22,7 +22,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention import tpu
-from pallas_kernels.attention.blocks import TpuBlocks, tpu_form
+from pallas_kernels.attention.blocks import TPU_VMEM, TpuBlocks, tpu_form
 from pallas_kernels.attention.tpu_bands import Bands, Ceilings
 from tests.kernels.cases import (
     Shape,
@@ -54,6 +54,12 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape):
     matches_reference(shape)
+
+
+def test_no_kernel_takes_more_vmem_than_a_device_has():
+    megabytes = {"TPU v5 lite": 128, "TPU v5": 128, "TPU v6 lite": 128, "TPU7x": 64}
+    assert TPU_VMEM.keys() == megabytes.keys()
+    assert all(TPU_VMEM[kind] < size * 2**20 for kind, size in megabytes.items())
 
 
 def test_the_form_of_v5():

@@ -40,10 +40,10 @@ class MeanFacts(Mixer):
     def step_flops(self, config, context):
         return 0
 
-    def kept(self, config, length):
+    def memory_size(self, config, length):
         return (SPAN - 1) * config.num_kv_heads * config.head_dim
 
-    read = kept
+    step_reads = memory_size
 
 
 @flax.struct.dataclass
@@ -127,8 +127,8 @@ def test_flops_of_the_new_mixer_are_those_of_its_matrices():
 def test_prefill_and_decode_of_the_new_mixer_are_the_forward_pass(program):
     config = tiny.model(program, num_loops=None)
     params, tokens, lengths = tiny.params(config), tiny.tokens(3, 14), np.array([3, 7, 11])
-    want, rows = np.asarray(logits(params, config, tokens)), np.arange(3)
-    model = inference.prepare(params, config)
+    want, rows = np.asarray(logits(params, config, tokens, tiny.compute())), np.arange(3)
+    model = inference.prepare(params, config, tiny.compute())
     memory, found = inference.prefill(model, tokens[:, :11], lengths, capacity=14, chunk=4)
     tiny.assert_close(found, want[rows, lengths - 1])
     for step in range(3):
@@ -149,8 +149,9 @@ def test_packed_documents_do_not_see_each_other(program):
     lengths = [first, 12 - first]
     positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
     segment_ids = jnp.tile(jnp.repeat(jnp.array([1, 2]), jnp.array(lengths))[None], (2, 1))
-    packed = logits(params, config, tokens, positions=positions, segment_ids=segment_ids)
-    alone = [logits(params, config, document) for document in documents]
+    how = tiny.compute()
+    packed = logits(params, config, tokens, how, positions=positions, segment_ids=segment_ids)
+    alone = [logits(params, config, document, how) for document in documents]
     tiny.assert_close(packed, np.concatenate(alone, axis=1))
 
 

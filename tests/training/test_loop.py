@@ -18,7 +18,7 @@ from yocou_jax.training import metrics
 from yocou_jax.training.console import Console
 from yocou_jax.training.evaluators import Sample, Validation
 from yocou_jax.training.loop import Run
-from yocou_jax.training.resume import going_on, new_end
+from yocou_jax.training.resume import compare_starts, new_end
 
 
 def config(steps, schedule, **optimizer):
@@ -60,15 +60,15 @@ def test_a_new_end_after_the_decay_began_gives_a_notice():
 def test_a_jump_of_the_learning_rate_is_not_forgotten(tmp_path):
     """A later change of the end that is exact by itself does not make the run exact."""
     before = {"config": config(40, "wsd").to_dict(), "resumes": [{"exact": False}]}
-    words, exact = going_on(tmp_path, before, config(60, "wsd"), 20, None)
+    words, exact = compare_starts(tmp_path, before, config(60, "wsd"), 20, None)
     assert not exact
     assert "no update so far depends on it" in words[0]
     assert "an earlier change" in words[1]
     before["resumes"] = [{"exact": True}]
-    words, exact = going_on(tmp_path, before, config(60, "wsd"), 20, None)
+    words, exact = compare_starts(tmp_path, before, config(60, "wsd"), 20, None)
     assert exact
     assert len(words) == 1
-    assert going_on(tmp_path, before, config(40, "wsd"), 20, None) == ([], True)
+    assert compare_starts(tmp_path, before, config(40, "wsd"), 20, None) == ([], True)
 
 
 @pytest.mark.parametrize(

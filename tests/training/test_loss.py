@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
+from yocou_jax.config import MeshConfig
+from yocou_jax.sharding import make_mesh
 from yocou_jax.training import loss
 from yocou_jax.training.loss import cross_entropy
 
@@ -138,6 +140,26 @@ def test_all_logits_never_exist_at_once():
     assert _largest_array(grad(at_once), hidden, head, targets) >= b * n * v
     assert _largest_array(grad(chunked), hidden, head, targets) <= b * n * v / 16
     assert _largest_array(chunked, hidden, head, targets) <= b * n * v / 16
+
+
+def test_chunks_count_the_logits_of_one_device(monkeypatch):
+    """Two ways for rows, four for the vocabulary. A device has 2 x 64 rows of 256 / 4 logits, and
+    so 8 chunks of 1024, in place of the 32 that the whole vocabulary would need."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 1024})
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
+    rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "tensor"))
+    hidden = jax.ShapeDtypeStruct((4, 64, 4), jnp.float32, sharding=rows)
+    head = jax.ShapeDtypeStruct((4, 256), jnp.float32, sharding=columns)
+    targets = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=rows)
+
+    def total(hidden, head, targets):
+        return cross_entropy(hidden, head, targets, shards=2)[0]
+
+    assert loss._num_chunks(128, 64, 256) == 32
+    with jax.set_mesh(mesh):
+        assert loss._num_chunks(128, 64, 256) == 8
+        assert loss._num_chunks(128, 64, 254) == 32  # it does not divide, so it is not split
+        assert _largest_array(jax.value_and_grad(total, (0, 1)), hidden, head, targets) == 1024
 
 
 def test_the_head_gradient_crosses_devices_once_and_not_with_every_chunk(monkeypatch):

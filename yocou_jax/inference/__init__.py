@@ -1,6 +1,6 @@
 """Inference with a memory of past positions: prefill, decode steps, generation and scores.
 
-    model = prepare(params, config)                      # in the compute type, a tree per layer
+    model = prepare(params, config, compute)             # in the compute type, a tree per layer
     memory, logits = prefill(model, tokens, lengths, new_tokens=64)   # [B, N] -> next [B, V]
     memory, logits = decode_step(model, memory, tokens)  # one more token for each row
     out = generate(model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.8))

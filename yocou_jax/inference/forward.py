@@ -39,8 +39,10 @@ def new_memory(model: PreparedModel, batch: int, capacity: int) -> Memory:
     memory = empty_memory(config, batch, capacity, model.compute.dtype)
     stages = {
         name: tuple(
-            MODULES[stage.mixer].begin(part, model.params[name][i % stage.layers]["attention"])
-            for i, part in enumerate(memory.stages[name])
+            MODULES[stage.mixer].begin(
+                memory.stages[name][visit.index], model.params[name][visit.layer]["attention"]
+            )
+            for visit in stage.visits(name)
         )
         for name, stage in config.program.self_decoder
     }

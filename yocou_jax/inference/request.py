@@ -9,7 +9,7 @@ import numpy as np
 
 from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
-from yocou_jax.inference.sampling import Sampling
+from yocou_jax.inference.sampling import Sampling, as_array
 from yocou_jax.inference.sampling import check as check_sampling
 from yocou_jax.inference.weights import PreparedModel
 from yocou_jax.model import Compute, empty_memory
@@ -209,10 +209,7 @@ def check_shape(name: str, x, shape: tuple[int, ...]) -> None:
 def whole_numbers(name: str, value, shapes, words: str, low: int, high: int) -> np.ndarray:
     """The numbers as int64. They must have one of the `shapes`, which `words` describe, and be from
     `low` to `high`. Raises UserError otherwise."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # nested lists of different lengths
-        array = np.array(None)
+    array = as_array(value)
     if array.dtype.kind not in "iu" or array.shape not in shapes:
         raise UserError(f"{name}={value!r} must be {words} from {low} to {high}.")
     if (array < low).any() or (array > high).any():

@@ -60,12 +60,17 @@ def check(sampling: Sampling, batch: int) -> Sampling:
     return Sampling(**{name: _column(name, getattr(sampling, name), batch) for name in RULES})
 
 
-def _column(name: str, value: Any, batch: int) -> np.ndarray:
-    dtype, possible, words = RULES[name]
+def as_array(value: Any) -> np.ndarray:
+    """The value as an array on the host; nested lists of different lengths as one that no check
+    accepts."""
     try:
-        given = np.asarray(value)
-    except ValueError:  # nested lists of different lengths
-        given = np.array(None)
+        return np.asarray(value)
+    except ValueError:
+        return np.array(None)
+
+
+def _column(name: str, value: Any, batch: int) -> np.ndarray:
+    (dtype, possible, words), given = RULES[name], as_array(value)
     kinds, wanted = ("iu", "whole number") if dtype is np.int32 else ("iuf", "number")
     if given.dtype.kind not in kinds:
         raise UserError(

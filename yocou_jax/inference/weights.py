@@ -32,15 +32,12 @@ class PreparedModel:
         return model.apply({"params": self.params}, *args, method=method)
 
 
-def prepare(
-    params: PyTree, config: ModelConfig, compute: Compute | ComputeConfig | None = None
-) -> PreparedModel:
+def prepare(params: PyTree, config: ModelConfig, compute: Compute | ComputeConfig) -> PreparedModel:
     """Prepares trained parameters, the tree of `LanguageModel`. Training casts them in every
     forward pass; here they are cast once, to the same bits. The result is a copy: delete `params`
     if memory is short.
 
-    compute: how to run the model; `pretrained.load` returns how it was trained. None: the defaults
-    of `ComputeConfig`.
+    compute: how to run the model; `pretrained.load` returns how it was trained.
     """
     compute = compute if isinstance(compute, Compute) else resolve_compute(compute)
     return PreparedModel(_prepared(params, config, compute.dtype), config, compute)

@@ -12,6 +12,7 @@ loops are `nn.scan`s, so the compile time of a deep model does not grow with the
 says what is deep). Loops add no parameters.
 """
 
+import dataclasses
 import functools
 import operator
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
 from yocou_jax.model.attention import MODULES, Context, GlobalKeyValue
-from yocou_jax.model.compute import Compute, resolve_compute
+from yocou_jax.model.compute import Compute
 from yocou_jax.model.layers import Linear, RMSNorm, SwiGLU, exact, fan_in_init
 from yocou_jax.model.memory import Cache, KeyValue, Memory
 from yocou_jax.model.moe import MixtureOfExperts, RouterStats
@@ -136,11 +137,10 @@ class StageStack(nn.Module):
         block = self._block(in_loop=False)
         block = block(self.config, self.compute, self.stage.mixer, parent=None)
         stats = []
-        for _ in range(num_loops):
-            for layer in range(self.stage.layers):
-                params = jax.tree.map(operator.itemgetter(layer), stacked)
-                x, out = block.apply({"params": params}, x, context)
-                stats.append(out.router)
+        for visit in dataclasses.replace(self.stage, loops=num_loops).visits(self.name):
+            params = jax.tree.map(operator.itemgetter(visit.layer), stacked)
+            x, out = block.apply({"params": params}, x, context)
+            stats.append(out.router)
         return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
 
 
@@ -246,7 +246,9 @@ def abstract_params(config: ModelConfig) -> PyTree:
     """Shapes of all parameters, boxed with their logical axes. Allocates nothing. Those of a stage
     are stacked over its layers: [layers, ...]."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    model = LanguageModel(config, Compute(jnp.dtype("float32")))
+    # Parameters do not depend on how the model runs.
+    compute = Compute(jnp.dtype("float32"), "auto", "none", unroll=0, scan=True)
+    model = LanguageModel(config, compute)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
 
 
@@ -259,7 +261,7 @@ def empty_memory(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloa
     program, rows = config.program, batch * config.program.streams
     stages = {
         name: tuple(
-            MODULES[stage.mixer].empty(config, rows, capacity, dtype) for _ in range(stage.depth)
+            MODULES[stage.mixer].empty(config, rows, capacity, dtype) for _ in stage.visits(name)
         )
         for name, stage in program.self_decoder
     }
@@ -276,12 +278,12 @@ def logits(
     params: PyTree,
     config: ModelConfig,
     tokens: Int[Array, "B N"],
-    compute: Compute | None = None,
+    compute: Compute,
     **kwargs,
 ) -> Float[Array, "B N V"]:
     """All logits at once in float32, for tests, analysis and short texts. Training computes logits
     in chunks."""
-    model = LanguageModel(config, compute or resolve_compute())
+    model = LanguageModel(config, compute)
     hidden = model.apply({"params": params}, tokens, **kwargs).hidden
     return to_logits(hidden, head_matrix(params, config))
 

@@ -32,7 +32,7 @@ from yocou_jax.training.evaluators import Evaluator, Sample, Validation
 from yocou_jax.training.lock import WorkdirLock
 from yocou_jax.training.preemption import StopRequest
 from yocou_jax.training.reporter import Reporter
-from yocou_jax.training.resume import END_FIELDS, FREE_FIELDS, going_on, load_source
+from yocou_jax.training.resume import END_FIELDS, FREE_FIELDS, compare_starts, load_source
 from yocou_jax.training.step import Setup, TrainState, set_up
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Run:
         before = None if newest is None else read_manifest(self.workdir)
         if before:
             check_resume(self.workdir, before, manifest, FREE_FIELDS + END_FIELDS)
-            notices, exact = going_on(self.workdir, before, config, newest, self.init_from)
+            notices, exact = compare_starts(self.workdir, before, config, newest, self.init_from)
             resume = {"time": manifest["created"], "step": newest, "changes": notices}
             resume["exact"] = exact
             manifest |= {key: before.get(key) for key in ("created", "init_from")}

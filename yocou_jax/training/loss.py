@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target_device
+from yocou_jax.sharding import vocab_ways
 from yocou_jax.typing import AnyArray, Array, Float, Int
 
 # Number of logits in memory at once on each device. An accelerator needs thousands of rows in each
@@ -31,9 +32,9 @@ class LossSums:
 
 def _num_chunks(rows: int, length: int, vocab: int) -> int:
     """Number of chunks that split the axis of positions, at most `length`. rows: number of
-    positions on one device, of all its sequences."""
+    positions on one device, of all its sequences. vocab: the whole one, which a mesh may split."""
     limit = CHUNK_LOGITS.get(target_device().platform, CHUNK_LOGITS_ACCELERATOR)
-    return min(length, -(-rows * vocab // limit))
+    return min(length, -(-rows * (vocab // vocab_ways(vocab)) // limit))
 
 
 def _to_chunks(x, shards: int, chunks: int):

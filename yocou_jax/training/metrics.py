@@ -48,7 +48,7 @@ def mfu(
     tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int
 ) -> float | None:
     """Model FLOP/s divided by the peak of all devices. None if the peak is unknown (a CPU)."""
-    peak = hardware.of(device_kind).peak_flops
+    peak = hardware.peak_flops(device_kind)
     return None if peak is None else tokens_per_s * flops_per_token / (peak * devices)
 
 

@@ -11,13 +11,13 @@ from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.training.optimizer import decay_starts, make_schedule
 from yocou_jax.training.step import Setup
-from yocou_jax.trees import differences, flat, named_leaves
+from yocou_jax.trees import check_arrays, differences, flat, named_leaves
 from yocou_jax.typing import PyTree
 
 FREE_FIELDS, END_FIELDS = resumable(FREE), resumable(END)
 
 
-def going_on(
+def compare_starts(
     workdir: Path, before: dict, config: Config, first: int, init_from: Path | None
 ) -> tuple[list[str], bool]:
     """Compares a run that has done `first` updates with `before`, the manifest of its last start.
@@ -101,14 +101,10 @@ def load_source(path: Path, setup: Setup, config: Config, tokenizer: Tokenizer) 
             "data.end_of_text and data.allow_lossy_tokenizer."
         )
     wanted = setup.abstract_state.params
-    shapes = [
+    found, needed = (
         {name: list(x.shape) for name, x in named_leaves(tree)} for tree in (source.params, wanted)
-    ]
-    if differing := differences(*shapes):
-        raise UserError(
-            f"The model of {path} has other arrays than this config's model ({len(differing)} "
-            f"differ): {'; '.join(differing[:8])}."
-        )
+    )
+    check_arrays(f"The model of {path}", found, "this config's model", needed)
     step = "" if source.step is None else f", step {source.step}"
     notices = [f"Started from the parameters of {path}{step}."]
     settings = (source.config, source.compute), (config.model, config.compute)
