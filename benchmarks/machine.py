@@ -20,7 +20,7 @@ import jax
 from benchmarks import cases, device, kernels
 from benchmarks.report import Grid
 from benchmarks.timing import Pace
-from pallas_kernels import OPERATIONS, api, verdicts
+from pallas_kernels import OPERATIONS, api, children, verdicts
 
 DEVICES_LIMIT_S = 120.0
 TIMES_LIMIT_S = 240.0
@@ -96,13 +96,9 @@ def devices() -> dict[str, Any]:
 def in_child(call: str, limit_s: float) -> tuple[dict[str, Any], str | None]:
     """The dict that an expression of this module returns in a new process, such as "devices()".
     Without one: {} and how the process ended."""
-    # The alarm ends it even if this process was killed meanwhile.
-    code = (
-        f"import signal; signal.alarm({int(limit_s) + 10}); import json; "
-        f"from benchmarks import machine; print(json.dumps(machine.{call}))"
-    )
-    ended = verdicts.run_child(["-c", code], limit_s, verdicts.environment())
-    return (ended.rows[-1], None) if ended.rows else ({}, verdicts.how(ended, limit_s))
+    code = f"import json; from benchmarks import machine; print(json.dumps(machine.{call}))"
+    ended = children.run(["-c", code], limit_s, verdicts.environment())
+    return (ended.rows[-1], None) if ended.rows else ({}, children.how(ended, limit_s))
 
 
 def _unwritable(folder: Path) -> str | None:
@@ -206,14 +202,14 @@ def problems(machine: Machine) -> list[Problem]:
 
 
 def check(name: str) -> dict[str, Any]:
-    """What the check of an implementation says: passed, failed (operation: sentence) and
-    unsupported (operation: sentence); or not_checked, a clause."""
+    """What the check of an implementation says of each part (an operation in a dtype): passed,
+    failed (part: sentence) and unsupported (part: sentence); or not_checked, a clause."""
     try:
         found = verdicts.check(name)
     except verdicts.NotChecked as error:
         return {"passed": [], "failed": {}, "unsupported": {}, "not_checked": error.reason}
-    failed = {operation: reason for operation, reason in found.verdict.items() if reason}
-    passed = [operation for operation in found.verdict if operation not in failed]
+    failed = {part: reason for part, reason in found.verdict.items() if reason}
+    passed = [part for part in found.verdict if part not in failed]
     return {"passed": passed, "failed": failed, "unsupported": found.unsupported}
 
 
@@ -227,7 +223,8 @@ def times(names: list[str]) -> dict[str, Any]:
 
 
 def choices() -> dict[str, dict[str, str]]:
-    """What "auto" takes for each operation on this process's device, and why."""
+    """What "auto" takes for each operation on this process's device (on an accelerator: in
+    bfloat16), and why."""
     found = {operation: api.choose_implementation(operation) for operation in OPERATIONS}
     return {o: {"implementation": c.implementation, "reason": c.reason} for o, c in found.items()}
 
@@ -295,10 +292,13 @@ def grids(report: dict[str, Any]) -> list[Grid]:
 
     def cell(row: dict, operation: str) -> str:
         words = {"passed": "right", "failed": "FAILED", "unsupported": "-"}
-        return next((words[k] for k in words if operation in row[k]), "not checked")
+        parts = [verdicts.part(operation, dtype) for dtype in verdicts.DTYPES]
+        found = [next((words[k] for k in words if p in row[k]), "not checked") for p in parts]
+        return " / ".join(found)
 
     rows = [[n, *(cell(r, o) for o in OPERATIONS)] for n, r in report["checks"].items()]
-    found = [Grid("against the reference on small odd shapes", ["", *OPERATIONS], rows)]
+    title = f"against the reference on odd shapes, in {' / '.join(verdicts.DTYPES)}"
+    found = [Grid(title, ["", *OPERATIONS], rows)]
     table: dict[str, dict[str, str]] = {}
     for row in report["times"]:
         label = f"{row['operation']}, B = {row['B']}, S = {row['S']}, H = {row['H']}, {row['pass']}"

@@ -1,14 +1,16 @@
 """All that the owner of a device can tell about it in a few minutes, part by part.
 
-A part is a command in a process of its own with a time limit. Its result is written as soon as it
-has ended, also if it failed; so a run that is cut short still has its parts.
+A part is a command in a process of its own. It may use its share of the time that is left: so a
+part that hangs takes nothing from the others, and one that ends early gives them more. Its result
+is written as soon as it has ended, even if it failed; so a run that is cut short still has its
+parts.
 """
 
+import functools
 import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -17,11 +19,12 @@ from typing import Any, NamedTuple
 
 from benchmarks import device
 from benchmarks.report import Grid, page, plain_name, write_json
-from pallas_kernels import verdicts
+from pallas_kernels import children
 from yocou_jax.files import write_atomically
 
 BUDGET_S = 480.0
-LEAST_S = 15.0  # a part does not start if less time is left
+LEAST_S = 15.0  # a part does not start if its share is less
+FIRST = 0.5  # share of the first part: without its answer there are no others
 EVERY, STEPS = 40, 160  # of the run that is killed
 TEXT = ["--config.data.source=python", "--config.data.tokenizer=bytes"]  # needs no network
 SMALL = [
@@ -34,12 +37,14 @@ SMALL = [
 
 class Part(NamedTuple):
     """A command, as the words after `python`. {out} in a word is a folder for its files, of which
-    `file` has its result if it was stopped before its end."""
+    `file` has its result if it was stopped before its end. {budget} is 0.6 of its seconds, because
+    a command looks at its budget only before it begins something new. weight: its share of the time
+    that is left, compared with those of the parts after it."""
 
     name: str
     question: str
     words: list[str]
-    limit_s: float
+    weight: float = 1.0
     file: str | None = None
 
 
@@ -49,25 +54,27 @@ def _command(name: str, *words: str) -> list[str]:
 
 def first_part() -> Part:
     """It says which device this is, on which all others depend."""
-    question = "What is this machine, and which kernels are right on small odd shapes?"
-    # One kernel that hangs must leave time for the others, and for the next parts.
-    return Part("check", question, _command("check_device", "--quick", "--limit_s=60"), 240)
+    question = "What is this machine, and which kernels are right on odd shapes?"
+    # One kernel that hangs must leave time for the others.
+    return Part("check", question, _command("check_device", "--quick", "--limit_s=100"))
 
 
 def parts(report: dict[str, Any]) -> list[Part]:
     """The other parts, the most important first. report: the result of the first one."""
     found = report["machine"]["devices"]
     on_cpu, count = found["platform"] == "cpu", found["count"]
-    kernel = report["auto"]["window_attention"]["implementation"]
+    auto = {o: choice["implementation"] for o, choice in report["auto"].items()}
+    kernel = auto["window_attention"]
+    kernels_s, inference_s = ("10", "20") if on_cpu else ("{budget}",) * 2
     made = [
         Part(
             "kernels",
             "How accurate and how fast is each kernel at real sizes?",
-            _command("benchmark_kernels", "--out={out}", f"--budget_s={10 if on_cpu else 60}"),
+            _command("benchmark_kernels", "--out={out}", "--budget_s=" + kernels_s),
             100,
             "kernels.json",
         ),
-        _resume("resume", found["platform"], False),
+        _resume("resume", "auto", False),
     ]
     if kernel != "xla":  # xla is what a kernel is compared with
         made.insert(
@@ -83,17 +90,19 @@ def parts(report: dict[str, Any]) -> list[Part]:
             ),
         )
     if found["platform"] in ("gpu", "cuda"):
-        made.append(_resume("resume_deterministic", found["platform"], True))
+        # By its name, because "auto" would check all kernels again under another flag of XLA.
+        both = kernel if set(auto.values()) == {kernel} else "xla"
+        made.append(_resume("resume_deterministic", both, True))
     for name, rows in (("yocou_small",) * 2,) if on_cpu else (("yocou_125m", 8), ("yocou_1b", 2)):
         made.append(_training(name, rows, count))
-    lengths = ["--lengths=1024", "--budget_s=20"] if on_cpu else ["--budget_s=60"]
-    config = "--config=configs/yocou_1b.py"
+    words = ["--config=configs/yocou_1b.py", "--out={out}/inference.json"]
+    words += [f"--budget_s={inference_s}", *(["--lengths=1024"] if on_cpu else [])]
     return [
         *made,
         Part(
             "inference",
             "How fast are prefill and decode, to which length?",
-            _command("profile_inference", config, "--out={out}/inference.json", *lengths),
+            _command("profile_inference", *words),
             110,
             "inference.json",
         ),
@@ -109,21 +118,21 @@ def _training(name: str, rows: int | str, count: int) -> Part:
     else:
         words += SMALL
     question = f"How fast does {name} train?"
-    return Part(f"training_{name}", question, _command("benchmark_training", *words), 120)
+    return Part(f"training_{name}", question, _command("benchmark_training", *words), 85)
 
 
-def _resume(name: str, platform: str, deterministic: bool) -> Part:
-    call = f"verify.resume({deterministic})"
+def _resume(name: str, attention: str, deterministic: bool) -> Part:
+    call = f"verify.resume({attention!r}, {deterministic})"
     code = f"import json; from benchmarks import verify; print(json.dumps({call}))"
     flag = " with --xla_gpu_deterministic_ops" if deterministic else ""
     question = f"Does a run that was killed end with the same parameters, bit for bit{flag}?"
-    return Part(name, question, ["-c", code], 160)  # 109 s on 2 CPU cores
+    return Part(name, question, ["-c", code], 130)  # 109 s on 2 CPU cores
 
 
 # --- Kill and resume ------------------------------------------------------------------------------
 
 
-def resume(deterministic: bool) -> dict[str, Any]:
+def resume(attention: str, deterministic: bool) -> dict[str, Any]:
     """Trains a small model twice: once without a stop, and once killed with SIGKILL after its first
     checkpoint, and started again. Compares the parameters at the end."""
     flags = os.environ.get("XLA_FLAGS", "")
@@ -135,14 +144,15 @@ def resume(deterministic: bool) -> dict[str, Any]:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
-        _train(folder, "whole", env).wait()
-        run = _train(folder, "killed", env)
+        train = functools.partial(_train, folder, attention=attention, env=env)
+        train("whole").wait()
+        run = train("killed")
         checkpoint = folder / "killed" / "checkpoints" / str(EVERY)
         while run.poll() is None and not checkpoint.is_dir():
             time.sleep(0.005)
         run.send_signal(signal.SIGKILL)
         was_killed = run.wait() == -signal.SIGKILL
-        _train(folder, "killed", env).wait()
+        train("killed").wait()
         whole, killed = _sha(folder / "whole"), _sha(folder / "killed")
         same = was_killed and whole is not None and whole == killed
         log = (folder / "log").read_text(encoding="utf-8", errors="replace")
@@ -150,15 +160,16 @@ def resume(deterministic: bool) -> dict[str, Any]:
     return facts | {"was_killed": was_killed, "same": same, "log": "" if same else log[-2000:]}
 
 
-def _train(folder: Path, workdir: str, env: dict[str, str]) -> subprocess.Popen:
+def _train(folder: Path, workdir: str, attention: str, env: dict[str, str]) -> subprocess.Popen:
     words = [
-        *(sys.executable, "-m", "experiments.train", "--config=configs/yocou_small.py"),
+        *("-m", "experiments.train", "--config=configs/yocou_small.py"),
+        f"--config.compute.attention={attention}",
         *(f"--workdir={folder / workdir}", f"--config.data.cache_dir={folder / 'cache'}"),
         *(f"--config.run.steps={STEPS}", f"--config.run.checkpoint_every={EVERY}"),
         *(*TEXT, *SMALL, f"--config.data.source={json.__path__[0]}/*.py"),
     ]
     with (folder / "log").open("a", encoding="utf-8") as log:
-        return subprocess.Popen(words, env=env, stdout=log, stderr=log)
+        return subprocess.Popen(children.bound(words, BUDGET_S), env=env, stdout=log, stderr=log)
 
 
 def _sha(workdir: Path) -> str | None:
@@ -172,19 +183,18 @@ def _sha(workdir: Path) -> str | None:
 # --- The parts, one after the other ---------------------------------------------------------------
 
 
-def run(part: Part, left_s: float) -> dict[str, Any]:
+def run(part: Part, limit_s: float) -> dict[str, Any]:
     """The result of a part: its command, its seconds, its answer, and a sentence if it did not end
     as it should."""
-    words = [word.replace("{out}", "OUT") for word in part.words]
-    record: dict[str, Any] = {"part": part.name, "question": part.question, "command": words}
+    words = [word.replace("{budget}", f"{0.6 * limit_s:.0f}") for word in part.words]
+    shown = [word.replace("{out}", "OUT") for word in words]
+    record: dict[str, Any] = {"part": part.name, "question": part.question, "command": shown}
     record |= {"date": device.today(), "seconds": 0.0, "failure": None, "answer": None}
-    limit = min(part.limit_s, left_s)
-    if limit < LEAST_S:
+    if limit_s < LEAST_S:
         return record | {"failure": "It did not start, because the time was over."}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as out:
-        words = [word.replace("{out}", out) for word in part.words]
-        ended = verdicts.run_child(words, limit)
+        ended = children.run([word.replace("{out}", out) for word in words], limit_s)
         if ended.rows:
             record["answer"] = ended.rows[-1]
         elif part.file is not None and (Path(out) / part.file).exists():
@@ -196,7 +206,7 @@ def run(part: Part, left_s: float) -> dict[str, Any]:
         record["failure"] = (
             "The answer says what is wrong."
             if said
-            else f"The command {verdicts.how(ended, limit)}.".replace("..", ".")
+            else f"The command {children.how(ended, round(limit_s))}.".replace("..", ".")
         )
         record["log"] = ended.log
     return record
@@ -232,14 +242,14 @@ def measure(
     """Runs all parts and writes them to a folder of `results` with the name of the device. Returns
     the folder and sentences about what failed. If the first part did not find out which device this
     is, its log is all that there is, in the folder unknown-device."""
-    start = time.monotonic()
+    end = time.monotonic() + budget_s
 
-    def done(part: Part) -> dict[str, Any]:
-        left = budget_s - (time.monotonic() - start)
-        say(f"{time.monotonic() - start:4.0f} s  {part.name}: {part.question}")
-        return run(part, left)
+    def done(part: Part, share: float) -> dict[str, Any]:
+        left = end - time.monotonic()
+        say(f"{budget_s - left:4.0f} s  {part.name}: {part.question}")
+        return run(part, share * left)
 
-    first = done(first_part())
+    first = done(first_part(), FIRST)
     known = (first["answer"] or {}).get("auto")
     kind = first["answer"]["machine"]["devices"]["kind"] if known else "unknown device"
     folder = results / plain_name(kind)
@@ -248,7 +258,8 @@ def measure(
     write(folder, first)
     if not known:
         return folder, [f"check: {first['failure'] or 'jax has no device.'}"]
-    for part in parts(first["answer"]):
-        records.append(done(part))
+    others = parts(first["answer"])
+    for i, part in enumerate(others):
+        records.append(done(part, part.weight / sum(p.weight for p in others[i:])))
         write(folder, records[-1])
     return folder, [f"{r['part']}: {r['failure']}" for r in records if r["failure"]]

@@ -3,9 +3,9 @@
     python -m experiments.check_device [--json] [--quick]
 
 It prints the devices, the versions and the memory; then it compares every attention kernel with the
-reference on small odd shapes, forward, backward and decode, each in a process of its own with a
-time limit; then it measures their times (not with --quick). At the end it says which kernel "auto"
-takes for each operation, and why; and what is wrong, with the command that fixes it.
+reference on odd shapes, forward, backward and decode, each in a process of its own with a time
+limit; then it measures their times (not with --quick). At the end it says which kernel "auto" takes
+for each operation, and why; and what is wrong, with the command that fixes it.
 
 The verdicts about the kernels are kept for the later starts of every command: "auto" takes only a
 kernel that passed here. This command always makes them again. Exit code 1: something is wrong.

@@ -18,7 +18,12 @@ def keep_freed_memory() -> None:
     By default, glibc returns large blocks to the operating system when they are freed, and every
     train step gets the same pages again. In a test with 8 layers of D = 256 and 4,096 tokens, these
     were 327,000 page faults, which took 0.7-0.9 s of system time per step. With this function there
-    were none. Whether steps also took less wall time is not known.
+    were none.
+
+    XLA's CPU backend allocates with glibc, so these options reach it. Another test (jaxlib 0.10.2,
+    2 cores): a gradient with 272 MB of temporary memory made 69,777 page faults per call, about one
+    for each page of it, and 6,953 with this function. System time went from 275 to 27 ms per call,
+    and user time stayed at 0.9 s. Wall time was not compared on an idle machine.
     """
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
     try:

@@ -11,9 +11,9 @@ parameters, bit for bit, on a GPU also with --xla_gpu_deterministic_ops; how fas
 yocou_1b train (`experiments.benchmark_training`); how fast they read and write, to 256K positions
 (`experiments.profile_inference`). On a CPU all sizes are small.
 
-Each part is a process with a time limit, and is written when it ends. So a run that is cut short
-still has its parts. A part that failed, or for which no time was left, says so in its file. Exit
-code 1: a part failed.
+Each part is a process that gets its share of the time that is left, and is written when it ends.
+So a run that is cut short still has its parts. A part that failed, or for which no time was left,
+says so in its file. Exit code 1: a part failed.
 
 Please send us the folder (README.md).
 """

@@ -1,11 +1,12 @@
 """The check of one implementation on this process's device. `verdicts.check` starts it:
 
-    python -m pallas_kernels.check NAME [OPERATION ...]     # operations that are already known
+    python -m pallas_kernels.check NAME [PART ...]     # parts that are already known
 
-It compares the implementation with the reference on small odd shapes: values, gradients and lse,
-with packed documents, lengths, an offset, float32 keys, and whole calls in float32. It prints JSON
-objects, one a line: first the device and all operations, as soon as a product has run there,
-and then {"operation": ..., "reason": null or a sentence, "supported": ...} for each operation.
+It compares the implementation with the reference on odd shapes: values, gradients and lse, with
+packed documents, lengths, an offset, float32 keys, and whole calls in float32. A part of it is an
+operation in a dtype. It prints JSON objects, one a line: first the device and all parts, as soon as
+a product has run there, and then {"part": ..., "reason": null or a sentence, "supported": ...} for
+each part.
 """
 
 import concurrent.futures
@@ -13,7 +14,6 @@ import contextlib
 import functools
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,7 +29,6 @@ from pallas_kernels.attention.mask import MASKED, SegmentIds
 from pallas_kernels.call import Call, decodes
 from pallas_kernels.device import Device, target_device
 
-B, Q, K = 4, 6, 2
 DOCUMENT = 71  # tokens
 # Relative error that is always allowed in float32. How exact an accelerator's float32 products and
 # exponentials are, nobody here has seen. A key too many or too few makes an error above 1e-2.
@@ -38,7 +37,7 @@ FLOAT32_FLOOR = 1e-4
 
 class Case(NamedTuple):
     """One call, with the letters of api.py. kv_dtype: of k and v, if it is another one. lse:
-    whether the call returns it, and it is differentiated too."""
+    whether the call returns it, and it is differentiated too. B: 2 or 4."""
 
     N: int
     S: int
@@ -50,25 +49,61 @@ class Case(NamedTuple):
     segments: bool = False
     lengths: bool = False
     lse: bool = False
+    Q: int = 6
+    K: int = 2
+    B: int = 4
 
 
-# N is above every block size of a GPU, and odd, so that the last block is not full.
+# Compilation takes most of the time, so each case covers several things. The sizes are odd, so the
+# last block is not full. The large ones have several blocks on each axis of every grid (those of a
+# TPU are the largest: 512 queries and 1024 keys; its decode reads 1024 to 4096 slots at a time).
+# They have few rows and heads, because the reference stores all scores. The first case of a dtype
+# is small: on a CPU it is the only one.
 CASES = {
     "window_attention": (
         Case(333, 333, 64, window=100, segments=True, lse=True),
-        Case(333, 333, 128, window=100),
+        Case(1100, 1100, 128, window=300, Q=3, K=1, B=2),
+        Case(1100, 1100, 128, window=600, Q=2, lse=True, B=2),
+        Case(600, 600, 256, window=200, segments=True, Q=3, K=1, B=2),
         Case(150, 150, 64, "float32", window=37),
+        Case(1100, 1100, 128, "float32", window=300, segments=True, lse=True, Q=3, K=1, B=2),
     ),
     "cross_attention": (
         Case(333, 333, 64, segments=True, lse=True),
-        Case(333, 333, 128, kv_dtype="float32"),
-        Case(150, 333, 128, q_offset=183, lengths=True),
         Case(200, 200, 64, lengths=True),
+        Case(1100, 5000, 128, kv_dtype="float32", q_offset=3900, lengths=True, Q=2, B=2),
+        Case(1100, 1100, 128, segments=True, lse=True, Q=3, K=1, B=2),
+        Case(1100, 1100, 256, Q=3, K=1, B=2),
         Case(150, 150, 64, "float32"),
+        Case(1100, 2300, 128, "float32", q_offset=1200, lengths=True, lse=True, Q=2, B=2),
     ),
-    "decode_window": (Case(1, 100, 64), Case(1, 100, 128), Case(1, 100, 64, "float32")),
-    "decode_cross": (Case(1, 777, 64), Case(1, 777, 128), Case(1, 777, 64, "float32")),
+    "decode_window": (
+        Case(1, 100, 64),
+        Case(1, 1100, 128, Q=2),
+        Case(1, 1100, 256),
+        Case(1, 100, 64, "float32"),
+        Case(1, 1100, 128, "float32"),
+    ),
+    "decode_cross": (
+        Case(1, 777, 64),
+        Case(1, 5000, 64),
+        Case(1, 5000, 128, Q=2),
+        Case(1, 5000, 256),
+        Case(1, 777, 64, "float32"),
+        Case(1, 5000, 128, "float32"),
+    ),
 }
+
+
+def parts() -> dict[str, tuple[str, tuple[Case, ...]]]:
+    """By the name of a part: its operation and its cases. All bfloat16 parts are first, so that
+    they have a verdict even if float32 hangs."""
+    found = {}
+    for dtype in verdicts.DTYPES:
+        for operation in api.OPERATIONS:
+            if cases := tuple(case for case in CASES[operation] if case.dtype == dtype):
+                found[verdicts.part(operation, dtype)] = operation, cases
+    return found
 
 
 def described(operation: str, case: Case, device: Device) -> Call:
@@ -76,8 +111,8 @@ def described(operation: str, case: Case, device: Device) -> Call:
     return Call(
         operation,
         device,
-        q_shape=(B, Q, case.H) if single else (B, case.N, Q, case.H),
-        k_shape=(B, case.S, K, case.H),
+        q_shape=(case.B, case.Q, case.H) if single else (case.B, case.N, case.Q, case.H),
+        k_shape=(case.B, case.S, case.K, case.H),
         dtype=jnp.dtype(case.dtype),
         window=case.window,
         segments=case.segments,
@@ -91,10 +126,12 @@ def inputs(operation: str, case: Case) -> tuple[list[np.ndarray], dict]:
     """q, k, v and the gradients of the output and of lse, in float32; and the options of the call.
     Decode: q, k, v and lengths."""
     rng = np.random.default_rng(case.S + case.H)
-    heads = (B, Q, case.H) if decodes(operation) else (B, case.N, Q, case.H)
-    sizes = [heads, *[(B, case.S, K, case.H)] * 2, heads, heads[:-1]]
+    B, Q, H = case.B, case.Q, case.H
+    heads = (B, Q, H) if decodes(operation) else (B, case.N, Q, H)
+    sizes = [heads, *[(B, case.S, case.K, H)] * 2, heads, heads[:-1]]
     arrays = [rng.standard_normal(size).astype(np.float32) for size in sizes]
-    lengths = np.array([0, 1, case.S // 2, case.S + 1], np.int32)  # a ring has seen more than S
+    # A ring has seen more than S.
+    lengths = np.array([case.S // 2, case.S + 1, 0, 1][:B], np.int32)
     if decodes(operation):
         return [*arrays[:3], lengths], {}
     options = {"q_offset": case.q_offset}
@@ -163,21 +200,26 @@ def judge(operation: str, case: Case, exact: dict, plain: dict, mine: dict) -> s
             return (
                 f"Its check of {operation} gave a wrong {what}: the relative error is {rms:.1e}, "
                 f"which is {ratio:.3g} times the reference's (N = {case.N}, S = {case.S}, "
-                f"H = {case.H}, {case.dtype})."
+                f"Q = {case.Q}, H = {case.H}, {case.dtype})."
             )
     return None
 
 
-def check(name: str, operation: str) -> dict:
-    """The row of an operation: reason is None if all cases that the implementation supports are
-    right. supported: whether it supports any of them."""
+def check(name: str, what: str) -> dict:
+    """The row of a part: reason is None if all cases that the implementation supports are right.
+    supported: whether it supports any of them.
+
+    Raises:
+      MemoryError: it was compiled, but could not get the memory to run.
+    """
     device = target_device()
+    operation, cases = parts()[what]
     # The tests compare what runs on a CPU with the reference: there, one case is enough.
-    cases = CASES[operation][:1] if device.platform == "cpu" else CASES[operation]
+    cases = cases[:1] if device.platform == "cpu" else cases
     calls = {case: described(operation, case, device) for case in cases}
     reasons = {case: api.unsupported_reason(name, call) for case, call in calls.items()}
     cases = [case for case, reason in reasons.items() if reason is None]
-    row = {"operation": operation, "reason": None, "supported": bool(cases)}
+    row = {"part": what, "reason": None, "supported": bool(cases)}
     if not cases:
         return row | {"reason": next(iter(reasons.values()))}
     plans = [program for case in cases for program in programs(name, operation, case)]
@@ -186,10 +228,24 @@ def check(name: str, operation: str) -> dict:
     for i, case in enumerate(cases):
         arrays, _ = inputs(operation, case)
         three = zip(compiled[3 * i :][:3], plans[3 * i :][:3], strict=True)
-        found = [jax.device_get(run(*typed(arrays, dtypes))) for run, (_, dtypes) in three]
+        with _memory_errors():
+            found = [jax.device_get(run(*typed(arrays, dtypes))) for run, (_, dtypes) in three]
         if reason := judge(operation, case, *found):
             return row | {"reason": reason}
     return row
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Raises MemoryError if the device has no memory left, which may be the fault of another
+    program. jax has no type for this error. Not to be used while a kernel is compiled: compilers
+    report in the same words that a kernel needs more of the chip's own memory than there is."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "OUT_OF_MEMORY" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 def rows(name: str, known: list[str]) -> Iterator[dict]:
@@ -197,29 +253,29 @@ def rows(name: str, known: list[str]) -> Iterator[dict]:
     unusable in this process."""
     x = jnp.ones((128, 128))
     jax.device_get(jax.jit(jnp.dot)(x, x))
-    yield {**target_device()._asdict(), "operations": list(api.OPERATIONS)}
-    for operation in (o for o in api.OPERATIONS if o not in known):
+    yield {**target_device()._asdict(), "parts": list(parts())}
+    for what in (p for p in parts() if p not in known):
         try:
-            yield check(name, operation)
+            yield check(name, what)
+        except MemoryError:
+            raise
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             said = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(".")
-            reason = f"Its check of {operation} failed: {said}."
-            yield {"operation": operation, "reason": reason, "supported": True}
+            reason = f"Its check of {what} failed: {said}."
+            yield {"part": what, "reason": reason, "supported": True}
             raise
 
 
 def main(words: list[str]) -> int:
-    # If the process that waits for this one was killed: SIGALRM ends even a process that hangs.
-    signal.alarm(int(verdicts.LIMIT_S) + 10)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     name, *known = words
     try:
         for row in rows(name, known):
             print(json.dumps(row), flush=True)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return verdicts.AGAIN
+        first = next(iter(str(error).splitlines()), "")
+        print(f"{type(error).__name__}: {first}", file=sys.stderr, flush=True)
+        return verdicts.NO_MEMORY if isinstance(error, MemoryError) else verdicts.AGAIN
     return 0
 
 

@@ -34,7 +34,7 @@ class Device(NamedTuple):
         """90 means 9.0 (Hopper). None if this is not an NVIDIA GPU, or not a known one."""
         if self.platform != "gpu":
             return None
-        for device in jax.devices() if jax.default_backend() == "gpu" else ():
+        for device in _local("gpu"):
             if device.device_kind == self.kind and hasattr(device, "compute_capability"):
                 return int(str(device.compute_capability).replace(".", ""))
         return next((cc for name, cc in _GPU_KINDS.items() if name in self.kind), None)
@@ -45,10 +45,18 @@ def _described(device: jax.Device) -> Device:
     return Device(platform, device.device_kind)
 
 
+def _local(platform: str) -> list[jax.Device]:
+    """The devices of this process, even if another platform is jax's default."""
+    try:
+        return jax.local_devices(backend=platform)
+    except RuntimeError:  # jax has no such platform here
+        return []
+
+
 def is_here(device: Device) -> bool:
-    """Whether this process computes on such an accelerator. False for a CPU, and for a device that
-    is only compiled for."""
-    return device.platform != "cpu" and device in map(_described, jax.local_devices())
+    """Whether this process has such an accelerator, of any platform that jax uses here. False for a
+    CPU, and for a device that is only compiled for."""
+    return device.platform != "cpu" and device in map(_described, _local(device.platform))
 
 
 def _of_mesh(mesh) -> Device | None:

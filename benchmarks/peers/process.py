@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from yocou_jax.errors import UserError
 
 CHILD = Path(__file__).with_name("child.py")
+LIMIT_S = 900.0  # of one answer: torch.compile of a large model takes minutes
 
 
 class Peer:
@@ -45,7 +48,10 @@ class Peer:
 
     def ask(self, call: str, **arguments: Any) -> Any:
         """What the function `call` of child.py returns. Raises RuntimeError with the stack trace of
-        the child if it fails there."""
+        the child if it fails there, and if it gives no answer within LIMIT_S."""
+        alarm = threading.Timer(LIMIT_S, self.process.kill)
+        alarm.start()
+        start = time.monotonic()
         try:
             print(
                 json.dumps({"call": call, "arguments": arguments}),
@@ -55,11 +61,15 @@ class Peer:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            alarm.cancel()
         if not line:
+            code = self.process.wait()
+            late = time.monotonic() - start >= LIMIT_S
+            what = f"no answer to {call} in {LIMIT_S:g} s" if late else f"exit code {code}"
             self.log.seek(0)
             raise RuntimeError(
-                f"{self.python} has ended with exit code {self.process.wait()}. Its last words: "
-                f"{self.log.read()[-2000:]}"
+                f"{self.python} has ended: {what}. Its last words: {self.log.read()[-2000:]}"
             )
         answer = json.loads(line)
         if answer.get("missing") in self.packages:

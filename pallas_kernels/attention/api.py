@@ -135,7 +135,7 @@ def choose_implementation(operation: str, *, implementation: str = "auto", **fac
         with on_device():
             reason = unsupported_reason(name, call)
         if reason is None and candidate.platform is not None and is_here(call.device):
-            reason = verdicts.why_not(name, operation, call.device)
+            reason = verdicts.why_not(name, operation, call.device, call.dtype_name)
         if reason is None:
             return Choice(operation, name, "; ".join(reasons))
         if candidate.platform == call.device.platform:
@@ -157,12 +157,8 @@ def agree_on_kernels() -> None:
     kernel (`verdicts.agree`)."""
     device = target_device()
     if is_here(device) and jax.process_count() > 1:
-        names = [
-            name
-            for name, found in _REGISTRY.items()
-            if found.platform == device.platform
-            and any(unsupported_reason(name, Call(o, device)) is None for o in OPERATIONS)
-        ]
+        # The same in every process, even if one of them lacks a package.
+        names = [name for name, found in _REGISTRY.items() if found.platform == device.platform]
         verdicts.agree(names, OPERATIONS, device)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import machine
 from benchmarks.machine import Machine, Problem, problems
-from pallas_kernels import OPERATIONS, verdicts
+from pallas_kernels import OPERATIONS, children, verdicts
 
 GOOD = Machine(
     system="Linux",
@@ -107,8 +107,8 @@ def test_a_device_that_hangs_is_a_sentence(monkeypatch):
     def hangs(words, limit_s, env=None):
         return real([*words[:-1], "import time; time.sleep(1000)"], 0.5, env)
 
-    real = verdicts.run_child
-    monkeypatch.setattr(verdicts, "run_child", hangs)
+    real = children.run
+    monkeypatch.setattr(children, "run", hangs)
     found, error = machine.in_child("devices()", 0.5)
     assert (found, error) == ({}, "ended after 0.5 s without an answer")
 
@@ -116,16 +116,20 @@ def test_a_device_that_hangs_is_a_sentence(monkeypatch):
 def test_the_report_names_a_kernel_that_failed(monkeypatch):
     """The checks and the processes are fakes; the report is made of them."""
     device = verdicts.Device("gpu", "NVIDIA H100")
-    none = dict.fromkeys(OPERATIONS)
+    none = {f"{operation} in bfloat16": None for operation in OPERATIONS}
+    wide = {f"{operation} in float32": None for operation in OPERATIONS}
+    missing = dict.fromkeys(none | wide, "It is not installed.")
     answers = {
-        "pallas_gpu": verdicts.Checked(device, none | {"decode_cross": "It crashed."}, {}),
-        "triton": verdicts.Checked(device, {}, dict.fromkeys(OPERATIONS, "It is not installed.")),
+        "pallas_gpu": verdicts.Checked(
+            device, none | {"decode_cross in bfloat16": "It crashed."}, dict.fromkeys(wide, "No.")
+        ),
+        "triton": verdicts.Checked(device, {}, missing),
     }
 
     def check(name):
         if name == "cudnn":
             raise verdicts.NotChecked("no process started")
-        return answers.get(name, verdicts.Checked(device, none, {}))
+        return answers.get(name, verdicts.Checked(device, none | wide, {}))
 
     auto = {o: {"implementation": "xla", "reason": "auto"} for o in OPERATIONS}
     monkeypatch.setattr(verdicts, "check", check)
@@ -137,9 +141,10 @@ def test_the_report_names_a_kernel_that_failed(monkeypatch):
         "cudnn was not checked, because no process started.",
     ]
     rows = {row[0]: row[1:] for row in machine.grids(report)[0].rows}
-    assert rows["pallas_gpu"] == ["right", "right", "right", "FAILED"]
-    assert rows["triton"] == ["-"] * 4
-    assert rows["cudnn"] == ["not checked"] * 4
+    assert rows["pallas_gpu"] == [*["right / -"] * 3, "FAILED / -"]
+    assert rows["triton"] == ["- / -"] * 4
+    assert rows["cudnn"] == ["not checked / not checked"] * 4
+    assert rows["xla"] == ["right / right"] * 4
     assert "triton: It is not installed." in machine.reasons(report)
     assert any("1 x NVIDIA H100 (gpu)" in line for line in machine.lines(report))
 
@@ -149,5 +154,5 @@ def test_the_library_does_not_start_jax_where_a_child_should():
     """So that on a TPU the children can use it."""
     code = "from benchmarks import machine; from jax._src import xla_bridge; import json;"
     code += "print(json.dumps({'started': xla_bridge.backends_are_initialized()}))"
-    ended = verdicts.run_child(["-c", code], 120)
+    ended = children.run(["-c", code], 120)
     assert ended.rows == [{"started": False}], (ended, sys.executable)

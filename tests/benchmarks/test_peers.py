@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import inference as profile
-from benchmarks.peers import inference, turns, weights
+from benchmarks.peers import inference, process, turns, weights
 from benchmarks.peers import training as peers
 from benchmarks.peers.process import CHILD, Peer
 from experiments import peer as peer_flag
@@ -45,11 +45,18 @@ def test_a_missing_package_is_one_sentence(tmp_path):
 def test_an_error_of_the_other_side_is_shown(tmp_path):
     echo = 'import json, sys\nprint("noise", file=sys.stderr)\n'
     fails = script(tmp_path, f"exec {sys.executable} -c '{echo}sys.exit(3)'")
-    with pytest.raises(RuntimeError, match=r"exit code 3\. Its last words: noise"):
+    with pytest.raises(RuntimeError, match=r"has ended: exit code 3\. Its last words: noise"):
         Peer(fails, (), threads=1)
     packages, words = ("json",), r"(?s)use failed .*KeyError: 'nobody'"
     with Peer(sys.executable, packages, 1) as peer, pytest.raises(RuntimeError, match=words):
         peer.ask("use", name="nobody", method="step")
+
+
+def test_a_peer_that_hangs_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "LIMIT_S", 0.5)
+    hangs = script(tmp_path, "exec sleep 99")
+    with pytest.raises(RuntimeError, match=r"has ended: no answer to start in 0\.5 s"):
+        Peer(hangs, (), threads=1)
 
 
 @pytest.mark.parametrize("name", ["child", "torch_twin", "llama"])
