@@ -7,8 +7,7 @@ must know about a device is in pallas_kernels (device.py, and TPU_VMEM in attent
 import re
 
 # (pattern of jax.Device.device_kind, dense bf16 FLOP/s without sparsity); the first match counts.
-# None: not known. A tpu7x chip (2307e12) has two halves, and jax
-# shows each half as a device.
+# None: not known. A tpu7x chip (2307e12) has two halves, and jax shows each half as a device.
 PEAK_FLOPS = (
     (r"TPU v4 lite", None),
     (r"TPU v4", 275e12),
