@@ -59,7 +59,7 @@ def _kernel(
     stages, size, H = keys.k_smem.shape
     S, heads = k_ref.shape[1], pl.ds(0, q_ref.shape[2])
     b, split, kv_head = (lax.axis_index(x) for x in ("batch", "tiles", "heads"))
-    valid = jnp.minimum(valid_ref[b], S)
+    valid = valid_ref[b]
     first, last = _share(hopper.ceil_div(valid, size), split, splits)
 
     def start(j):
@@ -138,7 +138,9 @@ def decode(q, k, v, valid, *, scale):
     G = Q // K
     blocks = gpu_blocks(H)
     size = blocks.decode_kv
-    S, R = max(k.shape[1], size), round_up(G, 8)
+    # A length that is not a multiple of 8 does not compile, so such a cache is copied in each call.
+    S, R = max(round_up(k.shape[1], 8), size), round_up(G, 8)
+    valid = jnp.minimum(valid.astype(jnp.int32), k.shape[1])
     k, v = (padded(x, 1, S).astype(q.dtype) for x in (k, v))
     q_rows = padded(q.reshape(B, K, G, H), 2, R)
     splits = _splits(B * K, S, size)
@@ -149,7 +151,7 @@ def decode(q, k, v, valid, *, scale):
         q_rows,
         k,
         v,
-        valid.astype(jnp.int32),
+        valid,
         grid=(B, splits, K),
         out_type=[
             jax.ShapeDtypeStruct((B, K, splits, R, H), jnp.float32),
