@@ -57,7 +57,7 @@ run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-
 # Here Python stores what it compiles, even if PYTHONDONTWRITEBYTECODE is set, as in many containers.
 # Otherwise each start compiles jax and the rest again: 6 s instead of 2.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-run(python, "-c", "import experiments.train, yocou_jax.training.loop, yocou_jax.training.console")
+subprocess.call([python, "-c", "import yocou_jax.training.loop, yocou_jax.training.console"])
 open(stamp, "w").write(key)
 print(f"{venv} is ready.")
 endef

@@ -276,7 +276,7 @@ RUN = {"prefill": run_prefill, "decode": run_decode}
 
 def _row(cell: Cell, status: str, reason: str | None = None) -> dict[str, Any]:
     """status: measured, failed, "no time" or "no memory" (the last three with a reason)."""
-    row = {key: value for key, value in cell._asdict().items() if key not in ("config", "asked")}
+    row = {key: value for key, value in cell._asdict().items() if key not in ("config", "compute")}
     row |= {"status": status, "reason": reason}
     known = (cell.kind, cell.architecture, cell.config, cell.length)
     return row | {"paper": paper.figure(*known, cell.compute.dtype.itemsize)}

@@ -36,5 +36,5 @@ def get_config(architecture: str = "yoco_u"):
         warmup_steps=20,
     )
     c.data.update(batch_size=8, sequence_length=256, validation_sequences=128)
-    c.run.update(steps=700, eval_every=200, sample_every=200, checkpoint_every=100)
+    c.run.update(steps=640, eval_every=200, sample_every=200, checkpoint_every=100)
     return c

@@ -9,6 +9,7 @@ run. On several hosts, start the command once on each host, with --distributed. 
 all; elsewhere, --coordinator, --num_processes and --process_id are needed too.
 """
 
+import math
 import os
 import signal
 import sys
@@ -34,6 +35,10 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, f
 flags.mark_flag_as_required("config")
 
 
+# A host may still check its kernels (pallas_kernels/verdicts.py) when the others want to join.
+JOIN_S = 3600
+
+
 def default_workdir(config_file: str) -> Path:
     """configs/yocou_small.py:rins -> runs/yocou_small-rins."""
     path, _, preset = config_file.partition(":")
@@ -53,18 +58,20 @@ def main(_):
     from yocou_jax.training.loop import Run
     from yocou_jax.training.preemption import EXIT_PREEMPTED
 
+    process.keep_freed_memory()
     process.check_kernels(CONFIG.value.compute.attention)
     if DISTRIBUTED.value:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only CPUs read it
         try:
-            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+            jax.distributed.initialize(
+                *(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+                initialization_timeout=JOIN_S,
+            )
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 "--distributed could not join the other processes; outside a TPU pod or a cluster "
                 f"give --coordinator, --num_processes and --process_id too ({error})."
             ) from error
-    if jax.default_backend() == "cpu":
-        process.keep_freed_memory()
     config = Config.from_dict(CONFIG.value)
     process.keep_compiled_programs(config.data.cache_dir)
     config_file = flags.FLAGS["config"].config_filename
@@ -79,9 +86,11 @@ def main(_):
         python = sys.executable if python.startswith("..") else python
         file, _, preset = config_file.partition(":")
         other = "yoco_u" if preset == "transformer" else "transformer"
+        # A value that is not finite is None in the summary of an earlier run.
+        loss, bits = (f"{summary[name] or math.nan:.4f}" for name in ("val_loss", "val_bpb"))
         console.notice(
-            f"Finished in {duration(summary['wall_s'])}: validation {summary['val_loss']:.4f} "
-            f"nats/token, {summary['val_bpb']:.4f} bits/byte after {summary['tokens']:,} tokens.\n"
+            f"Finished in {duration(summary['wall_s'])}: validation {loss} nats/token, {bits} "
+            f"bits/byte after {summary['tokens']:,} tokens.\n"
             f"Metrics and summary: {workdir}/metrics.jsonl, {workdir}/summary.json\n"
             f"See the curves:      {python} -m tensorboard.main --logdir={workdir.parent}\n"
             f"Train its sibling:   {python} -m experiments.train --config={file}:{other}"

@@ -55,8 +55,9 @@ class Case(NamedTuple):
 
 
 # Compilation takes most of the time, so each case covers several things. The sizes are odd, so the
-# last block is not full. The large ones have several blocks on each axis of every grid (those of a
-# TPU are the largest: 512 queries and 1024 keys; its decode reads 1024 to 4096 slots at a time).
+# last block is not full. The large ones have several blocks on each axis of every grid, except in
+# decode_window (a TPU's blocks are the largest: 512 queries and 1024 keys; decode reads 1024 to 4096
+# slots at a time).
 # They have few rows and heads, because the reference stores all scores. The first case of a dtype
 # is small: for an implementation that is not written for a kind of device it is the only one.
 CASES = {
@@ -71,6 +72,7 @@ CASES = {
     "cross_attention": (
         Case(333, 333, 64, segments=True, lse=True),
         Case(200, 200, 64, lengths=True),
+        Case(1100, 1100, 64, segments=True, Q=3, K=1, B=2),
         Case(1100, 5000, 128, kv_dtype="float32", q_offset=3900, lengths=True, Q=2, B=2),
         Case(1100, 1100, 128, segments=True, lse=True, Q=3, K=1, B=2),
         Case(1100, 1100, 256, Q=3, K=1, B=2),

@@ -7,18 +7,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 # What the code of a kernel, its compiler or its driver can end a process with. Any other signal
 # came from outside: from a user, from a scheduler, or because the host had no memory left.
 CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 
+ALARM_S = 3600.0  # the longest life of a child that was left alone, where the system has no better way
+
+
 class Ended(NamedTuple):
     """A child process that ended: the JSON objects that it printed, its exit code (negative: a
-    signal; None: it ran longer than it may), and the end of what it wrote to stderr."""
+    signal; None: its time was over), and the end of what it wrote to stderr."""
 
     rows: list[dict]
     code: int | None
@@ -40,21 +44,29 @@ if os.getppid() == int(parent):
 
 def bound(words: Sequence[str], limit_s: float) -> list[str]:
     """The command that runs `python words`, and does not outlive this process for long, even if
-    this process is killed: not at all on Linux, at most limit_s + 10 seconds elsewhere."""
+    this process is killed: not at all on Linux, at most limit_s + 10 seconds elsewhere. On Linux it
+    also ends with the thread that starts it."""
     start = [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), str(int(limit_s) + 10)]
     return [*start, sys.executable, *words]
 
 
-def run(words: Sequence[str], limit_s: float, env: dict[str, str] | None = None) -> Ended:
+def run(
+    words: Sequence[str],
+    limit_s: float,
+    env: dict[str, str] | None = None,
+    *,
+    for_each: bool = False,
+) -> Ended:
     """Runs `python words` and reads the JSON objects on its stdout, one a line. Kills it, and all
-    that it has started, after limit_s seconds. env: its environment; None: that of this process."""
+    that it has started, after limit_s seconds. env: its environment; None: that of this process.
+    for_each: the time begins again with each object."""
     env = dict(os.environ if env is None else env)
     root = str(Path(__file__).parent.parent)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
     # Files, not pipes: a grandchild that keeps a pipe open would block this process.
     with tempfile.TemporaryFile("w+b") as out, tempfile.TemporaryFile("w+b") as log:
         process = subprocess.Popen(
-            bound(words, limit_s),
+            bound(words, ALARM_S if for_each else limit_s),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=log,
@@ -62,9 +74,7 @@ def run(words: Sequence[str], limit_s: float, env: dict[str, str] | None = None)
             start_new_session=True,
         )
         try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
+            code = _wait(process, limit_s, out if for_each else None)
         finally:  # also after Ctrl-C
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -75,6 +85,18 @@ def run(words: Sequence[str], limit_s: float, env: dict[str, str] | None = None)
         log.seek(0)
         text = log.read().decode("utf-8", "replace")
         return Ended(_objects(out.read()), code, text[-4000:])
+
+
+def _wait(process: subprocess.Popen, limit_s: float, out: IO[bytes] | None) -> int | None:
+    """The exit code; None if the time is over. It begins again when the file `out` has grown."""
+    size, end = 0, time.monotonic() + limit_s
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(max(0.0, min(0.5, end - time.monotonic())))
+        if out is not None and (grown := os.fstat(out.fileno()).st_size) > size:
+            size, end = grown, time.monotonic() + limit_s
+        elif time.monotonic() >= end:
+            return None
 
 
 def _objects(data: bytes) -> list[dict]:

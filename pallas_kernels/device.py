@@ -36,7 +36,8 @@ class Device(NamedTuple):
             return None
         for device in _local("gpu"):
             if device.device_kind == self.kind and hasattr(device, "compute_capability"):
-                return int(str(device.compute_capability).replace(".", ""))
+                text = str(device.compute_capability).replace(".", "")
+                return int(text) if text.isdecimal() else None  # "gfx90a" on an AMD GPU
         return next((cc for name, cc in _GPU_KINDS.items() if name in self.kind), None)
 
 

@@ -34,8 +34,8 @@ def differences(old: Mapping, new: Mapping, ignore: tuple[str, ...] = ()) -> lis
 
 
 def check_arrays(owner: str, found: Mapping, source: str, wanted: Mapping) -> None:
-    """Raises UserError if an owner has other arrays than a source says. Both mappings describe
-    arrays by their names; the sentence has the first differences."""
+    """Raises UserError if `found` and `wanted`, which describe arrays by their names, differ. The
+    sentence says "OWNER has other arrays than SOURCE", and the first differences."""
     if differing := differences(found, wanted):
         raise UserError(
             f"{owner} has other arrays than {source} ({len(differing)} differ): "

@@ -37,7 +37,8 @@ class Implementation(NamedTuple):
     """One way to compute the operations. `attention` and `decode` have the signatures of those in
     reference.py. `unsupported_reason(call)` is None if they can run the call, else a full sentence.
     head_widths: the widths that `attention` computes with; it pads other heads to the next width.
-    platform: the only one that it runs on; None: any. A call for another one is refused before."""
+    platform: the only one that it runs on; None: any. Calls for other platforms are refused without
+    an import of the module."""
 
     unsupported_reason: Callable[[Call], str | None]
     attention: Callable | None = None

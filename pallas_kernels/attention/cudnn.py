@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.call import Call
-from pallas_kernels.device import interpretation
+from pallas_kernels.device import interpretation, is_here
 
 _LONGEST_HEAD = {True: 256, False: 128}  # from Hopper on, and before
 
@@ -31,7 +31,7 @@ def unsupported_reason(call: Call) -> str | None:
     capability = device.compute_capability
     if capability is None:
         return f"cuDNN needs an NVIDIA GPU of known compute capability; this is {device.kind}."
-    if jax.default_backend() != "gpu":
+    if not is_here(device):
         return (
             f"cuDNN chooses its kernel on the GPU itself, while jax compiles: {device.kind} is "
             "only named here, not present."

@@ -443,8 +443,8 @@ def accelerator(monkeypatch):
         pytest.param(
             *(
                 "hangs",
-                25,
-                "Its check of decode_window in bfloat16 on this device ended after 25 s",
+                12,
+                "Its check of decode_window in bfloat16 on this device ended after 12 s",
             ),
             marks=pytest.mark.slow,
         ),

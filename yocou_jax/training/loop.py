@@ -230,11 +230,11 @@ class Run:
             if pending is not None:
                 self._report(*pending)
             done += 1
-            if done - first == PROFILE_FROM + run.profile_steps:
-                self._stop_trace(out)
             pending = (done, out)
             stopping = stop.reached(done)
             ending = done == run.steps
+            if done - first == PROFILE_FROM + run.profile_steps or stopping or ending:
+                self._stop_trace(out)
             due = [e for e in self.evaluators if ending or done % e.every == 0]
             saving = stopping or ending or done % run.checkpoint_every == 0
             if due or saving:
@@ -312,16 +312,18 @@ class Run:
         PROFILE_FROM steps of this process."""
         if self.is_main and self.config.run.profile_steps:
             jax.block_until_ready(state)  # or the end of the step before would be in the trace
-            jax.profiler.start_trace(str(self.workdir / "tensorboard"))
+            with self.stopwatch.paused():
+                jax.profiler.start_trace(str(self.workdir / "tensorboard"))
             self._tracing = True
-            self._at_end.callback(self._stop_trace)  # if the run stops before the last of the steps
+            self._at_end.callback(self._stop_trace)  # after an error
 
     def _stop_trace(self, out: dict[str, jax.Array] | None = None) -> None:
         """out: metrics of the last step of the trace."""
         if self._tracing:
-            jax.block_until_ready(out)
-            jax.profiler.stop_trace()
             self._tracing = False
+            jax.block_until_ready(out)
+            with self.stopwatch.paused():
+                jax.profiler.stop_trace()
 
     def _finish(self, state: TrainState) -> dict:
         """The summary. tokens_per_s and wall_s count this process only, also after a resume."""
