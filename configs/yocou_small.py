@@ -3,13 +3,14 @@
     python -m experiments.train --config=configs/yocou_small.py             (or: make train)
     python -m experiments.train --config=configs/yocou_small.py:transformer (any architecture)
 
-1.5M parameters without embeddings, 1.4M tokens, about 3e13 FLOPs in all. The README says which loss
+1.5M parameters without embeddings, 1.3M tokens, about 3e13 FLOPs in all. The README says which loss
 it reaches and how long it takes. The settings were chosen by runs with d_model 192 on 0.18M tokens
 (90 steps) and their validation bits/byte: Muon at 0.003, 0.01 and 0.02 gave 2.24, 2.16 and 2.18;
 AdamW at 0.004 gave 2.45; 1,024 tokens per step instead of 2,048 gave 2.16; d_model 256 at the same
 FLOPs (64 steps) gave 2.28; embeddings scaled to unit variance gave 1.99, and with qk_norm too 1.99.
-The width was chosen by whole runs: 700 steps with 160 gave 1.3953, 600 steps with 192, which take
-longer, gave 1.4216. Each is one run with one seed. Nothing was tuned for another architecture.
+The width was chosen by whole runs: 640 steps with 160 gave 1.4163 and 700 gave 1.3953; 600 steps
+with 192, which take longer, gave 1.4216. Each is one run with one seed. Nothing was tuned for
+another architecture.
 """
 
 from configs import base

@@ -80,9 +80,8 @@ def folder(on_cpu: bool) -> Path | None:
 
 
 def main(_):
+    process.keep_freed_memory()
     on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:
-        process.keep_freed_memory()
     out = folder(on_cpu)  # first, so that a mistake in --out does not cost minutes of measurements
     sizes = cases.CPU if on_cpu else cases.ACCELERATOR
     budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value

@@ -19,7 +19,6 @@ ratio is the median over all pairs, ours / theirs: below 1 ours is faster.
 
 from pathlib import Path
 
-import jax
 from absl import flags
 from rich.console import Console
 
@@ -68,9 +67,8 @@ def compare(python: str) -> None:
 
 
 def main(_):
+    process.keep_freed_memory()
     process.check_kernels(CONFIG.value.compute.attention)
-    if jax.default_backend() == "cpu":
-        process.keep_freed_memory()
     if PEER.value is not None:
         compare(PEER.value)
         return

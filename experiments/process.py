@@ -24,7 +24,8 @@ def keep_freed_memory() -> None:
     XLA's CPU backend allocates with glibc, so these options reach it. Another test (jaxlib 0.10.2,
     2 cores): a gradient with 272 MB of temporary memory made 69,777 page faults per call, about one
     for each page of it, and 6,953 with this function. System time went from 275 to 27 ms per call,
-    and user time stayed at 0.9 s. Wall time was not compared on an idle machine.
+    and user time stayed at 0.9 s. In `make train`: 110,000 faults per second without it, and none
+    with it; 2,500 and 3,250 tokens/s.
     """
     if verdicts.accelerators():
         return

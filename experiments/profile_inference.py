@@ -105,10 +105,9 @@ def show(report: dict, out: Console) -> None:
 
 
 def main(_):
+    process.keep_freed_memory()
     process.check_kernels(CONFIG.value.compute.attention)
     on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:
-        process.keep_freed_memory()
     sizes = inference.CPU if on_cpu else inference.ACCELERATOR
     config = Config.from_dict(CONFIG.value)
     configs, notes = inference.choose_configs(config.model, ARCHITECTURE_NAMES.value, on_cpu)

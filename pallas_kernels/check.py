@@ -56,10 +56,10 @@ class Case(NamedTuple):
 
 # Compilation takes most of the time, so each case covers several things. The sizes are odd, so the
 # last block is not full. The large ones have several blocks on each axis of every grid, except in
-# decode_window (a TPU's blocks are the largest: 512 queries and 1024 keys; decode reads 1024 to 4096
-# slots at a time).
-# They have few rows and heads, because the reference stores all scores. The first case of a dtype
-# is small: for an implementation that is not written for a kind of device it is the only one.
+# decode_window (a TPU's blocks are the largest: 512 queries and 1024 keys; its decode reads 1024 to
+# 4096 slots at a time). They have few rows and heads, because the reference stores all scores. The
+# first case of a dtype is small: for an implementation that is not written for a kind of device it
+# is the only one.
 CASES = {
     "window_attention": (
         Case(333, 333, 64, window=100, segments=True, lse=True),

@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 
-ALARM_S = 3600.0  # the longest life of a child that was left alone, where the system has no better way
+ALARM_S = 3600.0  # of a child whose parts have a time limit each; see `bound`
 
 
 class Ended(NamedTuple):

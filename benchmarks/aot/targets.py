@@ -112,6 +112,7 @@ def _others() -> list[Case]:
         attention("cross_attention", 128, "tpu", "cuda", lengths=True, **late),
         attention("cross_attention", 128, "tpu", "cuda", lengths=True, segments=True, **late),
         cache._replace(platforms=("tpu", "triton")),
+        cache._replace(S=777, H=128, platforms=("cuda",)),  # not a multiple of 8
     ]
 
 

@@ -232,7 +232,7 @@ def test_a_start_while_another_program_holds_the_device_keeps_nothing(tmp_path):
 
 
 def test_a_check_that_cannot_start_is_no_verdict(monkeypatch):
-    def no_memory(*args):
+    def no_memory(*args, **kwargs):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(children, "run", no_memory)
@@ -508,7 +508,7 @@ def test_a_device_without_memory_says_nothing_about_a_kernel(monkeypatch, capsys
 )
 def test_the_check_has_a_call_of_each_operation_that_a_kernel_supports(name, device, monkeypatch):
     """So no kernel is passed over only because its check has no call for it."""
-    monkeypatch.setattr(jax, "default_backend", lambda: device.platform)
+    monkeypatch.setattr("pallas_kernels.attention.cudnn.is_here", lambda device: True)
     monkeypatch.setattr(gpu.plgpu, "InterpretGPUParams", None, raising=False)
     monkeypatch.setattr(triton, "_missing_triton", lambda: None)
     monkeypatch.setattr(triton, "_misfit", lambda: None)
