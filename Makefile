@@ -17,7 +17,7 @@ ARGS         ?=
 
 help:
 	@echo "make setup      make $(VENV) and install $(REQUIREMENTS) into it (once)"
-	@echo "make train      setup, then train $(CONFIG); ARGS='--config.run.steps=50' is passed on"
+	@echo "make train      setup, then train $(CONFIG); ARGS='--workdir=runs/short --config.run.steps=50' is passed on"
 	@echo "make test       setup, then the whole test suite"
 	@echo "make test-fast  setup, then the tests that take seconds"
 	@echo "make test-once  setup, then each of these tests with one of its cases"

@@ -20,7 +20,7 @@ import jax
 from benchmarks import cases, device, kernels
 from benchmarks.report import Grid
 from benchmarks.timing import Pace
-from pallas_kernels import OPERATIONS, api, children, verdicts
+from pallas_kernels import OPERATIONS, api, children, target_device, verdicts
 
 DEVICES_LIMIT_S = 120.0
 TIMES_LIMIT_S = 240.0
@@ -222,9 +222,14 @@ def times(names: list[str]) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def choices() -> dict[str, dict[str, str]]:
+def choices(checks: dict[str, dict]) -> dict[str, dict[str, str]]:
     """What "auto" takes for each operation on this process's device (on an accelerator: in
-    bfloat16), and why."""
+    bfloat16), and why. checks: what `check` has said of each implementation."""
+    kind = target_device().kind
+    for name, row in checks.items():
+        clause = row.get("not_checked")
+        verdict = clause or {**row["failed"], **dict.fromkeys(row["passed"])}
+        verdicts.tell(name, kind, verdict)
     found = {operation: api.choose_implementation(operation) for operation in OPERATIONS}
     return {o: {"implementation": c.implementation, "reason": c.reason} for o, c in found.items()}
 
@@ -248,7 +253,7 @@ def measure(quick: bool, say: Callable[[str], None] = lambda line: None) -> dict
             if error:
                 sentence = f"The process that measured times {error.rstrip('.')}."
                 found.append(Problem(sentence, "python -m experiments.benchmark_kernels"))
-        report["auto"], error = in_child("choices()", DEVICES_LIMIT_S)
+        report["auto"], error = in_child(f"choices({report['checks']!r})", DEVICES_LIMIT_S)
         if error:
             sentence = f"The process that asked what auto takes {error.rstrip('.')}."
             found.append(Problem(sentence, "python -m experiments.check_device"))

@@ -56,7 +56,7 @@ def first_part() -> Part:
     """It says which device this is, on which all others depend."""
     question = "What is this machine, and which kernels are right on odd shapes?"
     # One kernel that hangs must leave time for the others.
-    return Part("check", question, _command("check_device", "--quick", "--limit_s=150"))
+    return Part("check", question, _command("check_device", "--quick", "--limit_s=60"))
 
 
 def parts(report: dict[str, Any]) -> list[Part]:

@@ -14,7 +14,7 @@ from yocou_jax.files import expand_path
 
 def keep_freed_memory() -> None:
     """Lets the CPU backend of jax use the same temporary memory in each step (glibc only). Call it
-    before jax starts. Does nothing if jax will use an accelerator.
+    before jax starts. Does nothing if `verdicts.accelerators` finds one.
 
     By default, glibc returns large blocks to the operating system when they are freed, and every
     train step gets the same pages again. In a test with 8 layers of D = 256 and 4,096 tokens, these

@@ -9,7 +9,6 @@ run. On several hosts, start the command once on each host, with --distributed. 
 all; elsewhere, --coordinator, --num_processes and --process_id are needed too.
 """
 
-import math
 import os
 import signal
 import sys
@@ -35,8 +34,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, f
 flags.mark_flag_as_required("config")
 
 
-# A host may still check its kernels (pallas_kernels/verdicts.py) when the others want to join.
-JOIN_S = 3600
+# Seconds to wait for the other hosts. One with accelerators may still check its kernels.
+JOIN_S, JOIN_CHECKED_S = 300, 3600
 
 
 def default_workdir(config_file: str) -> Path:
@@ -54,6 +53,7 @@ def main(_):
     import jax
 
     from experiments import process
+    from pallas_kernels import verdicts
     from yocou_jax.training.console import Console, duration
     from yocou_jax.training.loop import Run
     from yocou_jax.training.preemption import EXIT_PREEMPTED
@@ -65,7 +65,7 @@ def main(_):
         try:
             jax.distributed.initialize(
                 *(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
-                initialization_timeout=JOIN_S,
+                initialization_timeout=JOIN_CHECKED_S if verdicts.accelerators() else JOIN_S,
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(
@@ -87,7 +87,10 @@ def main(_):
         file, _, preset = config_file.partition(":")
         other = "yoco_u" if preset == "transformer" else "transformer"
         # A value that is not finite is None in the summary of an earlier run.
-        loss, bits = (f"{summary[name] or math.nan:.4f}" for name in ("val_loss", "val_bpb"))
+        loss, bits = (
+            "not finite" if summary[name] is None else f"{summary[name]:.4f}"
+            for name in ("val_loss", "val_bpb")
+        )
         console.notice(
             f"Finished in {duration(summary['wall_s'])}: validation {loss} nats/token, {bits} "
             f"bits/byte after {summary['tokens']:,} tokens.\n"

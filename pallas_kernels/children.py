@@ -59,14 +59,14 @@ def run(
 ) -> Ended:
     """Runs `python words` and reads the JSON objects on its stdout, one a line. Kills it, and all
     that it has started, after limit_s seconds. env: its environment; None: that of this process.
-    for_each: the time begins again with each object."""
+    for_each: the time begins again with each object (with anything that it prints)."""
     env = dict(os.environ if env is None else env)
     root = str(Path(__file__).parent.parent)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
     # Files, not pipes: a grandchild that keeps a pipe open would block this process.
     with tempfile.TemporaryFile("w+b") as out, tempfile.TemporaryFile("w+b") as log:
         process = subprocess.Popen(
-            bound(words, ALARM_S if for_each else limit_s),
+            bound(words, max(ALARM_S, 10 * limit_s) if for_each else limit_s),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=log,

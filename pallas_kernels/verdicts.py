@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 USUAL_LIMIT_S = 240.0  # for each part; most of it is compilation (LOG.md has what was measured)
 LIMIT_S = USUAL_LIMIT_S
-WAIT_S = 600.0  # for another process that checks
+WAIT_S = 1800.0  # for another process that checks
 CHILD = "pallas_kernels.check"  # the module that a child runs
 AGAIN = 3  # exit code of a child: a part failed here, start another child for the next ones
 NO_MEMORY = 4  # exit code of a child: another program may have used the memory
@@ -302,6 +302,11 @@ def forget() -> None:
     _agreed.clear()
 
 
+def tell(name: str, kind: str, verdict: Verdict | str) -> None:
+    """Tells this process a verdict that another one has made, or why there is none."""
+    _known[kind, name] = verdict
+
+
 def _kept(name: str, device: Device) -> Verdict | None:
     return _read(file(device.kind)).verdicts.get(name)
 
@@ -315,7 +320,9 @@ def _find(name: str, device: Device) -> Verdict | str:
         with _alone():  # another process may have made it by now
             if (found := _kept(name, device)) is not None:
                 return found
-            logger.info("Checking %s on %s, once (at most %g s).", name, device.kind, LIMIT_S)
+            logger.info(
+                "Checking %s on %s, once (at most %g s an operation).", name, device.kind, LIMIT_S
+            )
             checked = _check(name)
     except NotChecked as error:
         return error.reason
@@ -392,9 +399,10 @@ def accelerators() -> dict[str, list[str]]:
 
 
 def before_start(names: Sequence[str], ids: list[str], platform: str) -> None:
-    """Makes the verdicts of this machine in the order of `names`, until one passes everything, if
-    no start on such a machine has made them before. Call it before jax has started: on a TPU no
-    other process can compute later, and on a GPU there is more memory.
+    """Makes the verdicts of this machine in the order of `names`, until one supports and passes all
+    parts (on a GPU none supports all), if no start on such a machine has made them before. Call it
+    before jax has started: on a TPU no other process can compute later, and on a GPU there is more
+    memory.
 
     ids: which accelerators the machine has, so that its file is found without jax.
     platform: theirs. If a child computes on another one, perhaps because a program holds the

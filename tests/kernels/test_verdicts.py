@@ -30,6 +30,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("YOCOU_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(verdicts, "CHILD", "tests.kernels.child")
     monkeypatch.setattr(verdicts, "LIMIT_S", 120.0)
+    monkeypatch.setattr(verdicts, "USUAL_LIMIT_S", 120.0)
     verdicts.forget()
     yield
     verdicts.forget()
@@ -58,8 +59,13 @@ def test_a_check_runs_once_for_a_device_and_these_versions(tmp_path, monkeypatch
     assert starts(tmp_path) == 3
 
 
-def test_a_kernel_that_hangs_is_stopped(monkeypatch):
+@pytest.mark.parametrize(
+    ("usual_s", "kept"), [(120.0, False), pytest.param(4.0, True, marks=pytest.mark.slow)]
+)
+def test_a_kernel_that_hangs_is_stopped(usual_s, kept, monkeypatch):
+    """Its verdict is kept only if it had the usual time."""
     monkeypatch.setattr(verdicts, "LIMIT_S", 4.0)  # a busy machine starts Python in two
+    monkeypatch.setattr(verdicts, "USUAL_LIMIT_S", usual_s)
     start = time.monotonic()
     first, second, third, fourth = asked("hang-cross_attention")
     assert time.monotonic() - start < 60
@@ -68,6 +74,7 @@ def test_a_kernel_that_hangs_is_stopped(monkeypatch):
         "Its check of cross_attention in bfloat16 on this device ended after 4 s without an answer."
     )
     assert third == fourth == "It was not checked, because cross_attention in bfloat16 hung."
+    assert verdicts.file("Fake 1").exists() == kept
 
 
 def test_after_a_crash_a_new_process_checks_the_rest(tmp_path):

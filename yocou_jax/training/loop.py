@@ -233,7 +233,7 @@ class Run:
             pending = (done, out)
             stopping = stop.reached(done)
             ending = done == run.steps
-            if done - first == PROFILE_FROM + run.profile_steps or stopping or ending:
+            if done - first == PROFILE_FROM + run.profile_steps or ending:
                 self._stop_trace(out)
             due = [e for e in self.evaluators if ending or done % e.every == 0]
             saving = stopping or ending or done % run.checkpoint_every == 0
@@ -315,15 +315,17 @@ class Run:
             with self.stopwatch.paused():
                 jax.profiler.start_trace(str(self.workdir / "tensorboard"))
             self._tracing = True
-            self._at_end.callback(self._stop_trace)  # after an error
+            self._at_end.callback(self._stop_trace)  # after an error, or a stop on request
 
     def _stop_trace(self, out: dict[str, jax.Array] | None = None) -> None:
         """out: metrics of the last step of the trace."""
         if self._tracing:
             self._tracing = False
-            jax.block_until_ready(out)
-            with self.stopwatch.paused():
-                jax.profiler.stop_trace()
+            try:
+                jax.block_until_ready(out)
+            finally:
+                with self.stopwatch.paused():
+                    jax.profiler.stop_trace()
 
     def _finish(self, state: TrainState) -> dict:
         """The summary. tokens_per_s and wall_s count this process only, also after a resume."""
