@@ -139,8 +139,8 @@ def decode(q, k, v, valid, *, scale):
     blocks = gpu_blocks(H)
     size = blocks.decode_kv
     # A length that is not a multiple of 8 does not compile, so such a cache is copied in each call.
+    # The copy has more slots, but none of them is valid: api.py limits `valid` to S.
     S, R = max(round_up(k.shape[1], 8), size), round_up(G, 8)
-    valid = jnp.minimum(valid.astype(jnp.int32), k.shape[1])
     k, v = (padded(x, 1, S).astype(q.dtype) for x in (k, v))
     q_rows = padded(q.reshape(B, K, G, H), 2, R)
     splits = _splits(B * K, S, size)
@@ -151,7 +151,7 @@ def decode(q, k, v, valid, *, scale):
         q_rows,
         k,
         v,
-        valid,
+        valid.astype(jnp.int32),
         grid=(B, splits, K),
         out_type=[
             jax.ShapeDtypeStruct((B, K, splits, R, H), jnp.float32),
