@@ -5,7 +5,6 @@ import os
 import subprocess
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,14 @@ class Peer:
     def ask(self, call: str, **arguments: Any) -> Any:
         """What the function `call` of child.py returns. Raises RuntimeError with the stack trace of
         the child if it fails there, and if it gives no answer within LIMIT_S."""
-        alarm = threading.Timer(LIMIT_S, self.process.kill)
+        late = threading.Event()
+
+        def stop():
+            late.set()  # first: who sees the process end must see why
+            self.process.kill()
+
+        alarm = threading.Timer(LIMIT_S, stop)
         alarm.start()
-        start = time.monotonic()
         try:
             print(
                 json.dumps({"call": call, "arguments": arguments}),
@@ -65,11 +69,10 @@ class Peer:
             alarm.cancel()
         if not line:
             code = self.process.wait()
-            late = time.monotonic() - start >= LIMIT_S
-            what = f"no answer to {call} in {LIMIT_S:g} s" if late else f"exit code {code}"
+            why = f"no answer to {call} in {LIMIT_S:g} s" if late.is_set() else f"exit code {code}"
             self.log.seek(0)
             raise RuntimeError(
-                f"{self.python} has ended: {what}. Its last words: {self.log.read()[-2000:]}"
+                f"{self.python} has ended: {why}. Its last words: {self.log.read()[-2000:]}"
             )
         answer = json.loads(line)
         if answer.get("missing") in self.packages:
