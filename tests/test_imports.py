@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     {
         *("yocou_jax", "yocou_jax.errors", "yocou_jax.files", "yocou_jax.typing"),
-        *("yocou_jax.progress", "yocou_jax.foreign"),
+        *("yocou_jax.progress", "yocou_jax.foreign", "yocou_jax.plots"),
     },
     {
         "yocou_jax.program",
@@ -26,7 +26,8 @@ LEVELS = (
     {"yocou_jax.trees", "yocou_jax.sharding", "yocou_jax.manifest", "yocou_jax.checkpoint"},
     {"yocou_jax.model", "yocou_jax.data"},
     {"yocou_jax.inference", "yocou_jax.pretrained"},
-    {"yocou_jax.training"},
+    {"yocou_jax.training", "yocou_jax.analysis"},
+    {"yocou_jax.evaluation"},
     {"benchmarks"},
     {"experiments"},
 )

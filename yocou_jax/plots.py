@@ -1,0 +1,46 @@
+"""One style for all figures: legible in print and for color-blind readers (Okabe and Ito's colors).
+
+A program has the same color and marker in every figure.
+"""
+
+import os
+from collections.abc import Iterable
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+# Of Okabe and Ito's eight colors, without yellow, which is too light on paper; gray takes its place.
+STYLES = {
+    "yoco_u": ("#D55E00", "o"),
+    "yoco": ("#E69F00", "s"),
+    "transformer": ("#000000", "D"),
+    "universal_transformer": ("#0072B2", "^"),
+    "rins": ("#56B4E9", "v"),
+    "upper_loop": ("#009E73", "P"),
+    "upper_loop_unshared": ("#CC79A7", "X"),
+    "parscale": ("#777777", "*"),
+}
+SETTINGS = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "lines.markersize": 4}
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """`color` and `marker` of each name. Names that STYLES does not have get the styles that are
+    left over, in their order, and all styles again if there are more of them."""
+    names = list(dict.fromkeys(names))
+    left = [style for name, style in STYLES.items() if name not in names] or [*STYLES.values()]
+    others = [name for name in names if name not in STYLES]
+    chosen = STYLES | {name: left[i % len(left)] for i, name in enumerate(others)}
+    return {name: dict(zip(("color", "marker"), chosen[name], strict=True)) for name in names}
+
+
+def subplots(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float = 3.6):
+    """Returns a figure without a window, and its axes as `Figure.subplots` does. width, height: of
+    each of the axes, in inches."""
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        return figure, figure.subplots(rows, columns)
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a PNG without a date, so that the same figure gives the same bytes."""
+    figure.savefig(path, dpi=150, metadata={"Software": None})
