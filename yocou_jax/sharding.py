@@ -137,8 +137,8 @@ def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Part
                     f"'{axis}'; an array can be split along it only once."
                 )
             used[axis] = name
-        ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
-        entries.append(mesh_axes if mesh_axes and size % ways == 0 else None)
+        divides = size % _ways(mesh_axes, mesh) == 0
+        entries.append(mesh_axes if mesh_axes and divides else None)
     return PartitionSpec(*entries)
 
 
@@ -176,14 +176,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def _ways(mesh_axes: tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+    """Number of parts along these axes of the mesh."""
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in mesh_axes or ())
+
+
 def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of parts of the global batch on a mesh, by default on the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+    return _ways(LOGICAL_AXES["batch"], mesh)
 
 
 def vocab_ways(vocab: int) -> int:
     """Number of parts of a vocabulary of this size on the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["vocab"])
-    return ways if vocab % ways == 0 else 1  # as in `spec_for`
+    return 1 if mesh.empty else _ways(spec_for(("vocab",), (vocab,), mesh)[0], mesh)

@@ -30,8 +30,8 @@ def test_mfu_is_known_only_if_the_peak_is():
     assert mfu(1000.0, 312e9, "cpu", 1) is None
 
 
-def scalars(workdir, tag="loss"):
-    events = EventAccumulator(str(workdir / "tensorboard"))
+def scalars(workdir, tag="loss/loss"):
+    events = EventAccumulator(str(workdir))
     events.Reload()
     return {e.step: e.value for e in events.Scalars(tag)}
 
@@ -69,23 +69,45 @@ def test_steps_must_increase_and_nan_becomes_null(tmp_path):
 
 def test_text_hparams_and_summary(tmp_path):
     writer = MetricsWriter(tmp_path)
-    writer.text("sample", "def f():\n    return 1", step=7)
-    writer.hparams({"model": {"window": 64, "loops": None}, "run": {"seed": 0}})
+    writer.events.text("sample", "def f():\n    return 1", step=7)
+    writer.events.hparams({"Loops": 3, "model.num_loops": None}, ["validation/val_loss"])
     writer.summary({"val_loss": 1.5, "params": 10})
     writer.summary({"val_loss": float("nan"), "params": 10})
     writer.close()
     text = (tmp_path / "summary.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"val_loss": None, "params": 10}
     assert not list(tmp_path.glob("*.new"))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert "sample/text_summary" in events.Tags()["tensors"]
     (sample,) = events.Tensors("sample/text_summary")
     assert sample.step == 7
     assert sample.tensor_proto.string_val[0] == b"    def f():\n        return 1"
     hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"model.window" in hparams
-    assert b"model.loops" in hparams
+    assert b"Loops" in hparams
+    assert b"model.num_loops" in hparams
+
+
+def test_losses_by_tokens_and_gflops_survive_a_resume(tmp_path):
+    """TensorBoard drops what a resume repeats by its step, and on these axes nothing is a step."""
+    writer = MetricsWriter(tmp_path, gflops_per_token=0.5)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": step / 10, "tokens": step * 100, "lr": 1.0})
+    writer.close()
+    resumed = MetricsWriter(tmp_path, resume_step=20, gflops_per_token=0.5)
+    resumed.write(30, {"loss": 9.0, "val_loss": 8.0, "tokens": 3000})
+    resumed.close()
+    assert scalars(tmp_path, "x_tokens/loss") == {1000: 1.0, 2000: 2.0, 3000: 9.0}
+    assert scalars(tmp_path, "x_gflops/loss") == {500: 1.0, 1000: 2.0, 1500: 9.0}
+    assert scalars(tmp_path, "x_gflops/val_loss") == {1500: 8.0}
+    assert scalars(tmp_path, "optimizer/lr") == {10: 1.0, 20: 1.0}
+
+
+def test_every_metric_has_a_group():
+    names = {v for k, v in vars(metrics).items() if k.isupper() and isinstance(v, str)}
+    grouped = [name for group in metrics.GROUPS.values() for name in group]
+    assert len(grouped) == len(set(grouped))
+    assert names - set(grouped) == {metrics.STEP, metrics.SKIPPED_IN_A_ROW}
 
 
 def plain(**options):

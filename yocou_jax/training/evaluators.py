@@ -76,4 +76,4 @@ class Sample(Evaluator):
         text = tokenizer.decode([*prompt, *out.tokens[0, : out.lengths[0]]])
         run.reporter.sample(text, f"step {step}: a sample")
         if run.writer:
-            run.writer.text("sample", text, step)
+            run.writer.events.text("sample", text, step)

@@ -29,11 +29,15 @@ from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.banner import attention_choices, banner
 from yocou_jax.training.evaluators import Evaluator, Sample, Validation
+from yocou_jax.training.events import Events
 from yocou_jax.training.lock import WorkdirLock
 from yocou_jax.training.preemption import StopRequest
 from yocou_jax.training.reporter import Reporter
 from yocou_jax.training.resume import END_FIELDS, FREE_FIELDS, compare_starts, load_source
 from yocou_jax.training.step import Setup, TrainState, set_up
+from yocou_jax.trees import flat
+
+KV_TAG = "cost/kv_bytes_per_sequence"  # in TensorBoard: bytes of the caches, as in summary.json
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +105,9 @@ class Run:
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.flops_per_token = accounting.train_flops_per_token(
             config.model, config.data.sequence_length
+        )
+        self.kv_bytes = accounting.kv_bytes(
+            config.model, config.data.sequence_length, self.setup.compute.dtype.itemsize
         )
         self.started = time.perf_counter()
         self.stopwatch = Stopwatch()
@@ -184,14 +191,15 @@ class Run:
             if first < config.run.steps:  # a run with a summary counts as finished
                 (self.workdir / "summary.json").unlink(missing_ok=True)
             self.writer = metrics.MetricsWriter(
-                self.workdir, resume_step=first if restored else None
+                self.workdir,
+                resume_step=first if restored else None,
+                gflops_per_token=self.flops_per_token / 1e9,
             )
             self._at_end.callback(self.writer.close)
             # Stored with the checkpoints: the cache may be deleted, and another Python may train
             # another tokenizer.
             write_atomically(self.workdir / "tokenizer.json", data.tokenizer.to_json())
-            self.writer.text("config", _as_text(config), first)
-            self.writer.hparams(config.to_dict())
+            self._describe(self.writer.events, first)
         self.reporter.banner(
             f"YOCO-U in JAX: {config.model.program}",
             banner(config, data, self.setup.mesh, self.attention, self.workdir),
@@ -205,6 +213,24 @@ class Run:
             self.reporter.notice(notice)
         self.reporter.start(config.run.steps)
         return state, first
+
+    def _describe(self, events: Events, step: int) -> None:
+        """Tells TensorBoard what this run is: its config as text, its row in the HParams page."""
+        config = self.config
+        events.text("config", _as_text(config), step)
+        events.scalars(step, {KV_TAG: self.kv_bytes})
+        tokens = config.run.steps * self.tokens_per_step
+        facts = {
+            "Program": str(config.model.program),
+            "Loops": max(stage.num_loops for stage in config.model.program.stages),
+            "Parameters": accounting.parameters(config.model).total,
+            "Tokens": tokens,
+            "FLOPs": tokens * self.flops_per_token,
+            "Learning rate": config.optimizer.learning_rate,
+        }
+        fields = {k: v for k, v in flat(config.to_dict()).items() if k not in FREE_FIELDS}
+        shown = (metrics.VAL_BPB, metrics.VAL_LOSS, metrics.TOKENS_PER_S)
+        events.hparams(facts | fields, [*map(metrics.tag, shown), KV_TAG])
 
     def _fresh(self, manifest: dict, notices: list[str]) -> TrainState:
         """The state at step 0, with the parameters of `init_from` if there is one."""
@@ -313,7 +339,7 @@ class Run:
         if self.is_main and self.config.run.profile_steps:
             jax.block_until_ready(state)  # or the end of the step before would be in the trace
             with self.stopwatch.paused():
-                jax.profiler.start_trace(str(self.workdir / "tensorboard"))
+                jax.profiler.start_trace(str(self.workdir))
             self._tracing = True
             self._at_end.callback(self._stop_trace)  # after an error, or a stop on request
 
@@ -346,11 +372,7 @@ class Run:
             **{name: self.values.get(name) for name in (metrics.VAL_LOSS, metrics.VAL_BPB)},
             "tokens_per_s": stopwatch.total_tokens / max(stopwatch.total_seconds, 1e-9),
             "wall_s": time.perf_counter() - self.started,
-            "kv_bytes_per_sequence": accounting.kv_bytes(
-                config.model,
-                config.data.sequence_length,
-                self.setup.compute.dtype.itemsize,
-            ),
+            "kv_bytes_per_sequence": self.kv_bytes,
             "final_params_sha256": sha256,
         }
 

@@ -6,19 +6,13 @@ The names below are an API: scripts and notebooks read them from metrics.jsonl.
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import summary as tb
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
 from yocou_jax import hardware
 from yocou_jax.files import to_json, write_atomically
-from yocou_jax.trees import flat
+from yocou_jax.training.events import X_GFLOPS, X_TOKENS, Events
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +37,23 @@ ROUTER_Z = "router_z"  # mean of logsumexp(router logits)^2
 EXPERT_LOAD_MAX = "expert_load_max"  # of the expert with the most tokens, in any layer
 EXPERT_LOAD_MIN = "expert_load_min"  # of the expert with the fewest tokens, in any layer
 
+LOSSES = (LOSS, BPB, VAL_LOSS, VAL_BPB)
+# In TensorBoard, a metric is in a group. One that no group names is in the last one.
+GROUPS = {
+    "loss": (LOSS, BPB, Z_LOSS),
+    "validation": (VAL_LOSS, VAL_BPB),
+    "optimizer": (LR, GRAD_NORM, SKIPPED_UPDATES, TOKENS),
+    "speed": (TOKENS_PER_S, MFU, DATA_WAIT_FRACTION),
+    "experts": (LOAD_BALANCE, ROUTER_Z, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN),
+    "other": (),
+}
+
+
+def tag(name: str) -> str:
+    """The name of a metric in TensorBoard: "group/name"."""
+    group = next((group for group, names in GROUPS.items() if name in names), "other")
+    return f"{group}/{name}"
+
 
 def mfu(
     tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int
@@ -60,22 +71,29 @@ class MetricsWriter:
     the other order, a kill between the two loses the row. Every call writes immediately and in this
     thread. So a kill loses nothing, and a full disk raises OSError here. (With tensorboardX's
     SummaryWriter, the run would hang.)
+
+    gflops_per_token: training cost, for the losses by GFLOPs in TensorBoard; 0: none are written.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
-        self.workdir = Path(workdir)
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None = None,
+        gflops_per_token: float = 0.0,
+    ):
+        self.workdir, self._gflops = Path(workdir), gflops_per_token
         self.workdir.mkdir(parents=True, exist_ok=True)
-        self.path, self.tensorboard = self.workdir / "metrics.jsonl", self.workdir / "tensorboard"
-        self.tensorboard.mkdir(exist_ok=True)
+        self.path = self.workdir / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if resume_step and r[STEP] <= resume_step]
         write_atomically(self.path, "".join(to_json(row) + "\n" for row in kept))
         self._last_step = kept[-1][STEP] if kept else -1
         self._file = self.path.open("a", encoding="utf-8")
-        # Without the suffix, two starts in the same second would write to one file.
-        self._events = EventsWriter(str(self.tensorboard / "events"), f".{time.time_ns()}")
-        # TensorBoard then ignores this step and later ones in earlier files of the run.
-        first = self._last_step + 1
-        self._write_event(first, session_log=SessionLog(status=SessionLog.START))
+        self.events = Events(self.workdir, restart=self._last_step + 1)
+        self.events.layout([*LOSSES])
+        # Their axis does not count steps, so TensorBoard has dropped too many of them.
+        for row in kept:
+            self._by_cost(row)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row: numbers (or 0-d arrays) by name, without None. Steps must increase."""
@@ -87,24 +105,19 @@ class MetricsWriter:
         # A loss that is not finite is null here. In TensorBoard it is NaN.
         self._file.write(to_json({STEP: step, **row}) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if not isinstance(value, str):
-                # Not with tensorboardX's `scalar`, which prints a warning for each NaN.
-                scalar = Summary.Value(tag=name, simple_value=value)
-                self._write_event(step, summary=Summary(value=[scalar]))
+        numbers = {tag(name): value for name, value in row.items() if not isinstance(value, str)}
+        self.events.scalars(step, numbers)
+        self._by_cost(row)
 
-    def text(self, tag: str, text: str, step: int = 0) -> None:
-        """Writes a sample or the config, indented: TensorBoard would read it as Markdown."""
-        indented = "\n".join("    " + line for line in text.splitlines())
-        self._write_event(step, summary=tb.text(tag, indented))
-
-    def hparams(self, config: Mapping) -> None:
-        """Writes the config for TensorBoard's HPARAMS tab, with val_loss and val_bpb."""
-        numbers_or_text = {
-            k: v if isinstance(v, int | float | str) else repr(v) for k, v in flat(config).items()
-        }
-        for part in tb.hparams(numbers_or_text, {VAL_LOSS: 0.0, VAL_BPB: 0.0}):
-            self._write_event(0, summary=part)
+    def _by_cost(self, row: Mapping[str, Any]) -> None:
+        """Writes the losses of a row again, by tokens and by GFLOPs instead of steps."""
+        if TOKENS not in row:
+            return
+        losses = {name: row[name] for name in LOSSES if row.get(name) is not None}
+        axes = {X_TOKENS: row[TOKENS], X_GFLOPS: round(row[TOKENS] * self._gflops)}
+        for group, x in axes.items():
+            if losses and x:
+                self.events.scalars(x, {f"{group}/{name}": v for name, v in losses.items()})
 
     def summary(self, values: Mapping) -> None:
         """Writes summary.json atomically."""
@@ -112,11 +125,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
-
-    def _write_event(self, step: int, **fields) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **fields))
-        self._events.flush()
+        self.events.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
