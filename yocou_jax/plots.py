@@ -42,5 +42,7 @@ def subplots(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: flo
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a PNG without a date, so that the same figure gives the same bytes."""
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    """Writes a file in the format of its suffix. A PNG has no date and no version, so that the same
+    figure gives the same bytes."""
+    png = os.fspath(path).lower().endswith(".png")  # only this format knows the key
+    figure.savefig(path, dpi=150, metadata={"Software": None} if png else None)
