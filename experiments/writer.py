@@ -119,8 +119,8 @@ def note_loops(trained: Program, num_loops: int) -> None:
     counts = sorted({stage.loops for stage in trained.stages if stage.loops is not None})
     if counts != [num_loops]:
         note(
-            f"trained with {' and '.join(map(str, counts))} loops, now running with {num_loops}: a "
-            "model is usually worse with another number of loops than in training"
+            f"trained with {' and '.join(map(str, counts))} loops, now running with {num_loops}: "
+            "the model was not trained for this number, so its text may be worse"
         )
 
 

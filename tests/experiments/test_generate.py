@@ -342,7 +342,7 @@ def test_another_loop_count_than_the_trained_one_gives_a_notice(trained, no_mode
 
     for loops in (5, 1):
         assert told(f"--num_loops={loops}") == [
-            f"trained with 3 loops, now running with {loops}: a model is usually worse with "
-            "another number of loops than in training"
+            f"trained with 3 loops, now running with {loops}: the model was not trained "
+            "for this number, so its text may be worse"
         ]
     assert told("--num_loops=3") == told() == []
