@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     # How the model runs. This does not change what the parameters of a checkpoint mean.
     k = c.compute = ConfigDict()
     k.dtype = "auto"  # of activations; auto: bfloat16 on accelerators, float32 on a CPU
-    k.attention = "auto"  # a name in pallas_kernels.api; auto: the best for the device
+    k.attention = "auto"  # names: pallas_kernels/attention/api.py; auto: the best for the device
     # What the backward pass computes again to save memory: none | attention (all but the results of
     # attention) | full (all)
     k.remat = "none"
@@ -84,8 +84,8 @@ def get_config() -> ConfigDict:
     d.end_of_text = ""  # name of the end-of-text token in a tokenizer.json; "": a usual name
     d.allow_lossy_tokenizer = False  # allows a tokenizer that changes the text (to lower case)
     d.vocab_size = m.get_oneway_ref("vocab_size")  # entries of a trained BPE; follows the model's
-    # Documents are always joined, and a sequence may have parts of several. True: attention stays
-    # inside each document (segment ids).
+    # Documents are always joined, and a sequence may have parts of several. True separates them:
+    # attention stays inside each document (segment ids).
     d.packing = False
     d.batch_size = 16  # sequences per update, over all devices
     d.sequence_length = 512  # tokens that a sequence has as inputs
@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     # on resume, although the validation loss then differs.
     d.validation_sequences = 64
     d.seed = 0  # for the order of the training sequences
-    d.cache_dir = "runs/cache"  # tokenized corpora and trained tokenizers
+    d.cache_dir = "runs/cache"  # tokenized corpora, trained tokenizers and compiled programs
 
     # How devices share the work (yocou_jax/sharding.py). mesh.data is not the group `data` above.
     s = c.mesh = ConfigDict()

@@ -18,9 +18,9 @@ from ml_collections.config_dict import ConfigDict, RequiredValueError
 from yocou_jax.errors import UserError, shown
 from yocou_jax.program import Program
 
-# The names in pallas_kernels.api; a test compares them. They are not imported from there, because
-# that loads jax. What only counts (this file, program.py, accounting.py) must start fast, and must
-# not occupy a device that another process uses.
+# The names in pallas_kernels/attention/api.py; a test compares them. They are not imported from
+# there, because that loads jax. What only counts (this file, program.py, accounting.py) must start
+# fast, and must not occupy a device that another process uses.
 ATTENTION = ("auto", "pallas_tpu", "pallas_gpu", "triton", "cudnn", "xla", "reference")
 
 PROFILE_FROM = 10  # steps before a trace begins: the first ones compile and warm up
