@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# Of Okabe and Ito's eight colors, without yellow, which is too light on paper; gray takes its place.
+# Okabe and Ito's eight colors without yellow, which is too light on paper: gray takes its place.
 STYLES = {
     "yoco_u": ("#D55E00", "o"),
     "yoco": ("#E69F00", "s"),
