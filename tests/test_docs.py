@@ -161,8 +161,7 @@ def test_python_code_runs(document, tmp_path, monkeypatch):
 
     def get_config(*preset):
         fields = real(*preset)
-        sizes = {name: size for name, size in tiny.MODEL.items() if name != "num_layers"}
-        fields.model.update(sizes | {"vocab_size": 258})
+        fields.model.update(tiny.MODEL | {"vocab_size": 258, "num_layers": 2})
         fields.data.validation_sequences = 8
         fields.compute.unroll, fields.optimizer.name = 0, "adamw"  # these compile faster
         return fields

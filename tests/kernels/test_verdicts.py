@@ -450,8 +450,8 @@ def accelerator(monkeypatch):
         pytest.param(
             *(
                 "hangs",
-                12,
-                "Its check of decode_window in bfloat16 on this device ended after 12 s",
+                6,
+                "Its check of decode_window in bfloat16 on this device ended after 6 s",
             ),
             marks=pytest.mark.slow,
         ),
