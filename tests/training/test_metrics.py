@@ -1,11 +1,17 @@
 """What a run writes for scripts and people: rows, events, the summary, the terminal."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import re
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -225,3 +231,58 @@ def test_a_loss_that_is_not_finite_logs_no_warning(tmp_path, caplog):
     writer.close()
     assert not caplog.records
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+@pytest.mark.slow
+def test_what_tensorboard_shows(tmp_path):
+    """A real TensorBoard reads the events of two runs."""
+    for name, loss in (("a", 2.0), ("b", 3.0)):
+        writer = MetricsWriter(tmp_path / name, gflops_per_token=0.5)
+        writer.events.hparams({"Loops": 3, "model.window": 64}, [metrics.tag(metrics.VAL_LOSS)])
+        writer.write(10, {"loss": loss, "val_loss": loss, "tokens": 100, "tokens_per_s": 5.0})
+        writer.close()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def get(path, **data):
+        body = json.dumps(data).encode() if data else None
+        url = f"http://127.0.0.1:{port}/data/plugin/{path}"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    flags = [f"--logdir={tmp_path}", f"--port={port}", "--load_fast=false"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", *flags], stderr=subprocess.DEVNULL
+    )
+    try:
+        check_what_tensorboard_shows(get, time.monotonic() + 120)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def check_what_tensorboard_shows(get, deadline):
+    tags = {}
+    while set(tags) != {"a", "b"}:
+        assert time.monotonic() < deadline, tags
+        with contextlib.suppress(urllib.error.URLError):  # it does not listen yet
+            tags = get("scalars/tags")
+        time.sleep(0.2)
+    losses = {
+        f"{group}/{name}" for group in ("x_tokens", "x_gflops") for name in ("loss", "val_loss")
+    }
+    assert set(tags["a"]) == losses | {
+        "loss/loss",
+        "validation/val_loss",
+        "speed/tokens_per_s",
+        "optimizer/tokens",
+    }
+    ((_, step, value),) = get("scalars/scalars?run=b&tag=x_gflops/loss")
+    assert (step, value) == (50, 3.0)
+    pages = get("custom_scalars/layout")["category"]
+    assert [page["title"] for page in pages] == ["Loss by tokens", "Loss by GFLOPs"]
+    board = get("hparams/experiment", experimentName="", includeMetrics=True)
+    assert [info["name"] for info in board["hparamInfos"]] == ["Loops", "model.window"]
+    assert [info["name"]["tag"] for info in board["metricInfos"]] == ["validation/val_loss"]

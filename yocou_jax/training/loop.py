@@ -37,7 +37,7 @@ from yocou_jax.training.resume import END_FIELDS, FREE_FIELDS, compare_starts, l
 from yocou_jax.training.step import Setup, TrainState, set_up
 from yocou_jax.trees import flat
 
-KV_TAG = "cost/kv_bytes_per_sequence"  # in TensorBoard: bytes of the caches, as in summary.json
+KV_TAG = "memory/kv_bytes_per_sequence"  # in TensorBoard: bytes of the caches, as in summary.json
 
 log = logging.getLogger(__name__)
 

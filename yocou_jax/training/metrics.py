@@ -12,7 +12,7 @@ from typing import Any
 
 from yocou_jax import hardware
 from yocou_jax.files import to_json, write_atomically
-from yocou_jax.training.events import X_GFLOPS, X_TOKENS, Events
+from yocou_jax.training import events
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class MetricsWriter:
         write_atomically(self.path, "".join(to_json(row) + "\n" for row in kept))
         self._last_step = kept[-1][STEP] if kept else -1
         self._file = self.path.open("a", encoding="utf-8")
-        self.events = Events(self.workdir, restart=self._last_step + 1)
+        self.events = events.Events(self.workdir, restart=self._last_step + 1)
         self.events.layout([*LOSSES])
         # Their axis does not count steps, so TensorBoard has dropped too many of them.
         for row in kept:
@@ -114,7 +114,7 @@ class MetricsWriter:
         if TOKENS not in row:
             return
         losses = {name: row[name] for name in LOSSES if row.get(name) is not None}
-        axes = {X_TOKENS: row[TOKENS], X_GFLOPS: round(row[TOKENS] * self._gflops)}
+        axes = {events.X_TOKENS: row[TOKENS], events.X_GFLOPS: round(row[TOKENS] * self._gflops)}
         for group, x in axes.items():
             if losses and x:
                 self.events.scalars(x, {f"{group}/{name}": v for name, v in losses.items()})
