@@ -20,6 +20,7 @@ LEVELS = (
         "yocou_jax.mixers",
         "yocou_jax.config",
         "yocou_jax.accounting",
+        "yocou_jax.study",
         "configs",
     },
     {"pallas_kernels", "yocou_jax.hardware"},

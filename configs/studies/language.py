@@ -1,0 +1,99 @@
+"""Does YOCO-U learn more per parameter than the architectures that the paper compares it with?
+
+    python -m experiments.compare --config=configs/studies/language.py
+
+The source is Tables 3 and 5 and Figure 2 of the paper (1.3B parameters, 20B tokens). Here it is
+0.55M parameters and 0.8M tokens of the source code of Python. So these runs can show whether a
+direction appears at this scale. They cannot show that the paper is wrong.
+
+Match: all entries have the parameters (without embeddings) and the tokens of yoco_u; d_ff is the
+free size. At equal tokens a looped model computes more. So yoco_equal_flops trains yoco longer, for
+the training FLOPs of yoco_u by our accounting, which is stricter than the paper's tokens times
+layers. `rins` is described twice in the paper: rins loops the first half (section 4.2), rins_late
+the second (appendix E). The deep layout has twice the layers of 0.75 times the width (the paper:
+0.7). Learning rates are tried with one seed of each entry.
+
+Cost: 60 runs. An estimate for 2 CPU cores, before any run, is 2 to 2.5 hours.
+
+Expected, written before the first run. yoco_u is below yoco by 0.01 to 0.03 bits/byte at equal
+parameters and tokens: the paper's 22.25 and 21.01 perplexity are 0.02 bits/byte. At equal FLOPs it
+ties or loses, as small dense looped models do in the literature. A transformer is at best a little
+better than yoco: 256 tokens give its full attention little to see. Three seeds will decide the
+largest differences only.
+"""
+
+from configs import base
+from yocou_jax.study import Claim, Entry, Study
+
+
+def get_config():
+    c = base.get_config()
+    c.model.update(
+        num_layers=4,
+        vocab_size=2048,
+        d_model=96,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=24,
+        d_ff=384,
+        window=64,
+    )
+    c.optimizer.update(
+        name="muon",
+        learning_rate=0.01,
+        schedule="wsd",
+        decay_fraction=0.6,
+        final_fraction=0.02,
+        warmup_steps=20,
+    )
+    c.data.update(batch_size=8, sequence_length=256, validation_sequences=128)
+    c.run.update(steps=400, eval_every=50, sample_every=1000, sample_tokens=16)
+    return c
+
+
+DEEP = {
+    **{"model.num_layers": 8, "model.d_model": 72, "model.head_dim": 18},
+}
+
+STUDY = Study(
+    question="Does YOCO-U learn more per parameter than its baselines?",
+    entries={
+        "yoco_u": Entry(),
+        "yoco": Entry({"model.architecture": "yoco"}),
+        "transformer": Entry({"model.architecture": "transformer"}),
+        "universal_transformer": Entry({"model.architecture": "universal_transformer"}),
+        "rins": Entry({"model.architecture": "rins"}),
+        "rins_late": Entry({"model.architecture": "full*2 | full*2@3"}),
+        "parscale": Entry({"model.architecture": "parscale"}),
+        "upper_loop": Entry({"model.architecture": "upper_loop"}),
+        "upper_loop_unshared": Entry({"model.architecture": "upper_loop_unshared"}),
+        "yoco_deep": Entry({"model.architecture": "yoco"} | DEEP),
+        "yoco_u_deep": Entry(DEEP),
+        "yoco_equal_flops": Entry({"model.architecture": "yoco"}, match=("parameters", "flops")),
+    },
+    learning_rates=(0.005, 0.01, 0.02),
+    # The differences that are expected are those of Wiki perplexity in the paper, in bits per byte
+    # at 4.5 bytes per token, and a range around them.
+    claims=(
+        Claim("yoco_u", "yoco", "Table 3", expected=(0.01, 0.03)),
+        Claim("yoco_u", "transformer", "Table 3", expected=(0.0, 0.03)),
+        Claim("yoco_u", "universal_transformer", "Table 3", expected=(0.0, 0.02)),
+        Claim("yoco_u", "parscale", "Table 3", expected=(0.01, 0.04)),
+        Claim("universal_transformer", "transformer", "Table 3", expected=(0.0, 0.02)),
+        Claim("rins", "transformer", "Table 3, section 4.2", expected=(0.01, 0.03)),
+        Claim("rins_late", "transformer", "Table 3, appendix E", expected=(0.0, 0.03)),
+        Claim("transformer", "parscale", "Table 3", expected=(-0.01, 0.01)),
+        Claim("yoco_u", "upper_loop", "Table 5", expected=(0.0, 0.02)),
+        Claim("yoco_u", "upper_loop_unshared", "Table 5", expected=(0.0, 0.02)),
+        Claim("yoco_deep", "yoco", "Table 5", expected=(-0.02, 0.01)),
+        Claim("yoco_u", "yoco_u_deep", "Table 5", expected=(0.0, 0.03)),
+        Claim("yoco_u_deep", "yoco_deep", "Table 5", expected=(0.0, 0.03)),
+        Claim(
+            "yoco_u",
+            "yoco_equal_flops",
+            "Figure 2",
+            expected=(-0.04, 0.0),
+            match=("parameters", "flops"),
+        ),
+    ),
+)

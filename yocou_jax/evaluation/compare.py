@@ -1,0 +1,354 @@
+"""Trains the runs of a study, one after the other, and collects what they gave.
+
+A run has an ordinary workdir: FOLDER/ENTRY/lr=RATE,seed=SEED. The seed is that of the parameters
+and of the order of the data. So all entries see the same batches with the same seed, and their
+differences are paired. First, every entry runs with the first seed at each learning rate of the
+study. Its other seeds run at its best rate.
+
+The record of a run is what its workdir says: `summary`, `evaluation` (the result of each task of
+the study), `curve` (validation), `training` (thinned), `minutes`, and where it came from. A metric
+of a study is a dotted path in it, such as summary.val_bpb or evaluation.hops.results.0.accuracy. So
+a comparison that was killed finds the runs that have ended, and goes on.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from yocou_jax.config import Config
+from yocou_jax.errors import UserError, shown
+from yocou_jax.evaluation.statistics import Interval, interval, paired, smallest_effect, verdict
+from yocou_jax.files import write_atomically
+from yocou_jax.manifest import CODE
+from yocou_jax.manifest import FILE as MANIFEST
+from yocou_jax.manifest import read as read_manifest
+from yocou_jax.study import AXES, Claim, Study, matched, ratios, twins, with_fields
+from yocou_jax.training import metrics
+from yocou_jax.training.resume import FREE_FIELDS
+from yocou_jax.trees import differences, flat
+
+POINTS = 64  # at most, of a curve of the training loss in a record
+# Fields that may differ from those of a run that has ended, because its result does not change.
+IGNORED = tuple(name for name in FREE_FIELDS if name != "data.validation_sequences")
+
+
+class RunFailed(Exception):
+    """A run has ended with an error. The comparison goes on without it."""
+
+
+class Spec(NamedTuple):
+    """One run of a study."""
+
+    entry: str
+    rate: float
+    seed: int
+    config: Config
+    workdir: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry} lr={self.rate:g} seed={self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """A file for what the processes of the run print."""
+        return self.workdir.with_name(f"{self.workdir.name}.log")
+
+    @property
+    def failure(self) -> Path:
+        """A file that says why the run failed the last time. Absent if it did not."""
+        return self.workdir.with_name(f"{self.workdir.name}.failed")
+
+
+def overrides(fields: ConfigDict, config: Config) -> list[str]:
+    """The flags that turn the settings of a config file into `config`.
+
+    fields: a new result of its get_config(). It is changed, because a field may follow another.
+    """
+    flags = []
+    for name, value in flat(config.to_dict()).items():
+        group, field = name.split(".")
+        if fields[group][field] != value:
+            fields[group][field] = value
+            flags.append(f"--config.{name}={'none' if value is None else value}")
+    return flags
+
+
+class Comparison:
+    """The runs of a study.
+
+    study: what to compare. base: the settings of its reference. folder: for all workdirs. seeds:
+    how many, instead of study.seeds.
+
+    Raises UserError if entries do not match (study.twins), or if a workdir has a run with other
+    settings.
+    """
+
+    def __init__(self, study: Study, base: Config, folder: Path, seeds: int | None = None):
+        self.study, self.folder = study, folder
+        self.twins = twins(study, base)
+        self.rates = tuple(sorted(study.learning_rates)) or (base.optimizer.learning_rate,)
+        self.seeds = range(study.seeds if seeds is None else seeds)
+        self.records: dict[Path, dict] = {}  # of the runs that have ended, by their workdirs
+        self._specs = {
+            key: self._make(*key) for key in itertools.product(self.twins, self.rates, self.seeds)
+        }
+        for spec in self._specs.values():
+            _check_settings(spec)
+            self.record(spec)
+
+    def _make(self, entry: str, rate: float, seed: int) -> Spec:
+        fields = {"optimizer.learning_rate": rate, "run.seed": seed, "data.seed": seed}
+        workdir = self.folder / entry / f"lr={rate:g},seed={seed}"
+        return Spec(entry, rate, seed, with_fields(self.twins[entry], fields), workdir)
+
+    def spec(self, entry: str, rate: float, seed: int) -> Spec:
+        return self._specs[entry, rate, seed]
+
+    def record(self, spec: Spec) -> dict | None:
+        """What a run gave. None if it has not ended, or if an evaluation is missing."""
+        if spec.workdir not in self.records:
+            found = _read(spec, self.study.evaluations)
+            if found is None:
+                return None
+            self.records[spec.workdir] = found
+        return self.records[spec.workdir]
+
+    def value(self, spec: Spec, metric: str | None = None) -> float | None:
+        """A metric of a run. None if the run has not ended, or if the number is not finite."""
+        found: Any = self.record(spec)
+        for key in (metric or self.study.metric).split("."):
+            if isinstance(found, Mapping):
+                found = found.get(key)
+            elif isinstance(found, list) and key.isdigit() and int(key) < len(found):
+                found = found[int(key)]
+            else:
+                return None
+        return float(found) if isinstance(found, int | float) else None
+
+    def values(self, entry: str, metric: str | None = None) -> dict[int, float]:
+        """The metric of the runs at the best rate that have ended, by seed."""
+        rate = self.best_rate(entry)
+        specs = [] if rate is None else [self.spec(entry, rate, seed) for seed in self.seeds]
+        found = {spec.seed: self.value(spec, metric) for spec in specs}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def sweep(self, entry: str) -> dict[float, float | None]:
+        """The metric of the first seed at each learning rate."""
+        return {rate: self.value(self.spec(entry, rate, self.seeds[0])) for rate in self.rates}
+
+    def swept(self, entry: str) -> bool:
+        """Whether several learning rates were tried, each to its end or until it failed."""
+        specs = [self.spec(entry, rate, self.seeds[0]) for rate in self.rates]
+        tried = all(self.record(spec) is not None or spec.failure.exists() for spec in specs)
+        return len(specs) > 1 and tried
+
+    def best_rate(self, entry: str) -> float | None:
+        """The best learning rate of those that have a result."""
+        found = {rate: value for rate, value in self.sweep(entry).items() if value is not None}
+        return min(found, key=lambda rate: found[rate]) if found else None
+
+    def runs(self, only: Iterable[str] = ()) -> Iterator[Spec]:
+        """All runs in their order. The rate of the later seeds is known after the sweep, so the
+        runs are looked up one by one. An entry without any result has no later seeds."""
+        entries = list(only) or list(self.twins)
+        for entry in entries:
+            for rate in self.rates:
+                yield self.spec(entry, rate, self.seeds[0])
+        for seed in self.seeds[1:]:
+            for entry in entries:
+                if (rate := self.best_rate(entry)) is not None:
+                    yield self.spec(entry, rate, seed)
+
+    def train(
+        self,
+        train: Callable[[Spec], None],
+        evaluate: Callable[[Spec, str, tuple[str, ...]], None],
+        ended: Callable[[Spec], None] = lambda spec: None,
+        only: Iterable[str] = (),
+    ) -> None:
+        """Makes all runs that have not ended, also those that failed before.
+
+        train: makes or resumes one run. evaluate: runs one task on its workdir, with flags. Both
+        raise RunFailed if that failed. ended: called after each run that was made here.
+        """
+        for spec in self.runs(only):
+            if self.record(spec) is not None:
+                continue
+            spec.workdir.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                if not (spec.workdir / "summary.json").exists():
+                    train(spec)
+                for task, flags in self.study.evaluations.items():
+                    if not _evaluation(spec, task).exists():
+                        evaluate(spec, task, flags)
+                spec.failure.unlink(missing_ok=True)
+            except RunFailed as failure:
+                write_atomically(spec.failure, f"{failure}\n")
+            ended(spec)
+
+    def outcome(self, spec: Spec) -> str:
+        """What a run gave, in words."""
+        if (record := self.record(spec)) is not None:
+            return f"{self.study.metric} {self.value(spec)} in {record['minutes']:.1f} minutes"
+        if spec.failure.exists():
+            return f"failed: {spec.failure.read_text(encoding='utf-8').strip()}"
+        return "has not ended"
+
+    def check_entries(self, names: Iterable[str]) -> None:
+        """Raises UserError if a name is not that of an entry."""
+        for name in names:
+            if name not in self.twins:
+                raise UserError(
+                    f"The study has no entry {shown(name)}; the entries are "
+                    f"{', '.join(self.twins)}."
+                )
+
+    def minutes(self, spec: Spec) -> float | None:
+        """How long a run will take: its FLOPs, at the mean speed of the runs that have ended. None
+        if none has."""
+        done = [record["summary"] for record in self.records.values()]
+        seconds, flops = (sum(s[name] for s in done) for name in ("wall_s", "train_flops"))
+        return AXES["flops"].amount(spec.config) / flops * seconds / 60 if flops else None
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def _evaluation(spec: Spec, task: str) -> Path:
+    return spec.workdir / "evaluation" / f"{task}.json"
+
+
+def _check_settings(spec: Spec) -> None:
+    before = read_manifest(spec.workdir) if (spec.workdir / MANIFEST).exists() else None
+    settings = flat(spec.config.to_dict())
+    if before and (changed := differences(flat(before["config"]), settings, IGNORED)):
+        raise UserError(
+            f"The workdir {spec.workdir} has a run with other settings: {'; '.join(changed)}. Give "
+            "the old values, or another --workdir."
+        )
+
+
+def _read(spec: Spec, tasks: Iterable[str]) -> dict[str, Any] | None:
+    try:
+        summary = json.loads((spec.workdir / "summary.json").read_text(encoding="utf-8"))
+        evaluation = {
+            task: json.loads(_evaluation(spec, task).read_text(encoding="utf-8")) for task in tasks
+        }
+    except FileNotFoundError:
+        return None
+    manifest = read_manifest(spec.workdir) or {}
+    rows = metrics.read_metrics(spec.workdir / "metrics.jsonl")
+    return {
+        "learning_rate": spec.rate,
+        "seed": spec.seed,
+        "workdir": str(spec.workdir),
+        "environment": {key: manifest.get(key) for key in (*CODE, "corpus", "tokenizer")},
+        "minutes": summary["wall_s"] / 60,  # only since the last resume, if there was one
+        "resumes": len(manifest.get("resumes", [])),
+        "summary": summary,
+        "evaluation": evaluation,
+        "curve": _points(rows, metrics.VAL_BPB),
+        "training": _thinned(_points(rows, metrics.BPB)),
+    }
+
+
+def _points(rows: list[dict], metric: str) -> list[tuple[float, float]]:
+    """(tokens, value) of the rows that have the metric."""
+    return [(row[metrics.TOKENS], row[metric]) for row in rows if row.get(metric) is not None]
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most POINTS points: means of neighbors, at the token count of the last of them."""
+    size = math.ceil(len(points) / POINTS) or 1
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+def report(comparison: Comparison) -> dict[str, Any]:
+    """Everything that tables and figures need, from the runs that have ended, as JSON values."""
+    study, twins = comparison.study, comparison.twins
+    environments: list[dict] = []
+    for record in comparison.records.values():
+        if record["environment"] not in environments:
+            environments.append(record["environment"])
+    return {
+        "question": study.question,
+        "reference": study.reference,
+        "metric": study.metric,
+        "match": list(study.match),
+        "seeds": list(comparison.seeds),
+        "learning_rates": list(comparison.rates),
+        "minutes": sum(record["minutes"] for record in comparison.records.values()),
+        "claims": [_claim(comparison, claim) for claim in study.claims],
+        "entries": {name: _entry(comparison, name) for name in twins},
+        "environments": environments,
+        "config": twins[study.reference].to_dict(),
+    }
+
+
+def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
+    reference = comparison.study.reference
+    config, other = comparison.twins[name], comparison.twins[reference]
+    new, old = flat(config.to_dict()), flat(other.to_dict())
+    rate, values, specs = (
+        comparison.best_rate(name),
+        comparison.values(name),
+        list(comparison.runs([name])),
+    )
+    failures = {}
+    for spec in specs:
+        with contextlib.suppress(FileNotFoundError):
+            failures[spec.name] = spec.failure.read_text(encoding="utf-8").strip()
+    records = [comparison.record(spec) for spec in specs]
+    return {
+        "program": str(config.model.program),
+        "fields": {field: new[field] for field in new if new[field] != old[field]},
+        "amounts": {axis: AXES[axis].amount(config) for axis in AXES},
+        "ratios": ratios(config, other),  # amounts over those of the reference
+        "matched": list(matched(config, other)),
+        "learning_rate": rate,
+        "sweep": {f"{rate:g}": value for rate, value in comparison.sweep(name).items()},
+        "swept": comparison.swept(name),
+        "rate_at_edge": rate in (comparison.rates[0], comparison.rates[-1]),
+        "values": {str(seed): value for seed, value in values.items()},
+        "mean": _numbers(interval(list(values.values())) if values else None),
+        # Of the entry minus the reference.
+        "difference": None
+        if name == reference
+        else _numbers(paired(comparison.values(reference), values)),
+        "runs": [record for record in records if record is not None],
+        "failures": failures,
+    }
+
+
+def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
+    sides = (claim.less, claim.more)
+    found = paired(*(comparison.values(name, claim.metric) for name in sides))
+    return {
+        "less": claim.less,
+        "more": claim.more,
+        "source": claim.source,
+        "metric": claim.metric or comparison.study.metric,
+        "match": list(comparison.study.match if claim.match is None else claim.match),
+        "expected": list(claim.expected),
+        "least": claim.least,
+        "difference": _numbers(found),  # of `more` minus `less`
+        "swept": all(comparison.swept(name) for name in sides),
+        "verdict": verdict(found, claim.least),
+    }
+
+
+def _numbers(found: Interval | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {**found._asdict(), "smallest_effect": smallest_effect(found)}

@@ -1,0 +1,242 @@
+"""Tables, the figure and the page of a comparison. All but `plan` need its report alone."""
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from yocou_jax.evaluation.compare import Comparison
+from yocou_jax.study import AXES
+
+# Axes that can be the x axis of a figure, and the words there.
+PANELS = {"tokens": "training tokens", "flops": "training FLOPs"}
+
+
+class Table(NamedTuple):
+    """A title, the names of the columns, and rows of text. The first column has words."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str]]
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _interval(found: Mapping[str, Any] | None, form: str = ".4f") -> str:
+    """A mean with its 95% interval, if it has one."""
+    if found is None:
+        return "-"
+    mean = format(found["mean"], form)
+    if found["low"] is None:
+        return f"{mean} (n = {found['n']})"
+    return f"{mean} [{found['low']:{form}}, {found['high']:{form}}] (n = {found['n']})"
+
+
+def plan(comparison: Comparison, only: Iterable[str] = ()) -> Table:
+    """The runs that are left, and how long they will take."""
+    rows, total = [], 0.0
+    for name in list(only) or comparison.twins:
+        spec = comparison.spec(name, comparison.rates[0], comparison.seeds[0])
+        amounts = (f"{AXES[a].amount(spec.config):,.4g}" for a in ("parameters", "tokens", "flops"))
+        runs = len(comparison.rates) + len(comparison.seeds) - 1
+        left = runs - sum(comparison.record(s) is not None for s in comparison.runs([name]))
+        minutes = comparison.minutes(spec)
+        total += left * (minutes or 0)
+        words = "not known" if minutes is None else f"{left * minutes:.0f}"
+        rows.append([name, str(spec.config.model.program), *amounts, f"{left} of {runs}", words])
+    known = bool(comparison.records)
+    time = f"about {total / 60:.1f} hours" if known else "the first run shows how long it takes"
+    columns = ["entry", "program", "parameters", "tokens", "FLOPs", "runs left", "minutes"]
+    return Table(f"Runs that are left: {time}", columns, rows)
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Results, claims, the learning rates, and the sizes of the entries."""
+    return [_results(report), _claims(report), _rates(report), _sizes(report)]
+
+
+def _results(report: Mapping[str, Any]) -> Table:
+    """A difference to the reference is written only next to the axes on which the two match."""
+    rows = []
+    for name, entry in report["entries"].items():
+        equal = ", ".join(axis for axis in entry["matched"]) or "nothing"
+        effect = (entry["difference"] or {}).get("smallest_effect")
+        rows.append(
+            [
+                name,
+                entry["program"],
+                _interval(entry["mean"]),
+                _interval(entry["difference"], "+.4f"),
+                "-" if name == report["reference"] else equal,
+                _number(effect),
+            ]
+        )
+    columns = [
+        *("entry", "program", report["metric"], f"minus {report['reference']}, paired"),
+        *("equal in", "smallest effect"),
+    ]
+    return Table("Means over seeds with 95% intervals", columns, rows)
+
+
+def _claims(report: Mapping[str, Any]) -> Table:
+    rows = []
+    for claim in report["claims"]:
+        low, high = claim["expected"]
+        rows.append(
+            [
+                f"{claim['less']} below {claim['more']} ({claim['source']})",
+                ", ".join(claim["match"]),
+                f"{low:+g} to {high:+g}",
+                _interval(claim["difference"], "+.4f"),
+                claim["verdict"],
+                "" if claim["swept"] else "learning rates not swept",
+            ]
+        )
+    columns = ["claim", "at equal", "expected difference", "found", "verdict", "remark"]
+    return Table("Claims", columns, rows)
+
+
+def _rates(report: Mapping[str, Any]) -> Table:
+    rates = [f"{rate:g}" for rate in report["learning_rates"]]
+    rows = [
+        [
+            name,
+            *(_number(entry["sweep"][rate]) for rate in rates),
+            _number(entry["learning_rate"], "g"),
+            "the best rate is at the edge" if len(rates) > 1 and entry["rate_at_edge"] else "",
+        ]
+        for name, entry in report["entries"].items()
+    ]
+    title = f"{report['metric']} with seed {report['seeds'][0]}, by learning rate"
+    return Table(title, ["entry", *rates, "taken", "remark"], rows)
+
+
+def _sizes(report: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, entry in report["entries"].items():
+        amounts = [f"{entry['amounts'][a]:,.6g} ({entry['ratios'][a]:.3f})" for a in AXES]
+        fields = ", ".join(f"{field}={value}" for field, value in entry["fields"].items())
+        rows.append([name, *amounts, fields or "the reference"])
+    title = f"Amounts (over those of {report['reference']}), and fields that differ"
+    return Table(title, ["entry", *(axis.words for axis in AXES.values()), "fields"], rows)
+
+
+# --- The figure -----------------------------------------------------------------------------------
+
+Points = list[Sequence[float]]
+
+
+def _mean(curves: list[Points]) -> Points:
+    """The mean of several curves, at the x that all of them have."""
+    found: dict[float, list[float]] = {}
+    for x, y in (point for curve in curves for point in curve):
+        found.setdefault(x, []).append(y)
+    full = {x: values for x, values in sorted(found.items()) if len(values) == len(curves)}
+    return [(x, sum(values) / len(values)) for x, values in full.items()]
+
+
+def _runs(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs at the learning rate of the entry."""
+    return [run for run in entry["runs"] if run["learning_rate"] == entry["learning_rate"]]
+
+
+def panels(report: Mapping[str, Any]) -> dict[str, dict[str, Points]]:
+    """The curves of each panel of the figure, by the names of entries; means over seeds.
+
+    Validation loss against tokens, and against FLOPs (Figure 2 of the paper). Each has the entries
+    that match the reference on its axis, if there are at least two: others would have another
+    budget, and their schedules would end elsewhere. If the study has the task `loops`, also the
+    loss against the loop count (the axis of Figure 6).
+    """
+    found: dict[str, dict[str, Points]] = {axis: {} for axis in PANELS}
+    for name, entry in report["entries"].items():
+        curve = _mean([run["curve"] for run in _runs(entry)])
+        for axis in PANELS.keys() & set(entry["matched"]) if curve else ():
+            scale = entry["amounts"][axis] / entry["amounts"]["tokens"]
+            found[axis][name] = [(tokens * scale, loss) for tokens, loss in curve]
+    found = {axis: curves for axis, curves in found.items() if len(curves) > 1}
+    depths = {}
+    for name, entry in report["entries"].items():
+        tasks = [run["evaluation"]["loops"] for run in _runs(entry) if "loops" in run["evaluation"]]
+        rows = [next(iter(task["tables"].values())) for task in tasks]
+        if rows:
+            depths[name] = _mean([[(r["loops"], r["bits_per_byte"]) for r in t] for t in rows])
+    return found | ({"loops": depths} if depths else {})
+
+
+def draw(report: Mapping[str, Any], path: Path) -> bool:
+    """Writes the figure as a PNG. False: there is nothing to draw, and no file. Needs
+    matplotlib."""
+    from yocou_jax import plots
+
+    if not (found := panels(report)):
+        return False
+    figure, axes = plots.subplots(len(found), width=5.6, height=4.2)
+    styles = plots.styles(report["entries"])
+    for (axis, curves), at in zip(found.items(), axes if len(found) > 1 else [axes], strict=True):
+        for name, points in curves.items():
+            at.plot(*zip(*points, strict=True), label=name, **styles[name])
+        if axis in PANELS:
+            # The first points are so high that the last ones could not be told apart.
+            ends = [points[-1][1] for points in curves.values()]
+            room = max(max(ends) - min(ends), 0.02)
+            at.set_ylim(min(ends) - 0.2 * room, max(ends) + 4 * room)
+            at.set_title(f"equal {axis}")
+        at.set(xlabel=PANELS.get(axis, axis), ylabel="validation, bits/byte")
+        at.legend(fontsize=7)
+    plots.save(figure, path)
+    return True
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
+th, td { border: 1px solid #bbb; padding: 3px 8px; text-align: left; vertical-align: top; }
+th { background: #eee; } img { max-width: 100%; }
+pre { background: #f6f6f6; padding: 1em; white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+
+
+def _html_table(table: Table) -> str:
+    def row(tag: str, cells: Iterable[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    lines = [f"<h2>{html.escape(table.title)}</h2>", "<table>", row("th", table.columns)]
+    return "\n".join([*lines, *(row("td", cells) for cells in table.rows), "</table>"])
+
+
+def page(report: Mapping[str, Any], png: bytes | None) -> str:
+    """One HTML page that needs no other file and no script.
+
+    report: of compare.report, with `text` (the docstring of the study), `command` and `commands`
+    (one for each entry). png: the figure.
+    """
+    parts = [f"<h1>{html.escape(report['question'])}</h1>", _pre(report["text"])]
+    parts.append(f"<p>All runs: <code>{html.escape(report['command'])}</code></p>")
+    if png is not None:
+        data = base64.b64encode(png).decode()
+        parts.append(f'<img alt="validation loss" src="data:image/png;base64,{data}">')
+    parts += [_html_table(table) for table in tables(report)]
+    commands = [[name, command] for name, command in report["commands"].items()]
+    parts.append(_html_table(Table("Commands", ["entry", "one run"], commands)))
+    failures = [[n, f] for e in report["entries"].values() for n, f in e["failures"].items()]
+    if failures:
+        parts.append(_html_table(Table("Runs that failed", ["run", "why"], failures)))
+    for title, values in (("Environment", "environments"), ("Settings of the reference", "config")):
+        parts.append(f"<h2>{title}</h2>{_pre(json.dumps(report[values], indent=1))}")
+    parts.append(f"<p>All runs together: {report['minutes']:.0f} minutes.</p>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html.escape(report['question'])}</title><style>{STYLE}</style></head>\n"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _pre(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"

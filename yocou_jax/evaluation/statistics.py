@@ -1,0 +1,80 @@
+"""Means and paired differences over the seeds of a study, and what they say about a claim.
+
+Intervals are those of Student's t. Two entries with the same seed see the same batches in the same
+order, so their difference varies less than each of them: all differences are paired by seed.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from scipy import optimize, stats
+
+LEVEL = 0.95  # of all intervals
+POWER = 0.8  # with which the smallest effect is found
+
+REPRODUCED, NOT_HERE, INCONCLUSIVE = "reproduced", "not at this scale", "inconclusive"
+
+
+class Interval(NamedTuple):
+    """The mean of n values, and its 95% interval from low to high. sd: of one value. With one
+    value, sd, low and high are None."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    sd: float | None
+    n: int
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of at least one value, with its interval."""
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return Interval(mean, None, None, None, n)
+    sd = statistics.stdev(values)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, sd, n)
+
+
+def paired(less: Mapping[int, float], more: Mapping[int, float]) -> Interval | None:
+    """`more` minus `less`, over the seeds that both have. None if there are none."""
+    seeds = sorted(less.keys() & more.keys())
+    return interval([more[seed] - less[seed] for seed in seeds]) if seeds else None
+
+
+def smallest_effect(difference: Interval) -> float | None:
+    """The smallest true difference that this many pairs would have found with 80% probability.
+
+    To find it means that the 95% interval excludes 0 (the two-sided paired t test). The standard
+    deviation is that of the sample. None with fewer than two pairs.
+    """
+    if difference.sd is None:
+        return None
+    df = difference.n - 1
+    limit = float(stats.t.ppf((1 + LEVEL) / 2, df))
+
+    def missing(shift: float) -> float:
+        """Of the power, if the true difference is `shift` standard errors. The square of a
+        noncentral t is a noncentral F (which scipy computes for more values)."""
+        return POWER - float(stats.ncf.sf(limit**2, 1, df, shift**2))
+
+    high = 1.0
+    while missing(high) > 0:
+        high *= 2
+    shift = float(optimize.brentq(missing, high / 2, high))
+    return shift * difference.sd / math.sqrt(difference.n)
+
+
+def verdict(difference: Interval | None, least: float) -> str:
+    """What `more` minus `less` says about the claim that it is above 0.
+
+    reproduced: the whole interval is above 0. not at this scale: the whole interval is below
+    `least`, so there is no effect that would matter. inconclusive: anything else.
+    """
+    if difference is None or difference.low is None or difference.high is None:
+        return INCONCLUSIVE
+    if difference.high < least:
+        return NOT_HERE
+    return REPRODUCED if difference.low > 0 else INCONCLUSIVE

@@ -1,0 +1,235 @@
+"""A study: programs that are trained under a stated match, and what was expected of them.
+
+A file in configs/studies/ has `get_config()` with the settings of the first entry, the reference,
+and STUDY, which says how the other entries differ. `twins` finds the sizes with which an entry is
+equal to the reference on each axis of its match. All amounts come from accounting.py. No jax.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from yocou_jax import accounting
+from yocou_jax.config import FIELDS, Config, unknown_field
+from yocou_jax.errors import UserError, shown
+
+TOLERANCE = 0.01  # largest relative difference on an axis on which two entries match
+
+
+# --- Axes -----------------------------------------------------------------------------------------
+
+
+class Axis(NamedTuple):
+    """An amount that two entries can have in common.
+
+    words: what it is. amount: that of a run with a config. field: the size that a twin changes to
+    match. units: the size becomes a multiple of the first of them that is fine enough.
+    """
+
+    words: str
+    amount: Callable[[Config], float]
+    field: str
+    units: tuple[int, ...] = (1,)
+
+
+def _parameters(config: Config) -> float:
+    return accounting.parameters(config.model).non_embedding
+
+
+def _tokens(config: Config) -> float:
+    return config.run.steps * config.data.batch_size * config.data.sequence_length
+
+
+def _flops(config: Config) -> float:
+    per_token = accounting.train_flops_per_token(config.model, config.data.sequence_length)
+    return _tokens(config) * per_token
+
+
+def _tokens_layers(config: Config) -> float:
+    program = config.model.program
+    return _tokens(config) * program.streams * program.depth
+
+
+def _kv_bytes(config: Config) -> float:
+    return accounting.kv_bytes(config.model, config.data.sequence_length)
+
+
+# In the order in which a twin is made: the number of updates depends on the other sizes.
+AXES = {
+    "kv_bytes": Axis("bytes of the KV cache of a training sequence", _kv_bytes, "model.window"),
+    # Multiples of 64 and of 8 suit the matrix units of accelerators.
+    "parameters": Axis(
+        "parameters without embeddings", _parameters, "model.d_ff", units=(64, 8, 1)
+    ),
+    "tokens": Axis("training tokens", _tokens, "run.steps"),
+    "flops": Axis("training FLOPs", _flops, "run.steps"),
+    # Section 4.1 of the paper counts FLOPs like this: no attention length, head or embedding.
+    "tokens_layers": Axis("training tokens times layers", _tokens_layers, "run.steps"),
+}
+
+
+# --- What a study says ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One program of a study.
+
+    fields: config fields that differ from `get_config()`, by dotted name. match: the axes on which
+    the entry must match the reference. None: those of the study.
+    """
+
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    match: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That a metric of the entry `less` is below that of the entry `more`.
+
+    source: the table or figure of the paper. expected: the range of `more` minus `less` that was
+    expected before the first run. least: a smaller difference would not matter. match: axes on
+    which the two entries must match, and metric: its path in the record of a run (compare.py);
+    None: those of the study.
+    """
+
+    less: str
+    more: str
+    source: str
+    expected: tuple[float, float]
+    least: float = 0.005
+    match: tuple[str, ...] | None = None
+    metric: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is trained, and what is claimed.
+
+    entries: by name; the first is the reference. match: axes (keys of AXES). seeds: how many runs
+    of each entry. learning_rates: tried with the first seed of each entry; the other seeds take the
+    best one. Empty: the rate of the config. metric: path in the record of a run; less is better,
+    and it chooses the rate. evaluations: tasks of experiments.evaluate, each with its flags, for
+    every run.
+    """
+
+    question: str
+    entries: Mapping[str, Entry]
+    claims: tuple[Claim, ...] = ()
+    match: tuple[str, ...] = ("parameters", "tokens")
+    seeds: int = 3
+    learning_rates: tuple[float, ...] = ()
+    metric: str = "summary.val_bpb"
+    evaluations: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.entries:
+            raise UserError("A study needs at least one entry, the reference.")
+        for name, entry in self.entries.items():
+            # It is the name of a folder.
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise UserError(
+                    f"The entry {shown(name)} must have a name of letters, digits, '_', '-' and "
+                    "'.', that does not begin with '-' or '.'."
+                )
+            _check_axes(self.match if entry.match is None else entry.match)
+        for claim in self.claims:
+            for name in (claim.less, claim.more):
+                if name not in self.entries:
+                    raise UserError(
+                        f"A claim names {shown(name)}, which is no entry of the study; the entries "
+                        f"are {', '.join(self.entries)}."
+                    )
+            _check_axes(self.match if claim.match is None else claim.match)
+        if self.seeds < 1:
+            raise UserError(f"seeds={self.seeds} of a study must be at least 1.")
+
+    @property
+    def reference(self) -> str:
+        return next(iter(self.entries))
+
+
+def _check_axes(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in AXES:
+            raise UserError(
+                f"There is no axis {shown(name)} to match on; the axes are {', '.join(AXES)}."
+            )
+
+
+# --- Twins ----------------------------------------------------------------------------------------
+
+
+def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
+    """The config with other values of the fields with these dotted names."""
+    tree = config.to_dict()
+    for name, value in fields.items():
+        if name not in FIELDS:
+            raise unknown_field(name)
+        group, field = name.split(".")
+        tree[group][field] = value
+    return Config.from_dict(tree)
+
+
+def ratios(config: Config, other: Config) -> dict[str, float]:
+    """The amount of `config` over that of `other`, on each axis."""
+    return {name: axis.amount(config) / axis.amount(other) for name, axis in AXES.items()}
+
+
+def matched(config: Config, other: Config) -> tuple[str, ...]:
+    """The axes on which two configs match."""
+    return tuple(n for n, ratio in ratios(config, other).items() if abs(ratio - 1) <= TOLERANCE)
+
+
+def twins(study: Study, base: Config) -> dict[str, Config]:
+    """The config of each entry, with the sizes that its match asks for.
+
+    base: that of `get_config()`. Raises UserError if an entry cannot match the reference, or if two
+    entries of a claim do not match on its axes.
+    """
+    reference = with_fields(base, study.entries[study.reference].fields)
+    found = {}
+    for name, entry in study.entries.items():
+        match = study.match if entry.match is None else entry.match
+        config = with_fields(base, entry.fields)
+        for axis_name, axis in AXES.items():
+            if axis_name in match:
+                config = _solve(config, axis, axis.amount(reference))
+        _check_match(study.reference, reference, name, config, match)
+        found[name] = config
+    for claim in study.claims:
+        match = study.match if claim.match is None else claim.match
+        _check_match(claim.less, found[claim.less], claim.more, found[claim.more], match)
+    return found
+
+
+def _solve(config: Config, axis: Axis, wanted: float) -> Config:
+    """The config with the size of `axis.field` that comes nearest to the amount. Every amount is a
+    linear function of its size. Returns the config as it is if no size comes near enough."""
+
+    def sized(size: int) -> Config:
+        return with_fields(config, {axis.field: size})
+
+    group, field = axis.field.split(".")
+    size, now = getattr(getattr(config, group), field), axis.amount(config)
+    slope = (axis.amount(sized(2 * size)) - now) / size
+    if now == wanted or slope == 0:
+        return config
+    exact = size + (wanted - now) / slope
+    for unit in axis.units:
+        near = sized(max(unit, round(exact / unit) * unit))
+        if abs(axis.amount(near) / wanted - 1) <= TOLERANCE:
+            return near
+    return config
+
+
+def _check_match(name: str, config: Config, other_name: str, other: Config, match) -> None:
+    for axis in match:
+        first, second = AXES[axis].amount(config), AXES[axis].amount(other)
+        if abs(second / first - 1) > TOLERANCE:
+            raise UserError(
+                f"{other_name} cannot be compared with {name} at equal {AXES[axis].words}: "
+                f"{second:,.6g} and {first:,.6g}, a ratio of {second / first:.3f}. The two may "
+                f"differ by {TOLERANCE:.0%}; a twin changes only {AXES[axis].field}."
+            )
