@@ -42,6 +42,8 @@ ROUTER_Z = "router_z"  # mean of logsumexp(router logits)^2
 # The load of an expert is its tokens divided by those of the mean expert, so 1 if all get the same.
 EXPERT_LOAD_MAX = "expert_load_max"  # of the expert with the most tokens, in any layer
 EXPERT_LOAD_MIN = "expert_load_min"  # of the expert with the fewest tokens, in any layer
+# With run.analysis: inside/NAME, with the names of `Inside.scalars` (yocou_jax/analysis/inside.py).
+INSIDE = "inside"
 
 
 def mfu(
