@@ -108,6 +108,9 @@ def get_config() -> ConfigDict:
     r.seed = 0  # for the initial parameters
     r.log_every = 10  # steps from one row of metrics to the next
     r.eval_every = 200  # steps from one validation to the next
+    # True: each validation also measures what happens inside the model and its loops, on one batch
+    # (yocou_jax/analysis). For three loops this takes as long as about 20 updates.
+    r.analysis = False
     r.sample_every = 200  # steps from one sample (a text of the model) to the next
     r.sample_prompt = "def "  # what a sample continues: Python code, as data.source
     r.sample_tokens = 64  # new tokens of a sample

@@ -306,5 +306,5 @@ def test_fields_that_may_change_when_a_run_is_resumed():
         *("data.cache_dir", "data.validation_sequences", "mesh.data", "mesh.fsdp", "mesh.tensor"),
         *("optimizer.max_skipped_updates", "run.log_every", "run.eval_every", "run.sample_every"),
         *("run.sample_prompt", "run.sample_tokens", "run.checkpoint_every"),
-        *("run.keep_checkpoints", "run.profile_steps"),
+        *("run.keep_checkpoints", "run.profile_steps", "run.analysis"),
     }

@@ -287,6 +287,7 @@ class RunConfig:
     seed: int = number(0, 2**32 - 1)  # jax.random.key uses 32 bits and drops the others
     log_every: int = number(1, MAX_INT32, resume=FREE)
     eval_every: int = number(1, MAX_INT32, resume=FREE)
+    analysis: bool = truth(resume=FREE)
     sample_every: int = number(1, MAX_INT32, resume=FREE)
     sample_prompt: str = text(empty=True, longest=MAX_LONG_TEXT, resume=FREE)
     sample_tokens: int = number(1, MAX_SIZE, resume=FREE)
@@ -345,7 +346,8 @@ def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings of any version of this code, with the groups and fields of this version.
 
     Before version 3 of exported folders there was no group `compute`, and its fields were in
-    `model`. Before `compute.unroll`, all stages were loops. Newer settings are returned unchanged.
+    `model`. Before `compute.unroll`, all stages were loops. Before `run.analysis`, no run had it.
+    Newer settings are returned unchanged.
     """
     model, compute = fields.get("model"), fields.get("compute")
     if compute is None and isinstance(model, Mapping):
@@ -354,7 +356,10 @@ def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         model = {name: value for name, value in model.items() if name not in moved}
     if not isinstance(compute, Mapping) or "scan" not in compute:
         return fields
-    return {**fields, "model": model, "compute": {"unroll": 0, **compute}}
+    fields = {**fields, "model": model, "compute": {"unroll": 0, **compute}}
+    if isinstance(run := fields.get("run"), Mapping):
+        fields["run"] = {"analysis": False, **run}
+    return fields
 
 
 # --- From a ConfigDict ----------------------------------------------------------------------------

@@ -7,10 +7,13 @@ the checkpoint, and an error in it does not end the run.
 
 import math
 import typing
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from yocou_jax.analysis import inside
+from yocou_jax.data.pipeline import Batch
 from yocou_jax.inference import Sampling, generate, prepare
 from yocou_jax.training import metrics
 
@@ -32,6 +35,12 @@ class Evaluator:
         """Shows what is not a metric. Every process calls it."""
 
 
+def _validation_batches(run: "Run") -> Iterator[Batch]:
+    """They have as many sequences as a microbatch: if training fits into memory, they do too."""
+    size = run.config.data.batch_size // run.config.optimizer.accumulation_steps
+    return run.data.validation.batches(run.sharding, size)
+
+
 class Validation(Evaluator):
     """Loss (nats per token) and bits per byte on the fixed validation set."""
 
@@ -39,9 +48,7 @@ class Validation(Evaluator):
 
     def __init__(self, run: "Run"):
         self.run, self.every = run, run.config.run.eval_every
-        # As many sequences as a microbatch has: if training fits into memory, validation does too.
-        size = run.config.data.batch_size // run.config.optimizer.accumulation_steps
-        self.batches = list(run.data.validation.batches(run.sharding, size))
+        self.batches = list(_validation_batches(run))
 
     def measure(self, params, step: int) -> dict[str, float]:
         sums = [self.run.setup.evaluate(params, batch) for batch in self.batches]
@@ -51,6 +58,23 @@ class Validation(Evaluator):
             metrics.VAL_LOSS: nll / validation.num_tokens,
             metrics.VAL_BPB: nll / math.log(2) / validation.num_bytes,
         }
+
+
+class Analysis(Evaluator):
+    """What happens inside the model (`yocou_jax.analysis.inside`), on the first validation batch;
+    nothing without run.analysis."""
+
+    name = "analysis"
+
+    def __init__(self, run: "Run"):
+        self.run, self.every = run, run.config.run.eval_every
+        self.batch = next(_validation_batches(run)) if run.config.run.analysis else None
+
+    def measure(self, params, step: int) -> dict[str, float]:
+        if self.batch is None:
+            return {}
+        found = inside(params, self.run.config.model, self.run.setup.compute, self.batch)
+        return {f"{metrics.INSIDE}/{name}": value for name, value in found.scalars().items()}
 
 
 class Sample(Evaluator):

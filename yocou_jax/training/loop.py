@@ -28,7 +28,7 @@ from yocou_jax.manifest import write as write_manifest
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.banner import attention_choices, banner
-from yocou_jax.training.evaluators import Evaluator, Sample, Validation
+from yocou_jax.training.evaluators import Analysis, Evaluator, Sample, Validation
 from yocou_jax.training.events import Events
 from yocou_jax.training.lock import WorkdirLock
 from yocou_jax.training.preemption import StopRequest
@@ -87,7 +87,7 @@ class Run:
         config: Config,
         workdir: Path,
         reporter: Reporter | None = None,
-        evaluators: Sequence[Callable[["Run"], Evaluator]] = (Validation, Sample),
+        evaluators: Sequence[Callable[["Run"], Evaluator]] = (Validation, Analysis, Sample),
         init_from: str | Path | None = None,
     ):
         self.config, self.workdir = config, expand_path(workdir)

@@ -144,3 +144,31 @@ def cross_entropy(
         shards = 1  # such a batch is not split over devices
     total, (nll, z) = _cross_entropy(hidden, head, targets, weights, z_loss, shards)
     return total, LossSums(nll=nll, z=z, weight=jnp.sum(weights))
+
+
+def divergence(
+    hidden: Float[Array, "B N D"],
+    other: Float[Array, "B N D"],
+    head: Float[AnyArray, "D V"],
+    weights: Float[Array, "B N"] | None = None,
+    shards: int = 1,
+) -> Float[Array, ""]:
+    """The sum over positions of weight * KL(p || q) in nats. p: what the head predicts from
+    `hidden`. q: what it predicts from `other`. weights, shards: as in `cross_entropy`."""
+    batch, length, _ = hidden.shape
+    if weights is None:
+        weights = jnp.ones((batch, length), jnp.float32)
+    shards = 1 if batch % shards else shards
+    chunks = _num_chunks(2 * batch // shards * length, length, head.shape[1])  # logits of both
+    head = head.astype(hidden.dtype)
+
+    def body(total, chunk):
+        *both, w = chunk
+        log_p, log_q = (
+            jax.nn.log_softmax(jnp.matmul(h, head, preferred_element_type=jnp.float32))
+            for h in both
+        )
+        return total + jnp.sum(w * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)), None
+
+    inputs = [_to_chunks(x, shards, chunks) for x in (hidden, other, weights)]
+    return jax.lax.scan(body, jnp.float32(0), inputs)[0]

@@ -36,6 +36,8 @@ ROUTER_Z = "router_z"  # mean of logsumexp(router logits)^2
 # The load of an expert is its tokens divided by those of the mean expert, so 1 if all get the same.
 EXPERT_LOAD_MAX = "expert_load_max"  # of the expert with the most tokens, in any layer
 EXPERT_LOAD_MIN = "expert_load_min"  # of the expert with the fewest tokens, in any layer
+# With run.analysis: inside/NAME, with the names of `Inside.scalars` (yocou_jax/analysis/inside.py).
+INSIDE = "inside"
 
 LOSSES = (LOSS, BPB, VAL_LOSS, VAL_BPB)
 # In TensorBoard, a metric is in a group. One that no group names is in the last one.
@@ -50,7 +52,9 @@ GROUPS = {
 
 
 def tag(name: str) -> str:
-    """The name of a metric in TensorBoard: "group/name"."""
+    """The name of a metric in TensorBoard: "group/name". A name may have its group itself."""
+    if "/" in name:
+        return name
     group = next((group for group, names in GROUPS.items() if name in names), "other")
     return f"{group}/{name}"
 
