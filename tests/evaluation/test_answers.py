@@ -205,14 +205,17 @@ def test_a_needle_is_found_or_not(options, monkeypatch):
         run(needle, trained.model(), options(lengths=(300,)))
 
 
-def test_continuations_are_greedy():
+def test_answers_are_the_likeliest_tokens():
     loaded = trained.model("window*1@2 | cross*1")
     prompts = np.random.default_rng(0).integers(0, 256, (3, 12))
     exam = needle.Exam([], list(prompts), new_tokens=2)
-    with jax.set_mesh(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))):
-        found = needle.generated(loaded, exam)
     tokens = prompts
     for _ in range(2):
         likeliest = scores(loaded, tokens, 2)[:, -1].argmax(-1)
         tokens = np.concatenate([tokens, likeliest[:, None]], axis=1)
+    with jax.set_mesh(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))):
+        found = needle.generated(loaded, exam)
+        _, right = hops.losses(loaded, tokens)
     assert found == [loaded.tokenizer.decode(row[-2:]) for row in tokens]
+    assert right[:, -2:].all()  # only such tokens are right answers
+    assert not right[:, :-2].all()
