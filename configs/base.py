@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
 
     d = c.data = ConfigDict()
     # python | site_packages | a path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config]
+    # | hops(...) | needle(...) (tasks: yocou_jax/data/synthetic.py)
     # or a mixture such as 0.7*python + 0.3*texts/*.txt
     d.source = "python"
     d.text_field = "text"  # name of the field with the text, in JSON, parquet and Hugging Face rows

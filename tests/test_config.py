@@ -147,6 +147,10 @@ IMPOSSIBLE = [
     ({"attention": "flash"}, "attention='flash' is not one of auto, pallas_tpu"),
     ({"data": {"bad_rows": "keep"}}, "data.bad_rows='keep' is not one of refuse, skip"),
     ({"data": {"seed": -1}}, "data.seed=-1 must be at least 0"),
+    (
+        {"data": {"source": "0.5*python+0.5*hops(p=2, letters=4)"}},
+        "has hops(...), in which each letter must be a token of its own",
+    ),
     ({"run": {"seed": 2**32}}, "run.seed=4294967296 must be at most 4294967295"),
     ({"run": {"seed": 10**20}}, "run.seed=100000000000000000000 must be at most"),
     ({"run": {"keep_checkpoints": 1}}, "run.keep_checkpoints=1 must be at least 2"),

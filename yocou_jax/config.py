@@ -8,6 +8,7 @@ that breaks a rule gets one sentence (UserError).
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ MAX_SIZE = 2**20  # the largest width: 64 bits hold a count of the product of tw
 MAX_TEXT = 4096  # characters, as in a path; Python does not read longer integers
 MAX_LONG_TEXT = 16_384  # characters of a prompt, or of a mixture of many globs
 MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
+
+HOPS = re.compile(r"(?<![\w/])hops\([\w=, ]*\)(?![\w.])")  # in a data source; not in a path
 
 Fields = Mapping[str, Any] | ConfigDict  # a ConfigDict is not a subclass of Mapping
 
@@ -263,6 +266,11 @@ class DataConfig:
             tokens <= MAX_INT32,
             f"data.batch_size={self.batch_size} times data.sequence_length={self.sequence_length} "
             f"is {tokens} tokens; a batch can have at most {MAX_INT32}.",
+        )
+        _require(
+            self.tokenizer != "bpe" or not HOPS.search(self.source),
+            f"data.source={shown(self.source)} has hops(...), in which each letter must be a token "
+            "of its own: set data.tokenizer=bytes.",
         )
 
 
