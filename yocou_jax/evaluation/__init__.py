@@ -22,5 +22,5 @@ training, it calls `with_loops(loaded, count)`. A report has:
     more facts, such as how many tokens were read; they are written to the file only
 
 `evaluate` (results.py) adds what is true of every task (program, step, dtype, kernel, versions,
-device, command), and `write` writes WORKDIR/evaluation/TASK.json, TASK.png, and events for TensorBoard.
+device, command), and `write` writes WORKDIR/evaluation/TASK.json, TASK.png, and TensorBoard events.
 """

@@ -50,9 +50,9 @@ class Events:
         indented = "\n".join("    " + line for line in text.splitlines())
         self._write(step, summary=tb.text(tag, indented))
 
-    def picture(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
-        """Writes a PNG of width x height pixels."""
-        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+    def picture(self, tag: str, png: bytes, step: int) -> None:
+        """Writes the bytes of a PNG file."""
+        image = Summary.Image(colorspace=4, encoded_image_string=png)
         self._write(step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 
     def hparams(self, fields: Mapping[str, Any], metrics: list[str]) -> None:
