@@ -192,7 +192,7 @@ def test_an_evaluation_gives_the_loss_of_the_validation(whole):
     after = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
     assert {p: after[p] for p in before} == before
     folders = {p.parent.relative_to(whole).as_posix() for p in after.keys() - before.keys()}
-    assert folders == {"evaluation", "tensorboard/evaluation"}
+    assert folders == {"evaluation"}
 
 
 # --- Interrupted runs end with the same parameters ------------------------------------------------

@@ -44,10 +44,9 @@ def test_a_report_in_a_workdir(tmp_path, mesh, quick):
     assert results.write(report, folder) == [folder / "evaluation/quick.json"]
     after = contents(folder)
     assert {name: after[name] for name in before} == before
-    new = sorted(set(after) - set(before))
-    assert new[0] == "evaluation/quick.json"
-    assert new[1].startswith("tensorboard/evaluation/events")
-    assert len(new) == 2
+    events, file = sorted(set(after) - set(before))
+    assert file == "evaluation/quick.json"
+    assert events.startswith("evaluation/events")
     stored = json.loads(after["evaluation/quick.json"], parse_constant=pytest.fail)
     assert stored["tables"]["x"][0]["stderr"] is None
     facts = ("task", "step", "trained_loops", "loops", "dtype", "command", "tokenizer")
@@ -59,7 +58,7 @@ def test_a_report_in_a_workdir(tmp_path, mesh, quick):
     assert {"git", "python", "packages", "device", "created"} <= stored.keys()
     assert set(stored["attention"]) == {"window", "cross"}
     assert all(kernel.startswith("xla") for kernel in stored["attention"].values())
-    events = EventAccumulator(str(folder / "tensorboard/evaluation"))
+    events = EventAccumulator(str(folder / "evaluation"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("evaluation/quick/nats")] == [(3, 1.5)]
 
@@ -68,7 +67,7 @@ def test_an_exported_folder_gets_no_events(tmp_path, mesh, quick):
     export(tmp_path / "a", model())
     report = results.evaluate("quick", Options(tmp_path / "a"), mesh)
     results.write(report, tmp_path / "a")
-    assert not (tmp_path / "a/tensorboard").exists()
+    assert not list((tmp_path / "a/evaluation").glob("events*"))
     (tmp_path / "a/evaluation/quick.json").rename(tmp_path / "a/moved")
     (tmp_path / "a/evaluation").rmdir()
     (tmp_path / "a/evaluation").write_text("")
