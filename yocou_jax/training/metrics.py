@@ -28,6 +28,7 @@ LOSS = "loss"  # cross-entropy of the training batch, nats per token
 BPB = "bpb"  # the same, in bits per byte of text
 VAL_LOSS = "val_loss"  # on the fixed validation set, nats per token
 VAL_BPB = "val_bpb"
+LOOPS = "loops"  # runs of each looped stage in this step, if the run draws it (model.num_loops)
 GRAD_NORM = "grad_norm"  # of all gradients together, before clipping
 LR = "lr"
 TOKENS_PER_S = "tokens_per_s"  # over all devices, since the last logged step
@@ -44,12 +45,16 @@ EXPERT_LOAD_MAX = "expert_load_max"  # of the expert with the most tokens, in an
 EXPERT_LOAD_MIN = "expert_load_min"  # of the expert with the fewest tokens, in any layer
 
 
-def mfu(
-    tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int
-) -> float | None:
+def at_loops(name: str, count: int) -> str:
+    """The name of a validation metric with this loop count, such as val_loss_loops_3. A run that
+    draws its loop counts has val_loss and val_bpb with each of them, too."""
+    return f"{name}_loops_{count}"
+
+
+def mfu(flops_per_s: float, device_kind: str, devices: int) -> float | None:
     """Model FLOP/s divided by the peak of all devices. None if the peak is unknown (a CPU)."""
     peak = hardware.peak_flops(device_kind)
-    return None if peak is None else tokens_per_s * flops_per_token / (peak * devices)
+    return None if peak is None else flops_per_s / (peak * devices)
 
 
 class MetricsWriter:
