@@ -17,7 +17,12 @@ def get_config() -> ConfigDict:
     # A name in yocou_jax.program.ARCHITECTURES, or a program such as "window*4@3 | cross*4".
     m.architecture = "yoco_u"
     m.num_layers = 8  # layers with parameters of their own; not used if a program is given
-    m.num_loops = placeholder(int)  # runs of each looped stage; none: those of the architecture
+    # Runs of each looped stage; none: those of the architecture. A text has several counts, and
+    # each training step draws one of them (yocou_jax/loops.py): "1,2,3,5", or "poisson(3)" for
+    # 1 + Poisson(2) without counts above 6. The count of the model itself (in val_loss, samples and
+    # inference) is then the mean of the Poisson draw, or the architecture's count if it is named,
+    # or else the largest. Validation also runs with every count.
+    m.num_loops = placeholder((int, str))
     m.vocab_size = 4096  # rows of the embedding table; at least the tokenizer's entries
     m.d_model = 256  # numbers per position in the residual stream: the model width D
     m.num_heads = 4  # query heads
@@ -71,6 +76,14 @@ def get_config() -> ConfigDict:
     o.weight_decay = 0.1  # of matrices, times the learning rate (Tables 6 and 7 of the paper)
     o.clip_norm = 1.0  # limit of the global gradient norm (1e9: no limit); not in the paper
     o.z_loss = 0.0  # weight of logsumexp(logits)^2 in the loss (PaLM); 0: no such term
+    # Weights of losses after loop 1, 2, ..., such as "0.1,0.2,1": the objective is their weighted
+    # mean. "": only after the last loop. After each loop with a weight, the layers after the looped
+    # stage and the head run once more. The program has one looped stage, with as many loops.
+    o.loop_loss = ""
+    # Truncated backpropagation: the gradient passes through this number of last loops of each
+    # looped stage; none: all. What the earlier loops add to the residual stream is a constant, so
+    # the embedding and the layers before the stage get a gradient, but not the one through them.
+    o.backprop_loops = placeholder(int)
     o.accumulation_steps = 1  # microbatches per update; more of them need less memory
     o.max_skipped_updates = 5  # the run stops after this number of non-finite updates in a row
 
@@ -106,7 +119,7 @@ def get_config() -> ConfigDict:
 
     r = c.run = ConfigDict()
     r.steps = 1000  # updates
-    r.seed = 0  # for the initial parameters
+    r.seed = 0  # for the initial parameters, and for loop counts that are drawn
     r.log_every = 10  # steps from one row of metrics to the next
     r.eval_every = 200  # steps from one validation to the next
     # True: each validation also measures what happens inside the model and its loops, on one batch

@@ -1,9 +1,12 @@
 """Runs the training command as a user does: kills, stops, damages, mistakes, two processes."""
 
+import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from yocou_jax import accounting
+from yocou_jax.config import ModelConfig
 from yocou_jax.training.lock import WorkdirLock
 from yocou_jax.training.preemption import EXIT_PREEMPTED
 
@@ -21,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = 60
 FIELDS = {
     "model.num_layers": 2,
-    "model.num_loops": 2,
+    "model.num_loops": "1,2",
     "model.vocab_size": 258,
     "model.d_model": 32,
     "model.num_heads": 2,
@@ -137,6 +142,7 @@ def whole(home) -> Path:
     """A run that was not interrupted."""
     output = run(command(home, "whole"))
     assert "Finished" in output
+    assert sorted(re.findall(r"Compiled the train step with loops=(\d)", output)) == ["1", "2"]
     assert "Resumed" not in output
     return home / "whole"
 
@@ -158,10 +164,19 @@ def test_names_in_the_files_of_a_run(whole):
     ):
         assert name in got, name
     assert got["tokens"] == STEPS * 8 * 32
-    assert got["val_loss"] == found[-1]["val_loss"]
+    assert got["val_loss"] == found[-1]["val_loss"] == got["val_loss_loops_2"]
+    assert got["val_loss"] != got["val_loss_loops_1"] == found[-1]["val_loss_loops_1"]
+    counts = collections.Counter(row["loops"] for row in found)
+    assert counts[1] + counts[2] == STEPS
+    assert min(counts.values()) > STEPS / 4
     assert len(got["final_params_sha256"]) == 64
     manifest = json.loads((whole / "manifest.json").read_text())
     assert {"config", "git", "packages", "device", "corpus"} <= set(manifest)
+    model = ModelConfig.from_dict(manifest["config"]["model"])
+    one, two = (dataclasses.replace(model, num_loops=count) for count in (1, 2))
+    flops = [accounting.train_flops_per_token(m, 32) for m in (one, two)]
+    expected = 8 * 32 * (counts[1] * flops[0] + counts[2] * flops[1])
+    assert got["train_flops"] == pytest.approx(expected)
     assert list(whole.glob("events.out.tfevents.*"))
 
 
@@ -411,6 +426,7 @@ def test_an_unwritable_workdir_is_answered_with_one_sentence(home):
 @pytest.mark.slow
 def test_two_processes_give_the_same_run_as_one(home):
     fields = {"run__steps": 12, "run__eval_every": 6, "run__checkpoint_every": 6}
+    fields["model__num_loops"] = 2  # a second count would be compiled in each process
     run(command(home, "one", **fields), devices=2)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

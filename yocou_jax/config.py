@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections.config_dict import ConfigDict, RequiredValueError
 
 from yocou_jax.errors import UserError, shown
+from yocou_jax.loops import MAX_COUNTS, LoopDraw
 from yocou_jax.program import Program
 
 # The names in pallas_kernels/attention/api.py; a test compares them. They are not imported from
@@ -108,6 +109,44 @@ def text(*, empty: bool = False, longest: int = MAX_TEXT, resume: str | None = N
     return dataclasses.field(metadata={"rule": rule, "resume": resume})
 
 
+def loop_counts() -> Any:
+    """A field with one loop count, or with a text of several, from which training draws."""
+    count = number(1, MAX_LOOPS).metadata["rule"]
+
+    def rule(value: int | str) -> str | None:
+        if isinstance(value, int):
+            return count(value)
+        return (
+            None
+            if LoopDraw.parse(value)
+            else (
+                f"must be a whole number, 2 to {MAX_COUNTS} different ones from 1 to 9999 such as "
+                f"'1,2,3,5', or 'poisson(3)' with a mean from 2 to {MAX_COUNTS // 2}"
+            )
+        )
+
+    return dataclasses.field(metadata={"rule": rule})
+
+
+def weights() -> Any:
+    """A field with a text of numbers from 0 to 1000, the last one above 0. It may be empty."""
+
+    def rule(value: str) -> str | None:
+        try:
+            found = _numbers(value)
+        except ValueError:
+            found = (math.nan,)
+        if all(0 <= weight <= 1000 for weight in found) and (not found or found[-1] > 0):
+            return None
+        return "must be numbers from 0 to 1000 such as '0.1,0.2,1', the last one above 0"
+
+    return dataclasses.field(metadata={"rule": rule})
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",")) if text else ()
+
+
 def _check_fields(config) -> None:
     """Applies the rule of each field. Raises UserError for the first value that breaks one."""
     group = type(config).__name__.removesuffix("Config").lower()
@@ -123,7 +162,7 @@ class ModelConfig:
 
     architecture: str = text()
     num_layers: int = number(1, MAX_LAYERS)
-    num_loops: int | None = number(1, MAX_LOOPS)
+    num_loops: int | str | None = loop_counts()
     vocab_size: int = number(1, 10_000_000)
     d_model: int = number(1, MAX_SIZE)
     num_heads: int = number(1, 65_536)
@@ -194,9 +233,16 @@ class ModelConfig:
         return self.prefix_length if self.program.streams > 1 else 0
 
     @property
+    def loop_draw(self) -> LoopDraw | None:
+        """What each training step draws its loop count from. None: it has those of `program`."""
+        return LoopDraw.parse(self.num_loops) if isinstance(self.num_loops, str) else None
+
+    @property
     def program(self) -> Program:
         program = Program.from_architecture(self.architecture, self.num_layers)
-        return program if self.num_loops is None else program.with_loops(self.num_loops)
+        if draw := self.loop_draw:
+            return program.with_loops(draw.own_count(program.loop_counts))
+        return program.with_loops(self.num_loops) if isinstance(self.num_loops, int) else program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,11 +281,18 @@ class OptimizerConfig:
     weight_decay: float = number(0, 1000)
     clip_norm: float = number(1e-30, 1e12)
     z_loss: float = number(0, 1000)
+    loop_loss: str = weights()
+    backprop_loops: int | None = number(1, MAX_LOOPS)
     accumulation_steps: int = number(1, MAX_SIZE)
     max_skipped_updates: int = number(1, 2**30, resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
+
+    @property
+    def loop_weights(self) -> tuple[float, ...]:
+        """Weights of the losses after each loop. Empty: there is only the loss after the last."""
+        return _numbers(self.loop_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,6 +393,39 @@ class Config:
             "data.packing=True cannot be used with a program of parallel streams: the learned "
             "K/V prefix has no segment.",
         )
+        self._check_loops()
+
+    def _check_loops(self):
+        model, optimizer, program = self.model, self.optimizer, self.model.program
+        if optimizer.backprop_loops is not None:
+            _require(
+                program.loop_counts != [],
+                f"optimizer.backprop_loops={optimizer.backprop_loops} needs a looped stage, but "
+                f"the program is {shown(str(program))}.",
+            )
+        if not (weights := optimizer.loop_weights):
+            return
+        given = f"optimizer.loop_loss={shown(optimizer.loop_loss)}"
+        looped = [stage for stage in program.stages if stage.loops is not None]
+        _require(
+            len(looped) == 1,
+            f"{given} needs a program with one looped stage, not {shown(str(program))}.",
+        )
+        _require(
+            model.loop_draw is None,
+            f"{given} has a weight for each loop, so it needs one loop count, not "
+            f"model.num_loops={shown(model.num_loops)}.",
+        )
+        _require(
+            len(weights) == looped[0].num_loops,
+            f"{given} has {len(weights)} weights, but the stage {shown(str(looped[0]))} runs "
+            f"{looped[0].num_loops} times.",
+        )
+        _require(
+            optimizer.backprop_loops is None,
+            f"{given} cannot be combined with optimizer.backprop_loops="
+            f"{optimizer.backprop_loops}: the last loops before each loss are other ones.",
+        )
 
     @classmethod
     def from_dict(cls, fields: Fields) -> "Config":
@@ -350,12 +436,19 @@ class Config:
         return dataclasses.asdict(self)
 
 
+# Fields that are newer than some settings in files, with the value that says what was done before.
+ADDED = {
+    "compute": {"unroll": 0},  # all stages were loops
+    "optimizer": {"loop_loss": "", "backprop_loops": None},
+    "run": {"analysis": False},
+}
+
+
 def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings of any version of this code, with the groups and fields of this version.
 
     Before version 3 of exported folders there was no group `compute`, and its fields were in
-    `model`. Before `compute.unroll`, all stages were loops. Before `run.analysis`, no run had it.
-    Newer settings are returned unchanged.
+    `model`. Fields of ADDED are added. Newer settings are returned unchanged.
     """
     model, compute = fields.get("model"), fields.get("compute")
     if compute is None and isinstance(model, Mapping):
@@ -364,9 +457,10 @@ def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         model = {name: value for name, value in model.items() if name not in moved}
     if not isinstance(compute, Mapping) or "scan" not in compute:
         return fields
-    fields = {**fields, "model": model, "compute": {"unroll": 0, **compute}}
-    if isinstance(run := fields.get("run"), Mapping):
-        fields["run"] = {"analysis": False, **run}
+    fields = {**fields, "model": model, "compute": compute}
+    for group, added in ADDED.items():
+        if isinstance(old := fields.get(group), Mapping):
+            fields[group] = {**added, **old}
     return fields
 
 

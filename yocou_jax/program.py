@@ -206,6 +206,11 @@ class Program:
         return dataclasses.replace(self, stages=stages)
 
     @property
+    def loop_counts(self) -> list[int]:
+        """The different counts of its looped stages, in order. Empty: it has no looped stage."""
+        return sorted({stage.loops for stage in self.stages if stage.loops is not None})
+
+    @property
     def layers(self) -> int:
         """Number of layers with parameters of their own."""
         return sum(stage.layers for stage in self.stages)

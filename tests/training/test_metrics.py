@@ -32,8 +32,8 @@ def test_the_names_of_the_metrics():
 
 
 def test_mfu_is_known_only_if_the_peak_is():
-    assert mfu(1000.0, 312e9, "NVIDIA A100-SXM4-80GB", 4) == pytest.approx(0.25)
-    assert mfu(1000.0, 312e9, "cpu", 1) is None
+    assert mfu(312e12, "NVIDIA A100-SXM4-80GB", 4) == pytest.approx(0.25)
+    assert mfu(312e12, "cpu", 1) is None
 
 
 def scalars(workdir, tag="loss/loss"):
@@ -147,6 +147,19 @@ def test_unknown_values_are_not_shown():
     console.start(10)
     console.update(1, {"loss": 2.0, "mfu": None})
     assert out.getvalue() == "step  1/10  loss 2.000\n"
+
+
+def test_loop_counts_that_are_drawn_are_shown():
+    out, console = plain()
+    console.start(10)
+    console.update(1, {"loss": 2.0, "loops": 3})
+    losses = {"val_loss": 2.0, "val_bpb": 1.0, "val_loss_loops_1": 3.0, "val_bpb_loops_1": 1.5}
+    console.evaluated(1, losses | {"val_loss_loops_12": 2.0, "val_bpb_loops_12": 1.0})
+    assert out.getvalue().splitlines() == [
+        "step  1/10  loops 3  loss 2.000",
+        "step 1: validation loss 2.0000 nats/token, 1.0000 bits/byte; 3.0000 with 1, 2.0000 with "
+        "12 loops",
+    ]
 
 
 def test_live_line_stays_below_notices_and_samples():

@@ -10,7 +10,7 @@ from yocou_jax import manifest
 from yocou_jax.data.corpus import parse_source
 from yocou_jax.data.synthetic import Hops, Needle, parse_task
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.options import Options, loop_counts, with_loops
+from yocou_jax.evaluation.options import Options, with_loops
 from yocou_jax.pretrained import Pretrained
 from yocou_jax.sharding import batch_ways
 from yocou_jax.typing import Bool, Float, Int
@@ -46,7 +46,7 @@ def counts(loaded: Pretrained, options: Options) -> list[tuple[int, Pretrained]]
     Raises UserError for a count that is not possible, and if the program has no loop.
     """
     if options.loops is None:
-        return [(max(loop_counts(loaded.config.program), default=1), loaded)]
+        return [(max(loaded.config.program.loop_counts, default=1), loaded)]
     return [(count, with_loops(loaded, count)) for count in options.loops]
 
 

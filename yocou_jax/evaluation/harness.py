@@ -17,7 +17,7 @@ from yocou_jax.data.pipeline import Batch
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import python_docs
-from yocou_jax.evaluation.options import Options, loop_counts, with_one_count
+from yocou_jax.evaluation.options import Options, with_one_count
 from yocou_jax.evaluation.perplexity import rows_at_once, scores
 from yocou_jax.inference import Sampling, generate, prepare
 from yocou_jax.inference.request import bucket
@@ -224,7 +224,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
             raise UserError(f"lm_eval cannot run {', '.join(options.harness)}: {error}.") from error
     rows = result_rows(found["results"])
     return {
-        "loops": loop_counts(loaded.config.program),
+        "loops": loaded.config.program.loop_counts,
         "end_of_text_prefix": options.end_of_text,
         "few_shot": found["n-shot"],
         "template": None,  # of a chat; those of the questions are in "configs"

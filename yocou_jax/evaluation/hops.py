@@ -17,7 +17,7 @@ from yocou_jax.data.synthetic import EVALUATION, Hops, follow
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation.answers import batches, bins, counts, settings, summary
-from yocou_jax.evaluation.options import Options, loop_counts
+from yocou_jax.evaluation.options import Options
 from yocou_jax.mixers import MIXERS
 from yocou_jax.model import Compute, logits, resolve_compute
 from yocou_jax.pretrained import Pretrained
@@ -153,7 +153,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
                 case = about | {"loops": count} | found
                 results.append(case | facts | {"reach": reach(model.config)})
     return {
-        "loops": list(options.loops or loop_counts(loaded.config.program)),
+        "loops": list(options.loops or loaded.config.program.loop_counts),
         "texts": options.samples or SAMPLES,
         "seed": options.seed,
         "scalars": {

@@ -4,7 +4,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.options import Options, loop_counts, trained_counts, with_loops
+from yocou_jax.evaluation.options import Options, trained_counts, with_loops
 from yocou_jax.evaluation.perplexity import bits_per_byte, losses, mean
 from yocou_jax.evaluation.text import open_text
 from yocou_jax.pretrained import Pretrained
@@ -29,7 +29,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     text = open_text(loaded, options)
     usual = losses(loaded, text.sequences, mesh)
     # If two stages have different counts, no single count is the model as it was trained.
-    counts = loop_counts(program)
+    counts = program.loop_counts
     own = counts[0] if len(counts) == 1 else None
     rows = []
     for count in sorted({*(options.loops or COUNTS), own} - {None}):

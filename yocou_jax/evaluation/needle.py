@@ -26,7 +26,7 @@ from yocou_jax.data.synthetic import (
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation.answers import accuracy, batches, counts, settings
-from yocou_jax.evaluation.options import Options, loop_counts
+from yocou_jax.evaluation.options import Options
 from yocou_jax.inference import generate, prepare
 from yocou_jax.pretrained import Pretrained
 from yocou_jax.typing import Int
@@ -177,7 +177,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
                     results.append(about | {"depth": depth} | cell)
     names = [f"{r['kind']}_length{r['length']}_loops{r['loops']}" for r in table]
     return {
-        "loops": list(options.loops or loop_counts(loaded.config.program)),
+        "loops": list(options.loops or loaded.config.program.loop_counts),
         "questions": samples,
         "seed": options.seed,
         "scalars": {

@@ -6,7 +6,6 @@ from pathlib import Path
 from yocou_jax.config import MAX_INT32, MAX_LOOPS, ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.pretrained import Pretrained
-from yocou_jax.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +41,9 @@ class Options:
                 raise UserError(f"--{name}={number} must be from {least} to {MAX_INT32}.")
 
 
-def loop_counts(program: Program) -> list[int]:
-    """The counts of the looped stages, without repetition; [] if there is no loop."""
-    return sorted({stage.loops for stage in program.stages if stage.loops is not None})
-
-
 def trained_counts(config: ModelConfig) -> list[int]:
     """The counts that training has used. A figure marks them."""
-    return loop_counts(config.program)
+    return list(draw.counts) if (draw := config.loop_draw) else config.program.loop_counts
 
 
 def with_loops(loaded: Pretrained, count: int) -> Pretrained:

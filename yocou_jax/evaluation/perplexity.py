@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from yocou_jax.config import ModelConfig
 from yocou_jax.data.pipeline import Batch, Sequences, Validation
-from yocou_jax.evaluation.options import Options, loop_counts, with_one_count
+from yocou_jax.evaluation.options import Options, with_one_count
 from yocou_jax.evaluation.text import open_text
 from yocou_jax.model import Compute, LanguageModel, head_matrix, resolve_compute
 from yocou_jax.pretrained import Pretrained
@@ -118,7 +118,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     loss["perplexity"] = math.exp(min(loss["nats"], 700.0))  # of more, exp overflows
     return {
         **text.facts(),
-        "loops": loop_counts(loaded.config.program),
+        "loops": loaded.config.program.loop_counts,
         "last": last,
         "scalars": loss,
         "tables": {

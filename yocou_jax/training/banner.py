@@ -23,11 +23,12 @@ def banner(
     """
     model, length = config.model, config.data.sequence_length
     device, parameters = jax.devices()[0], accounting.parameters(model)
-    flops = accounting.train_flops_per_token(model, length)
+    flops = accounting.run_flops_per_token(config)
     tokens = config.run.steps * config.data.batch_size * length
     dtype = resolve_compute(config.compute).dtype
     kv = accounting.kv_bytes(model, length, dtype.itemsize) / accounting.MIB
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    drawn = {"loops": f"each step draws from {model.num_loops}"} if model.loop_draw else {}
     return {
         "device": {
             "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
@@ -35,7 +36,7 @@ def banner(
             "compute": f"{dtype.name}, parameters in float32",
             **attention,
         },
-        "model": {"program": str(model.program)} | parameters.rows(),
+        "model": {"program": str(model.program), **drawn, **parameters.rows()},
         "cost": {
             "training FLOPs per token": f"{flops:.4g}",
             "training FLOPs in all": f"{flops * tokens:.4g}",

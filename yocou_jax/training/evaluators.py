@@ -42,7 +42,8 @@ def _validation_batches(run: "Run") -> Iterator[Batch]:
 
 
 class Validation(Evaluator):
-    """Loss (nats per token) and bits per byte on the fixed validation set."""
+    """Loss (nats per token) and bits per byte on the fixed validation set. If the run draws its
+    loop counts, also with each count."""
 
     name = "validation"
 
@@ -51,7 +52,19 @@ class Validation(Evaluator):
         self.batches = list(_validation_batches(run))
 
     def measure(self, params, step: int) -> dict[str, float]:
-        sums = [self.run.setup.evaluate(params, batch) for batch in self.batches]
+        model = self.run.config.model
+        if model.loop_draw is None:
+            return self._losses(params, None)
+        found = {count: self._losses(params, count) for count in model.loop_draw.counts}
+        (own,) = model.program.loop_counts
+        return found[own] | {
+            metrics.at_loops(name, count): value
+            for count, losses in found.items()
+            for name, value in losses.items()
+        }
+
+    def _losses(self, params, num_loops: int | None) -> dict[str, float]:
+        sums = [self.run.setup.evaluate(params, batch, num_loops) for batch in self.batches]
         nll = float(np.sum([jax.device_get(s.nll) for s in sums], dtype=np.float64))
         validation = self.run.data.validation
         return {

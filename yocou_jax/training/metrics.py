@@ -22,6 +22,7 @@ LOSS = "loss"  # cross-entropy of the training batch, nats per token
 BPB = "bpb"  # the same, in bits per byte of text
 VAL_LOSS = "val_loss"  # on the fixed validation set, nats per token
 VAL_BPB = "val_bpb"
+LOOPS = "loops"  # runs of each looped stage in this step, if the run draws it (model.num_loops)
 GRAD_NORM = "grad_norm"  # of all gradients together, before clipping
 LR = "lr"
 TOKENS_PER_S = "tokens_per_s"  # over all devices, since the last logged step
@@ -42,6 +43,7 @@ INSIDE = "inside"
 LOSSES = (LOSS, BPB, VAL_LOSS, VAL_BPB)
 # In TensorBoard, a metric is in a group. One that no group names is in the last one.
 GROUPS = {
+    "loop": (LOOPS,),
     "loss": (LOSS, BPB, Z_LOSS),
     "validation": (VAL_LOSS, VAL_BPB),
     "optimizer": (LR, GRAD_NORM, SKIPPED_UPDATES, TOKENS),
@@ -55,16 +57,21 @@ def tag(name: str) -> str:
     """The name of a metric in TensorBoard: "group/name". A name may have its group itself."""
     if "/" in name:
         return name
-    group = next((group for group, names in GROUPS.items() if name in names), "other")
+    base = name.partition("_loops_")[0]  # see `at_loops`
+    group = next((group for group, names in GROUPS.items() if base in names), "other")
     return f"{group}/{name}"
 
 
-def mfu(
-    tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int
-) -> float | None:
+def at_loops(name: str, count: int) -> str:
+    """The name of a validation metric with this loop count, such as val_loss_loops_3. A run that
+    draws its loop counts has val_loss and val_bpb with each of them, too."""
+    return f"{name}_loops_{count}"
+
+
+def mfu(flops_per_s: float, device_kind: str, devices: int) -> float | None:
     """Model FLOP/s divided by the peak of all devices. None if the peak is unknown (a CPU)."""
     peak = hardware.peak_flops(device_kind)
-    return None if peak is None else tokens_per_s * flops_per_token / (peak * devices)
+    return None if peak is None else flops_per_s / (peak * devices)
 
 
 class MetricsWriter:
@@ -76,7 +83,7 @@ class MetricsWriter:
     thread. So a kill loses nothing, and a full disk raises OSError here. (With tensorboardX's
     SummaryWriter, the run would hang.)
 
-    gflops_per_token: training cost, for the losses by GFLOPs in TensorBoard; 0: none are written.
+    gflops_per_token: mean training cost, for the losses by GFLOPs in TensorBoard; 0: without them.
     """
 
     def __init__(
