@@ -113,7 +113,7 @@ def test_every_metric_has_a_group():
     names = {v for k, v in vars(metrics).items() if k.isupper() and isinstance(v, str)}
     grouped = [name for group in metrics.GROUPS.values() for name in group]
     assert len(grouped) == len(set(grouped))
-    assert names - set(grouped) == {metrics.STEP, metrics.SKIPPED_IN_A_ROW}
+    assert names - set(grouped) == {metrics.STEP, metrics.SKIPPED_IN_A_ROW, metrics.INSIDE}
 
 
 def plain(**options):
