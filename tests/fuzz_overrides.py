@@ -91,6 +91,7 @@ TEXTS = {
     "compute.remat": ["none", "attention", "full"],
     "optimizer.name": ["adamw", "muon"],
     "optimizer.schedule": ["cosine", "wsd", "constant"],
+    "data.source": ["python", "x/y*.txt", "needle(kind=text)", "0.5*python+0.5*hops(p=2)"],
     "data.bad_rows": ["refuse", "skip"],
 }
 ODD = (

@@ -175,6 +175,6 @@ def test_a_mistyped_task_gives_a_sentence():
 
 def test_the_defaults_are_those_that_the_documents_say():
     assert parse_task("hops()") == Hops(p=2, letters=4, length=128, documents=20_000, seed=0)
-    assert parse_task("needle( kind = text )") == Needle("text", 1024, 20_000, 0, "")
+    assert parse_task("needle( kind = text )") == Needle("text", 1024, 10_000, 0, "")
     assert parse_task("hops") is None
     assert parse_task("python") is None

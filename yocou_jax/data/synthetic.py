@@ -231,7 +231,7 @@ class Needle:
 
     kind: str = "single"
     length: int = 1024
-    documents: int = 20_000
+    documents: int = 10_000
     seed: int = 0
     haystack: str = ""
 
