@@ -19,7 +19,7 @@ help:
 	@echo "make setup      make $(VENV) and install $(REQUIREMENTS) into it (once)"
 	@echo "make train      setup, then train $(CONFIG); ARGS='--workdir=runs/short --config.run.steps=50' is passed on"
 	@echo "make test       setup, then the whole test suite"
-	@echo "make test-fast  setup, then the tests that take seconds"
+	@echo "make test-fast  setup, then all tests but those that are marked slow"
 	@echo "make test-once  setup, then each of these tests with one of its cases"
 	@echo "make lint       setup, then ruff's checks, its format check, and the types of the arithmetic"
 	@echo "make kernels    compile the attention kernels for $(TARGET): v5e, v5p, v6e, tpu7x, h200 or a100"

@@ -69,8 +69,8 @@ CPU = Sizes(
 
 
 class Case(NamedTuple):
-    """One call, with the letters of pallas_kernels.api. For decode N is 1, and there is no
-    backward. backward: forward and backward are measured together."""
+    """One call, with the letters of pallas_kernels/attention/api.py. For decode N is 1, and nothing
+    is differentiated. backward: forward and backward are measured together."""
 
     operation: str
     B: int

@@ -4,20 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks import comparison
+from yocou_jax import plots
 
 
 def draw(report: dict[str, Any], kind: str, axes: Axes) -> bool:
     """The curves of one kind of measurement on log axes. If there are none, a sentence says so, and
     the result is False."""
-    for i, name in enumerate(report["programs"]):
+    for name, style in plots.styles(report["programs"]).items():
         points = comparison.speeds(report, kind, name)
-        axes.plot(list(points), list(points.values()), "o-", color=f"C{i}", label=name)
+        axes.plot(list(points), list(points.values()), label=name, **style)
         rows = comparison.curve(report, kind, name).items()
         known = {n: row["paper"] for n, row in rows if row["paper"]}
-        axes.plot(list(known), list(known.values()), "--", color=f"C{i}", alpha=0.6)
+        axes.plot(list(known), list(known.values()), "--", color=style["color"], alpha=0.6)
     if not any(len(line.get_xdata()) for line in axes.lines):
         # Log axes cannot be drawn without a value.
         axes.text(0.5, 0.5, "Nothing was measured.", ha="center", transform=axes.transAxes)
@@ -27,15 +27,14 @@ def draw(report: dict[str, Any], kind: str, axes: Axes) -> bool:
     axes.set_yscale("log")
     axes.set_xticks(report["lengths"], [comparison.short(n) for n in report["lengths"]])
     axes.set_xlabel("prompt, tokens")
-    axes.grid(alpha=0.3)
     return True
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Three panels with the length on the x axis. For the paper's model, its figures are dashed."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure, panels = plots.subplots(3, height=4.6)
     measured = []
-    for axes, (kind, title) in zip(figure.subplots(1, 3), comparison.TITLES.items(), strict=True):
+    for axes, (kind, title) in zip(panels, comparison.TITLES.items(), strict=True):
         axes.set_title(title.split(";")[0])
         if draw(report, kind, axes):
             measured.append(axes)
@@ -43,4 +42,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{report['device']}, {report['dtype']}{dashed}")
     if measured:
         measured[0].legend()
-    figure.savefig(path, dpi=120)
+    plots.save(figure, path)

@@ -17,7 +17,12 @@ def get_config() -> ConfigDict:
     # A name in yocou_jax.program.ARCHITECTURES, or a program such as "window*4@3 | cross*4".
     m.architecture = "yoco_u"
     m.num_layers = 8  # layers with parameters of their own; not used if a program is given
-    m.num_loops = placeholder(int)  # runs of each looped stage; none: those of the architecture
+    # Runs of each looped stage; none: those of the architecture. A text has several counts, and
+    # each training step draws one of them (yocou_jax/loops.py): "1,2,3,5", or "poisson(3)" for
+    # 1 + Poisson(2) without counts above 6. The count of the model itself (in val_loss, samples and
+    # inference) is then the mean of the Poisson draw, or the architecture's count if it is named,
+    # or else the largest. Validation also runs with every count.
+    m.num_loops = placeholder((int, str))
     m.vocab_size = 4096  # rows of the embedding table; at least the tokenizer's entries
     m.d_model = 256  # numbers per position in the residual stream: the model width D
     m.num_heads = 4  # query heads
@@ -47,7 +52,7 @@ def get_config() -> ConfigDict:
     # How the model runs. This does not change what the parameters of a checkpoint mean.
     k = c.compute = ConfigDict()
     k.dtype = "auto"  # of activations; auto: bfloat16 on accelerators, float32 on a CPU
-    k.attention = "auto"  # a name in pallas_kernels.api; auto: the best for the device
+    k.attention = "auto"  # names: pallas_kernels/attention/api.py; auto: the best for the device
     # What the backward pass computes again to save memory: none | attention (all but the results of
     # attention) | full (all)
     k.remat = "none"
@@ -71,11 +76,20 @@ def get_config() -> ConfigDict:
     o.weight_decay = 0.1  # of matrices, times the learning rate (Tables 6 and 7 of the paper)
     o.clip_norm = 1.0  # limit of the global gradient norm (1e9: no limit); not in the paper
     o.z_loss = 0.0  # weight of logsumexp(logits)^2 in the loss (PaLM); 0: no such term
+    # Weights of losses after loop 1, 2, ..., such as "0.1,0.2,1": the objective is their weighted
+    # mean. "": only after the last loop. After each loop with a weight, the layers after the looped
+    # stage and the head run once more. The program has one looped stage, with as many loops.
+    o.loop_loss = ""
+    # Truncated backpropagation: the gradient passes through this number of last loops of each
+    # looped stage; none: all. What the earlier loops add to the residual stream is a constant, so
+    # the embedding and the layers before the stage get a gradient, but not the one through them.
+    o.backprop_loops = placeholder(int)
     o.accumulation_steps = 1  # microbatches per update; more of them need less memory
     o.max_skipped_updates = 5  # the run stops after this number of non-finite updates in a row
 
     d = c.data = ConfigDict()
     # python | site_packages | a path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config]
+    # | hops(...) | needle(...) (tasks: yocou_jax/data/synthetic.py)
     # or a mixture such as 0.7*python + 0.3*texts/*.txt
     d.source = "python"
     d.text_field = "text"  # name of the field with the text, in JSON, parquet and Hugging Face rows
@@ -84,8 +98,8 @@ def get_config() -> ConfigDict:
     d.end_of_text = ""  # name of the end-of-text token in a tokenizer.json; "": a usual name
     d.allow_lossy_tokenizer = False  # allows a tokenizer that changes the text (to lower case)
     d.vocab_size = m.get_oneway_ref("vocab_size")  # entries of a trained BPE; follows the model's
-    # Documents are always joined, and a sequence may have parts of several. True: attention stays
-    # inside each document (segment ids).
+    # Documents are always joined, and a sequence may have parts of several. True separates them:
+    # attention stays inside each document (segment ids).
     d.packing = False
     d.batch_size = 16  # sequences per update, over all devices
     d.sequence_length = 512  # tokens that a sequence has as inputs
@@ -95,7 +109,7 @@ def get_config() -> ConfigDict:
     # on resume, although the validation loss then differs.
     d.validation_sequences = 64
     d.seed = 0  # for the order of the training sequences
-    d.cache_dir = "runs/cache"  # tokenized corpora and trained tokenizers
+    d.cache_dir = "runs/cache"  # tokenized corpora, trained tokenizers and compiled programs
 
     # How devices share the work (yocou_jax/sharding.py). mesh.data is not the group `data` above.
     s = c.mesh = ConfigDict()
@@ -105,9 +119,12 @@ def get_config() -> ConfigDict:
 
     r = c.run = ConfigDict()
     r.steps = 1000  # updates
-    r.seed = 0  # for the initial parameters
+    r.seed = 0  # for the initial parameters, and for loop counts that are drawn
     r.log_every = 10  # steps from one row of metrics to the next
     r.eval_every = 200  # steps from one validation to the next
+    # True: each validation also measures what happens inside the model and its loops, on one batch
+    # (yocou_jax/analysis). For three loops this takes as long as about 20 updates.
+    r.analysis = False
     r.sample_every = 200  # steps from one sample (a text of the model) to the next
     r.sample_prompt = "def "  # what a sample continues: Python code, as data.source
     r.sample_tokens = 64  # new tokens of a sample

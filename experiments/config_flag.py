@@ -46,6 +46,8 @@ class ConfigParser(flags.ArgumentParser):
         for name, kinds in settings.FIELDS.items():
             group, field = name.split(".")
             found = config[group].get_type(field)
+            if found == kinds[:-1]:  # several types and none
+                continue
             if found not in kinds and not (found is int and float in kinds):
                 raise UserError(
                     f"In the config file {name} is of type {found.__name__}; it must be of type "
@@ -121,6 +123,13 @@ def _whole_number(text: str) -> int | None:
     return None if text.strip().lower() == "none" else int(text)
 
 
+def _number_or_text(text: str) -> int | str | None:
+    try:
+        return _whole_number(text)
+    except ValueError:
+        return text
+
+
 def _truth(text: str) -> bool:
     return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
 
@@ -131,5 +140,6 @@ for kind, parser in {
     ),
     float: _ValueParser(float, "a number such as 0.1 or 1e-3"),
     bool: _ValueParser(_truth, "true or false"),
+    (int, str): _ValueParser(_number_or_text, "a whole number, a text or none"),
 }.items():
     config_flags.register_flag_parser_for_type(kind, parser)

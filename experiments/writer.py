@@ -10,12 +10,12 @@ import jax
 from experiments.terminal import Printer, note
 from pallas_kernels import OPERATIONS, UnsupportedCall, choose_implementation
 from yocou_jax import inference, pretrained
+from yocou_jax.config import ModelConfig
 from yocou_jax.errors import UserError
 from yocou_jax.foreign import out_of_memory
 from yocou_jax.inference import Generation, Sampling
 from yocou_jax.inference.sampling import check as check_sampling
 from yocou_jax.inference.text import TextRow
-from yocou_jax.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Writer:
         if options.num_loops is not None:
             config.program.with_loops(options.num_loops)  # checks the number
             config = dataclasses.replace(config, num_loops=options.num_loops)
-            note_loops(loaded.config.program, options.num_loops)
+            note_loops(loaded.config, options.num_loops)
         compute = dataclasses.replace(loaded.compute, attention=options.attention)
         self.options, self.tokenizer = options, loaded.tokenizer
         self.model = inference.prepare(loaded.params, config, compute)
@@ -114,13 +114,14 @@ def check_attention(name: str) -> None:
         raise UserError(f"--attention={name}: {error}") from error
 
 
-def note_loops(trained: Program, num_loops: int) -> None:
+def note_loops(trained: ModelConfig, num_loops: int) -> None:
     """Writes a note if the looped stages were trained with another number of loops."""
-    counts = sorted({stage.loops for stage in trained.stages if stage.loops is not None})
-    if counts != [num_loops]:
+    counts, draw = trained.program.loop_counts, trained.loop_draw
+    if num_loops not in draw.counts if draw else counts != [num_loops]:
+        words = trained.num_loops if draw else " and ".join(map(str, counts))
         note(
-            f"trained with {' and '.join(map(str, counts))} loops, now running with {num_loops}: a "
-            "model is usually worse with another number of loops than in training"
+            f"trained with {words} loops, now running with {num_loops}: the model was not trained "
+            "for this number, so its text may be worse"
         )
 
 

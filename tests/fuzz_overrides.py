@@ -84,6 +84,8 @@ def write_files(folder: Path) -> list[str]:
 SHORT = {"int": "1 2 3 4 7 8 10 16 64 128 512 600 1000", "float": "0 0.1 0.5 0.9 1 1e-3 2e-2 3"}
 TEXTS = {
     "model.architecture": ["yoco_u", "rins", "transformer", "full*4", "window*2@3 | cross*2"],
+    "model.num_loops": ["1", "3", "none", "1,2,3", "poisson(3)", "poisson(16)"],
+    "optimizer.loop_loss": ["", "1", "0,1", "0.1,0.2,1"],
     "compute.dtype": ["auto", "float32", "bfloat16"],
     "compute.attention": ["auto", "xla", "reference", "pallas_tpu"],
     "compute.remat": ["none", "attention", "full"],
@@ -98,13 +100,14 @@ ODD = (
     "-2147483649", "9" * 30, "9" * 5000, "1e-50", "1e-320", "0.9999999999", "1.0000001", "٣", "½",
     "é", "🙂", "\udcff", "a" * 5000, "\0", "a\nb", "$(ls)", "--config.run.steps=3", "=", "~",
     "full*0", "full*9999999999", "cross*2", "full*2, streams=0", "full*2, streams=99999",
+    "1,2", "1,1", "poisson(2)", "poisson(99)", "1,2," * 900,
     "window*1@0 | cross*1", "a*b|c*d", "full*1|" * 900 + "full*1", "full*" + "9" * 4000,
 )  # fmt: skip
 
 
 def valid_value(name: str, rng: random.Random) -> str:
     kind = FIELDS[name][0]
-    if kind is str:
+    if kind is str or name in TEXTS:
         return rng.choice(TEXTS.get(name, ["python", "bytes", "text", "a b", "x/y*.txt"]))
     return rng.choice(["true", "false"] if kind is bool else SHORT[kind.__name__].split())
 

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 40, 10
 FIELDS = {
-    "model.num_layers": 2, "model.num_loops": 2, "model.vocab_size": 400, "model.d_model": 32,
+    "model.num_layers": 2, "model.num_loops": "1,2", "model.vocab_size": 400, "model.d_model": 32,
     "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 16, "model.d_ff": 64,
     "model.window": 8, "optimizer.warmup_steps": 5, "data.batch_size": 8,
     "data.sequence_length": 32, "data.validation_sequences": 8, "run.steps": STEPS,

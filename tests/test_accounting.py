@@ -206,6 +206,28 @@ def test_training_flops_by_hand():
     assert accounting.train_flops_per_token(config, n) == pytest.approx(expected)
 
 
+def test_training_flops_of_loops():
+    """From those of a model with one and with three loops, without a loss after every loop."""
+    n = 16
+
+    def flops(architecture="window*2@3 | cross*2", num_loops=None, **optimizer):
+        config = tiny.config(architecture, num_loops=num_loops, optimizer=optimizer)
+        return accounting.run_flops_per_token(config)
+
+    one, three = flops(num_loops=1), flops(num_loops=3)
+    loop = (three - one) / 2
+    assert three == accounting.train_flops_per_token(tiny.model(num_loops=3), n)
+    assert flops(num_loops="1,3") == pytest.approx((one + three) / 2)
+    # Of three loops, two have no backward pass, which is 2/3 of their cost.
+    assert flops(backprop_loops=1) == pytest.approx(three - 2 * loop * 2 / 3)
+    assert flops(backprop_loops=3) == flops(backprop_loops=9) == three
+    # The global K, V, the cross stage and the head run twice.
+    assert flops(loop_loss="1,0,1") == pytest.approx(three + one - loop)
+    # Here it is only the head (32 x 16).
+    upper = "window*2 | cross*2@3"
+    assert flops(upper, loop_loss="1,1,1") == pytest.approx(flops(upper) + 2 * 6 * 32 * 16)
+
+
 def test_prefill_of_yoco_u_costs_the_same_per_token_at_every_length():
     config = paper("yoco_u")
     costs = [accounting.prefill_flops_per_token(config, n) for n in LENGTHS.values()]

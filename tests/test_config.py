@@ -123,6 +123,27 @@ IMPOSSIBLE = [
     ({"prefix_length": -1}, "prefix_length=-1 must be at least 0"),
     ({"architecture": "cross*2"}, "begins with a cross stage"),
     ({"architecture": "yoco", "num_loops": 2}, "has no looped stage"),
+    ({"architecture": "yoco", "num_loops": "1,2"}, "has no looped stage"),
+    ({"num_loops": "1,1"}, "model.num_loops='1,1' must be a whole number, 2 to 32 different ones"),
+    ({"optimizer": {"loop_loss": "1,x"}}, "loop_loss='1,x' must be numbers from 0 to 1000"),
+    ({"optimizer": {"loop_loss": "0,1,0"}}, "such as '0.1,0.2,1', the last one above 0"),
+    ({"optimizer": {"loop_loss": "1,1"}}, "2 weights, but the stage 'window*2@3' runs 3 times"),
+    (
+        {"architecture": "window*1@2 | cross*1@2", "optimizer": {"loop_loss": "1,1"}},
+        "needs a program with one looped stage, not 'window*1@2 | cross*1@2'",
+    ),
+    (
+        {"num_loops": "1,2", "optimizer": {"loop_loss": "1,1"}},
+        "so it needs one loop count, not model.num_loops='1,2'",
+    ),
+    (
+        {"optimizer": {"loop_loss": "1,1,1", "backprop_loops": 1}},
+        "loop_loss='1,1,1' cannot be combined with optimizer.backprop_loops=1",
+    ),
+    (
+        {"architecture": "yoco", "optimizer": {"backprop_loops": 1}},
+        "backprop_loops=1 needs a looped stage, but the program is 'window*2 | cross*2'",
+    ),
     ({"optimizer": {"name": "sgd"}}, "optimizer.name='sgd'"),
     ({"optimizer": {"schedule": "linear"}}, "optimizer.schedule='linear'"),
     ({"optimizer": {"learning_rate": 0.0}}, "learning_rate=0.0 must be at least 1e-30"),
@@ -147,6 +168,10 @@ IMPOSSIBLE = [
     ({"attention": "flash"}, "attention='flash' is not one of auto, pallas_tpu"),
     ({"data": {"bad_rows": "keep"}}, "data.bad_rows='keep' is not one of refuse, skip"),
     ({"data": {"seed": -1}}, "data.seed=-1 must be at least 0"),
+    (
+        {"data": {"source": "0.5*python+0.5*hops(p=2, letters=4)"}},
+        "has hops(...), in which each letter must be a token of its own",
+    ),
     ({"run": {"seed": 2**32}}, "run.seed=4294967296 must be at most 4294967295"),
     ({"run": {"seed": 10**20}}, "run.seed=100000000000000000000 must be at most"),
     ({"run": {"keep_checkpoints": 1}}, "run.keep_checkpoints=1 must be at least 2"),
@@ -222,7 +247,7 @@ def test_every_number_has_a_range_and_the_sentence_names_its_ends(name):
 def test_every_text_has_a_format_or_choices(name):
     for wrong in ("\0", "a\0b", "\udcff", "a" * 16_385):
         refusal(name, wrong)
-    if name in ("run.sample_prompt", "data.end_of_text"):  # may be empty
+    if name in ("run.sample_prompt", "data.end_of_text", "optimizer.loop_loss"):  # may be empty
         assert config_with(name, "")
         return
     for wrong in ("", " \n"):
@@ -306,5 +331,5 @@ def test_fields_that_may_change_when_a_run_is_resumed():
         *("data.cache_dir", "data.validation_sequences", "mesh.data", "mesh.fsdp", "mesh.tensor"),
         *("optimizer.max_skipped_updates", "run.log_every", "run.eval_every", "run.sample_every"),
         *("run.sample_prompt", "run.sample_tokens", "run.checkpoint_every"),
-        *("run.keep_checkpoints", "run.profile_steps"),
+        *("run.keep_checkpoints", "run.profile_steps", "run.analysis"),
     }

@@ -1,5 +1,6 @@
 """The code in the documents runs, and the files, fields and commands that they name exist."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import jax.numpy as jnp
 import pytest
 
 from configs import yocou_small
-from pallas_kernels import api
+from pallas_kernels import Call, api
 from pallas_kernels.attention import gpu, triton
 from pallas_kernels.device import Device
 from tests import tiny
 from yocou_jax import pretrained
 from yocou_jax.config import END, FIELDS, FREE, resumable
 from yocou_jax.data.tokenizer import Tokenizer
+from yocou_jax.model.attention import attend_to_cache, attend_to_ring
+from yocou_jax.model.memory import Cache, KeyValue, NewPositions, Ring
 from yocou_jax.program import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
@@ -73,9 +76,9 @@ KINDS = {
     **{"B200": "NVIDIA B200", "T4": "Tesla T4", "V100": "Tesla V100-SXM2-16GB"},
 }
 KERNELS = [
-    (name, dtype, needs, kernel)
-    for names, dtypes, needs, kernel in re.findall(
-        r"^\| (.+?) \| (any|bfloat16|float32) \| (.+?) \| `(\w+)` \|$",
+    (name, dtype, needs, kernels)
+    for names, dtypes, needs, *kernels in re.findall(
+        r"^\| (.+?) \| (any|bfloat16|float32) \| (.+?) \| `(\w+)` \| `(\w+)` \| `(\w+)` \|$",
         read("docs/using.md"),
         re.MULTILINE,
     )
@@ -84,32 +87,63 @@ KERNELS = [
 ]
 
 
+def inference_calls(N: int) -> list[Call]:
+    """The calls of a window layer and a full layer for N new positions: a chunk of a prompt, or one
+    decode step."""
+    calls, select = [], api._select
+
+    def record(implementation, call):
+        calls.append(call)
+        return select(implementation, call)
+
+    def attend():
+        q, k = jnp.zeros((8, N, 4, 64)), jnp.zeros((8, N, 2, 64))
+        ring, cache = jnp.zeros((8, 128, 2, 64)), jnp.zeros((8, 1024, 2, 64))
+        new, at = KeyValue(k, k), NewPositions(jnp.zeros(8, int), jnp.full(8, N))
+        return attend_to_ring(q, new, Ring(ring, ring), at), attend_to_cache(
+            q, new, Cache(cache, cache), at
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "_select", record)
+        jax.eval_shape(attend)
+    return calls
+
+
+@functools.cache
+def attention_calls() -> dict[str, list[Call]]:
+    """The calls that the three columns of the table are about; their device and dtype do not
+    matter."""
+    shapes = {"q_shape": (8, 512, 4, 64), "k_shape": (8, 512, 2, 64)}
+    training = [
+        Call("window_attention", Device("cpu", "cpu"), window=128, **shapes),
+        Call("cross_attention", Device("cpu", "cpu"), **shapes),
+    ]
+    return {"training": training, "prefill": inference_calls(512), "decode": inference_calls(1)}
+
+
 def test_the_table_of_kernels_has_every_device():
     assert {name for name, *_ in KERNELS} == set(KINDS)
+    assert [len(calls) for calls in attention_calls().values()] == [2, 3, 2]
 
 
-@pytest.mark.parametrize(("name", "dtype", "needs", "kernel"), KERNELS)
-def test_the_table_of_kernels_is_what_auto_chooses(name, dtype, needs, kernel, monkeypatch):
+@pytest.mark.parametrize(("name", "dtype", "needs", "kernels"), KERNELS)
+def test_the_table_of_kernels_is_what_auto_chooses(name, dtype, needs, kernels, monkeypatch):
     """On a host that has this device, and this jax or the one that the row needs."""
     if needs.startswith("jax 0.11") and jax.version.__version_info__ < (0, 11):
         pytest.skip("needs jax 0.11")
     if needs.startswith("jax 0.10"):
         monkeypatch.delattr(gpu.plgpu, "InterpretGPUParams", raising=False)
     platform = {"CPU": "cpu", "TPU": "tpu"}.get(name[:3].upper(), "gpu")
-    missing = "jax-triton is not installed." if needs == "no jax-triton" else None
+    missing = "jax-triton is not installed." if "without jax-triton" in needs else None
     monkeypatch.setattr(triton, "_missing_triton", lambda: missing)
     monkeypatch.setattr(triton, "_misfit", lambda: None)
     monkeypatch.setattr("pallas_kernels.attention.cudnn.is_here", lambda device: True)
-    for operation in ("window_attention", "cross_attention"):
-        choice = api.choose_implementation(
-            operation,
-            device=Device(platform, KINDS[name]),
-            q_shape=(8, 512, 4, 64),
-            k_shape=(8, 512, 2, 64),
-            dtype=jnp.dtype(dtype),
-            window=128 if operation == "window_attention" else None,
-        )
-        assert choice.implementation == kernel, choice.reason
+    facts = {"device": Device(platform, KINDS[name]), "dtype": jnp.dtype(dtype)}
+    for (work, calls), kernel in zip(attention_calls().items(), kernels, strict=True):
+        for call in calls:
+            choice = api.choose_implementation(**call._replace(**facts)._asdict())
+            assert choice.implementation == kernel, (work, choice)
 
 
 @pytest.mark.parametrize("document", [d for d in CURRENT if "```python" in read(d)])
@@ -127,8 +161,7 @@ def test_python_code_runs(document, tmp_path, monkeypatch):
 
     def get_config(*preset):
         fields = real(*preset)
-        sizes = {name: size for name, size in tiny.MODEL.items() if name != "num_layers"}
-        fields.model.update(sizes | {"vocab_size": 258})
+        fields.model.update(tiny.MODEL | {"vocab_size": 258, "num_layers": 2})
         fields.data.validation_sequences = 8
         fields.compute.unroll, fields.optimizer.name = 0, "adamw"  # these compile faster
         return fields

@@ -1,9 +1,12 @@
 """Runs the training command as a user does: kills, stops, damages, mistakes, two processes."""
 
+import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from yocou_jax import accounting
+from yocou_jax.config import ModelConfig
 from yocou_jax.training.lock import WorkdirLock
 from yocou_jax.training.preemption import EXIT_PREEMPTED
 
@@ -21,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = 60
 FIELDS = {
     "model.num_layers": 2,
-    "model.num_loops": 2,
+    "model.num_loops": "1,2",
     "model.vocab_size": 258,
     "model.d_model": 32,
     "model.num_heads": 2,
@@ -137,6 +142,7 @@ def whole(home) -> Path:
     """A run that was not interrupted."""
     output = run(command(home, "whole"))
     assert "Finished" in output
+    assert sorted(re.findall(r"Compiled the train step with loops=(\d)", output)) == ["1", "2"]
     assert "Resumed" not in output
     return home / "whole"
 
@@ -158,11 +164,20 @@ def test_names_in_the_files_of_a_run(whole):
     ):
         assert name in got, name
     assert got["tokens"] == STEPS * 8 * 32
-    assert got["val_loss"] == found[-1]["val_loss"]
+    assert got["val_loss"] == found[-1]["val_loss"] == got["val_loss_loops_2"]
+    assert got["val_loss"] != got["val_loss_loops_1"] == found[-1]["val_loss_loops_1"]
+    counts = collections.Counter(row["loops"] for row in found)
+    assert counts[1] + counts[2] == STEPS
+    assert min(counts.values()) > STEPS / 4
     assert len(got["final_params_sha256"]) == 64
     manifest = json.loads((whole / "manifest.json").read_text())
     assert {"config", "git", "packages", "device", "corpus"} <= set(manifest)
-    assert list((whole / "tensorboard").iterdir())
+    model = ModelConfig.from_dict(manifest["config"]["model"])
+    one, two = (dataclasses.replace(model, num_loops=count) for count in (1, 2))
+    flops = [accounting.train_flops_per_token(m, 32) for m in (one, two)]
+    expected = 8 * 32 * (counts[1] * flops[0] + counts[2] * flops[1])
+    assert got["train_flops"] == pytest.approx(expected)
+    assert list(whole.glob("events.out.tfevents.*"))
 
 
 def test_a_run_learns(whole):
@@ -170,6 +185,29 @@ def test_a_run_learns(whole):
     assert losses[0] > 5  # log 258 = 5.55
     assert losses[-1] < 2.8  # the entropy of the letters without context is 2.9 nats
     assert summary(whole)["val_loss"] < 2.8
+
+
+# --- What the run has learned, measured again -----------------------------------------------------
+
+
+def test_an_evaluation_gives_the_loss_of_the_validation(whole):
+    """And a depth curve. Nothing else in the workdir changes."""
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    flags = [f"--workdir={whole}", "--task=loops", "--loops=1", "--json"]
+    output = run([sys.executable, "-m", "experiments.evaluate", *flags])
+    report, _ = json.JSONDecoder().raw_decode(output, output.index("{"))  # with stderr
+    for name in ("loops.json", "loops.png"):
+        assert f"Wrote {whole}/evaluation/{name}\n" in output
+    assert json.loads((whole / "evaluation/loops.json").read_text()) == report
+    one, two = report["tables"]["nats per token by loop count"]
+    assert (one["loops"], two["loops"], two["trained"]) == (1, 2, True)
+    assert two["nats"] == pytest.approx(summary(whole)["val_loss"], rel=1e-6)
+    assert two["bits_per_byte"] == pytest.approx(summary(whole)["val_bpb"], rel=1e-6)
+    assert one["nats"] > two["nats"]
+    after = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    assert {p: after[p] for p in before} == before
+    folders = {p.parent.relative_to(whole).as_posix() for p in after.keys() - before.keys()}
+    assert folders == {"evaluation"}
 
 
 # --- Interrupted runs end with the same parameters ------------------------------------------------
@@ -388,6 +426,7 @@ def test_an_unwritable_workdir_is_answered_with_one_sentence(home):
 @pytest.mark.slow
 def test_two_processes_give_the_same_run_as_one(home):
     fields = {"run__steps": 12, "run__eval_every": 6, "run__checkpoint_every": 6}
+    fields["model__num_loops"] = 2  # a second count would be compiled in each process
     run(command(home, "one", **fields), devices=2)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

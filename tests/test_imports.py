@@ -17,6 +17,7 @@ LEVELS = (
     },
     {
         "yocou_jax.program",
+        "yocou_jax.loops",
         "yocou_jax.mixers",
         "yocou_jax.config",
         "yocou_jax.accounting",

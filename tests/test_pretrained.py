@@ -36,7 +36,7 @@ FILES = ["config.json", "model.safetensors", "tokenizer.json"]
 MODELS = {
     "yoco_u": {},
     "yoco": {"tie_embeddings": True, "qk_norm": True},
-    "rins": {"num_loops": 2},
+    "rins": {"num_loops": "1,2"},
     "transformer": tiny.MOE,
     "parscale": {"prefix_length": 5},
     "window*1@2 | full*1 | cross*2": {},

@@ -10,7 +10,7 @@ sent to.
 
 import dataclasses
 
-from yocou_jax.config import ModelConfig
+from yocou_jax.config import Config, ModelConfig
 from yocou_jax.mixers import MIXERS, kv_width
 from yocou_jax.program import ARCHITECTURES, Stage
 
@@ -110,13 +110,44 @@ def _ends_flops(config: ModelConfig, kv_tokens: int, head_tokens: int) -> int:
     return 2 * _kv_projection_params(config) * kv_tokens + head * head_tokens
 
 
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Forward and backward FLOPs per token of a training sequence of `length` positions."""
-    forward = _ends_flops(config, length, length) + sum(
-        _stage_flops(config, stage, length, MIXERS[stage.mixer].sequence_flops(config, length))
-        for stage in config.program.stages
+def train_flops_per_token(
+    config: ModelConfig, length: int, *, exits: int = 1, backprop_loops: int | None = None
+) -> float:
+    """Forward and backward FLOPs per token of a training sequence of `length` positions.
+
+    exits: how many loops have a loss after them (optimizer.loop_loss); what comes after the looped
+    stage runs for each of them. backprop_loops: only the last ones have a backward pass
+    (optimizer.backprop_loops).
+    """
+    stages, times, kv_times = 0, 1, 1
+    for stage in config.program.stages:
+        mixing = MIXERS[stage.mixer].sequence_flops(config, length)
+        forward, loops = _stage_flops(config, stage, length, mixing), stage.num_loops
+        backward = 2 * forward * min(loops, backprop_loops or loops) // loops
+        stages += times * (forward + backward)
+        if stage.loops is not None:
+            times = exits
+            kv_times = kv_times if stage.reads_global else exits
+    return (stages + 3 * _ends_flops(config, kv_times * length, times * length)) / length
+
+
+def run_flops_per_token(config: Config, num_loops: int | None = None) -> float:
+    """Those of a training step of this run, which may draw its loop count (config.model.num_loops).
+
+    num_loops: the count that the step has drawn. None: the mean over all that it can draw.
+    """
+    model, optimizer = config.model, config.optimizer
+    if num_loops is not None:
+        model = dataclasses.replace(model, num_loops=num_loops)
+    elif draw := model.loop_draw:
+        shares = zip(draw.probabilities, draw.counts, strict=True)
+        return sum(share * run_flops_per_token(config, count) for share, count in shares)
+    return train_flops_per_token(
+        model,
+        config.data.sequence_length,
+        exits=sum(weight > 0 for weight in optimizer.loop_weights) or 1,
+        backprop_loops=optimizer.backprop_loops,
     )
-    return 3 * forward / length
 
 
 def prefill_flops_per_token(config: ModelConfig, length: int) -> float:

@@ -8,6 +8,7 @@ that breaks a rule gets one sentence (UserError).
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -16,11 +17,12 @@ from typing import Any
 from ml_collections.config_dict import ConfigDict, RequiredValueError
 
 from yocou_jax.errors import UserError, shown
+from yocou_jax.loops import MAX_COUNTS, LoopDraw
 from yocou_jax.program import Program
 
-# The names in pallas_kernels.api; a test compares them. They are not imported from there, because
-# that loads jax. What only counts (this file, program.py, accounting.py) must start fast, and must
-# not occupy a device that another process uses.
+# The names in pallas_kernels/attention/api.py; a test compares them. They are not imported from
+# there, because that loads jax. What only counts (this file, program.py, accounting.py) must start
+# fast, and must not occupy a device that another process uses.
 ATTENTION = ("auto", "pallas_tpu", "pallas_gpu", "triton", "cudnn", "xla", "reference")
 
 PROFILE_FROM = 10  # steps before a trace begins: the first ones compile and warm up
@@ -30,6 +32,8 @@ MAX_SIZE = 2**20  # the largest width: 64 bits hold a count of the product of tw
 MAX_TEXT = 4096  # characters, as in a path; Python does not read longer integers
 MAX_LONG_TEXT = 16_384  # characters of a prompt, or of a mixture of many globs
 MAX_LAYERS, MAX_LOOPS, MAX_STREAMS = 10_000, 10_000, 1024
+
+HOPS = re.compile(r"(?<![\w/])hops\([\w=, ]*\)(?![\w.])")  # in a data source; not in a path
 
 Fields = Mapping[str, Any] | ConfigDict  # a ConfigDict is not a subclass of Mapping
 
@@ -105,6 +109,44 @@ def text(*, empty: bool = False, longest: int = MAX_TEXT, resume: str | None = N
     return dataclasses.field(metadata={"rule": rule, "resume": resume})
 
 
+def loop_counts() -> Any:
+    """A field with one loop count, or with a text of several, from which training draws."""
+    count = number(1, MAX_LOOPS).metadata["rule"]
+
+    def rule(value: int | str) -> str | None:
+        if isinstance(value, int):
+            return count(value)
+        return (
+            None
+            if LoopDraw.parse(value)
+            else (
+                f"must be a whole number, 2 to {MAX_COUNTS} different ones from 1 to 9999 such as "
+                f"'1,2,3,5', or 'poisson(3)' with a mean from 2 to {MAX_COUNTS // 2}"
+            )
+        )
+
+    return dataclasses.field(metadata={"rule": rule})
+
+
+def weights() -> Any:
+    """A field with a text of numbers from 0 to 1000, the last one above 0. It may be empty."""
+
+    def rule(value: str) -> str | None:
+        try:
+            found = _numbers(value)
+        except ValueError:
+            found = (math.nan,)
+        if all(0 <= weight <= 1000 for weight in found) and (not found or found[-1] > 0):
+            return None
+        return "must be numbers from 0 to 1000 such as '0.1,0.2,1', the last one above 0"
+
+    return dataclasses.field(metadata={"rule": rule})
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",")) if text else ()
+
+
 def _check_fields(config) -> None:
     """Applies the rule of each field. Raises UserError for the first value that breaks one."""
     group = type(config).__name__.removesuffix("Config").lower()
@@ -120,7 +162,7 @@ class ModelConfig:
 
     architecture: str = text()
     num_layers: int = number(1, MAX_LAYERS)
-    num_loops: int | None = number(1, MAX_LOOPS)
+    num_loops: int | str | None = loop_counts()
     vocab_size: int = number(1, 10_000_000)
     d_model: int = number(1, MAX_SIZE)
     num_heads: int = number(1, 65_536)
@@ -191,9 +233,16 @@ class ModelConfig:
         return self.prefix_length if self.program.streams > 1 else 0
 
     @property
+    def loop_draw(self) -> LoopDraw | None:
+        """What each training step draws its loop count from. None: it has those of `program`."""
+        return LoopDraw.parse(self.num_loops) if isinstance(self.num_loops, str) else None
+
+    @property
     def program(self) -> Program:
         program = Program.from_architecture(self.architecture, self.num_layers)
-        return program if self.num_loops is None else program.with_loops(self.num_loops)
+        if draw := self.loop_draw:
+            return program.with_loops(draw.own_count(program.loop_counts))
+        return program.with_loops(self.num_loops) if isinstance(self.num_loops, int) else program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +281,18 @@ class OptimizerConfig:
     weight_decay: float = number(0, 1000)
     clip_norm: float = number(1e-30, 1e12)
     z_loss: float = number(0, 1000)
+    loop_loss: str = weights()
+    backprop_loops: int | None = number(1, MAX_LOOPS)
     accumulation_steps: int = number(1, MAX_SIZE)
     max_skipped_updates: int = number(1, 2**30, resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
+
+    @property
+    def loop_weights(self) -> tuple[float, ...]:
+        """Weights of the losses after each loop. Empty: there is only the loss after the last."""
+        return _numbers(self.loop_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +320,11 @@ class DataConfig:
             f"data.batch_size={self.batch_size} times data.sequence_length={self.sequence_length} "
             f"is {tokens} tokens; a batch can have at most {MAX_INT32}.",
         )
+        _require(
+            self.tokenizer != "bpe" or not HOPS.search(self.source),
+            f"data.source={shown(self.source)} has hops(...), in which each letter must be a token "
+            "of its own: set data.tokenizer=bytes.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +348,7 @@ class RunConfig:
     seed: int = number(0, 2**32 - 1)  # jax.random.key uses 32 bits and drops the others
     log_every: int = number(1, MAX_INT32, resume=FREE)
     eval_every: int = number(1, MAX_INT32, resume=FREE)
+    analysis: bool = truth(resume=FREE)
     sample_every: int = number(1, MAX_INT32, resume=FREE)
     sample_prompt: str = text(empty=True, longest=MAX_LONG_TEXT, resume=FREE)
     sample_tokens: int = number(1, MAX_SIZE, resume=FREE)
@@ -331,6 +393,39 @@ class Config:
             "data.packing=True cannot be used with a program of parallel streams: the learned "
             "K/V prefix has no segment.",
         )
+        self._check_loops()
+
+    def _check_loops(self):
+        model, optimizer, program = self.model, self.optimizer, self.model.program
+        if optimizer.backprop_loops is not None:
+            _require(
+                program.loop_counts != [],
+                f"optimizer.backprop_loops={optimizer.backprop_loops} needs a looped stage, but "
+                f"the program is {shown(str(program))}.",
+            )
+        if not (weights := optimizer.loop_weights):
+            return
+        given = f"optimizer.loop_loss={shown(optimizer.loop_loss)}"
+        looped = [stage for stage in program.stages if stage.loops is not None]
+        _require(
+            len(looped) == 1,
+            f"{given} needs a program with one looped stage, not {shown(str(program))}.",
+        )
+        _require(
+            model.loop_draw is None,
+            f"{given} has a weight for each loop, so it needs one loop count, not "
+            f"model.num_loops={shown(model.num_loops)}.",
+        )
+        _require(
+            len(weights) == looped[0].num_loops,
+            f"{given} has {len(weights)} weights, but the stage {shown(str(looped[0]))} runs "
+            f"{looped[0].num_loops} times.",
+        )
+        _require(
+            optimizer.backprop_loops is None,
+            f"{given} cannot be combined with optimizer.backprop_loops="
+            f"{optimizer.backprop_loops}: the last loops before each loss are other ones.",
+        )
 
     @classmethod
     def from_dict(cls, fields: Fields) -> "Config":
@@ -341,11 +436,19 @@ class Config:
         return dataclasses.asdict(self)
 
 
+# Fields that are newer than some settings in files, with the value that says what was done before.
+ADDED = {
+    "compute": {"unroll": 0},  # all stages were loops
+    "optimizer": {"loop_loss": "", "backprop_loops": None},
+    "run": {"analysis": False},
+}
+
+
 def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings of any version of this code, with the groups and fields of this version.
 
     Before version 3 of exported folders there was no group `compute`, and its fields were in
-    `model`. Before `compute.unroll`, all stages were loops. Newer settings are returned unchanged.
+    `model`. Fields of ADDED are added. Newer settings are returned unchanged.
     """
     model, compute = fields.get("model"), fields.get("compute")
     if compute is None and isinstance(model, Mapping):
@@ -354,7 +457,11 @@ def migrated_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         model = {name: value for name, value in model.items() if name not in moved}
     if not isinstance(compute, Mapping) or "scan" not in compute:
         return fields
-    return {**fields, "model": model, "compute": {"unroll": 0, **compute}}
+    fields = {**fields, "model": model, "compute": compute}
+    for group, added in ADDED.items():
+        if isinstance(old := fields.get(group), Mapping):
+            fields[group] = {**added, **old}
+    return fields
 
 
 # --- From a ConfigDict ----------------------------------------------------------------------------

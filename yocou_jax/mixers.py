@@ -15,7 +15,8 @@ if typing.TYPE_CHECKING:
 
 
 class Kernel(typing.NamedTuple):
-    """The operation of pallas_kernels.api that a layer calls in training, and its arguments.
+    """The operation of pallas_kernels/attention/api.py that a layer calls in training, and its
+    arguments. "cross_attention" is causal attention over all keys: full layers call it too.
 
     window: number of visible keys, the query's own included. None: all keys up to the query's own.
     prefix: number of learned keys before the first position.

@@ -5,11 +5,12 @@ A program has the same color and marker in every figure.
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# Of Okabe and Ito's eight colors, without yellow, which is too light on paper; gray takes its place.
+# Okabe and Ito's eight colors without yellow, which is too light on paper: gray takes its place.
 STYLES = {
     "yoco_u": ("#D55E00", "o"),
     "yoco": ("#E69F00", "s"),
@@ -20,17 +21,20 @@ STYLES = {
     "upper_loop_unshared": ("#CC79A7", "X"),
     "parscale": ("#777777", "*"),
 }
-SETTINGS = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "lines.markersize": 4}
+SETTINGS = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 
-def styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """`color` and `marker` of each name. Names that STYLES does not have get the styles that are
-    left over, in their order, and all styles again if there are more of them."""
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`color`, `marker` and `markersize` of each name. Names that STYLES does not have get the
+    styles that are left over, in their order, and all styles again if there are more of them."""
     names = list(dict.fromkeys(names))
     left = [style for name, style in STYLES.items() if name not in names] or [*STYLES.values()]
     others = [name for name in names if name not in STYLES]
     chosen = STYLES | {name: left[i % len(left)] for i, name in enumerate(others)}
-    return {name: dict(zip(("color", "marker"), chosen[name], strict=True)) for name in names}
+    return {
+        name: {"color": chosen[name][0], "marker": chosen[name][1], "markersize": 4}
+        for name in names
+    }
 
 
 def subplots(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float = 3.6):
@@ -42,5 +46,7 @@ def subplots(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: flo
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a PNG without a date, so that the same figure gives the same bytes."""
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    """Writes a file in the format of its suffix. A PNG has no date and no version, so that the same
+    figure gives the same bytes."""
+    png = os.fspath(path).lower().endswith(".png")  # only this format knows the key
+    figure.savefig(path, dpi=150, metadata={"Software": None} if png else None)

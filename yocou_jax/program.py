@@ -43,10 +43,12 @@ ARCHITECTURES: dict[str, str] = {
 class Stage:
     """`layers` blocks of one mixer. The whole stack of blocks runs `num_loops` times.
 
-    loops is the count as it is written after `@`. None: there is no `@`, and the stage is not a
-    loop. `@1` computes the same as None, but is a loop: its count can be changed later, with
-    `model.num_loops` of a config or with `num_loops` of a call. There None means "as the program
-    says". num_loops of a Stage is the number of runs: never None, and 1 for a stage without `@`.
+    loops: the count as it is written after `@`. None: there is no `@`, and the stage is no loop.
+        `@1` computes the same, but the stage is a loop, and its count can be changed later.
+    num_loops: how often the stack runs; 1 without `@`.
+
+    `model.num_loops` of a config and `num_loops` of a call change the count of every loop. If they
+    are None, each loop has the count of the program.
     """
 
     mixer: str
@@ -202,6 +204,11 @@ class Program:
             for stage in self.stages
         )
         return dataclasses.replace(self, stages=stages)
+
+    @property
+    def loop_counts(self) -> list[int]:
+        """The different counts of its looped stages, in order. Empty: it has no looped stage."""
+        return sorted({stage.loops for stage in self.stages if stage.loops is not None})
 
     @property
     def layers(self) -> int:

@@ -129,16 +129,14 @@ def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Part
     for name, size in zip(axes, shape, strict=True):
         if name is not None and name not in LOGICAL_AXES:
             raise ValueError(f"The logical axis '{name}' of {axes} is not in LOGICAL_AXES.")
-        mesh_axes = LOGICAL_AXES[name] if name else ()
-        for axis in mesh_axes:
+        for axis in LOGICAL_AXES[name] if name else ():
             if axis in used:
                 raise ValueError(
                     f"Logical axes '{used[axis]}' and '{name}' of {axes} both map to the mesh axis "
                     f"'{axis}'; an array can be split along it only once."
                 )
             used[axis] = name
-        ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
-        entries.append(mesh_axes if mesh_axes and size % ways == 0 else None)
+        entries.append(_split_over(name, size, mesh) or None)
     return PartitionSpec(*entries)
 
 
@@ -176,14 +174,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def _split_over(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes over which a dimension is split: none if they do not divide it."""
+    mesh_axes = LOGICAL_AXES[name] if name else ()
+    return mesh_axes if size % _ways(mesh_axes, mesh) == 0 else ()
+
+
+def _ways(mesh_axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
+    """Number of parts along these axes of the mesh."""
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in mesh_axes)
+
+
 def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of parts of the global batch on a mesh, by default on the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+    return _ways(LOGICAL_AXES["batch"], mesh)
 
 
 def vocab_ways(vocab: int) -> int:
     """Number of parts of a vocabulary of this size on the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["vocab"])
-    return ways if vocab % ways == 0 else 1  # as in `spec_for`
+    return _ways(_split_over("vocab", vocab, mesh), mesh)

@@ -59,8 +59,8 @@ TILE = 512  # cycles are reported for a tile of TILE queries and TILE keys
 
 
 class Case(NamedTuple):
-    """One program, with the letters of pallas_kernels.api. For decode N is 1, and S is the number
-    of slots of the cache. platforms: it is compiled for the targets of these platforms."""
+    """One program, with the letters of pallas_kernels/attention/api.py. For decode N is 1, and S is
+    the number of slots of the cache. platforms: those whose targets it is compiled for."""
 
     model: str
     operation: str

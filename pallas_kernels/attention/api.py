@@ -322,7 +322,8 @@ def cross_attention(
     partition: Partition | None = None,
 ):
     """Causal attention over all keys up to the query's own. Cross layers call it with the global K
-    and V. `full` layers call it with their own k and v: then it is ordinary causal self-attention.
+    and V: the name comes from YOCO's cross-decoder. `full` layers call it with their own k and v:
+    then it is ordinary causal self-attention.
 
     kv_lengths: only the first kv_lengths[b] keys of row b exist. k and v may be float32 when q is
     bfloat16: they are read in bfloat16, and their gradients are returned in float32. So layers that
@@ -372,6 +373,6 @@ def decode_cross(
     implementation: str = "auto",
     partition: Partition | None = None,
 ) -> Float[Array, "B Q H"]:
-    """One query per row over the first lengths[b] keys of the global cache, the query's own
-    included. A row of length 0 gives 0."""
+    """One query per row over the first lengths[b] keys of a cache, the query's own included: of the
+    global cache in a cross layer, of its own cache in a full layer. A row of length 0 gives 0."""
     return _decode("decode_cross", q, k_cache, v_cache, lengths, scale, implementation, partition)

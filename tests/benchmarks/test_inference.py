@@ -21,6 +21,7 @@ from yocou_jax import accounting
 from yocou_jax import inference as model_inference
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
+from yocou_jax.plots import STYLES
 
 PROBE = cases.CPU._replace(copy_bytes=4096, matmul=16, heads=(2, 1), head_widths=(8,), rounds=1)
 TINY = inference.CPU._replace(
@@ -307,6 +308,8 @@ def test_a_plot_says_what_was_not_measured():
     figure.savefig(io.BytesIO())
     said = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     assert said == [["Nothing was measured."], ["Nothing was measured."], []]
+    drawn = {line.get_label(): line.get_marker() for line in figure.axes[2].lines}
+    assert {name: STYLES[name][1] for name in configs}.items() <= drawn.items()
 
 
 def test_the_papers_own_speeds_reach_the_aims(monkeypatch, tmp_path):
@@ -328,7 +331,7 @@ def test_the_papers_own_speeds_reach_the_aims(monkeypatch, tmp_path):
     assert "10.2x the transformer's: reached (10.2, B = 1; FLOPs or bytes alone give 7.07)" in text
     for words in ("76,301 [76,301]", "3,356 [3,356]", "10.21 (7.07) [10.21]", "18.89 [18.89]"):
         assert words in text
-    plots.plot(report, tmp_path / "paper.png")
+    plots.plot(report, tmp_path / "paper.svg")
     worse = {"kind": "prefill", "of": "yoco_u", "to": "transformer", "length": 262_144}
     worse |= {"batch": 1, "value": 10.14, "expected": 7.07, "paper": 10.2}
     assert comparison.aims({"ratios": [worse]})[0]["verdict"] == "not reached"

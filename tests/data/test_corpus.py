@@ -302,6 +302,10 @@ def test_too_little_text_is_shared_by_need(tmp_path):
         ("0.5*  'a + b'+0.5*python", [(0.5, "a + b"), (0.5, "python")]),
         ("0.5*bob's.txt + 0.5*al's.txt", [(0.5, "bob's.txt"), (0.5, "al's.txt")]),
         ("hf:org/name", [(1.0, "hf:org/name")]),
+        (
+            "0.5*needle(kind=text,haystack=a/*.txt)+0.5*hops(p=2, letters=4)",
+            [(0.5, "needle(kind=text,haystack=a/*.txt)"), (0.5, "hops(p=2, letters=4)")],
+        ),
     ],
 )
 def test_parse_source(source, expected):

@@ -16,6 +16,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 from experiments import generate as command
+from experiments.writer import note_loops
 from tests.trained import model, workdir
 from yocou_jax import inference
 from yocou_jax.checkpoint import Checkpointer
@@ -342,7 +343,12 @@ def test_another_loop_count_than_the_trained_one_gives_a_notice(trained, no_mode
 
     for loops in (5, 1):
         assert told(f"--num_loops={loops}") == [
-            f"trained with 3 loops, now running with {loops}: a model is usually worse with "
-            "another number of loops than in training"
+            f"trained with 3 loops, now running with {loops}: the model was not trained "
+            "for this number, so its text may be worse"
         ]
     assert told("--num_loops=3") == told() == []
+    several = model(num_loops="1,3").config
+    note_loops(several, 1)
+    assert capsys.readouterr().err == ""
+    note_loops(several, 2)
+    assert capsys.readouterr().err.startswith("trained with 1,3 loops, now running with 2: a model")

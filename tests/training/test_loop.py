@@ -117,7 +117,8 @@ def make_run(tmp_path):
 def test_a_sample_that_fails_comes_after_the_checkpoint_and_the_run_goes_on(
     make_run, monkeypatch, caplog
 ):
-    run, saved = make_run(steps=2, eval_every=2, sample_every=1, checkpoint_every=1), []
+    run = make_run(steps=2, eval_every=2, sample_every=1, checkpoint_every=1, analysis=True)
+    saved = []
 
     def fail(self, params, step):
         saved.append((step, sorted((run.workdir / "checkpoints").glob(f"{step}*")) != []))
@@ -129,16 +130,20 @@ def test_a_sample_that_fails_comes_after_the_checkpoint_and_the_run_goes_on(
     assert caplog.text.count("No sample at step") == 2
     assert "and much more" not in caplog.text
     assert summary["tokens"] == 2 * 8 * 16
+    row = metrics.read_metrics(run.workdir / "metrics.jsonl")[-1]
+    assert row["inside/loss_loop_2"] == pytest.approx(row["val_loss"])  # after the last loop
+    assert row["inside/kl_loop_2"] == 0 < row["inside/kl_loop_1"]
 
 
 @pytest.mark.slow
 def test_a_run_that_is_made_longer_equals_the_longer_run(make_run, tmp_path):
     """Bit for bit, with a schedule whose past does not depend on its end. The workdir is older than
-    the group `compute`."""
+    the group `compute` and run.analysis."""
     make_run(steps=3).train()
     path = tmp_path / "run" / "manifest.json"
     old = json.loads(path.read_text())
     old["config"]["model"] |= old["config"].pop("compute")
+    del old["config"]["run"]["analysis"]
     path.write_text(json.dumps(old))
     longer, at_once = make_run(steps=6).train(), make_run("at_once", steps=6).train()
     assert longer["final_params_sha256"] == at_once["final_params_sha256"]

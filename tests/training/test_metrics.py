@@ -1,11 +1,17 @@
 """What a run writes for scripts and people: rows, events, the summary, the terminal."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import re
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -26,12 +32,12 @@ def test_the_names_of_the_metrics():
 
 
 def test_mfu_is_known_only_if_the_peak_is():
-    assert mfu(1000.0, 312e9, "NVIDIA A100-SXM4-80GB", 4) == pytest.approx(0.25)
-    assert mfu(1000.0, 312e9, "cpu", 1) is None
+    assert mfu(312e12, "NVIDIA A100-SXM4-80GB", 4) == pytest.approx(0.25)
+    assert mfu(312e12, "cpu", 1) is None
 
 
-def scalars(workdir, tag="loss"):
-    events = EventAccumulator(str(workdir / "tensorboard"))
+def scalars(workdir, tag="loss/loss"):
+    events = EventAccumulator(str(workdir))
     events.Reload()
     return {e.step: e.value for e in events.Scalars(tag)}
 
@@ -69,23 +75,45 @@ def test_steps_must_increase_and_nan_becomes_null(tmp_path):
 
 def test_text_hparams_and_summary(tmp_path):
     writer = MetricsWriter(tmp_path)
-    writer.text("sample", "def f():\n    return 1", step=7)
-    writer.hparams({"model": {"window": 64, "loops": None}, "run": {"seed": 0}})
+    writer.events.text("sample", "def f():\n    return 1", step=7)
+    writer.events.hparams({"Loops": 3, "model.num_loops": None}, ["validation/val_loss"])
     writer.summary({"val_loss": 1.5, "params": 10})
     writer.summary({"val_loss": float("nan"), "params": 10})
     writer.close()
     text = (tmp_path / "summary.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"val_loss": None, "params": 10}
     assert not list(tmp_path.glob("*.new"))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert "sample/text_summary" in events.Tags()["tensors"]
     (sample,) = events.Tensors("sample/text_summary")
     assert sample.step == 7
     assert sample.tensor_proto.string_val[0] == b"    def f():\n        return 1"
     hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"model.window" in hparams
-    assert b"model.loops" in hparams
+    assert b"Loops" in hparams
+    assert b"model.num_loops" in hparams
+
+
+def test_losses_by_tokens_and_gflops_survive_a_resume(tmp_path):
+    """TensorBoard drops what a resume repeats by its step, and on these axes nothing is a step."""
+    writer = MetricsWriter(tmp_path, gflops_per_token=0.5)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": step / 10, "tokens": step * 100, "lr": 1.0})
+    writer.close()
+    resumed = MetricsWriter(tmp_path, resume_step=20, gflops_per_token=0.5)
+    resumed.write(30, {"loss": 9.0, "val_loss": 8.0, "tokens": 3000})
+    resumed.close()
+    assert scalars(tmp_path, "x_tokens/loss") == {1000: 1.0, 2000: 2.0, 3000: 9.0}
+    assert scalars(tmp_path, "x_gflops/loss") == {500: 1.0, 1000: 2.0, 1500: 9.0}
+    assert scalars(tmp_path, "x_gflops/val_loss") == {1500: 8.0}
+    assert scalars(tmp_path, "optimizer/lr") == {10: 1.0, 20: 1.0}
+
+
+def test_every_metric_has_a_group():
+    names = {v for k, v in vars(metrics).items() if k.isupper() and isinstance(v, str)}
+    grouped = [name for group in metrics.GROUPS.values() for name in group]
+    assert len(grouped) == len(set(grouped))
+    assert names - set(grouped) == {metrics.STEP, metrics.SKIPPED_IN_A_ROW}
 
 
 def plain(**options):
@@ -119,6 +147,19 @@ def test_unknown_values_are_not_shown():
     console.start(10)
     console.update(1, {"loss": 2.0, "mfu": None})
     assert out.getvalue() == "step  1/10  loss 2.000\n"
+
+
+def test_loop_counts_that_are_drawn_are_shown():
+    out, console = plain()
+    console.start(10)
+    console.update(1, {"loss": 2.0, "loops": 3})
+    losses = {"val_loss": 2.0, "val_bpb": 1.0, "val_loss_loops_1": 3.0, "val_bpb_loops_1": 1.5}
+    console.evaluated(1, losses | {"val_loss_loops_12": 2.0, "val_bpb_loops_12": 1.0})
+    assert out.getvalue().splitlines() == [
+        "step  1/10  loops 3  loss 2.000",
+        "step 1: validation loss 2.0000 nats/token, 1.0000 bits/byte; 3.0000 with 1, 2.0000 with "
+        "12 loops",
+    ]
 
 
 def test_live_line_stays_below_notices_and_samples():
@@ -203,3 +244,58 @@ def test_a_loss_that_is_not_finite_logs_no_warning(tmp_path, caplog):
     writer.close()
     assert not caplog.records
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+@pytest.mark.slow
+def test_what_tensorboard_shows(tmp_path):
+    """A real TensorBoard reads the events of two runs."""
+    for name, loss in (("a", 2.0), ("b", 3.0)):
+        writer = MetricsWriter(tmp_path / name, gflops_per_token=0.5)
+        writer.events.hparams({"Loops": 3, "model.window": 64}, [metrics.tag(metrics.VAL_LOSS)])
+        writer.write(10, {"loss": loss, "val_loss": loss, "tokens": 100, "tokens_per_s": 5.0})
+        writer.close()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def get(path, **data):
+        body = json.dumps(data).encode() if data else None
+        url = f"http://127.0.0.1:{port}/data/plugin/{path}"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    flags = [f"--logdir={tmp_path}", f"--port={port}", "--load_fast=false"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", *flags], stderr=subprocess.DEVNULL
+    )
+    try:
+        check_what_tensorboard_shows(get, time.monotonic() + 120)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def check_what_tensorboard_shows(get, deadline):
+    tags = {}
+    while set(tags) != {"a", "b"}:
+        assert time.monotonic() < deadline, tags
+        with contextlib.suppress(urllib.error.URLError):  # it does not listen yet
+            tags = get("scalars/tags")
+        time.sleep(0.2)
+    losses = {
+        f"{group}/{name}" for group in ("x_tokens", "x_gflops") for name in ("loss", "val_loss")
+    }
+    assert set(tags["a"]) == losses | {
+        "loss/loss",
+        "validation/val_loss",
+        "speed/tokens_per_s",
+        "optimizer/tokens",
+    }
+    ((_, step, value),) = get("scalars/scalars?run=b&tag=x_gflops/loss")
+    assert (step, value) == (50, 3.0)
+    pages = get("custom_scalars/layout")["category"]
+    assert [page["title"] for page in pages] == ["Loss by tokens", "Loss by GFLOPs"]
+    board = get("hparams/experiment", experimentName="", includeMetrics=True)
+    assert [info["name"] for info in board["hparamInfos"]] == ["Loops", "model.window"]
+    assert [info["name"]["tag"] for info in board["metricInfos"]] == ["validation/val_loss"]

@@ -4,15 +4,19 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import tiny
 from yocou_jax.data.pipeline import Batch
+from yocou_jax.model import LanguageModel, head_matrix, resolve_compute
+from yocou_jax.model.attention import Context
 from yocou_jax.program import ARCHITECTURES
 from yocou_jax.training import metrics
+from yocou_jax.training.loss import cross_entropy
 from yocou_jax.training.optimizer import make_schedule
-from yocou_jax.training.step import eval_step, set_up, train_step
+from yocou_jax.training.step import eval_step, loss_fn, set_up, train_step
 
 
 def one_device(config):
@@ -122,6 +126,85 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     # The schedule counts updates, not batches, so a skipped one leaves no gap.
     np.testing.assert_array_equal(out[metrics.LR], first_out[metrics.LR])
     tiny.assert_close(good.params, first.params, 1e-6)
+
+
+# --- Loops ----------------------------------------------------------------------------------------
+
+
+def test_a_step_with_a_loop_count_equals_that_of_a_model_with_this_count():
+    program, batch = "full*1@2", tiny.batch()
+    drawn = tiny.config(program, num_loops="1,3")
+    params = tiny.params(drawn.model)
+    setup = one_device(drawn)
+    found, out = setup.step(tiny.fresh_state(setup, params), batch, 1)
+    wanted, wanted_out = step_from(tiny.config(program, num_loops=1), params, batch)
+    tiny.assert_close((found, out), (wanted, wanted_out), 0)
+
+
+def gradient(config):
+    """Jitted: (params, batch) -> gradient of the objective."""
+
+    def objective(params, batch):
+        targets = jnp.float32(batch.targets.size)
+        return loss_fn(params, batch, config, resolve_compute(config.compute), targets)[0]
+
+    return jax.jit(jax.grad(objective))
+
+
+@pytest.mark.parametrize(
+    ("program", "fields"),
+    [
+        ("window*1@3 | cross*1", {}),
+        pytest.param("window*1 | cross*1@3", tiny.MOE | {"scan": False}, marks=pytest.mark.slow),
+    ],
+    ids=["lower", "upper with experts"],
+)
+def test_losses_after_loops_are_those_of_models_with_fewer_loops(program, fields):
+    z_loss, batch = {"z_loss": 0.1}, tiny.batch(4, 9)
+
+    def gradients(num_loops, **optimizer):
+        config = tiny.config(program, num_loops=num_loops, optimizer=z_loss | optimizer, **fields)
+        return gradient(config)(tiny.params(config.model), batch)
+
+    found = gradients(3, loop_loss="0.5,0,2")
+    one, three = gradients(1), gradients(3)
+    tiny.assert_close(found, jax.tree.map(lambda a, b: (0.5 * a + 2 * b) / 2.5, one, three), 1e-5)
+
+
+def test_backpropagation_through_all_loops_is_the_exact_gradient():
+    def lowered(**optimizer):
+        config = tiny.config("full*1@2", optimizer=optimizer)
+        return gradient(config).lower(tiny.params(config.model), tiny.batch()).as_text()
+
+    assert lowered(backprop_loops=2) == lowered()
+
+
+@pytest.mark.parametrize("scan", tiny.quick([True, False], True))
+def test_truncated_backpropagation_sees_only_the_last_loop(scan):
+    """By hand: what the first two of three loops add is computed with other parameters, which have
+    the same values."""
+    config = tiny.config(
+        "full*1 | window*1@3 | cross*1", optimizer={"backprop_loops": 1}, scan=scan
+    )
+    model, batch, params = config.model, tiny.batch(4, 9), tiny.params(config.model)
+    tokens, context = jnp.array(batch.tokens), Context(jnp.arange(9)[None])
+
+    def by_hand(params, frozen):
+        live, still = (
+            LanguageModel(model, tiny.compute()).bind({"params": p}) for p in (params, frozen)
+        )
+        x, y = (m.stages["stage_0_full"](m.embed(tokens), context, 1)[0] for m in (live, still))
+        x += still.stages["stage_1_window"](y, context, 2)[0] - y
+        x, _ = live.stages["stage_1_window"](x, context, 1)
+        after = context.replace(global_kv=live.project_global_kv(x, context))
+        x, _ = live.stages["stage_2_cross"](x, after, 1)
+        hidden = live.read_out(x)
+        total, _ = cross_entropy(hidden, head_matrix(params, model), jnp.array(batch.targets))
+        return total / batch.targets.size
+
+    found = gradient(config)(params, batch)
+    tiny.assert_close(found, jax.jit(jax.grad(by_hand))(params, params), 1e-5)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
 
 
 # --- Learning -------------------------------------------------------------------------------------

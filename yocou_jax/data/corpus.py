@@ -6,6 +6,7 @@ A source is one of
     site_packages         every .py file of the installed packages
     path or glob          files of text, JSON or parquet, also compressed; `**` matches directories
     hf:org/name[/config]  the train split of a Hugging Face data set (needs `datasets`)
+    hops(...) needle(...) tasks that a program writes (synthetic.py)
     w*source + w*source   a mixture; w is a share of the training sequences, and the sum is 1
 
 Each text file is a document, and so is each row of JSON or parquet. A single text file is cut at
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from yocou_jax.data.formats import PIECE_BYTES, Raw, pieces, read_file, text_of
+from yocou_jax.data.synthetic import Hops, Needle, parse_task
 from yocou_jax.errors import UserError
 from yocou_jax.files import expand_path
 from yocou_jax.progress import with_progress
@@ -320,6 +322,8 @@ def open_corpus(source: str, text_field: str = "text", bad_rows: str = "refuse")
         read = _files_reader(_python_files(root, set()), root, text_field)
     elif source.startswith("hf:"):
         read = partial(_read_hugging_face, source, text_field)
+    elif task := parse_task(source):
+        read = partial(_read_task, task)
     else:
         paths = _existing_files(source)
         if not paths:
@@ -339,7 +343,8 @@ def _no_files(source: str) -> UserError:
         return UserError(f"No file matches the data source {source!r}.")
     return UserError(
         f"The data source {source!r} is not a file that exists, nor one of 'python', "
-        "'site_packages', 'hf:org/name', a glob, or a mixture such as '0.7*python + 0.3*a.txt'."
+        "'site_packages', 'hf:org/name', 'hops(p=2)', 'needle(kind=single)', a glob, or a mixture "
+        "such as '0.7*python + 0.3*a.txt'."
     )
 
 
@@ -355,6 +360,11 @@ def _files_reader(paths: list[Path], root: Path, text_field: str) -> Callable[[]
             yield from read_file(name, path, text_field, alone=len(names) == 1)
 
     return read
+
+
+def _read_task(task: Hops | Needle) -> Iterator[Raw]:
+    documents = open_corpus(task.source).documents() if task.source else ()
+    yield from task.read(document.text for document in documents)
 
 
 def _read_hugging_face(source: str, text_field: str) -> Iterator[Raw]:

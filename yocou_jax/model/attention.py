@@ -26,7 +26,8 @@ class Context:
     segment_ids [B, N]: keep attention inside each packed document. None: one document per row.
     global_kv: the global K, V of these positions, which cross layers read. None before they are
         computed, and for one position in inference, which reads only the cache.
-    at: None in training. In inference it says which positions of each row are new.
+    at: in inference, the positions that this pass is about: the new ones of each row. None in
+        training.
     global_cache: in inference, the global K, V of all positions, with the new ones.
     """
 

@@ -14,7 +14,9 @@ says what is deep). Loops add no parameters.
 
 import dataclasses
 import functools
+import itertools
 import operator
+from collections.abc import Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -79,7 +81,8 @@ class StageStack(nn.Module):
     """The layers of one stage, which run once or in a loop.
 
     Parameters are stacked over layers, [layers, ...], and all loops share them. Returns x, and the
-    routing statistics stacked over all runs of a layer (None without experts).
+    routing statistics stacked over all runs of a layer (None without experts). Of all loops, only
+    the last `backprop_loops` have a gradient (None: all).
     """
 
     config: ModelConfig
@@ -102,8 +105,22 @@ class StageStack(nn.Module):
         )(self.config, self.compute, self.stage.mixer)
 
     def __call__(
-        self, x: Float[Array, "B N D"], context: Context, num_loops: int
+        self,
+        x: Float[Array, "B N D"],
+        context: Context,
+        num_loops: int,
+        backprop_loops: int | None = None,
     ) -> tuple[Float[Array, "B N D"], RouterStats | None]:
+        constant = num_loops - (backprop_loops or num_loops)  # loops without a gradient
+        if self.stage.loops is None or constant <= 0:
+            return self._loops(x, context, num_loops)
+        y, early = jax.lax.stop_gradient(self._loops(x, context, constant))
+        # Adds 0. A layer adds to the residual stream, and what these loops add is a constant for
+        # the gradient. So the gradient of x is that of y: the embedding must get one.
+        y, late = self._loops(y + (x - jax.lax.stop_gradient(x)), context, backprop_loops)
+        return y, jax.tree.map(lambda *s: jnp.concatenate(s), early, late)
+
+    def _loops(self, x, context, num_loops):
         if not self.compute.scan and not self.is_initializing():
             return self._in_python(x, context, num_loops)
         if self.stage.loops is None:
@@ -186,28 +203,64 @@ class LanguageModel(nn.Module):
         segment_ids: Int[Array, "B N"] | None = None,
         *,
         num_loops: int | None = None,
+        backprop_loops: int | None = None,
     ) -> ModelOutput:
-        """num_loops: how often every looped stage runs. None: as the config says."""
-        c = self.config
-        program = c.program if num_loops is None else c.program.with_loops(num_loops)
+        """num_loops: how often every looped stage runs. None: as the config says. backprop_loops:
+        of these, only the last ones have a gradient (None: all). It does not change the values."""
+        program = self.config.program
+        program = program if num_loops is None else program.with_loops(num_loops)
+        x, context = self._begin(tokens, positions, segment_ids)
+        x, _, router = self._run(program.named_stages, x, context, backprop_loops)
+        return self._output(x, router)
+
+    def after_loops(
+        self,
+        tokens: Int[Array, "B N"],
+        positions: Int[Array, "#B N"] | None = None,
+        segment_ids: Int[Array, "B N"] | None = None,
+        *,
+        counts: Sequence[int],
+    ) -> list[ModelOutput]:
+        """The output of the model with each of these numbers of loops, which must increase.
+
+        The loops are shared: the looped stage runs as often as the last count says, and only the
+        stages after it run once for each count. The program has exactly one looped stage.
+        """
+        stages = self.config.program.named_stages
+        (at,) = (i for i, (_, stage) in enumerate(stages) if stage.loops is not None)
+        x, context = self._begin(tokens, positions, segment_ids)
+        x, context, router = self._run(stages[:at], x, context)
+        outputs, (name, looped) = [], stages[at]
+        for done, count in itertools.pairwise((0, *counts)):
+            more = dataclasses.replace(looped, loops=count - done)
+            x, context, stats = self._run([(name, more)], x, context)
+            router += stats
+            y, _, late = self._run(stages[at + 1 :], x, context)
+            outputs.append(self._output(y, router + late))
+        return outputs
+
+    def _begin(self, tokens, positions, segment_ids):
+        """What the first stage gets."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        context = Context(positions, segment_ids)
-        x, router = self._run(program.self_decoder, self.embed(tokens), context)
-        if program.has_cross:
-            context = context.replace(global_kv=self.project_global_kv(x, context))
-            x, late = self._run(program.cross_decoder, x, context)
-            router += late
-        router = jax.tree.map(lambda *s: jnp.concatenate(s), *router) if c.num_experts else None
-        return ModelOutput(self.read_out(x), router)
+        return self.embed(tokens), Context(positions, segment_ids)
 
-    def _run(self, stages: list[tuple[str, Stage]], x, context: Context):
-        """Runs one half of the program. Returns x, and the routing statistics of each stage."""
+    def _run(self, stages: list[tuple[str, Stage]], x, context: Context, backprop_loops=None):
+        """Runs some stages. Before the first cross stage it puts the global K, V into the context.
+        Returns x, the context, and the routing statistics of each stage."""
         router = []
         for name, stage in stages:
-            x, stats = self.stages[name](x, context, stage.num_loops)
+            if stage.reads_global and context.global_kv is None:
+                context = context.replace(global_kv=self.project_global_kv(x, context))
+            x, stats = self.stages[name](x, context, stage.num_loops, backprop_loops)
             router.append(stats)
-        return x, router
+        return x, context, router
+
+    def _output(self, x, router: list[RouterStats | None]) -> ModelOutput:
+        joined = None
+        if self.config.num_experts:
+            joined = jax.tree.map(lambda *s: jnp.concatenate(s), *router)
+        return ModelOutput(self.read_out(x), joined)
 
     # The parts that are not stages. Inference calls them too, and runs the stages layer by layer.
 

@@ -18,10 +18,11 @@ from yocou_jax.typing import Array, Float, Int
 
 @flax.struct.dataclass
 class RouterStats:
-    """Routing statistics of one layer. load_balance is 1 for a uniform load, and at most E / k.
+    """Routing statistics of one run of a layer: each loop has its own.
 
-    All three are means over every token of the layer, in every loop and stream. A token with loss
-    weight 0 (in the rows that fill the last validation batch) counts too.
+    load_balance is 1 for a uniform load, and at most E / k. All three are means over every token of
+    this run, in every stream. A token with loss weight 0 (in the rows that fill the last validation
+    batch) counts too.
 
     load_balance  E sum_e f_e P_e, with the share of assignments f and the mean probability P
                   (Switch Transformer, eq. 4)

@@ -14,7 +14,7 @@ import rich.panel
 import rich.table
 import rich.text
 
-from yocou_jax.training.metrics import BPB, LOSS, MFU, TOKENS_PER_S, VAL_BPB, VAL_LOSS
+from yocou_jax.training.metrics import BPB, LOOPS, LOSS, MFU, TOKENS_PER_S, VAL_BPB, VAL_LOSS
 from yocou_jax.training.reporter import Reporter
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Console(Reporter):
 
     @_never_ends_a_run
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Shows the step, and if known: loss, bits per byte, tokens/s, MFU, remaining time."""
+        """Shows the step, and if known: loops, loss, bits/byte, tokens/s, MFU, remaining time."""
         now = time.monotonic()
         self._first = self._first or (step, now)
         line = self._line(step, values, now)
@@ -102,9 +102,16 @@ class Console(Reporter):
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Prints the result of the validation above the live line."""
         if VAL_LOSS in values:
+            prefix = f"{VAL_LOSS}_loops_"
+            counts = [
+                f"{value:.4f} with {name.removeprefix(prefix)}"
+                for name, value in values.items()
+                if name.startswith(prefix)
+            ]
             self._print(
                 f"step {step}: validation loss {values[VAL_LOSS]:.4f} nats/token, "
                 f"{values[VAL_BPB]:.4f} bits/byte"
+                + (f"; {', '.join(counts)} loops" if counts else "")
             )
 
     @_never_ends_a_run
@@ -141,6 +148,7 @@ class Console(Reporter):
 
 
 _LINE = (
+    (LOOPS, "loops {:.0f}"),
     (LOSS, "loss {:.3f}"),
     (BPB, "{:.3f} bits/byte"),
     (TOKENS_PER_S, "{:,.0f} tokens/s"),

@@ -5,6 +5,7 @@ flight, and the device does not wait for the host. Before an evaluation, a sampl
 the host waits for the newest step too.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -28,12 +29,16 @@ from yocou_jax.manifest import write as write_manifest
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.training import metrics
 from yocou_jax.training.banner import attention_choices, banner
-from yocou_jax.training.evaluators import Evaluator, Sample, Validation
+from yocou_jax.training.evaluators import Analysis, Evaluator, Sample, Validation
+from yocou_jax.training.events import Events
 from yocou_jax.training.lock import WorkdirLock
 from yocou_jax.training.preemption import StopRequest
 from yocou_jax.training.reporter import Reporter
 from yocou_jax.training.resume import END_FIELDS, FREE_FIELDS, compare_starts, load_source
 from yocou_jax.training.step import Setup, TrainState, set_up
+from yocou_jax.trees import flat
+
+KV_TAG = "memory/kv_bytes_per_sequence"  # in TensorBoard: bytes of the caches, as in summary.json
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ class Stopwatch:
 
     def __init__(self):
         self._since = time.perf_counter()
-        self.tokens, self.waited = 0, 0.0
+        self.tokens, self.flops, self.waited = 0, 0.0, 0.0
         self.total_tokens, self.total_seconds = 0, 0.0
 
     @contextlib.contextmanager
@@ -58,14 +63,15 @@ class Stopwatch:
         yield
         self._since += time.perf_counter() - start
 
-    def lap(self) -> tuple[float, float]:
-        """(tokens per second, share of the time spent waiting for data) since the last lap."""
+    def lap(self) -> tuple[float, float, float]:
+        """(tokens per second, model FLOP/s, share of the time spent waiting for data) since the
+        last lap."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
-        result = self.tokens / seconds, self.waited / seconds
+        result = self.tokens / seconds, self.flops / seconds, self.waited / seconds
         self.total_tokens += self.tokens
         self.total_seconds += seconds
-        self._since, self.tokens, self.waited = now, 0, 0.0
+        self._since, self.tokens, self.flops, self.waited = now, 0, 0.0, 0.0
         return result
 
 
@@ -83,7 +89,7 @@ class Run:
         config: Config,
         workdir: Path,
         reporter: Reporter | None = None,
-        evaluators: Sequence[Callable[["Run"], Evaluator]] = (Validation, Sample),
+        evaluators: Sequence[Callable[["Run"], Evaluator]] = (Validation, Analysis, Sample),
         init_from: str | Path | None = None,
     ):
         self.config, self.workdir = config, expand_path(workdir)
@@ -99,9 +105,13 @@ class Run:
         self.is_main = jax.process_index() == 0
         self.sharding = batch_sharding(self.setup.mesh)
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
-        self.flops_per_token = accounting.train_flops_per_token(
-            config.model, config.data.sequence_length
+        self.kv_bytes = accounting.kv_bytes(
+            config.model, config.data.sequence_length, self.setup.compute.dtype.itemsize
         )
+        self.loop_draw = config.model.loop_draw
+        counts = self.loop_draw.counts if self.loop_draw else (None,)
+        self.flops_per_token = {n: accounting.run_flops_per_token(config, n) for n in counts}
+        self._steps: dict[int | None, Callable] = {}  # the compiled train step for each loop count
         self.started = time.perf_counter()
         self.stopwatch = Stopwatch()
         self._at_end, self._tracing = contextlib.ExitStack(), False
@@ -184,14 +194,15 @@ class Run:
             if first < config.run.steps:  # a run with a summary counts as finished
                 (self.workdir / "summary.json").unlink(missing_ok=True)
             self.writer = metrics.MetricsWriter(
-                self.workdir, resume_step=first if restored else None
+                self.workdir,
+                resume_step=first if restored else None,
+                gflops_per_token=accounting.run_flops_per_token(config) / 1e9,
             )
             self._at_end.callback(self.writer.close)
             # Stored with the checkpoints: the cache may be deleted, and another Python may train
             # another tokenizer.
             write_atomically(self.workdir / "tokenizer.json", data.tokenizer.to_json())
-            self.writer.text("config", _as_text(config), first)
-            self.writer.hparams(config.to_dict())
+            self._describe(self.writer.events, first)
         self.reporter.banner(
             f"YOCO-U in JAX: {config.model.program}",
             banner(config, data, self.setup.mesh, self.attention, self.workdir),
@@ -206,6 +217,26 @@ class Run:
         self.reporter.start(config.run.steps)
         return state, first
 
+    def _describe(self, events: Events, step: int) -> None:
+        """Tells TensorBoard what this run is: its config as text, its row in the HParams page."""
+        config = self.config
+        events.text("config", _as_text(config), step)
+        events.scalars(step, {KV_TAG: self.kv_bytes})
+        tokens = config.run.steps * self.tokens_per_step
+        facts = {
+            "Program": str(config.model.program),
+            "Loops": config.model.num_loops
+            if self.loop_draw
+            else max(stage.num_loops for stage in config.model.program.stages),
+            "Parameters": accounting.parameters(config.model).total,
+            "Tokens": tokens,
+            "FLOPs": tokens * accounting.run_flops_per_token(config),
+            "Learning rate": config.optimizer.learning_rate,
+        }
+        fields = {k: v for k, v in flat(config.to_dict()).items() if k not in FREE_FIELDS}
+        shown = (metrics.VAL_BPB, metrics.VAL_LOSS, metrics.TOKENS_PER_S)
+        events.hparams(facts | fields, [*map(metrics.tag, shown), KV_TAG])
+
     def _fresh(self, manifest: dict, notices: list[str]) -> TrainState:
         """The state at step 0, with the parameters of `init_from` if there is one."""
         if self.init_from is None:
@@ -219,9 +250,9 @@ class Run:
     def _loop(self, state, first, batches, checkpointer, stop) -> tuple[TrainState, int]:
         run = self.config.run
         pending, done = None, first
-        step = self._compile(state) if done < run.steps else None
         self.stopwatch = Stopwatch()
         while done < run.steps:
+            step = self._compiled(self.num_loops(done + 1), state)
             with self.stopwatch.waiting():
                 batch = next(batches)
             if done - first == PROFILE_FROM:
@@ -253,13 +284,21 @@ class Run:
                 break
         return state, done
 
-    def _compile(self, state: TrainState):
-        """Compiles the train step before the stopwatch starts."""
-        start = time.perf_counter()
-        batch = self.data.abstract_batch(self.sharding)
-        step = self.setup.step.lower(state, batch).compile()
-        self.reporter.notice(f"Compiled the train step in {time.perf_counter() - start:.1f} s.")
-        return step
+    def num_loops(self, step: int) -> int | None:
+        """The loop count of step 1, 2, ... if the run draws it. None: as the program says."""
+        return self.loop_draw.draw(self.config.run.seed, step) if self.loop_draw else None
+
+    def _compiled(self, num_loops: int | None, state: TrainState) -> Callable:
+        """The train step with this loop count. Its first call compiles it; the stopwatch waits."""
+        if num_loops not in self._steps:
+            jax.block_until_ready(state)  # the stopwatch counts the steps before this one
+            with self.stopwatch.paused():
+                start, batch = time.perf_counter(), self.data.abstract_batch(self.sharding)
+                self._steps[num_loops] = self.setup.step.lower(state, batch, num_loops).compile()
+            loops = "" if num_loops is None else f" with loops={num_loops}"
+            seconds = time.perf_counter() - start
+            self.reporter.notice(f"Compiled the train step{loops} in {seconds:.1f} s.")
+        return self._steps[num_loops]
 
     def _report(self, step: int, out: dict[str, jax.Array], evaluated: dict | None = None) -> None:
         """Waits for the metrics of a step, shows them, and writes a row if one is due."""
@@ -274,14 +313,15 @@ class Run:
             )
         bits = self.data.bytes_per_token * math.log(2)
         values[metrics.BPB] = values[metrics.LOSS] / bits
+        num_loops = self.num_loops(step)
+        values |= {} if num_loops is None else {metrics.LOOPS: num_loops}
         self.stopwatch.tokens += self.tokens_per_step
+        self.stopwatch.flops += self.tokens_per_step * self.flops_per_token[num_loops]
         logged = step % self.config.run.log_every == 0 or step == self.config.run.steps
         if logged or evaluated:
-            rate, waited = self.stopwatch.lap()
+            rate, flops, waited = self.stopwatch.lap()
             values[metrics.TOKENS_PER_S], values[metrics.DATA_WAIT_FRACTION] = rate, waited
-            share = metrics.mfu(
-                rate, self.flops_per_token, jax.devices()[0].device_kind, jax.device_count()
-            )
+            share = metrics.mfu(flops, jax.devices()[0].device_kind, jax.device_count())
             values |= {} if share is None else {metrics.MFU: share}
             values[metrics.TOKENS] = step * self.tokens_per_step
             self.values = values | (evaluated or {})
@@ -313,7 +353,7 @@ class Run:
         if self.is_main and self.config.run.profile_steps:
             jax.block_until_ready(state)  # or the end of the step before would be in the trace
             with self.stopwatch.paused():
-                jax.profiler.start_trace(str(self.workdir / "tensorboard"))
+                jax.profiler.start_trace(str(self.workdir))
             self._tracing = True
             self._at_end.callback(self._stop_trace)  # after an error, or a stop on request
 
@@ -331,6 +371,7 @@ class Run:
         """The summary. tokens_per_s and wall_s count this process only, also after a resume."""
         config, stopwatch = self.config, self.stopwatch
         tokens = config.run.steps * self.tokens_per_step
+        steps = collections.Counter(map(self.num_loops, range(1, config.run.steps + 1)))
         sha256 = params_sha256(state.params)
         if not stopwatch.total_tokens:  # resumed at the last step: there was nothing left to train
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -342,15 +383,15 @@ class Run:
             "program": str(config.model.program),
             "params": accounting.parameters(config.model).total,
             "tokens": tokens,
-            "train_flops": tokens * self.flops_per_token,
+            "train_flops": sum(
+                count * self.tokens_per_step * self.flops_per_token[num_loops]
+                for num_loops, count in steps.items()
+            ),
             **{name: self.values.get(name) for name in (metrics.VAL_LOSS, metrics.VAL_BPB)},
+            **{name: value for name, value in self.values.items() if name.startswith("val_")},
             "tokens_per_s": stopwatch.total_tokens / max(stopwatch.total_seconds, 1e-9),
             "wall_s": time.perf_counter() - self.started,
-            "kv_bytes_per_sequence": accounting.kv_bytes(
-                config.model,
-                config.data.sequence_length,
-                self.setup.compute.dtype.itemsize,
-            ),
+            "kv_bytes_per_sequence": self.kv_bytes,
             "final_params_sha256": sha256,
         }
 

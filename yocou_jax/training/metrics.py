@@ -6,19 +6,13 @@ The names below are an API: scripts and notebooks read them from metrics.jsonl.
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import summary as tb
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
 from yocou_jax import hardware
 from yocou_jax.files import to_json, write_atomically
-from yocou_jax.trees import flat
+from yocou_jax.training import events
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +22,7 @@ LOSS = "loss"  # cross-entropy of the training batch, nats per token
 BPB = "bpb"  # the same, in bits per byte of text
 VAL_LOSS = "val_loss"  # on the fixed validation set, nats per token
 VAL_BPB = "val_bpb"
+LOOPS = "loops"  # runs of each looped stage in this step, if the run draws it (model.num_loops)
 GRAD_NORM = "grad_norm"  # of all gradients together, before clipping
 LR = "lr"
 TOKENS_PER_S = "tokens_per_s"  # over all devices, since the last logged step
@@ -42,14 +37,41 @@ ROUTER_Z = "router_z"  # mean of logsumexp(router logits)^2
 # The load of an expert is its tokens divided by those of the mean expert, so 1 if all get the same.
 EXPERT_LOAD_MAX = "expert_load_max"  # of the expert with the most tokens, in any layer
 EXPERT_LOAD_MIN = "expert_load_min"  # of the expert with the fewest tokens, in any layer
+# With run.analysis: inside/NAME, with the names of `Inside.scalars` (yocou_jax/analysis/inside.py).
+INSIDE = "inside"
+
+LOSSES = (LOSS, BPB, VAL_LOSS, VAL_BPB)
+# In TensorBoard, a metric is in a group. One that no group names is in the last one.
+GROUPS = {
+    "loop": (LOOPS,),
+    "loss": (LOSS, BPB, Z_LOSS),
+    "validation": (VAL_LOSS, VAL_BPB),
+    "optimizer": (LR, GRAD_NORM, SKIPPED_UPDATES, TOKENS),
+    "speed": (TOKENS_PER_S, MFU, DATA_WAIT_FRACTION),
+    "experts": (LOAD_BALANCE, ROUTER_Z, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN),
+    "other": (),
+}
 
 
-def mfu(
-    tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int
-) -> float | None:
+def tag(name: str) -> str:
+    """The name of a metric in TensorBoard: "group/name". A name may have its group itself."""
+    if "/" in name:
+        return name
+    base = name.partition("_loops_")[0]  # see `at_loops`
+    group = next((group for group, names in GROUPS.items() if base in names), "other")
+    return f"{group}/{name}"
+
+
+def at_loops(name: str, count: int) -> str:
+    """The name of a validation metric with this loop count, such as val_loss_loops_3. A run that
+    draws its loop counts has val_loss and val_bpb with each of them, too."""
+    return f"{name}_loops_{count}"
+
+
+def mfu(flops_per_s: float, device_kind: str, devices: int) -> float | None:
     """Model FLOP/s divided by the peak of all devices. None if the peak is unknown (a CPU)."""
     peak = hardware.peak_flops(device_kind)
-    return None if peak is None else tokens_per_s * flops_per_token / (peak * devices)
+    return None if peak is None else flops_per_s / (peak * devices)
 
 
 class MetricsWriter:
@@ -60,22 +82,29 @@ class MetricsWriter:
     the other order, a kill between the two loses the row. Every call writes immediately and in this
     thread. So a kill loses nothing, and a full disk raises OSError here. (With tensorboardX's
     SummaryWriter, the run would hang.)
+
+    gflops_per_token: mean training cost, for the losses by GFLOPs in TensorBoard; 0: without them.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
-        self.workdir = Path(workdir)
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None = None,
+        gflops_per_token: float = 0.0,
+    ):
+        self.workdir, self._gflops = Path(workdir), gflops_per_token
         self.workdir.mkdir(parents=True, exist_ok=True)
-        self.path, self.tensorboard = self.workdir / "metrics.jsonl", self.workdir / "tensorboard"
-        self.tensorboard.mkdir(exist_ok=True)
+        self.path = self.workdir / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if resume_step and r[STEP] <= resume_step]
         write_atomically(self.path, "".join(to_json(row) + "\n" for row in kept))
         self._last_step = kept[-1][STEP] if kept else -1
         self._file = self.path.open("a", encoding="utf-8")
-        # Without the suffix, two starts in the same second would write to one file.
-        self._events = EventsWriter(str(self.tensorboard / "events"), f".{time.time_ns()}")
-        # TensorBoard then ignores this step and later ones in earlier files of the run.
-        first = self._last_step + 1
-        self._write_event(first, session_log=SessionLog(status=SessionLog.START))
+        self.events = events.Events(self.workdir, restart=self._last_step + 1)
+        self.events.layout([*LOSSES])
+        # Their axis does not count steps, so TensorBoard has dropped too many of them.
+        for row in kept:
+            self._by_cost(row)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row: numbers (or 0-d arrays) by name, without None. Steps must increase."""
@@ -87,24 +116,19 @@ class MetricsWriter:
         # A loss that is not finite is null here. In TensorBoard it is NaN.
         self._file.write(to_json({STEP: step, **row}) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if not isinstance(value, str):
-                # Not with tensorboardX's `scalar`, which prints a warning for each NaN.
-                scalar = Summary.Value(tag=name, simple_value=value)
-                self._write_event(step, summary=Summary(value=[scalar]))
+        numbers = {tag(name): value for name, value in row.items() if not isinstance(value, str)}
+        self.events.scalars(step, numbers)
+        self._by_cost(row)
 
-    def text(self, tag: str, text: str, step: int = 0) -> None:
-        """Writes a sample or the config, indented: TensorBoard would read it as Markdown."""
-        indented = "\n".join("    " + line for line in text.splitlines())
-        self._write_event(step, summary=tb.text(tag, indented))
-
-    def hparams(self, config: Mapping) -> None:
-        """Writes the config for TensorBoard's HPARAMS tab, with val_loss and val_bpb."""
-        numbers_or_text = {
-            k: v if isinstance(v, int | float | str) else repr(v) for k, v in flat(config).items()
-        }
-        for part in tb.hparams(numbers_or_text, {VAL_LOSS: 0.0, VAL_BPB: 0.0}):
-            self._write_event(0, summary=part)
+    def _by_cost(self, row: Mapping[str, Any]) -> None:
+        """Writes the losses of a row again, by tokens and by GFLOPs instead of steps."""
+        if TOKENS not in row:
+            return
+        losses = {name: row[name] for name in LOSSES if row.get(name) is not None}
+        axes = {events.X_TOKENS: row[TOKENS], events.X_GFLOPS: round(row[TOKENS] * self._gflops)}
+        for group, x in axes.items():
+            if losses and x:
+                self.events.scalars(x, {f"{group}/{name}": v for name, v in losses.items()})
 
     def summary(self, values: Mapping) -> None:
         """Writes summary.json atomically."""
@@ -112,11 +136,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
-
-    def _write_event(self, step: int, **fields) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **fields))
-        self._events.flush()
+        self.events.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:

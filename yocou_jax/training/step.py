@@ -18,7 +18,14 @@ from pallas_kernels import api
 from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError
-from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve_compute
+from yocou_jax.model import (
+    Compute,
+    LanguageModel,
+    ModelOutput,
+    abstract_params,
+    head_matrix,
+    resolve_compute,
+)
 from yocou_jax.sharding import batch_sharding, batch_ways, check_split, make_mesh, tree_shardings
 from yocou_jax.training import metrics
 from yocou_jax.training.loss import LossSums, cross_entropy
@@ -38,19 +45,39 @@ class TrainState:
     opt_state: PyTree
 
 
-def loss_fn(params: PyTree, batch: Batch, config: Config, compute: Compute, num_targets: Array):
+def loss_fn(
+    params: PyTree,
+    batch: Batch,
+    config: Config,
+    compute: Compute,
+    num_targets: Array,
+    num_loops: int | None = None,
+):
     """The part of the objective that one microbatch contributes. The parts of all microbatches sum
     to the objective of the batch, which is a mean over its `num_targets` targets, a scalar (targets
     of weight 0 do not count).
 
     Returns (objective, (LossSums, RouterStats or None)), the objective a scalar in nats. With
     experts, the auxiliary losses are means over layers and microbatches. The config has their
-    weights.
+    weights. With optimizer.loop_loss, the objective is the weighted mean of those of the model
+    with 1, 2, ... loops. The sums and the statistics are those of the last one.
     """
+    apply = functools.partial(LanguageModel(config.model, compute).apply, {"params": params})
+    inputs, optimizer = (batch.tokens, batch.positions, batch.segment_ids), config.optimizer
+    if not optimizer.loop_weights:
+        output = apply(*inputs, num_loops=num_loops, backprop_loops=optimizer.backprop_loops)
+        objective, sums = _objective(output, params, batch, config, num_targets)
+        return objective, (sums, output.router)
+    weights = {count: w for count, w in enumerate(optimizer.loop_weights, start=1) if w}
+    outputs = apply(*inputs, counts=tuple(weights), method="after_loops")
+    parts = [_objective(output, params, batch, config, num_targets) for output in outputs]
+    weighted = sum(w * part for w, (part, _) in zip(weights.values(), parts, strict=True))
+    return weighted / sum(weights.values()), (parts[-1][1], outputs[-1].router)
+
+
+def _objective(output: ModelOutput, params, batch: Batch, config: Config, num_targets):
+    """The objective (see `loss_fn`) and the LossSums of one output of the model."""
     model = config.model
-    output = LanguageModel(model, compute).apply(
-        {"params": params}, batch.tokens, batch.positions, batch.segment_ids
-    )
     total, sums = cross_entropy(
         output.hidden,
         head_matrix(params, model),
@@ -64,12 +91,13 @@ def loss_fn(params: PyTree, batch: Batch, config: Config, compute: Compute, num_
         auxiliary = model.load_balance_weight * output.router.load_balance.mean()
         auxiliary += model.router_z_weight * output.router.router_z.mean()
         objective += auxiliary / config.optimizer.accumulation_steps
-    return objective, (sums, output.router)
+    return objective, sums
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
+    num_loops: int | None = None,
     *,
     config: Config,
     compute: Compute,
@@ -79,12 +107,14 @@ def train_step(
     """One update from one global batch [B, N], in `accumulation_steps` microbatches.
 
     Returns the next state, and a scalar for each metric, by the names in metrics.py.
+    num_loops: how often every looped stage runs; None: as the config says.
     schedule: the learning rate of `optimizer`, only for the metrics. If the gradient is not finite,
     parameters and optimizer do not change, and the metrics count a skipped update.
     """
     weights = batch.loss_weights
     num_targets = jnp.float32(batch.targets.size) if weights is None else jnp.sum(weights)
-    objective = functools.partial(loss_fn, config=config, compute=compute, num_targets=num_targets)
+    given = {"config": config, "compute": compute, "num_targets": num_targets}
+    objective = functools.partial(loss_fn, **given, num_loops=num_loops)
     grad_fn = jax.grad(objective, has_aux=True)
     steps = config.optimizer.accumulation_steps
     if steps == 1:
@@ -120,11 +150,20 @@ def train_step(
     return new, out
 
 
-def eval_step(params: PyTree, batch: Batch, *, config: ModelConfig, compute: Compute) -> LossSums:
-    """The sums of one validation batch [B, N], in nats. The host adds those of all batches."""
-    output = LanguageModel(config, compute).apply(
-        {"params": params}, batch.tokens, batch.positions, batch.segment_ids
-    )
+def eval_step(
+    params: PyTree,
+    batch: Batch,
+    num_loops: int | None = None,
+    *,
+    config: ModelConfig,
+    compute: Compute,
+) -> LossSums:
+    """The sums of one validation batch [B, N], in nats. The host adds those of all batches.
+
+    num_loops: how often every looped stage runs; None: as the config says.
+    """
+    inputs = batch.tokens, batch.positions, batch.segment_ids
+    output = LanguageModel(config, compute).apply({"params": params}, *inputs, num_loops=num_loops)
     head = head_matrix(params, config)
     return cross_entropy(
         output.hidden, head, batch.targets, batch.loss_weights, shards=batch_ways()
@@ -187,9 +226,10 @@ class Setup(NamedTuple):
     """All that `set_up` derives from the config of a run.
 
     init() returns a TrainState. step(state, batch) returns the next one and the metrics, and the
-    given state is donated. evaluate(params, batch) returns LossSums. On several devices, call them
-    inside `with jax.set_mesh(setup.mesh)`, or they raise RuntimeError: the shardings of activations
-    and of attention are those of the mesh in the context.
+    given state is donated. evaluate(params, batch) returns LossSums. Both take a loop count as one
+    more argument, and compile once for each. On several devices, call them inside `with
+    jax.set_mesh(setup.mesh)`, or they raise RuntimeError: the shardings of activations and of
+    attention are those of the mesh in the context.
     """
 
     compute: Compute
@@ -258,10 +298,12 @@ def set_up(config: Config, devices=None) -> Setup:
             in_shardings=(shardings, batch),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
+            static_argnums=2,
         ),
         evaluate=jax.jit(
             _inside(mesh, functools.partial(eval_step, config=config.model, compute=compute)),
             in_shardings=(shardings.params, batch),
             out_shardings=replicated,
+            static_argnums=2,
         ),
     )

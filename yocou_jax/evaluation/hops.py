@@ -1,0 +1,199 @@
+"""p-hop induction (`Hops` in data/synthetic.py): which chains can a model follow, with which loops?
+
+Only answers count: the letters between them are random. Every answer is predicted from the true
+text before it, in one full forward pass. The texts are new: no training has them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from yocou_jax.config import ModelConfig
+from yocou_jax.data.synthetic import EVALUATION, Hops, follow
+from yocou_jax.data.tokenizer import Tokenizer
+from yocou_jax.errors import UserError
+from yocou_jax.evaluation.answers import batches, bins, counts, settings, summary
+from yocou_jax.evaluation.options import Options
+from yocou_jax.mixers import MIXERS
+from yocou_jax.model import Compute, logits, resolve_compute
+from yocou_jax.pretrained import Pretrained
+from yocou_jax.typing import Array, Bool, Float, Int, PyTree
+
+SAMPLES = 512
+PARTS = 32  # bins of a view by position or distance, at most
+LEAST = 100  # answers of a bin, so that its 95% interval is at most 0.2 wide
+TOKENS, LOGITS = 2**15, 2**26  # of a batch: they limit its memory
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _losses(
+    params: PyTree, tokens: Int[Array, "B N1"], *, config: ModelConfig, compute: Compute
+) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+    """For each token but the first: its loss in nats, and whether it is the most likely one."""
+    scores, targets = logits(params, config, tokens[:, :-1], compute), tokens[:, 1:]
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)[..., 0]
+    return nll, scores.argmax(axis=-1) == targets
+
+
+def losses(
+    model: Pretrained, tokens: Int[np.ndarray, "rows N1"]
+) -> tuple[Float[np.ndarray, "rows N"], Bool[np.ndarray, "rows N"]]:
+    """`_losses` of all rows, on the mesh of the context."""
+    rows, length = tokens.shape
+    size = min(TOKENS // length, LOGITS // (length * model.config.vocab_size))
+    compute = resolve_compute(model.compute)
+    found = [
+        jax.device_get(
+            _losses(model.params, jnp.asarray(tokens[batch]), config=model.config, compute=compute)
+        )
+        for batch in batches(rows, size)
+    ]
+    nll, right = (np.concatenate(parts)[:rows] for parts in zip(*found, strict=True))
+    return nll, right
+
+
+def encode(task: Hops, texts: list[str], tokenizer: Tokenizer) -> Int[np.ndarray, "rows N1"]:
+    """End-of-text and the tokens of each text. Raises UserError if a character is not a token."""
+    encoded = tokenizer.encode_batch(texts)
+    if any(len(ids) != task.length - 1 for ids in encoded):
+        raise UserError(
+            "The task hops needs a tokenizer with one token for each character, such as bytes; "
+            f"with that of this model, {len(texts[0])} characters are {len(encoded[0])} tokens."
+        )
+    return np.insert(np.array(encoded), 0, tokenizer.eot_id, axis=1).astype(np.int32)
+
+
+def guesses(x: Int[np.ndarray, "rows n"], at: Int[np.ndarray, "rows n"]) -> dict[str, float]:
+    """Shares of the defined answers that guesses get right on these letters: the chance level.
+
+    x: letters. at: where the chain of each leads, or -1. Each guess is the most frequent answer:
+    "constant" of all answers, "letter" after the same letter, "pair" after the same two letters.
+    (Three letters decide the shortest hops: a guess that knows them begins to solve the task.)
+    """
+    rows, i = np.nonzero(at >= 0)
+    answers = x[rows, at[rows, i]]
+    pairs = x[rows, i] + 64 * x[rows, np.maximum(i - 1, 0)]
+    found = {}
+    for name, known in {"constant": 0 * pairs, "letter": x[rows, i], "pair": pairs}.items():
+        _, number = np.unique(known, return_inverse=True)
+        table = np.zeros((number.max() + 1, 64), np.int64)
+        np.add.at(table, (number, answers), 1)
+        found[name] = float(table.max(axis=1).sum() / len(answers))
+    return found
+
+
+def reach(config: ModelConfig) -> int | None:
+    """How many tokens before its own a position of the self-decoder depends on: W - 1 for each run
+    of a window layer. None: on all of them."""
+    total = 0
+    for _, stage in config.program.self_decoder:
+        kernel = MIXERS[stage.mixer].kernel(config)
+        if kernel is None or kernel.window is None:
+            return None
+        total += stage.depth * (kernel.window - 1)
+    return total
+
+
+def views(
+    task: Hops,
+    at: Int[np.ndarray, "rows n"],
+    nll: Float[np.ndarray, "rows N"],
+    right: Bool[np.ndarray, "rows N"],
+) -> dict[str, Any]:
+    """The defined answers: all, by position, and by how far back the letter of the answer is. Both
+    are in tokens.
+
+    at: see `follow`. nll, right: of all tokens of the texts.
+    """
+    answers = len(str(task.p)) + 1 + 2 * np.arange(task.num_answers)  # their places in a text
+    rows, i = np.nonzero(at >= 0)
+    nll, right = nll[rows, answers[i]], right[rows, answers[i]]
+    found = summary(right, nll)
+    least = max(LEAST, -(-len(rows) // PARTS))
+    for name, values in {"position": answers[i] + 1, "distance": 2 * (i - at[rows, i])}.items():
+        found[f"by_{name}"] = [
+            {"first": first, "last": last} | summary(right[these], nll[these])
+            for first, last, these in bins(values, least)
+        ]
+    return found
+
+
+def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
+    """The accuracy and loss at the answers, for each p, length and loop count.
+
+    `options.source`: the texts, such as "hops(p=2,letters=4)"; default: those of the training, with
+    other letters. `options.lengths`: tokens of a text with its end-of-text token; default: as in
+    training, and twice as many. `options.samples`: texts for each p and length.
+
+    `results` of the report has the views of each case; `distances`, quantiles of how many tokens
+    back the letter of an answer is; `guesses`, what is right by chance; and `reach`.
+
+    Raises UserError for a tokenizer that joins letters, or a length without a defined answer.
+    """
+    results = []
+    for trained in settings(options, Hops, [Hops()]):
+        for length in options.lengths or (trained.length, 2 * trained.length):
+            task = Hops(trained.p, trained.letters, length, seed=options.seed)
+            x = task.draw(range(options.samples or SAMPLES), EVALUATION)
+            tokens = encode(task, task.texts(x), loaded.tokenizer)
+            x = x[:, : task.num_answers]
+            at = follow(x, task.p)
+            back = 2 * (np.arange(x.shape[1])[None] - at)[at >= 0]
+            if not back.size:
+                raise UserError(f"No answer of {task.name} is defined; give larger --lengths.")
+            about = {"p": task.p, "letters": task.letters, "length": length}
+            quantiles = {f"{q:g}": float(np.quantile(back, q)) for q in (0.1, 0.5, 0.9, 0.99)}
+            facts = {"guesses": guesses(x, at), "distances": quantiles}
+            for count, model in counts(loaded, options):
+                found = views(task, at, *losses(model, tokens))
+                case = about | {"loops": count} | found
+                results.append(case | facts | {"reach": reach(model.config)})
+    return {
+        "loops": list(options.loops or loaded.config.program.loop_counts),
+        "texts": options.samples or SAMPLES,
+        "seed": options.seed,
+        "scalars": {
+            f"accuracy_p{r['p']}_length{r['length']}_loops{r['loops']}": r["accuracy"]
+            for r in results
+        },
+        "tables": {"answers": [_row(r) for r in results]},
+        "results": results,
+    }
+
+
+def _row(result: dict) -> dict:
+    shown = ("p", "letters", "length", "loops", "answers", "accuracy", "low", "high", "nats")
+    row = {name: result[name] for name in shown}
+    return row | {"by chance": max(result["guesses"].values())}
+
+
+def draw(report: dict):
+    """Accuracy by how far back the letter of the answer is: a row for each p, a column for each
+    length, a line for each loop count. Dashed: the best guess. Dotted: the self-decoder's reach."""
+    from yocou_jax import plots
+
+    results = report["results"]
+    rows, columns = (
+        [*dict.fromkeys(tuple(r[key] for key in keys) for r in results)]
+        for keys in (("p", "letters"), ("length",))
+    )
+    figure, axes = plots.subplots(len(columns), len(rows), width=4, height=3)
+    grid = np.array(axes).reshape(len(rows), len(columns))
+    styles = plots.styles(str(r["loops"]) for r in results)
+    for r in results:
+        panel = grid[rows.index((r["p"], r["letters"])), columns.index((r["length"],))]
+        style = styles[str(r["loops"])]
+        middle = [(part["first"] + part["last"]) / 2 for part in r["by_distance"]]
+        shares = [part["accuracy"] for part in r["by_distance"]]
+        panel.plot(middle, shares, label=f"loops: {r['loops']}", **style)
+        if r["reach"] is not None and r["reach"] <= middle[-1]:
+            panel.axvline(r["reach"], color=style["color"], linestyle=":")
+        panel.axhline(max(r["guesses"].values()), color="gray", linestyle="--")
+        panel.set(title=f"{r['p']} hops, {r['length']} tokens", ylim=(0, 1.02))
+        panel.set(xlabel="tokens back to the answer's letter", ylabel="accuracy")
+    grid[0, 0].legend()
+    return figure

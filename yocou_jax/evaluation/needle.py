@@ -1,0 +1,218 @@
+"""Needles in haystacks (`Needle` in data/synthetic.py): can a model find what a long text says?
+
+As in RULER (Table 4 of the paper has its S-NIAH-1 and S-NIAH-2), the model continues the text after
+the question, greedily. An answer is right if the continuation begins with the right number. A
+length counts all tokens: those of the text, the question and the answer.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from yocou_jax.data.corpus import open_corpus
+from yocou_jax.data.synthetic import (
+    EVALUATION,
+    INTRODUCTION,
+    Needle,
+    Quiz,
+    draw_units,
+    hide,
+    lines_of,
+    make_quiz,
+)
+from yocou_jax.data.tokenizer import Tokenizer
+from yocou_jax.errors import UserError
+from yocou_jax.evaluation.answers import accuracy, batches, counts, settings
+from yocou_jax.evaluation.options import Options
+from yocou_jax.inference import generate, prepare
+from yocou_jax.pretrained import Pretrained
+from yocou_jax.typing import Int
+
+LENGTHS, SAMPLES = (256, 512, 1024, 2048), 20
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the haystack before the needle
+LINES = 16  # of a haystack, encoded at once
+TOKENS = 2**15  # of a batch: they limit its memory
+
+
+class TooShort(UserError):
+    """A length has no room for a question."""
+
+
+class Exam(NamedTuple):
+    """Questions of one length: quizzes, their prompts (token ids), and the most tokens that one of
+    their answers has."""
+
+    quizzes: list[Quiz]
+    prompts: list[np.ndarray]
+    new_tokens: int
+
+
+def haystack(
+    room: int, lines: Sequence[str] | None, tokenizer: Tokenizer, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Units of a haystack (see `draw_units`) with exactly `room` tokens. The last one lacks its
+    beginning, if needed."""
+    drawn, units, total = draw_units(lines, rng), [], 0
+    while total < room:
+        for ids in tokenizer.encode_batch([next(drawn) for _ in range(LINES)]):
+            if total < room:
+                units.append(ids)
+                total += len(ids)
+    if total > room:
+        units[-1] = units[-1][total - room :]
+    return units
+
+
+def make_prompt(
+    quiz: Quiz,
+    length: int,
+    depth: float,
+    lines: Sequence[str] | None,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+) -> Int[np.ndarray, " length"]:
+    """A prompt of exactly `length` tokens: end-of-text, introduction, haystack and question. The
+    needle with the answer is at `depth`, a share of the haystack; other needles are anywhere.
+
+    Raises TooShort if they do not fit without any haystack.
+    """
+    start, end, *needles = tokenizer.encode_batch([INTRODUCTION, quiz.question, *quiz.needles])
+    room = length - 1 - sum(map(len, (start, end, *needles)))
+    if room < 0:
+        raise TooShort(
+            f"A prompt of {length} tokens is too short: without any haystack it already has "
+            f"{length - room} tokens. Give larger --lengths."
+        )
+    depths = [depth, *rng.uniform(size=len(needles) - 1).tolist()]
+    hidden = hide(haystack(room, lines, tokenizer, rng), needles, depths)
+    return np.concatenate([[tokenizer.eot_id], start, *hidden, end])
+
+
+def make_exam(
+    kind: str,
+    length: int,
+    samples: int,
+    lines: Sequence[str] | None,
+    tokenizer: Tokenizer,
+    seed: int,
+) -> Exam:
+    """`samples` questions for each of DEPTHS, in this order. A prompt and its answer have `length`
+    tokens together."""
+    rngs = [
+        np.random.default_rng((seed, EVALUATION, length, i)) for i in range(samples * len(DEPTHS))
+    ]
+    quizzes = [make_quiz(kind, rng) for rng in rngs]
+    new_tokens = max(map(len, tokenizer.encode_batch([f" {quiz.answer}." for quiz in quizzes])))
+    prompts = [
+        make_prompt(quiz, length - new_tokens, DEPTHS[i // samples], lines, tokenizer, rng)
+        for i, (quiz, rng) in enumerate(zip(quizzes, rngs, strict=True))
+    ]
+    return Exam(quizzes, prompts, new_tokens)
+
+
+def generated(model: Pretrained, exam: Exam) -> list[str]:
+    """The greedy continuations of the prompts, on the mesh of the context."""
+    prepared, words = prepare(model.params, model.config, model.compute), model.tokenizer
+    texts = []
+    for batch in batches(len(exam.prompts), TOKENS // len(exam.prompts[0])):
+        chosen, stop = [exam.prompts[i] for i in batch], [words.eot_id]
+        out = generate(prepared, chosen, max_new_tokens=exam.new_tokens, stop_tokens=stop)
+        texts += [words.decode(row[:n]) for row, n in zip(out.tokens, out.lengths, strict=True)]
+    return texts[: len(exam.prompts)]
+
+
+def answered(text: str) -> str:
+    """The number that a continuation begins with; "" if it does not begin with one."""
+    found = re.match(r"\s*([0-9]+)", text)
+    return found[1] if found else ""
+
+
+def grade(quizzes: Sequence[Quiz], texts: Sequence[str]) -> dict[str, float]:
+    """The share of right answers with its interval; and the share of answers that are the number of
+    another needle."""
+    pairs = [(quiz, answered(text)) for quiz, text in zip(quizzes, texts, strict=True)]
+    right = np.array([said == quiz.answer for quiz, said in pairs])
+    other = np.array([said in quiz.values for quiz, said in pairs]) & ~right
+    return accuracy(right) | {"other needle": float(other.mean())}
+
+
+def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
+    """How often a model finds the number, by kind, length, depth and loop count.
+
+    `options.source`: what to ask, such as "needle(kind=text,haystack=books/*.txt)"; default: the
+    needles of the training, with other numbers, or the kinds single and text. `options.lengths`: in
+    tokens; default: those of LENGTHS that have room for a question. `options.samples`: questions
+    for each kind, length and depth.
+
+    The table has one row for all depths. "by chance" is what a model gets that copies the
+    number of any needle, without reading a key. `results` of the report has a row for each depth.
+
+    Raises UserError for a length without room for a question.
+    """
+    table, results, samples = [], [], options.samples or SAMPLES
+    for task in settings(options, Needle, [Needle(), Needle("text")]):
+        lines = None
+        if task.source is not None:
+            documents = open_corpus(task.source).documents()
+            lines = lines_of((document.text for document in documents), task.source)
+        for length in options.lengths or LENGTHS:
+            words, seed = loaded.tokenizer, options.seed
+            try:
+                exam = make_exam(task.kind, length, samples, lines, words, seed)
+            except TooShort:
+                if options.lengths is None:
+                    continue
+                raise
+            chance = 1 / len(exam.quizzes[0].values)
+            for count, model in counts(loaded, options):
+                texts = generated(model, exam)
+                about = {"kind": task.kind, "length": length, "loops": count}
+                table.append(about | grade(exam.quizzes, texts) | {"by chance": chance})
+                for i, depth in enumerate(DEPTHS):
+                    these = slice(i * samples, (i + 1) * samples)
+                    cell = grade(exam.quizzes[these], texts[these])
+                    results.append(about | {"depth": depth} | cell)
+    names = [f"{r['kind']}_length{r['length']}_loops{r['loops']}" for r in table]
+    return {
+        "loops": list(options.loops or loaded.config.program.loop_counts),
+        "questions": samples,
+        "seed": options.seed,
+        "scalars": {
+            f"accuracy_{name}": row["accuracy"] for name, row in zip(names, table, strict=True)
+        },
+        "tables": {"all depths": table},
+        "results": results,
+    }
+
+
+def draw(report: dict):
+    """Heat maps of the accuracy, depth by length: a row for each kind, a column for each loop
+    count."""
+    from yocou_jax import plots
+
+    results = report["results"]
+    kinds, loops, lengths, depths = (
+        [*dict.fromkeys(cell[key] for cell in results)]
+        for key in ("kind", "loops", "length", "depth")
+    )
+    shares = np.full((len(kinds), len(loops), len(depths), len(lengths)), np.nan)
+    for cell in results:
+        panel = kinds.index(cell["kind"]), loops.index(cell["loops"])
+        place = depths.index(cell["depth"]), lengths.index(cell["length"])
+        shares[panel + place] = cell["accuracy"]
+    figure, axes = plots.subplots(len(loops), len(kinds), width=3.6, height=3)
+    grid = np.array(axes).reshape(len(kinds), len(loops))
+    for (row, column), panel in np.ndenumerate(grid):
+        image = panel.imshow(shares[row, column], vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for (y, x), value in np.ndenumerate(shares[row, column]):
+            color = "black" if value > 0.6 else "white"
+            panel.text(x, y, f"{value:.2f}", ha="center", va="center", color=color)
+        panel.set_xticks(range(len(lengths)), lengths)
+        panel.set_yticks(range(len(depths)), [f"{100 * depth:g}%" for depth in depths])
+        panel.set(title=f"{kinds[row]}, loops: {loops[column]}", xlabel="tokens", ylabel="depth")
+        panel.grid(False)
+    figure.colorbar(image, ax=grid, label="accuracy")
+    return figure
