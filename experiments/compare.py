@@ -98,7 +98,7 @@ class Runner:
     def write(self) -> dict:
         """Writes the results, if there are any, and returns them."""
         comparison, python = self.comparison, ["python", "-m"]
-        first = [comparison.spec(name, comparison.rates[0], 0) for name in comparison.twins]
+        first = [comparison.first(name) for name in comparison.twins]
         found = report(comparison) | {
             "text": self.module.get("__doc__") or "",
             "command": shlex.join([*python, "experiments.compare", *sys.argv[1:]]),

@@ -7,7 +7,8 @@ model of configs/studies/language.py.
 
 Match: all entries have the same parameters and tokens. With more loops, a token costs more FLOPs.
 
-Cost: 24 runs. An estimate for 2 CPU cores, before any run, is 1 hour.
+Cost: 20 runs of 1 to 4 minutes on 2 idle CPU cores, 40 to 50 minutes in all. This is an estimate,
+as in configs/studies/language.py.
 
 Expected, written before the first run. The loss falls from 1 to 2 loops by 0.005 to 0.02 bits/byte,
 from 2 to 3 by 0 to 0.01, and from 3 to 5 by less than three seeds can show.

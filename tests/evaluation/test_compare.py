@@ -78,7 +78,9 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     ]
     # The same command again: only the run that failed is made again.
     again = Comparison(STUDY, BASE, tmp_path)
-    assert train(again) == ["b lr=0.3 seed=0"]
+    ended = []
+    assert train(again, ended=ended.append) == ["b lr=0.3 seed=0"]
+    assert [again.outcome(spec) for spec in ended] == ["failed: the gradient was not finite"]
     found = report(again)
     a, b = found["entries"]["a"], found["entries"]["b"]
     assert (a["learning_rate"], a["rate_at_edge"], a["swept"]) == (0.2, False, True)
@@ -167,7 +169,9 @@ def test_a_workdir_with_other_settings_is_refused(tmp_path):
 
 
 def test_the_flags_of_a_run_make_its_config():
-    reference = tiny.config(num_loops=2, vocab_size=300, data={"packing": True, "source": "a b"})
+    # In the file, data.vocab_size follows model.vocab_size.
+    data = {"packing": True, "source": "a b", "vocab_size": 2048}
+    reference = tiny.config(num_loops=2, vocab_size=300, data=data)
     study = Study("?", {"a": Entry(), "b": Entry({"model.num_loops": None, "data.seed": 3})})
     for config in twins(study, reference).values():
         flag_values = flags.FlagValues()

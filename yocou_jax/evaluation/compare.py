@@ -154,6 +154,10 @@ class Comparison:
         found = {rate: value for rate, value in self.sweep(entry).items() if value is not None}
         return min(found, key=lambda rate: found[rate]) if found else None
 
+    def first(self, entry: str) -> Spec:
+        """The run of the first seed at the best rate, or at the lowest one if none has a result."""
+        return self.spec(entry, self.best_rate(entry) or self.rates[0], self.seeds[0])
+
     def runs(self, only: Iterable[str] = ()) -> Iterator[Spec]:
         """All runs in their order. The rate of the later seeds is known after the sweep, so the
         runs are looked up one by one. An entry without any result has no later seeds."""
@@ -196,7 +200,9 @@ class Comparison:
     def outcome(self, spec: Spec) -> str:
         """What a run gave, in words."""
         if (record := self.record(spec)) is not None:
-            return f"{self.study.metric} {self.value(spec)} in {record['minutes']:.1f} minutes"
+            value = self.value(spec)
+            number = "not finite" if value is None else f"{value:.4f}"
+            return f"{self.study.metric} {number} in {record['minutes']:.1f} minutes"
         if spec.failure.exists():
             return f"failed: {spec.failure.read_text(encoding='utf-8').strip()}"
         return "has not ended"
@@ -300,11 +306,8 @@ def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
     reference = comparison.study.reference
     config, other = comparison.twins[name], comparison.twins[reference]
     new, old = flat(config.to_dict()), flat(other.to_dict())
-    rate, values, specs = (
-        comparison.best_rate(name),
-        comparison.values(name),
-        list(comparison.runs([name])),
-    )
+    rate, rates, values = comparison.best_rate(name), comparison.rates, comparison.values(name)
+    specs = list(comparison.runs([name]))
     failures = {}
     for spec in specs:
         with contextlib.suppress(FileNotFoundError):
@@ -319,7 +322,7 @@ def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
         "learning_rate": rate,
         "sweep": {f"{rate:g}": value for rate, value in comparison.sweep(name).items()},
         "swept": comparison.swept(name),
-        "rate_at_edge": rate in (comparison.rates[0], comparison.rates[-1]),
+        "rate_at_edge": len(rates) > 1 and rate in (rates[0], rates[-1]),
         "values": {str(seed): value for seed, value in values.items()},
         "mean": _numbers(interval(list(values.values())) if values else None),
         # Of the entry minus the reference.

@@ -40,7 +40,7 @@ def plan(comparison: Comparison, only: Iterable[str] = ()) -> Table:
     """The runs that are left, and how long they will take."""
     rows, total = [], 0.0
     for name in list(only) or comparison.twins:
-        spec = comparison.spec(name, comparison.rates[0], comparison.seeds[0])
+        spec = comparison.first(name)
         amounts = (f"{AXES[a].amount(spec.config):,.4g}" for a in ("parameters", "tokens", "flops"))
         runs = len(comparison.rates) + len(comparison.seeds) - 1
         left = runs - sum(comparison.record(s) is not None for s in comparison.runs([name]))
@@ -107,7 +107,7 @@ def _rates(report: Mapping[str, Any]) -> Table:
             name,
             *(_number(entry["sweep"][rate]) for rate in rates),
             _number(entry["learning_rate"], "g"),
-            "the best rate is at the edge" if len(rates) > 1 and entry["rate_at_edge"] else "",
+            "the best rate is at the edge" if entry["rate_at_edge"] else "",
         ]
         for name, entry in report["entries"].items()
     ]
