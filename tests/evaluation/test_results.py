@@ -77,7 +77,9 @@ def test_an_exported_folder_gets_no_events(tmp_path, mesh, quick):
 
 
 def test_mistakes_and_too_little_memory(tmp_path, mesh, monkeypatch):
-    with pytest.raises(UserError, match="--task=x is not one of perplexity, loops, harness"):
+    with pytest.raises(
+        UserError, match="--task=x is not one of perplexity, loops, inside, harness"
+    ):
         results.evaluate("x", Options(tmp_path), mesh)
     export(tmp_path / "a", model())
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from yocou_jax.evaluation import harness, loops, perplexity
+from yocou_jax.evaluation import harness, inside, loops, perplexity
 
 
 class Task(NamedTuple):
@@ -14,5 +14,6 @@ class Task(NamedTuple):
 TASKS = {
     "perplexity": Task(perplexity.run, perplexity.draw),
     "loops": Task(loops.run, loops.draw),
+    "inside": Task(inside.run, inside.draw),
     "harness": Task(harness.run, lambda report: None),
 }
