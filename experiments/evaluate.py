@@ -11,6 +11,9 @@ perplexity  The loss on a text, in nats per token and bits per byte; by position
             more and more of the text before them. --lengths=2048,4096,8192 says how many tokens
             it sees, the last ones included; these may be more than in training.
 loops       The depth curve: the loss when the loops run another number of times than in training.
+inside      What happens inside the model and its loops: how far each layer turns the residual stream
+            (Figure 8), the loss after each loop, whether a loop contracts (yocou_jax/analysis).
+            --samples sequences are one batch (default: 8).
 harness     Tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval), --harness=arc_easy,piqa.
             python_docs is one of our own, which needs no network: which sentence describes this
             function of Python's standard library?
@@ -35,7 +38,7 @@ from yocou_jax.errors import UserError, shown
 from yocou_jax.files import expand_path, to_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, or an exported folder.")
-TASK = flags.DEFINE_string("task", None, "What to measure: perplexity, loops or harness.")
+TASK = flags.DEFINE_string("task", None, "What to measure: perplexity, loops, inside or harness.")
 STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint to read. Default: the newest.", lower_bound=0
 )

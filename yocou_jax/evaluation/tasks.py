@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from yocou_jax.evaluation import harness, hops, loops, needle, perplexity
+from yocou_jax.evaluation import harness, hops, inside, loops, needle, perplexity
 
 
 class Task(NamedTuple):
@@ -14,6 +14,7 @@ class Task(NamedTuple):
 TASKS = {
     "perplexity": Task(perplexity.run, perplexity.draw),
     "loops": Task(loops.run, loops.draw),
+    "inside": Task(inside.run, inside.draw),
     "needle": Task(needle.run, needle.draw),
     "hops": Task(hops.run, hops.draw),
     "harness": Task(harness.run, lambda report: None),
