@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from yocou_jax import analysis
-from yocou_jax.evaluation.options import Options, loop_counts, with_one_count
+from yocou_jax.evaluation.options import Options, with_one_count
 from yocou_jax.evaluation.text import open_text
 from yocou_jax.model import resolve_compute
 from yocou_jax.pretrained import Pretrained
@@ -43,7 +43,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     tables = {LAYERS: layers} | ({LOOPS: _loops(found)} if found.loops else {})
     return {
         **text.facts(),
-        "loops": loop_counts(loaded.config.program),
+        "loops": loaded.config.program.loop_counts,
         "hand_over": None if found.hand_over is None else found.hand_over + 1,  # as "run"
         "receptive_field": found.receptive_field,
         "overlap_by_layer": [loop.overlap for loop in found.loops],
