@@ -48,7 +48,9 @@ LENGTHS = flags.DEFINE_list("lengths", None, "Lengths in tokens. Default: as in 
 SAMPLES = flags.DEFINE_integer("samples", None, "Number of sequences, or of questions.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of what a task draws.")
 HARNESS = flags.DEFINE_list("harness", ["python_docs"], "Tasks of lm-evaluation-harness.")
-FEW_SHOT = flags.DEFINE_integer("few_shot", 0, "Of harness: solved questions before each one.")
+FEW_SHOT = flags.DEFINE_integer(
+    "few_shot", None, "Of harness: solved questions before each one. Default: as the task says."
+)
 END_OF_TEXT = flags.DEFINE_bool(
     "end_of_text", True, "Of harness: the end-of-text token comes before each text, as in training."
 )

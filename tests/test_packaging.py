@@ -17,8 +17,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DYNAMIC = PROJECT["tool"]["setuptools"]["dynamic"]
 LISTS = sorted(path.stem for path in (ROOT / "requirements").glob("*.txt"))
 LIBRARY = ("yocou_jax", "pallas_kernels")
-# Only one file imports it, and this file is imported only if a user names it.
-ONLY_WHEN_ASKED_FOR = {"triton"}
+# Only one file imports each, and this file is imported only if a user names it, or for a figure.
+ONLY_WHEN_ASKED_FOR = {"triton", "matplotlib"}
 
 
 def lines(path: str) -> list[str]:

@@ -134,8 +134,9 @@ def test_the_report(one, mesh, tmp_path, monkeypatch):
 
     package.simple_evaluate, package.__version__ = simple_evaluate, "0"
     api, inner = types.ModuleType("lm_eval.api"), types.ModuleType("lm_eval.api.model")
-    inner.LM = object
-    for module in (package, api, inner):
+    inner.LM, tasks = object, types.ModuleType("lm_eval.tasks")
+    tasks.TaskManager = lambda: types.SimpleNamespace(all_tasks=["x"])
+    for module in (package, api, inner, tasks):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     options = Options(tmp_path, loops=(2,), samples=5, few_shot=2, harness=("python_docs", "x"))
     report = harness.run(one, mesh, options)
@@ -149,6 +150,8 @@ def test_the_report(one, mesh, tmp_path, monkeypatch):
     assert [report[name] for name in facts] == [[2], True, {"x": 2}, None, 3]
     assert (given["limit"], given["num_fewshot"]) == (5, 2)
     assert (given["tasks"][0]["task"], given["tasks"][1]) == ("python_docs", "x")
+    with pytest.raises(UserError, match=r"lm_eval has no task of the name y, z\."):
+        harness.run(one, mesh, Options(tmp_path, harness=("z", "x", "y")))
 
 
 def test_questions_about_the_documentation():

@@ -194,34 +194,43 @@ def python_docs_task(folder: Path, seed: int) -> dict:
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
         "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in ("acc", "acc_norm")  # norm: of log p per byte of the answer
+        ],
+        "num_fewshot": 0,
     }
 
 
 def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """`options.harness`: names of tasks of lm-evaluation-harness, or python_docs, which needs no
-    network. `options.samples`: the first questions of each task (default: all). `options.loops`: at
-    most one count."""
+    network. `options.samples`: the first questions of each task (default: all). `options.few_shot`:
+    default: as the task says. `options.loops`: at most one count.
+
+    Raises UserError if the package or a task is missing.
+    """
     loaded = with_one_count(loaded, options)
     scorer = Scorer(loaded, mesh, options.end_of_text)
     model = as_lm(scorer)
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
+    manager = TaskManager()
+    if unknown := set(options.harness) - {"python_docs", *manager.all_tasks}:
+        raise UserError(f"lm_eval has no task of the name {', '.join(sorted(unknown))}.")
     with tempfile.TemporaryDirectory() as folder:
         tasks = [
             python_docs_task(Path(folder), options.seed) if name == "python_docs" else name
             for name in options.harness
         ]
-        try:
-            found = lm_eval.simple_evaluate(
-                model=model,
-                tasks=tasks,
-                num_fewshot=options.few_shot,
-                limit=options.samples,
-                log_samples=False,
-            )
-        except KeyError as error:  # no such task
-            raise UserError(f"lm_eval cannot run {', '.join(options.harness)}: {error}.") from error
+        found = lm_eval.simple_evaluate(
+            model=model,
+            tasks=tasks,
+            num_fewshot=options.few_shot,
+            limit=options.samples,
+            log_samples=False,
+            task_manager=manager,
+        )
     rows = result_rows(found["results"])
     return {
         "loops": loaded.config.program.loop_counts,

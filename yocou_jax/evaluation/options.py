@@ -26,7 +26,7 @@ class Options:
     samples: int | None = None
     seed: int = 0
     harness: tuple[str, ...] = ("python_docs",)
-    few_shot: int = 0
+    few_shot: int | None = None
     end_of_text: bool = True
 
     def __post_init__(self):
