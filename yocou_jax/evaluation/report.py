@@ -86,9 +86,11 @@ def _claims(report: Mapping[str, Any]) -> Table:
     rows = []
     for claim in report["claims"]:
         low, high = claim["expected"]
+        other = claim["metric"] != report["metric"]
+        words = f"{claim['less']} below {claim['more']} ({claim['source']})"
         rows.append(
             [
-                f"{claim['less']} below {claim['more']} ({claim['source']})",
+                f"{words}, {claim['metric']}" if other else words,
                 ", ".join(claim["match"]),
                 f"{low:+g} to {high:+g}",
                 _interval(claim["difference"], "+.4f"),
