@@ -95,11 +95,17 @@ def _claims(report: Mapping[str, Any]) -> Table:
                 f"{low:+g} to {high:+g}",
                 _interval(claim["difference"], "+.4f"),
                 claim["verdict"],
-                "" if claim["swept"] else "learning rates not swept",
+                _remark(claim),
             ]
         )
     columns = ["claim", "at equal", "expected difference", "found", "verdict", "remark"]
     return Table("Claims", columns, rows)
+
+
+def _remark(claim: Mapping[str, Any]) -> str:
+    if claim["difference"] is None:
+        return "not run"
+    return "" if claim["swept"] else "learning rates not swept"
 
 
 def _rates(report: Mapping[str, Any]) -> Table:
