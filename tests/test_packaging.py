@@ -17,7 +17,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DYNAMIC = PROJECT["tool"]["setuptools"]["dynamic"]
 LISTS = sorted(path.stem for path in (ROOT / "requirements").glob("*.txt"))
 LIBRARY = ("yocou_jax", "pallas_kernels")
-# Only one file imports each, and this file is imported only if a user names it, or for a figure.
+# Only one file imports each of them, and this file is imported only if a user names the kernel, or
+# when a figure is drawn.
 ONLY_WHEN_ASKED_FOR = {"triton", "matplotlib"}
 
 

@@ -54,6 +54,8 @@ def test_tokens_times_layers_count_loops_and_streams():
         for name in ("yoco", "parscale", "rins", "universal_transformer")
     }
     assert steps == {"yoco": 2000, "parscale": 1000, "rins": 1000, "universal_transformer": 1000}
+    # 2 * 1 + 2 and 2 * 5 + 2 layers, each in half of the updates.
+    assert twin({"model.num_loops": "1,5"}, "tokens_layers").run.steps == 1000
     assert twin({"data.batch_size": 16}, "tokens").run.steps == 500
 
 

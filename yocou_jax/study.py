@@ -42,13 +42,16 @@ def _tokens(config: Config) -> float:
 
 
 def _flops(config: Config) -> float:
-    per_token = accounting.train_flops_per_token(config.model, config.data.sequence_length)
-    return _tokens(config) * per_token
+    return _tokens(config) * accounting.run_flops_per_token(config)
 
 
 def _tokens_layers(config: Config) -> float:
-    program = config.model.program
-    return _tokens(config) * program.streams * program.depth
+    program, draw = config.model.program, config.model.loop_draw
+    depth: float = program.depth
+    if draw is not None:
+        pairs = zip(draw.probabilities, draw.counts, strict=True)
+        depth = sum(share * program.with_loops(count).depth for share, count in pairs)
+    return _tokens(config) * program.streams * depth
 
 
 def _kv_bytes(config: Config) -> float:

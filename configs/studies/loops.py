@@ -3,15 +3,18 @@
     python -m experiments.compare --config=configs/studies/loops.py
 
 The source is Figure 6 of the paper: 1.3B parameters, loop counts 1, 2, 3 and 5. Here it is the
-model of configs/studies/language.py.
+model of configs/studies/language.py. loops_random draws its count from these four at each update.
+Every model is then measured with 1 to 8 loops (the depth curve), whatever it was trained with.
 
 Match: all entries have the same parameters and tokens. With more loops, a token costs more FLOPs.
 
-Cost: 20 runs of 1 to 4 minutes on 2 idle CPU cores, 40 to 50 minutes in all. This is an estimate,
-as in configs/studies/language.py.
+Cost: 25 runs of 1 to 4 minutes on 2 idle CPU cores, 50 to 70 minutes in all. This is an estimate
+before any whole run, as in configs/studies/language.py.
 
 Expected, written before the first run. The loss falls from 1 to 2 loops by 0.005 to 0.02 bits/byte,
-from 2 to 3 by 0 to 0.01, and from 3 to 5 by less than three seeds can show.
+from 2 to 3 by 0 to 0.01, and from 3 to 5 by less than three seeds can show. A model is best with
+the count that it was trained with. With random counts the curve is flatter: a little worse than
+loops_3 with 3 loops, and far better with 1 loop and with 8.
 """
 
 from configs.studies import language
@@ -24,16 +27,27 @@ def get_config():
     return c
 
 
+def nats(loops: int) -> str:
+    """The path of the loss with this number of loops."""
+    return f"evaluation.loops.scalars.nats_{loops}"
+
+
 STUDY = Study(
     question="Does the loss fall with every loop, by less each time?",
     entries={
         "loops_3": Entry(),
         **{f"loops_{count}": Entry({"model.num_loops": count}) for count in (1, 2, 5)},
+        "loops_random": Entry({"model.num_loops": "1,2,3,5"}),
     },
     learning_rates=(0.005, 0.01, 0.02),
+    evaluations={"loops": ("--loops=1,2,3,4,5,6,8",)},
     claims=(
         Claim("loops_2", "loops_1", "Figure 6", expected=(0.005, 0.02)),
         Claim("loops_3", "loops_2", "Figure 6", expected=(0.0, 0.01)),
         Claim("loops_5", "loops_3", "Figure 6", expected=(-0.005, 0.01)),
+        Claim("loops_3", "loops_random", "not in the paper", expected=(0.0, 0.03)),
+        # In nats per token.
+        Claim("loops_random", "loops_3", "not in the paper", (0.05, 2.0), 0.02, metric=nats(1)),
+        Claim("loops_random", "loops_3", "not in the paper", (0.0, 1.0), 0.02, metric=nats(8)),
     ),
 )

@@ -172,7 +172,14 @@ def test_the_flags_of_a_run_make_its_config():
     # In the file, data.vocab_size follows model.vocab_size.
     data = {"packing": True, "source": "a b", "vocab_size": 2048}
     reference = tiny.config(num_loops=2, vocab_size=300, data=data)
-    study = Study("?", {"a": Entry(), "b": Entry({"model.num_loops": None, "data.seed": 3})})
+    study = Study(
+        "?",
+        {
+            "a": Entry(),
+            "b": Entry({"model.num_loops": None}),
+            "c": Entry({"model.num_loops": "1,3"}),
+        },
+    )
     for config in twins(study, reference).values():
         flag_values = flags.FlagValues()
         holder = cli.config_file(language.get_config(), "", flag_values)

@@ -86,18 +86,26 @@ def _claims(report: Mapping[str, Any]) -> Table:
     rows = []
     for claim in report["claims"]:
         low, high = claim["expected"]
+        other = claim["metric"] != report["metric"]
+        words = f"{claim['less']} below {claim['more']} ({claim['source']})"
         rows.append(
             [
-                f"{claim['less']} below {claim['more']} ({claim['source']})",
+                f"{words}, {claim['metric']}" if other else words,
                 ", ".join(claim["match"]),
                 f"{low:+g} to {high:+g}",
                 _interval(claim["difference"], "+.4f"),
                 claim["verdict"],
-                "" if claim["swept"] else "learning rates not swept",
+                _remark(claim),
             ]
         )
     columns = ["claim", "at equal", "expected difference", "found", "verdict", "remark"]
     return Table("Claims", columns, rows)
+
+
+def _remark(claim: Mapping[str, Any]) -> str:
+    if claim["difference"] is None:
+        return "not run"
+    return "" if claim["swept"] else "learning rates not swept"
 
 
 def _rates(report: Mapping[str, Any]) -> Table:
