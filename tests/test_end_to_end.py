@@ -172,6 +172,29 @@ def test_a_run_learns(whole):
     assert summary(whole)["val_loss"] < 2.8
 
 
+# --- What the run has learned, measured again -----------------------------------------------------
+
+
+def test_an_evaluation_gives_the_loss_of_the_validation(whole):
+    """And a depth curve. Nothing else in the workdir changes."""
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    flags = [f"--workdir={whole}", "--task=loops", "--loops=1", "--json"]
+    output = run([sys.executable, "-m", "experiments.evaluate", *flags])
+    report, _ = json.JSONDecoder().raw_decode(output, output.index("{"))  # with stderr
+    for name in ("loops.json", "loops.png"):
+        assert f"Wrote {whole}/evaluation/{name}\n" in output
+    assert json.loads((whole / "evaluation/loops.json").read_text()) == report
+    one, two = report["tables"]["nats per token by loop count"]
+    assert (one["loops"], two["loops"], two["trained"]) == (1, 2, True)
+    assert two["nats"] == pytest.approx(summary(whole)["val_loss"], rel=1e-6)
+    assert two["bits_per_byte"] == pytest.approx(summary(whole)["val_bpb"], rel=1e-6)
+    assert one["nats"] > two["nats"]
+    after = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    assert {p: after[p] for p in before} == before
+    folders = {p.parent.relative_to(whole).as_posix() for p in after.keys() - before.keys()}
+    assert folders == {"evaluation", "tensorboard/evaluation"}
+
+
 # --- Interrupted runs end with the same parameters ------------------------------------------------
 
 

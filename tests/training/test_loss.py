@@ -15,7 +15,7 @@ from tests import tiny
 from yocou_jax.config import MeshConfig
 from yocou_jax.sharding import make_mesh
 from yocou_jax.training import loss
-from yocou_jax.training.loss import cross_entropy
+from yocou_jax.training.loss import cross_entropy, token_scores
 
 
 def plain(hidden, head, targets, weights, z_loss):
@@ -186,3 +186,19 @@ def test_the_head_gradient_crosses_devices_once_and_not_with_every_chunk(monkeyp
         assert "all-reduce" not in body
     assert "all-reduce" in text
     tiny.assert_close(step(hidden, head), jax.grad(total, argnums=(0, 1))(hidden, head), 2e-5)
+
+
+@pytest.mark.parametrize(("chunk_logits", "length", "shards"), [(2**22, 12, 3), (64, 7, 2)])
+def test_scores_of_single_tokens(chunk_logits, length, shards, monkeypatch):
+    """In one chunk, and in chunks that do not divide the positions."""
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", chunk_logits)
+    hidden, head, targets, _ = example(4, length, 11)
+    logits = hidden @ head
+    targets = targets.at[:, ::2].set(logits.argmax(-1)[:, ::2])  # the others are hardly ever best
+    log_p = jax.nn.log_softmax(logits)
+    wanted = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+    nll, best = jax.jit(token_scores, static_argnames="shards")(
+        hidden, head, targets, shards=shards
+    )
+    np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(best, logits.argmax(-1) == targets)

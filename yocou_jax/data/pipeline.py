@@ -202,6 +202,27 @@ class Validation:
     num_tokens: int
     num_bytes: int
 
+    @classmethod
+    def of(
+        cls,
+        parts: Iterable[tuple[float, Sequences]],
+        count: int,
+        batch_size: int,
+        tokenizer: Tokenizer,
+    ) -> "Validation":
+        """About `count` sequences, the first ones of each part of a mixture. Each part has `weight`
+        of them, or fewer if it is too small."""
+        rows = []
+        for weight, sequences in parts:
+            wanted = max(1, round(weight * count))
+            rows += [(sequences, i) for i in range(min(wanted, len(sequences)))]
+        num_tokens = num_bytes = 0
+        for sequences, i in rows:
+            targets = sequences[i].targets
+            num_tokens += len(targets)
+            num_bytes += tokenizer.num_bytes(targets)
+        return cls(tuple(rows), batch_size, num_tokens, num_bytes)
+
     @property
     def num_sequences(self) -> int:
         return len(self.rows)
@@ -299,7 +320,9 @@ def load_data(config: Any) -> DataBundle:
     return DataBundle(
         tokenizer=tokenizer,
         stream=_training_stream(train, config.seed),
-        validation=_validation(held_out, tokenizer, config),
+        validation=Validation.of(
+            held_out, config.validation_sequences, config.batch_size, tokenizer
+        ),
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
         fingerprint=fingerprint,
@@ -345,22 +368,6 @@ def _training_stream(train: list[tuple[float, Sequences]], seed: int) -> grain.M
         for i, (_, sequences) in enumerate(train)
     ]
     return grain.MapDataset.mix(parts, [w for w, _ in train]) if len(parts) > 1 else parts[0]
-
-
-def _validation(
-    held_out: list[tuple[float, Sequences]], tokenizer: Tokenizer, config: Any
-) -> Validation:
-    """Each part has `weight` of the sequences, or fewer if its held-out split is too small."""
-    rows = []
-    for weight, sequences in held_out:
-        wanted = max(1, round(weight * config.validation_sequences))
-        rows += [(sequences, i) for i in range(min(wanted, len(sequences)))]
-    num_tokens = num_bytes = 0
-    for sequences, i in rows:
-        targets = sequences[i].targets
-        num_tokens += len(targets)
-        num_bytes += tokenizer.num_bytes(targets)
-    return Validation(tuple(rows), config.batch_size, num_tokens, num_bytes)
 
 
 def _bpe_sample(parts: list[tuple[float, Split]]) -> Iterator[str]:

@@ -19,6 +19,6 @@ training, it calls `with_loops(loaded, count)`. A report has:
                           kernel runs
     more facts, such as how many tokens were read; they are written to the file only
 
-`evaluate` (results.py) adds what is true of every task (program, step, dtype, kernel, versions, device,
-command), and `write` writes WORKDIR/evaluation/TASK.json, TASK.png, and events for TensorBoard.
+`evaluate` (results.py) adds what is true of every task (program, step, dtype, kernel, versions,
+device, command), and `write` writes WORKDIR/evaluation/TASK.json, TASK.png, and TensorBoard events.
 """

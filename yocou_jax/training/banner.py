@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels import UnsupportedCall, api
 from yocou_jax import accounting
-from yocou_jax.config import Config
+from yocou_jax.config import ComputeConfig, Config, ModelConfig
 from yocou_jax.data.pipeline import DataBundle
 from yocou_jax.errors import UserError
 from yocou_jax.mixers import MIXERS
@@ -61,26 +61,34 @@ def banner(
 
 def attention_choices(config: Config) -> dict[str, str]:
     """For the attention of each kind of layer: the kernel that runs in a training step, and why."""
-    m, length = config.model, config.data.sequence_length
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    layers, choices = {}, {}  # kinds of layers may share a kernel
-    for mixer in dict.fromkeys(stage.mixer for stage in m.program.stages):
-        layers.setdefault(MIXERS[mixer].kernel(m), []).append(mixer)
+    shape = rows, config.data.sequence_length
+    choices = kernels(config.model, config.compute, shape, config.data.packing)
+    return {f"{layers} attention": chosen for layers, chosen in choices.items()}
+
+
+def kernels(
+    model: ModelConfig, compute: ComputeConfig, shape: tuple[int, int], packing: bool
+) -> dict[str, str]:
+    """The attention kernel of each kind of layer, and why, in a forward pass over tokens of this
+    shape [B, N]. Raises UserError if the kernel that `compute` names cannot run it."""
+    (rows, length), layers, choices = shape, {}, {}  # kinds of layers may share a kernel
+    for mixer in dict.fromkeys(stage.mixer for stage in model.program.stages):
+        layers.setdefault(MIXERS[mixer].kernel(model), []).append(mixer)
     layers.pop(None, None)
     for kernel, mixers in layers.items():
         try:
             choice = api.choose_implementation(
                 kernel.operation,
-                implementation=config.compute.attention,
-                q_shape=(rows, length, m.num_heads, m.head_dim),
-                k_shape=(rows, length + kernel.prefix, m.num_kv_heads, m.head_dim),
-                dtype=resolve_compute(config.compute).dtype,
+                implementation=compute.attention,
+                q_shape=(rows, length, model.num_heads, model.head_dim),
+                k_shape=(rows, length + kernel.prefix, model.num_kv_heads, model.head_dim),
+                dtype=resolve_compute(compute).dtype,
                 window=kernel.window,
-                segments=config.data.packing,
+                segments=packing,
                 q_offset=kernel.prefix,
             )
         except UnsupportedCall as error:
-            raise UserError(f"compute.attention='{config.compute.attention}': {error}") from error
-        name = f"{' and '.join(mixers)} attention"
-        choices[name] = f"{choice.implementation} ({choice.reason})"
+            raise UserError(f"compute.attention='{compute.attention}': {error}") from error
+        choices[" and ".join(mixers)] = f"{choice.implementation} ({choice.reason})"
     return choices

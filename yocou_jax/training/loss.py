@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import target_device
 from yocou_jax.sharding import vocab_ways
-from yocou_jax.typing import AnyArray, Array, Float, Int
+from yocou_jax.typing import AnyArray, Array, Bool, Float, Int
 
 # Number of logits in memory at once on each device. An accelerator needs thousands of rows in each
 # product with the head, because each chunk reads and writes the gradient of the head once. On a CPU
@@ -144,3 +144,28 @@ def cross_entropy(
         shards = 1  # such a batch is not split over devices
     total, (nll, z) = _cross_entropy(hidden, head, targets, weights, z_loss, shards)
     return total, LossSums(nll=nll, z=z, weight=jnp.sum(weights))
+
+
+def token_scores(
+    hidden: Float[Array, "B N D"],
+    head: Float[AnyArray, "D V"],
+    targets: Int[Array, "B N"],
+    shards: int = 1,
+) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+    """To evaluate a model, for each target: -log p in nats, and whether no other token is more
+    likely. shards: as in `cross_entropy`."""
+    batch, length, _ = hidden.shape
+    if batch % shards:
+        shards = 1
+    chunks = _num_chunks(batch // shards * length, length, head.shape[1])
+    head = head.astype(hidden.dtype)
+
+    def one(chunk):
+        h, t = chunk
+        logits = jnp.matmul(h, head, preferred_element_type=jnp.float32)
+        picked = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked, picked == logits.max(axis=-1)
+
+    inputs = tuple(_to_chunks(x, shards, chunks) for x in (hidden, targets))
+    nll, best = jax.lax.map(one, inputs)
+    return _from_chunks(nll, batch, length), _from_chunks(best, batch, length)

@@ -89,9 +89,7 @@ class MetricsWriter:
         self._file.flush()
         for name, value in row.items():
             if not isinstance(value, str):
-                # Not with tensorboardX's `scalar`, which prints a warning for each NaN.
-                scalar = Summary.Value(tag=name, simple_value=value)
-                self._write_event(step, summary=Summary(value=[scalar]))
+                self._write_event(step, summary=_scalars({name: value}))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Writes a sample or the config, indented: TensorBoard would read it as Markdown."""
@@ -117,6 +115,23 @@ class MetricsWriter:
     def _write_event(self, step: int, **fields) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **fields))
         self._events.flush()
+
+
+def _scalars(values: Mapping[str, float]) -> Summary:
+    """Not with tensorboardX's `scalar`, which prints a warning for each NaN."""
+    return Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+
+
+def write_scalars(folder: Path, step: int, values: Mapping[str, float]) -> None:
+    """Writes numbers by name to a new file of TensorBoard events in `folder`, which is made.
+
+    Not in the folder of a run: TensorBoard reads only the newest file of a folder, and would see
+    nothing new of the run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+    events.write_event(Event(wall_time=time.time(), step=step, summary=_scalars(values)))
+    events.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:

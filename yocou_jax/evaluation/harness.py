@@ -1,0 +1,251 @@
+"""lm-evaluation-harness (EleutherAI) with our models: `pip install lm_eval`.
+
+`Scorer` answers the three kinds of requests that the harness has, and does not need the package.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from yocou_jax.data.pipeline import Batch
+from yocou_jax.data.tokenizer import Tokenizer
+from yocou_jax.errors import UserError
+from yocou_jax.evaluation import python_docs
+from yocou_jax.evaluation.options import Options, loop_counts, with_one_count
+from yocou_jax.evaluation.perplexity import rows_at_once, scores
+from yocou_jax.inference import Sampling, generate, prepare
+from yocou_jax.inference.request import bucket
+from yocou_jax.inference.text import TextRow
+from yocou_jax.model import resolve_compute
+from yocou_jax.pretrained import Pretrained
+from yocou_jax.sharding import batch_sharding, batch_ways
+
+NEW_TOKENS = 256  # of a text without max_gen_toks, as in the harness
+ROWS = 16  # texts that are generated at the same time
+KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+
+def split(
+    tokenizer: Tokenizer, context: str, continuation: str, end_of_text: bool
+) -> tuple[list[int], int]:
+    """The ids of both texts together, and how many ids at the end are those of the continuation.
+
+    As in the harness, spaces at the end of the context count as part of the continuation, and both
+    texts are encoded together. But a token may have characters of both; then each is encoded alone,
+    so that every continuation of a context comes after the same ids. With end_of_text, the
+    end-of-text token comes first, as before each document in training; without a context it always
+    does, because something must predict the first token.
+    """
+    bare = context.rstrip()
+    context, continuation = bare, context[len(bare) :] + continuation
+    before, ids = tokenizer.encode(context), tokenizer.encode(context + continuation)
+    if ids[: len(before)] != before:
+        ids = before + tokenizer.encode(continuation)
+    first = [tokenizer.eot_id] if end_of_text or not before else []
+    return first + ids, len(ids) - len(before)
+
+
+class Scorer:
+    """A model that answers requests of the harness. Use it inside `jax.set_mesh(mesh)`.
+
+    end_of_text: whether the end-of-text token comes before every context (see `split`). Contexts
+    are never cut, also if they are longer than the sequences in training. longest: the number of
+    tokens of the longest request so far.
+    """
+
+    def __init__(self, loaded: Pretrained, mesh: Mesh, end_of_text: bool = True):
+        self.loaded, self.mesh, self.end_of_text = loaded, mesh, end_of_text
+        self.compute, self.longest = resolve_compute(loaded.compute), 0
+
+    def loglikelihood(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """For each (context, continuation): log p(continuation | context) in nats, and whether
+        greedy sampling would give the continuation."""
+        tokenizer = self.loaded.tokenizer
+        return self._scores([split(tokenizer, *pair, self.end_of_text) for pair in pairs])
+
+    def loglikelihood_rolling(self, texts: Iterable[str]) -> list[float]:
+        """log p of whole texts in nats, after the end-of-text token. A text is one sequence, so
+        every token sees all tokens before it."""
+        encoded = [split(self.loaded.tokenizer, "", text, True) for text in texts]
+        return [logp for logp, _ in self._scores(encoded)]
+
+    def generate_until(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
+        """For each (context, settings): the text that the model writes, up to the first text of
+        settings["until"]. Raises UserError for a setting that is not in KNOWN."""
+        requests = list(requests)
+        for unknown in (name for _, settings in requests for name in settings.keys() - KNOWN):
+            raise UserError(f"The task asks for {unknown!r}, but generation has only {KNOWN}.")
+        model = prepare(self.loaded.params, self.loaded.config, self.compute)
+        written = []
+        for first in range(0, len(requests), ROWS):
+            written += self._generate(model, requests[first : first + ROWS])
+        return written
+
+    def _scores(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """sequences: ids, and how many at the end count. Long ones come first, so that memory runs
+        out early or never."""
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
+        found: dict[int, tuple[float, bool]] = {}
+        while len(found) < len(order):
+            longest = len(sequences[order[len(found)]][0])
+            self.longest = max(self.longest, longest)
+            width, ways = bucket(longest - 1), batch_ways(self.mesh)
+            size = min(rows_at_once(width, self.mesh), -(-len(order) // ways) * ways)
+            chosen = order[len(found) : len(found) + size]
+            nll, best = self._batch([sequences[i][0] for i in chosen], size, width)
+            for row, i in enumerate(chosen):
+                end = len(sequences[i][0]) - 1
+                part = row, slice(end - sequences[i][1], end)
+                found[i] = -float(nll[part].sum(dtype=np.float64)), bool(best[part].all())
+        return [found[i] for i in range(len(sequences))]
+
+    def _batch(self, rows: list[list[int]], size: int, width: int):
+        """Scores [size, width] of all ids but the first one of each row. Columns after the end of a
+        row do not change those before."""
+        tokens, targets = np.zeros((2, size, width), np.int32)
+        for i, ids in enumerate(rows):
+            tokens[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
+        placed = jax.device_put((tokens, targets), batch_sharding(self.mesh))
+        batch = Batch(*placed, None, None, None)
+        config = self.loaded.config
+        return jax.device_get(
+            scores(self.loaded.params, batch, config=config, compute=self.compute)
+        )
+
+    def _generate(self, model, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
+        tokenizer = self.loaded.tokenizer
+        prompts = [split(tokenizer, context, "", self.end_of_text)[0] for context, _ in requests]
+        limits, rows, columns = [], [], []
+        for _, settings in requests:
+            until = settings.get("until", [])
+            limits.append(settings.get("max_gen_toks", NEW_TOKENS))
+            stops = [until] if isinstance(until, str) else list(until)
+            rows.append(TextRow(tokenizer, limits[-1], [stop for stop in stops if stop]))
+            drawn = settings.get("do_sample", False)
+            columns.append(
+                (
+                    settings.get("temperature", 1.0) if drawn else 0.0,
+                    settings.get("top_k", 0),
+                    settings.get("top_p", 1.0),
+                )
+            )
+
+        def take(tokens: np.ndarray) -> list[bool]:
+            for row, new in zip(rows, tokens, strict=True):
+                row.add(new)
+            return [row.ended for row in rows]
+
+        sampling = Sampling(*map(np.array, zip(*columns, strict=True)))
+        stop = [tokenizer.eot_id]
+        generate(
+            model,
+            prompts,
+            max_new_tokens=limits,
+            sampling=sampling,
+            stop_tokens=stop,
+            on_tokens=take,
+        )
+        return [row.text for row in rows]
+
+
+def as_lm(scorer: Scorer):
+    """The scorer as an `lm_eval.api.model.LM`. Raises UserError if the package is missing."""
+    try:
+        from lm_eval.api.model import LM
+    except ImportError as error:
+        raise UserError(
+            f"The task harness needs the package lm_eval ({error}): run 'pip install lm_eval'."
+        ) from error
+
+    class Ours(LM):
+        def loglikelihood(self, requests, **_):
+            return scorer.loglikelihood(request.args for request in requests)
+
+        def loglikelihood_rolling(self, requests, **_):
+            return scorer.loglikelihood_rolling(request.args[0] for request in requests)
+
+        def generate_until(self, requests, **_):
+            return scorer.generate_until(request.args for request in requests)
+
+    return Ours()
+
+
+# --- The task -------------------------------------------------------------------------------------
+
+
+def python_docs_task(folder: Path, seed: int) -> dict:
+    """The settings of the example for the harness. Its questions are written to the folder."""
+    file = folder / "python_docs.jsonl"
+    lines = (json.dumps(asked) + "\n" for asked in python_docs.questions(seed))
+    file.write_text("".join(lines), encoding="utf-8")
+    return {
+        "task": "python_docs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+
+
+def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
+    """`options.harness`: names of tasks of lm-evaluation-harness, or python_docs, which needs no
+    network. `options.samples`: the first questions of each task (default: all). `options.loops`: at
+    most one count."""
+    loaded = with_one_count(loaded, options)
+    scorer = Scorer(loaded, mesh, options.end_of_text)
+    model = as_lm(scorer)
+    import lm_eval
+
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = [
+            python_docs_task(Path(folder), options.seed) if name == "python_docs" else name
+            for name in options.harness
+        ]
+        try:
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=tasks,
+                num_fewshot=options.few_shot,
+                limit=options.samples,
+                log_samples=False,
+            )
+        except KeyError as error:  # no such task
+            raise UserError(f"lm_eval cannot run {', '.join(options.harness)}: {error}.") from error
+    rows = result_rows(found["results"])
+    return {
+        "loops": loop_counts(loaded.config.program),
+        "end_of_text_prefix": options.end_of_text,
+        "few_shot": found["n-shot"],
+        "template": None,  # of a chat; those of the questions are in "configs"
+        "configs": json.loads(json.dumps(found["configs"], default=str)),
+        "task_versions": found["versions"],
+        "lm_eval": lm_eval.__version__,
+        "longest": scorer.longest,
+        "scalars": {f"{row['task']}/{row['metric']}": row["value"] for row in rows},
+        "tables": {"lm-evaluation-harness": rows},
+    }
+
+
+def result_rows(results: dict[str, dict[str, Any]]) -> list[dict]:
+    """One row for each task and metric. The harness names a metric "acc,none", and its standard
+    error "acc_stderr,none"."""
+    rows = []
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
+                stderr = metrics.get(f"{metric}_stderr,{kind}")
+                error = float(stderr) if isinstance(stderr, int | float) else float("nan")
+                rows.append({"task": task, "metric": metric, "value": value, "stderr": error})
+    return rows

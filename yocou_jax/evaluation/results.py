@@ -1,0 +1,88 @@
+"""Runs a task on a trained model, and writes its report."""
+
+import dataclasses
+import importlib.util
+import logging
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from yocou_jax import manifest, pretrained
+from yocou_jax.errors import UserError
+from yocou_jax.evaluation.options import Options, trained_counts
+from yocou_jax.evaluation.tasks import TASKS
+from yocou_jax.evaluation.text import LENGTH
+from yocou_jax.files import to_json, write_atomically
+from yocou_jax.foreign import out_of_memory
+from yocou_jax.model import resolve_compute
+from yocou_jax.training.banner import kernels
+from yocou_jax.training.metrics import write_scalars
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    task: str, options: Options, mesh: Mesh, step: int | None = None, command: str = ""
+) -> dict:
+    """The report of a task, as JSON values. It has the model, versions and device too.
+
+    step: of the checkpoint, by default the newest undamaged one. command: how the user has asked.
+    Nothing on disk is changed, so a run may still be training in the folder. Call it in a single
+    process. Raises UserError for a task that does not exist, and the errors of `pretrained.load`
+    and of the task.
+    """
+    if task not in TASKS:
+        raise UserError(f"--task={task} is not one of {', '.join(TASKS)}.")
+    loaded = pretrained.load(options.folder, mesh, step)
+    try:
+        with jax.set_mesh(mesh):
+            found = TASKS[task].run(loaded, mesh, options)
+            shape, packing = (1, found.get("length", LENGTH)), found.get("packing", False)
+            attention = kernels(loaded.config, loaded.compute, shape, packing)
+            dtype = resolve_compute(loaded.compute).dtype.name
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            "The task does not fit into the memory of the device: give shorter --lengths, or more "
+            "devices with --tensor=."
+        ) from error
+    config = {group: dataclasses.asdict(getattr(loaded, group)) for group in ("config", "compute")}
+    config["model"] = config.pop("config")
+    about = manifest.describe(
+        config,
+        tokenizer=loaded.tokenizer.fingerprint,
+        task=task,
+        command=command,
+        folder=str(options.folder),
+        program=str(loaded.config.program),
+        step=loaded.step,
+        trained_loops=trained_counts(loaded.config),
+        dtype=dtype,
+        attention=attention,
+    )
+    return about | found
+
+
+def write(report: dict, folder: Path) -> list[Path]:
+    """Writes evaluation/TASK.json and TASK.png in the folder. In a workdir, also TensorBoard events
+    below tensorboard/evaluation. Returns the paths of the files of evaluation/."""
+    task, out = report["task"], folder / "evaluation"
+    try:
+        out.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{out} is not a folder, so the results cannot be written.") from error
+    paths = [out / f"{task}.json"]
+    write_atomically(paths[0], to_json(report, indent=1) + "\n")
+    if (folder / manifest.FILE).exists():
+        scalars = {f"evaluation/{task}/{name}": x for name, x in report["scalars"].items()}
+        write_scalars(folder / "tensorboard/evaluation", report["step"], scalars)
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("There is no figure: it needs matplotlib (pip install matplotlib).")
+    elif (figure := TASKS[task].draw(report)) is not None:
+        from yocou_jax import plots
+
+        paths.append(out / f"{task}.png")
+        plots.save(figure, paths[1])
+    return paths
