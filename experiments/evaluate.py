@@ -14,6 +14,8 @@ loops       The depth curve: the loss when the loops run another number of times
 inside      What happens inside the model and its loops: how far each layer turns the residual stream
             (Figure 8), the loss after each loop, whether a loop contracts (yocou_jax/analysis).
             --samples sequences are one batch (default: 8).
+hops        p-hop induction: the share of right answers, and by how far back an answer is.
+needle      Needles in haystacks (RULER): the share of numbers that are found, by depth and length.
 harness     Tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval), --harness=arc_easy,piqa.
             python_docs is one of our own, which needs no network: which sentence describes this
             function of Python's standard library?
@@ -21,7 +23,8 @@ harness     Tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval), -
 The text is the held-out split of the run, the same documents as in training. --source names another
 text or corpus, as --config.data.source does in training; all of its documents count. --samples
 sequences are read (default: as many as in the validation of the run). An exported folder has no
-text, so it needs --source. All tasks compute every layer at every position.
+text, so it needs --source. All tasks compute every layer at every position, but needle generates.
+hops and needle write texts of their own: --source="hops(p=2)" or "needle(kind=text)" says which.
 
 Results are shown, and written to WORKDIR/evaluation/TASK.json and TASK.png and to TensorBoard. No
 other file is changed, so the run may still be training: the newest complete checkpoint is read.
@@ -38,7 +41,9 @@ from yocou_jax.errors import UserError, shown
 from yocou_jax.files import expand_path, to_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, or an exported folder.")
-TASK = flags.DEFINE_string("task", None, "What to measure: perplexity, loops, inside or harness.")
+TASK = flags.DEFINE_string(
+    "task", None, "What to measure: perplexity, loops, inside, hops, needle or harness."
+)
 STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint to read. Default: the newest.", lower_bound=0
 )

@@ -134,8 +134,8 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
 
     Raises UserError for a tokenizer that joins letters, or a length without a defined answer.
     """
-    results = []
-    for trained in settings(options, Hops, [Hops()]):
+    results, tasks = [], settings(options, Hops, [Hops()])
+    for trained in tasks:
         for length in options.lengths or (trained.length, 2 * trained.length):
             task = Hops(trained.p, trained.letters, length, seed=options.seed)
             x = task.draw(range(options.samples or SAMPLES), EVALUATION)
@@ -154,6 +154,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
                 results.append(case | facts | {"reach": reach(model.config)})
     return {
         "loops": list(options.loops or loaded.config.program.loop_counts),
+        "source": " + ".join(task.name for task in tasks),
         "texts": options.samples or SAMPLES,
         "seed": options.seed,
         "scalars": {

@@ -153,7 +153,8 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     Raises UserError for a length without room for a question.
     """
     table, results, samples = [], [], options.samples or SAMPLES
-    for task in settings(options, Needle, [Needle(), Needle("text")]):
+    tasks = settings(options, Needle, [Needle(), Needle("text")])
+    for task in tasks:
         lines = None
         if task.source is not None:
             documents = open_corpus(task.source).documents()
@@ -178,6 +179,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     names = [f"{r['kind']}_length{r['length']}_loops{r['loops']}" for r in table]
     return {
         "loops": list(options.loops or loaded.config.program.loop_counts),
+        "source": " + ".join(task.name for task in tasks),
         "questions": samples,
         "seed": options.seed,
         "scalars": {
