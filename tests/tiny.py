@@ -35,6 +35,9 @@ def quick(values, *chosen):
     return [pytest.param(v, marks=() if v in chosen else pytest.mark.slow) for v in values]
 
 
+# They have what the others have: window, full and cross layers with loops and without, and streams.
+FOUR = ("yoco_u", "upper_loop", "rins", "parscale")
+
 UNROLL = base.get_config().compute.unroll  # of real runs
 
 

@@ -25,16 +25,22 @@ SETTINGS = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`color`, `marker` and `markersize` of each name. Names that STYLES does not have get the
-    styles that are left over, in their order, and all styles again if there are more of them."""
+    """`color`, `marker`, `linestyle` and `markersize` of each name, all different. A name that
+    STYLES does not have gets one that is left over, and if none is, a dashed or a dotted line.
+
+    Raises:
+      ValueError: there are more names than styles.
+    """
     names = list(dict.fromkeys(names))
-    left = [style for name, style in STYLES.items() if name not in names] or [*STYLES.values()]
+    chosen = {name: (*STYLES[name], "-") for name in names if name in STYLES}
+    every = [(*style, line) for line in ("-", "--", ":") for style in STYLES.values()]
+    left = [style for style in every if style not in chosen.values()]
     others = [name for name in names if name not in STYLES]
-    chosen = STYLES | {name: left[i % len(left)] for i, name in enumerate(others)}
-    return {
-        name: {"color": chosen[name][0], "marker": chosen[name][1], "markersize": 4}
-        for name in names
-    }
+    if len(others) > len(left):
+        raise ValueError(f"There are only {len(every)} styles, and {len(names)} names.")
+    chosen |= dict(zip(others, left, strict=False))
+    keys = ("color", "marker", "linestyle")
+    return {name: dict(zip(keys, chosen[name], strict=True), markersize=4) for name in names}
 
 
 def subplots(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float = 3.6):

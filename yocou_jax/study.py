@@ -111,7 +111,7 @@ class Study:
     """What is trained, and what is claimed.
 
     entries: by name; the first is the reference. match: axes (keys of AXES). seeds: how many runs
-    of each entry. learning_rates: tried with the first seed of each entry; the other seeds take the
+    of each entry count. learning_rates: tried with one more seed; the seeds that count take the
     best one. Empty: the rate of the config. metric: path in the record of a run; less is better,
     and it chooses the rate. evaluations: tasks of experiments.evaluate, each with its flags, for
     every run.

@@ -13,7 +13,7 @@ layers. `rins` is described twice in the paper: rins loops the first half (secti
 the second (appendix E). The deep layout has twice the layers of 0.75 times the width (the paper:
 0.7). Learning rates are tried with one seed of each entry.
 
-Cost: 60 runs of 1 to 3 minutes on 2 idle CPU cores, 120 to 140 minutes in all. This is an estimate
+Cost: 72 runs of 1 to 3 minutes on 2 idle CPU cores, 140 to 170 minutes in all. This is an estimate
 before any whole run: 2.9e14 FLOPs at 50 GFLOP/s, and 25 seconds to start and to validate each run.
 
 Expected, written before the first run. yoco_u is below yoco by 0.01 to 0.03 bits/byte at equal

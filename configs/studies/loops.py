@@ -8,7 +8,7 @@ Every model is then measured with 1 to 8 loops (the depth curve), whatever it wa
 
 Match: all entries have the same parameters and tokens. With more loops, a token costs more FLOPs.
 
-Cost: 25 runs of 1 to 4 minutes on 2 idle CPU cores, 50 to 70 minutes in all. This is an estimate
+Cost: 30 runs of 1 to 4 minutes on 2 idle CPU cores, 60 to 85 minutes in all. This is an estimate
 before any whole run, as in configs/studies/language.py.
 
 Expected, written before the first run. The loss falls from 1 to 2 loops by 0.005 to 0.02 bits/byte,

@@ -75,6 +75,7 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
         *("a lr=0.1 seed=0", "a lr=0.2 seed=0", "a lr=0.3 seed=0"),
         *("b lr=0.1 seed=0", "b lr=0.2 seed=0", "b lr=0.3 seed=0"),
         *("a lr=0.2 seed=1", "b lr=0.1 seed=1", "a lr=0.2 seed=2", "b lr=0.1 seed=2"),
+        *("a lr=0.2 seed=3", "b lr=0.1 seed=3"),
     ]
     # The same command again: only the run that failed is made again.
     again = Comparison(STUDY, BASE, tmp_path)
@@ -87,15 +88,15 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     assert (b["learning_rate"], b["rate_at_edge"], b["swept"]) == (0.1, True, True)
     assert b["sweep"] == {"0.1": 1.2, "0.2": 1.9, "0.3": None}
     assert b["failures"] == {"b lr=0.3 seed=0": "the gradient was not finite"}
-    assert len(a["runs"]) == 5
-    # a - b = 0.3, 0.29, 0.28
+    assert len(a["runs"]) == 6
+    # a - b with the seeds 1, 2, 3, not with that of the sweep
     claim = found["claims"][0]
     effect = claim["difference"].pop("smallest_effect")
-    assert claim["difference"] == pytest.approx(interval([0.30, 0.29, 0.28])._asdict())
-    assert effect == pytest.approx(smallest_effect(interval([0.30, 0.29, 0.28])))
+    assert claim["difference"] == pytest.approx(interval([0.29, 0.28, 0.27])._asdict())
+    assert effect == pytest.approx(smallest_effect(interval([0.29, 0.28, 0.27])))
     assert claim["verdict"] == "reproduced"
-    assert b["difference"]["mean"] == pytest.approx(-0.29)
-    assert found["minutes"] == 9
+    assert b["difference"]["mean"] == pytest.approx(-0.28)
+    assert found["minutes"] == 11
     run = a["runs"][0]
     assert run["curve"] == [(20 * 8 * 16, 2.0)]
     assert len(run["training"]) <= 64
@@ -116,20 +117,20 @@ def test_a_comparison_that_was_killed_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(Comparison(STUDY, BASE, tmp_path), train=killed)
-    # Before its end, a report has what there is: no seed but the first, and so no interval.
+    # Before its end, a report has what there is: no seed that counts, and so no interval.
     early = report(Comparison(STUDY, BASE, tmp_path))
     assert not early["claims"][0]["swept"]
     assert early["claims"][0]["verdict"] == "inconclusive"
     rest = train(Comparison(STUDY, BASE, tmp_path))
-    assert len(made + rest) == 10
+    assert len(made + rest) == 12
     assert not set(made) & set(rest)
 
 
 def test_only_some_entries_and_more_seeds(tmp_path):
     train(Comparison(STUDY, BASE, tmp_path), only=["a"])
     more = Comparison(STUDY, BASE, tmp_path, seeds=4)
-    assert [row[-2:] for row in reports.plan(more).rows] == [["1 of 6", "1"], ["6 of 6", "6"]]
-    assert train(more, only=["a"]) == ["a lr=0.2 seed=3"]
+    assert [row[-2:] for row in reports.plan(more).rows] == [["1 of 7", "1"], ["7 of 7", "7"]]
+    assert train(more, only=["a"]) == ["a lr=0.2 seed=4"]
     with pytest.raises(UserError, match="no entry 'c'; the entries are a, b"):
         more.check_entries(["a", "c"])
 

@@ -27,7 +27,6 @@ from yocou_jax.inference import (
 )
 from yocou_jax.inference.request import bucket
 from yocou_jax.model import logits as forward
-from yocou_jax.program import ARCHITECTURES
 from yocou_jax.sharding import make_mesh
 
 # The window is 4. Prompts: shorter, as long, one position longer, and several windows long.
@@ -73,12 +72,12 @@ def check_against_the_forward_pass(config, chunk, capacity=TEXT, steps=7):
 # --- Prefill and decode are the forward pass ------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiny.quick(ARCHITECTURES, "yoco_u", "rins", "parscale"))
+@pytest.mark.parametrize("name", tiny.quick(tiny.FOUR, "yoco_u", "rins", "parscale"))
 def test_a_ragged_prefill_and_decode_are_the_forward_pass(name):
     check_against_the_forward_pass(tiny.model(name), chunk=5)
 
 
-@pytest.mark.parametrize("name", tiny.quick(ARCHITECTURES, "yoco_u"))
+@pytest.mark.parametrize("name", tiny.quick(tiny.FOUR, "yoco_u"))
 def test_scores_are_the_forward_pass_at_every_position(name):
     """For rows of different lengths, and for continuations of a prompt that was forked."""
     config = tiny.model(name)

@@ -12,7 +12,7 @@ from tests import tiny
 from yocou_jax.errors import UserError
 from yocou_jax.model import LanguageModel, head_matrix, logits
 from yocou_jax.model.layers import rope
-from yocou_jax.program import ARCHITECTURES, Program
+from yocou_jax.program import Program
 
 # --- Visible tokens -------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def expected_reach(program: Program, window: int, segments) -> np.ndarray:
     return known
 
 
-@pytest.mark.parametrize("name", tiny.quick(ARCHITECTURES, "yoco_u", "parscale"))
+@pytest.mark.parametrize("name", tiny.quick(tiny.FOUR, "yoco_u", "parscale"))
 def test_each_output_depends_on_exactly_the_tokens_it_may_see(name):
     config = tiny.model(name, window=3, num_kv_heads=1)
     one, packed = np.ones(21, int), np.repeat([1, 2, 3], [4, 10, 7])

@@ -188,14 +188,20 @@ def make_quiz(kind: str, rng: np.random.Generator) -> Quiz:
 Unit = typing.TypeVar("Unit", bound=Sized)
 
 
-def hide(units: Sequence[Unit], needles: Sequence[Unit], depths: Sequence[float]) -> list[Unit]:
+def hide(
+    units: Sequence[Unit],
+    needles: Sequence[Unit],
+    depths: Sequence[float],
+    rng: np.random.Generator,
+) -> list[Unit]:
     """The units of a haystack (sentences or lines: texts, or their token ids) with the needles
     between them. depths: for each needle, the share of the haystack before it; it comes at the
-    nearest end of a unit."""
+    nearest end of a unit. Needles at the same place are in a random order, because their number
+    must not tell which of them is asked for."""
     ends = np.cumsum([0, *map(len, units)])
     places = [int(np.abs(ends - depth * ends[-1]).argmin()) for depth in depths]
     hidden = list(units)
-    for k in sorted(range(len(needles)), key=lambda k: places[k], reverse=True):
+    for k in sorted(rng.permutation(len(needles)), key=lambda k: places[k], reverse=True):
         hidden.insert(places[k], needles[k])
     return hidden
 
@@ -273,7 +279,8 @@ class Needle:
             if room < 0:
                 break
             units.append(unit)
-        hidden = hide(units, quiz.needles, rng.uniform(size=len(quiz.needles)).tolist())
+        depths = rng.uniform(size=len(quiz.needles)).tolist()
+        hidden = hide(units, quiz.needles, depths, rng)
         return INTRODUCTION + "".join(hidden) + end
 
     def read(self, texts: Iterable[str] = ()) -> Iterator[tuple[str, str]]:

@@ -2,8 +2,9 @@
 
 A run has an ordinary workdir: FOLDER/ENTRY/lr=RATE,seed=SEED. The seed is that of the parameters
 and of the order of the data. So all entries see the same batches with the same seed, and their
-differences are paired. First, every entry runs with the first seed at each learning rate of the
-study. Its other seeds run at its best rate.
+differences are paired. If the study has several learning rates, every entry first runs at each of
+them with the seed SWEEP, which then does not count: the best of several runs was lucky too. The
+seeds that count run at the best rate.
 
 The record of a run is what its workdir says: `summary`, `evaluation` (the result of each task of
 the study), `curve` (validation), `training` (thinned), `minutes`, and where it came from. A metric
@@ -33,6 +34,7 @@ from yocou_jax.training import metrics
 from yocou_jax.training.resume import FREE_FIELDS
 from yocou_jax.trees import differences, flat
 
+SWEEP = 0  # the seed with which learning rates are tried
 POINTS = 64  # at most, of a curve of the training loss in a record
 # Fields that may differ from those of a run that has ended, because its result does not change.
 IGNORED = tuple(name for name in FREE_FIELDS if name != "data.validation_sequences")
@@ -94,10 +96,12 @@ class Comparison:
         self.study, self.folder = study, folder
         self.twins = twins(study, base)
         self.rates = tuple(sorted(study.learning_rates)) or (base.optimizer.learning_rate,)
-        self.seeds = range(study.seeds if seeds is None else seeds)
+        count, first = study.seeds if seeds is None else seeds, SWEEP + (len(self.rates) > 1)
+        self.seeds = range(first, first + count)  # those that count
         self.records: dict[Path, dict] = {}  # of the runs that have ended, by their workdirs
         self._specs = {
-            key: self._make(*key) for key in itertools.product(self.twins, self.rates, self.seeds)
+            key: self._make(*key)
+            for key in itertools.product(self.twins, self.rates, sorted({SWEEP, *self.seeds}))
         }
         for spec in self._specs.values():
             _check_settings(spec)
@@ -140,32 +144,36 @@ class Comparison:
         return {seed: value for seed, value in found.items() if value is not None}
 
     def sweep(self, entry: str) -> dict[float, float | None]:
-        """The metric of the first seed at each learning rate."""
-        return {rate: self.value(self.spec(entry, rate, self.seeds[0])) for rate in self.rates}
+        """The metric of each learning rate, if there are several."""
+        rates = self.rates if len(self.rates) > 1 else ()
+        return {rate: self.value(self.spec(entry, rate, SWEEP)) for rate in rates}
 
     def swept(self, entry: str) -> bool:
         """Whether several learning rates were tried, each to its end or until it failed."""
-        specs = [self.spec(entry, rate, self.seeds[0]) for rate in self.rates]
+        specs = [self.spec(entry, rate, SWEEP) for rate in self.rates]
         tried = all(self.record(spec) is not None or spec.failure.exists() for spec in specs)
         return len(specs) > 1 and tried
 
     def best_rate(self, entry: str) -> float | None:
-        """The best learning rate of those that have a result."""
+        """The best learning rate of those that have a result, or the only one."""
+        if len(self.rates) == 1:
+            return self.rates[0]
         found = {rate: value for rate, value in self.sweep(entry).items() if value is not None}
         return min(found, key=lambda rate: found[rate]) if found else None
 
     def first(self, entry: str) -> Spec:
-        """The run of the first seed at the best rate, or at the lowest one if none has a result."""
+        """The run of the first seed that counts at the best rate, or at the lowest one if none has
+        a result."""
         return self.spec(entry, self.best_rate(entry) or self.rates[0], self.seeds[0])
 
     def runs(self, only: Iterable[str] = ()) -> Iterator[Spec]:
-        """All runs in their order. The rate of the later seeds is known after the sweep, so the
-        runs are looked up one by one. An entry without any result has no later seeds."""
+        """All runs in their order. The rate of the seeds that count is known after the sweep, so
+        the runs are looked up one by one. An entry of which no rate has a result has none."""
         entries = list(only) or list(self.twins)
         for entry in entries:
-            for rate in self.rates:
-                yield self.spec(entry, rate, self.seeds[0])
-        for seed in self.seeds[1:]:
+            for rate in self.sweep(entry):
+                yield self.spec(entry, rate, SWEEP)
+        for seed in self.seeds:
             for entry in entries:
                 if (rate := self.best_rate(entry)) is not None:
                     yield self.spec(entry, rate, seed)
@@ -293,6 +301,7 @@ def report(comparison: Comparison) -> dict[str, Any]:
         "metric": study.metric,
         "match": list(study.match),
         "seeds": list(comparison.seeds),
+        "sweep_seed": SWEEP,
         "learning_rates": list(comparison.rates),
         "minutes": sum(record["minutes"] for record in comparison.records.values()),
         "claims": [_claim(comparison, claim) for claim in study.claims],

@@ -5,6 +5,7 @@ the question, greedily. An answer is right if the continuation begins with the r
 length counts all tokens: those of the text, the question and the answer.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -87,7 +88,7 @@ def make_prompt(
             f"{length - room} tokens. Give larger --lengths."
         )
     depths = [depth, *rng.uniform(size=len(needles) - 1).tolist()]
-    hidden = hide(haystack(room, lines, tokenizer, rng), needles, depths)
+    hidden = hide(haystack(room, lines, tokenizer, rng), needles, depths, rng)
     return np.concatenate([[tokenizer.eot_id], start, *hidden, end])
 
 
@@ -139,6 +140,16 @@ def grade(quizzes: Sequence[Quiz], texts: Sequence[str]) -> dict[str, float]:
     return accuracy(right) | {"other needle": float(other.mean())}
 
 
+def by_place(quizzes: Sequence[Quiz], prompts: Sequence[str]) -> float:
+    """The share of right answers of a model that always says the first number of a text, or always
+    the second, ...: that of the best of these guesses. NaN if the texts have one number only."""
+    if len(quizzes[0].values) == 1:
+        return math.nan
+    pairs = zip(quizzes, prompts, strict=True)
+    places = [sorted(q.values, key=text.index).index(q.answer) for q, text in pairs]
+    return max(places.count(place) for place in set(places)) / len(places)
+
+
 def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """How often a model finds the number, by kind, length, depth and loop count.
 
@@ -147,8 +158,8 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     tokens; default: those of LENGTHS that have room for a question. `options.samples`: questions
     for each kind, length and depth.
 
-    The table has one row for all depths. "by chance" is what a model gets that copies the
-    number of any needle, without reading a key. `results` of the report has a row for each depth.
+    The table has one row for all depths. "by place" is what a model gets that reads no
+    key (`by_place`). `results` of the report has a row for each depth.
 
     Raises UserError for a length without room for a question.
     """
@@ -167,14 +178,16 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
                 if options.lengths is None:
                     continue
                 raise
-            chance = 1 / len(exam.quizzes[0].values)
+            prompts = [loaded.tokenizer.decode(prompt) for prompt in exam.prompts]
             for count, model in counts(loaded, options):
                 texts = generated(model, exam)
                 about = {"kind": task.kind, "length": length, "loops": count}
-                table.append(about | grade(exam.quizzes, texts) | {"by chance": chance})
+                guess = {"by place": by_place(exam.quizzes, prompts)}
+                table.append(about | grade(exam.quizzes, texts) | guess)
                 for i, depth in enumerate(DEPTHS):
                     these = slice(i * samples, (i + 1) * samples)
                     cell = grade(exam.quizzes[these], texts[these])
+                    cell["by place"] = by_place(exam.quizzes[these], prompts[these])
                     results.append(about | {"depth": depth} | cell)
     names = [f"{r['kind']}_length{r['length']}_loops{r['loops']}" for r in table]
     return {

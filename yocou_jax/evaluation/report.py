@@ -42,7 +42,7 @@ def plan(comparison: Comparison, only: Iterable[str] = ()) -> Table:
     for name in list(only) or comparison.twins:
         spec = comparison.first(name)
         amounts = (f"{AXES[a].amount(spec.config):,.4g}" for a in ("parameters", "tokens", "flops"))
-        runs = len(comparison.rates) + len(comparison.seeds) - 1
+        runs = len(comparison.sweep(name)) + len(comparison.seeds)
         left = runs - sum(comparison.record(s) is not None for s in comparison.runs([name]))
         minutes = comparison.minutes(spec)
         total += left * (minutes or 0)
@@ -113,13 +113,13 @@ def _rates(report: Mapping[str, Any]) -> Table:
     rows = [
         [
             name,
-            *(_number(entry["sweep"][rate]) for rate in rates),
+            *(_number(entry["sweep"].get(rate)) for rate in rates),
             _number(entry["learning_rate"], "g"),
             "the best rate is at the edge" if entry["rate_at_edge"] else "",
         ]
         for name, entry in report["entries"].items()
     ]
-    title = f"{report['metric']} with seed {report['seeds'][0]}, by learning rate"
+    title = f"{report['metric']} with seed {report['sweep_seed']}, by learning rate"
     return Table(title, ["entry", *rates, "taken", "remark"], rows)
 
 
