@@ -123,7 +123,7 @@ def get_config() -> ConfigDict:
     r.log_every = 10  # steps from one row of metrics to the next
     r.eval_every = 200  # steps from one validation to the next
     # True: each validation also measures what happens inside the model and its loops, on one batch
-    # (yocou_jax/analysis). In yocou_small on a CPU this takes as long as 7 updates.
+    # (yocou_jax/analysis). In yocou_small on a CPU this takes as long as 7 updates (LOG.md).
     r.analysis = False
     r.sample_every = 200  # steps from one sample (a text of the model) to the next
     r.sample_prompt = "def "  # what a sample continues: Python code, as data.source

@@ -6,7 +6,8 @@ The source is Figure 6 of the paper: 1.3B parameters, loop counts 1, 2, 3 and 5.
 model of configs/studies/language.py. loops_random draws its count from these four at each update.
 Every model is then measured with 1 to 8 loops (the depth curve), whatever it was trained with.
 
-Match: all entries have the same parameters and tokens. With more loops, a token costs more FLOPs.
+Match: all entries have the same parameters and tokens. With more loops, a token costs more FLOPs,
+and the initial output matrices are smaller (1 / sqrt(2 depth), loops counted).
 
 Cost: 30 runs of 1 to 4 minutes on 2 idle CPU cores, 60 to 85 minutes in all. This is an estimate
 before any whole run, as in configs/studies/language.py.
@@ -40,7 +41,7 @@ STUDY = Study(
         "loops_random": Entry({"model.num_loops": "1,2,3,5"}),
     },
     learning_rates=(0.005, 0.01, 0.02),
-    evaluations={"loops": ("--loops=1,2,3,4,5,6,8",)},
+    evaluations={"loops": ("--loops=1,2,3,4,5,6,7,8",)},
     claims=(
         Claim("loops_2", "loops_1", "Figure 6", expected=(0.005, 0.02)),
         Claim("loops_3", "loops_2", "Figure 6", expected=(0.0, 0.01)),
