@@ -3,16 +3,17 @@
     python -m experiments.compare --config=configs/studies/language.py
 
 The source is Tables 3 and 5 (1.3B parameters, 20B tokens) and Figure 2 of the paper. Here it is
-0.54M parameters without embeddings and 0.6M tokens of the source code of Python. So these runs can show whether a
-difference appears at this scale. They cannot show that the paper is wrong.
+0.54M parameters without embeddings and 0.6M tokens of the source code of Python. So these runs can
+show whether a difference appears at this scale. They cannot show that the paper is wrong.
 
 Match: all entries have the parameters (without embeddings) and the tokens of yoco_u; d_ff is the
 free size. (The deep layout is narrower, so its embeddings are smaller.) At equal tokens a looped
 model computes more. So two entries train yoco longer: yoco_equal_flops for the training FLOPs of
 yoco_u by our accounting, and yoco_equal_layers for equal tokens times layers, as the paper counts
-FLOPs in Figure 2 (without the head, which makes our ratio smaller). `rins` is described twice in the paper: rins loops the first half (section 4.2), rins_late
-the second (appendix E). The deep layout has twice the layers of 0.75 times the width (the paper:
-0.7). Learning rates are tried with one more seed of each entry.
+FLOPs in Figure 2 (without the head and the attention length). `rins` is described twice in the
+paper: rins loops the first half (section 4.2), rins_late the second (appendix E). The deep layout
+has twice the layers of 0.75 times the width (the paper: 0.7). Learning rates are tried with one
+more seed of each entry.
 
 Cost: 78 runs of 1 to 3 minutes on 2 idle CPU cores, about 3 hours in all. This is an estimate
 before any whole run: 3.8e14 FLOPs at 50 GFLOP/s, and 25 seconds to start and to validate each run.

@@ -351,4 +351,4 @@ def test_another_loop_count_than_the_trained_one_gives_a_notice(trained, no_mode
     note_loops(several, 1)
     assert capsys.readouterr().err == ""
     note_loops(several, 2)
-    assert capsys.readouterr().err.startswith("trained with 1,3 loops, now running with 2: the model")
+    assert capsys.readouterr().err.startswith("trained with 1,3 loops, now running with 2: ")

@@ -52,8 +52,8 @@ class Hops:
     A text is p, and then each letter in lower case with its answer in upper case, or with "." if a
     hop of its chain leads nowhere: for p=1 and the letters abaca it is "1a.b.aBc.aC". So the loss
     of a language model trains every answer. The paper has the answers as targets only; here the
-    earlier ones are also in the text that the model reads. Because p is in the text, a mixture may have texts of
-    several p.
+    earlier ones are also in the text that the model reads. Because p is in the text, a mixture may
+    have texts of several p.
 
     The byte tokenizer makes one token of each character. Then a document has `length` tokens with
     the end-of-text token before it, and with data.sequence_length=length each sequence is one
