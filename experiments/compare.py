@@ -82,10 +82,10 @@ class Runner:
 
     def command(self, spec: Spec) -> list[str]:
         changes = overrides(self.module["get_config"](), spec.config)
-        return ["experiments.train", f"--config={self.file}", *changes]
+        return ["experiments.train", f"--config={self.file}", *changes, f"--workdir={spec.workdir}"]
 
     def train(self, spec: Spec) -> None:
-        process([*self.command(spec), f"--workdir={spec.workdir}"], spec.log)
+        process(self.command(spec), spec.log)
 
     def evaluate(self, spec: Spec, task: str, options: tuple[str, ...]) -> None:
         words = [f"--workdir={spec.workdir}", f"--task={task}", *options]
@@ -124,7 +124,7 @@ def stop(number, frame):
 
 def main(_):
     cli.refuse_empty(WORKDIR)
-    file = flags.FLAGS["config"].config_filename
+    file = flags.FLAGS["config"].config_filename.partition(":")[0]  # without a preset
     module = runpy.run_path(str(expand_path(file)))
     study = module.get("STUDY")
     if not isinstance(study, Study):

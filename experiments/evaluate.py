@@ -23,7 +23,7 @@ harness     Tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval), -
 The text is the held-out split of the run, the same documents as in training. --source names another
 text or corpus, as --config.data.source does in training; all of its documents count. --samples
 sequences are read (default: as many as in the validation of the run). An exported folder has no
-text, so it needs --source. All tasks compute every layer at every position, but needle generates.
+text, so it needs --source. All tasks compute every layer at every position, if they do not generate text.
 hops and needle write texts of their own: --source="hops(p=2)" or "needle(kind=text)" says which.
 
 Results are shown, and written to WORKDIR/evaluation/TASK.json and TASK.png and to TensorBoard. No

@@ -27,11 +27,6 @@ class Step(NamedTuple):
     context: Context
     experts: Array | None
 
-    @property
-    def ends_loop(self) -> bool:
-        """Whether this is the last layer of its stage, so that a run of the stage ends here."""
-        return self.visit.layer == self.visit.stage.layers - 1
-
 
 def walk(
     params: PyTree,
