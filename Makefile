@@ -71,7 +71,7 @@ setup:
 train: setup
 	$(VENV)/bin/python -m experiments.train --config=$(CONFIG) $(ARGS)
 
-# One process more than cores. Each runs whole files, because the tests of a file share what they compile.
+# One process per core. Each runs whole files, because the tests of a file share what they compile.
 # tests/conftest.py sorts the files. Without it, xdist begins with those that have the most tests.
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

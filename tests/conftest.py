@@ -51,11 +51,6 @@ LONGEST = (
 )
 
 
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: a tenth of the time, tests wait for processes they started."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
-
-
 def pytest_addoption(parser):
     parser.addoption(
         "--once",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tests import oracle, trained
 from yocou_jax import manifest
 from yocou_jax.config import MeshConfig
-from yocou_jax.data.synthetic import NOISE, Hops, Needle, follow
+from yocou_jax.data.synthetic import NOISE, Hops, Needle, Quiz, follow
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import answers, hops, needle
 from yocou_jax.evaluation.options import Options
@@ -177,6 +178,13 @@ def test_prompts_have_exactly_the_length_and_the_needle_at_its_depth(kind):
             assert abs(before - wanted) <= (len(NOISE) if lines is None else 70) / 2
 
 
+def test_what_is_right_without_reading_a_key():
+    quizzes = [Quiz((), "?", answer, ("17", "28", "39")) for answer in ("17", "28", "28", "39")]
+    texts = ["28 17 39", "28 17 39", "17 28 39", "17 28 39"]  # second, first, second, third
+    assert needle.by_place(quizzes, texts) == 0.5
+    assert math.isnan(needle.by_place([Quiz((), "?", "17", ("17",))], ["17"]))
+
+
 def test_a_needle_is_found_or_not(options, monkeypatch):
     """Answers that a hand wrote: right only at the depth 0.5, and the number of another needle at
     1.0."""
@@ -197,7 +205,8 @@ def test_a_needle_is_found_or_not(options, monkeypatch):
     assert shares == {0.0: (0, 0), 0.25: (0, 0), 0.5: (1, 0), 0.75: (0, 0), 1.0: (0, 1)}
     (first, second) = report["tables"]["all depths"]
     assert first["accuracy"] == second["accuracy"] == 0.2
-    assert (first["answers"], first["by chance"], first["loops"]) == (15, 0.25, 3)
+    assert (first["answers"], first["loops"]) == (15, 3)
+    assert 0.25 < first["by place"] < 1
     json.loads(to_json(report))
     figure = needle.draw(report)
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array()[2], [1, 1])
