@@ -36,6 +36,7 @@ import sys
 
 from absl import flags
 
+from configs import base
 from experiments import cli
 from yocou_jax.errors import UserError, shown
 from yocou_jax.files import expand_path, to_json
@@ -109,6 +110,7 @@ def main(_):
 
     process.keep_freed_memory()
     process.check_kernels("auto")
+    process.keep_compiled_programs(base.get_config().data.cache_dir)  # as in training
     from yocou_jax.config import MeshConfig
     from yocou_jax.evaluation.options import Options
     from yocou_jax.evaluation.results import evaluate, write

@@ -48,6 +48,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 LONGEST = (
     *("test_end_to_end", "inference/test_inference", "model/test_model", "training/test_train"),
     *("experiments/test_generate", "training/test_loop", "test_oracle", "test_sharding"),
+    *("kernels/test_tpu", "test_docs"),
 )
 
 

@@ -141,6 +141,10 @@ IMPOSSIBLE = [
         "loop_loss='1,1,1' cannot be combined with optimizer.backprop_loops=1",
     ),
     (
+        {"optimizer": {"backprop_loops": 4}},
+        "backprop_loops=4 is more than the 3 loops of the model; none means all of them",
+    ),
+    (
         {"architecture": "yoco", "optimizer": {"backprop_loops": 1}},
         "backprop_loops=1 needs a looped stage, but the program is 'window*2 | cross*2'",
     ),

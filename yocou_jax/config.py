@@ -403,6 +403,12 @@ class Config:
                 f"optimizer.backprop_loops={optimizer.backprop_loops} needs a looped stage, but "
                 f"the program is {shown(str(program))}.",
             )
+            most = max(model.loop_draw.counts if model.loop_draw else program.loop_counts)
+            _require(
+                optimizer.backprop_loops <= most,
+                f"optimizer.backprop_loops={optimizer.backprop_loops} is more than the {most} "
+                "loops of the model; none means all of them.",
+            )
         if not (weights := optimizer.loop_weights):
             return
         given = f"optimizer.loop_loss={shown(optimizer.loop_loss)}"
