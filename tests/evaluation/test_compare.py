@@ -16,7 +16,7 @@ from yocou_jax.evaluation import report as reports
 from yocou_jax.evaluation.compare import Comparison, RunFailed, overrides, report
 from yocou_jax.evaluation.statistics import interval, smallest_effect
 from yocou_jax.files import to_json
-from yocou_jax.manifest import describe, write
+from yocou_jax.manifest import describe, read, write
 from yocou_jax.study import AXES, Claim, Entry, Study, twins
 from yocou_jax.training.evaluators import Validation
 from yocou_jax.training.loop import Run
@@ -38,12 +38,12 @@ def about() -> dict:
     return describe({}, corpus="c", tokenizer="t")
 
 
-def pretend(spec):
+def pretend(spec, **facts):
     """The files of a run that has ended, made up."""
     if (loss := LOSSES[spec.entry][spec.rate]) is None:
         raise RunFailed("the gradient was not finite")
     loss += 0.01 * spec.seed if spec.entry == "a" else 0.02 * spec.seed
-    write(spec.workdir, about() | {"config": spec.config.to_dict()})
+    write(spec.workdir, about() | {"config": spec.config.to_dict()} | facts)
     tokens = AXES["tokens"].amount(spec.config) / 200
     rows = [{"step": n, "tokens": tokens * n, "bpb": loss + 1 / n} for n in range(1, 201)]
     rows[-1]["val_bpb"] = loss
@@ -137,21 +137,25 @@ def test_only_some_entries_and_more_seeds(tmp_path):
 
 def test_an_evaluation_that_is_missing_is_made_without_a_new_training(tmp_path):
     study = Study("?", {"a": Entry()}, seeds=1, evaluations={"loops": ("--loops=1,2",)})
-    calls = []
+    calls, said = [], ["--loops=1"]
 
     def evaluate(spec, task, options):
         calls.append((task, options))
         if len(calls) == 1:
             raise RunFailed("no memory")
-        (spec.workdir / "evaluation").mkdir()
+        (spec.workdir / "evaluation").mkdir(exist_ok=True)
         rows = [{"loops": count, "bits_per_byte": 1 + 1 / count} for count in (1, 2)]
         found = {"scalars": {"nats_2": 1.5}, "tables": {"nats per token": rows}, "results": rows}
+        found["command"] = f"python -m experiments.evaluate --task=loops --workdir=x {said[0]}"
         (spec.workdir / "evaluation/loops.json").write_text(json.dumps(found))
 
-    for expected in (["a lr=0.1 seed=0"], [], []):
+    for expected in (["a lr=0.1 seed=0"], [], [], []):
         comparison = Comparison(study, BASE, tmp_path)
         assert train(comparison, evaluate=evaluate) == expected
-    assert calls == [("loops", ("--loops=1,2",))] * 2
+        # What was trained counts, although its evaluation failed, or was made with other flags.
+        assert comparison.values("a") == {0: 2.0}
+        said[0] = "--loops=1" if len(calls) == 1 else "--loops=1,2"
+    assert calls == [("loops", ("--loops=1,2",))] * 3
     spec = comparison.spec("a", 0.1, 0)
     for path, value in (("scalars.nats_2", 1.5), ("results.1.bits_per_byte", 1.5)):
         assert comparison.value(spec, f"evaluation.loops.{path}") == value
@@ -160,6 +164,14 @@ def test_an_evaluation_that_is_missing_is_made_without_a_new_training(tmp_path):
     # One entry alone has no curve against tokens, but it has a depth curve.
     assert reports.panels(report(comparison)) == {"loops": {"a": [(1, 2.0), (2, 1.5)]}}
     assert not spec.failure.exists()
+
+
+def test_runs_of_another_text_are_refused(tmp_path):
+    comparison = Comparison(STUDY, BASE, tmp_path)
+    for entry, corpus in (("a", "c"), ("b", "d")):
+        pretend(comparison.spec(entry, 0.1, 0), corpus=corpus)
+    with pytest.raises(UserError, match="the corpus of one is 'd', that of the other 'c'"):
+        Comparison(STUDY, BASE, tmp_path)
 
 
 def test_a_workdir_with_other_settings_is_refused(tmp_path):
@@ -216,7 +228,8 @@ def test_two_entries_with_two_seeds(tmp_path):
         if len(specs) == 1:
             Run(spec.config, spec.workdir, evaluators=(Validation,)).train()
         else:
-            pretend(spec)
+            real = read(specs[0].workdir)
+            pretend(spec, corpus=real["corpus"], tokenizer=real["tokenizer"])
 
     with pytest.raises(KeyboardInterrupt):
         Comparison(study, base, tmp_path / "runs").train(one, never)

@@ -13,9 +13,11 @@ a comparison that was killed finds the runs that have ended, and goes on.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,13 +118,42 @@ class Comparison:
         return self._specs[entry, rate, seed]
 
     def record(self, spec: Spec) -> dict | None:
-        """What a run gave. None if it has not ended, or if an evaluation is missing."""
-        if spec.workdir not in self.records:
+        """What a run gave. None if its training has not ended. An evaluation may still be missing.
+
+        Raises UserError if it has read another text than a run that should have read the same.
+        """
+        found = self.records.get(spec.workdir)
+        if found is None or self._missing(found):
             found = _read(spec, self.study.evaluations)
             if found is None:
                 return None
+            self._check_text(spec, found)
             self.records[spec.workdir] = found
-        return self.records[spec.workdir]
+        return found
+
+    def _missing(self, record: dict) -> list[str]:
+        return [task for task in self.study.evaluations if task not in record["evaluation"]]
+
+    def has_ended(self, spec: Spec) -> bool:
+        """Whether nothing is left to do for a run: neither training nor an evaluation."""
+        record = self.record(spec)
+        return record is not None and not self._missing(record)
+
+    def _check_text(self, spec: Spec, record: dict) -> None:
+        data = dataclasses.replace(spec.config.data, seed=0)
+        for other in self._specs.values():
+            found = self.records.get(other.workdir)
+            if found is None or dataclasses.replace(other.config.data, seed=0) != data:
+                continue
+            for key in ("corpus", "tokenizer"):
+                one, two = (r["environment"][key] for r in (record, found))
+                if one != two:
+                    raise UserError(
+                        f"The runs in {spec.workdir} and {other.workdir} cannot be compared: the "
+                        f"{key} of one is {shown(str(one))}, that of the other {shown(str(two))}. "
+                        "(Another Python has another standard library.) Remove one of them, and "
+                        "make it again."
+                    )
 
     def value(self, spec: Spec, metric: str | None = None) -> float | None:
         """A metric of a run. None if the run has not ended, or if the number is not finite."""
@@ -191,14 +222,14 @@ class Comparison:
         raise RunFailed if that failed. ended: called after each run that was made here.
         """
         for spec in self.runs(only):
-            if self.record(spec) is not None:
+            if self.has_ended(spec):
                 continue
             spec.workdir.parent.mkdir(parents=True, exist_ok=True)
             try:
                 if not (spec.workdir / "summary.json").exists():
                     train(spec)
                 for task, flags in self.study.evaluations.items():
-                    if not _evaluation(spec, task).exists():
+                    if _evaluation(spec, task, flags) is None:
                         evaluate(spec, task, flags)
                 spec.failure.unlink(missing_ok=True)
             except RunFailed as failure:
@@ -207,12 +238,12 @@ class Comparison:
 
     def outcome(self, spec: Spec) -> str:
         """What a run gave, in words."""
+        if spec.failure.exists():
+            return f"failed: {spec.failure.read_text(encoding='utf-8').strip()}"
         if (record := self.record(spec)) is not None:
             value = self.value(spec)
             number = "not finite" if value is None else f"{value:.4f}"
             return f"{self.study.metric} {number} in {record['minutes']:.1f} minutes"
-        if spec.failure.exists():
-            return f"failed: {spec.failure.read_text(encoding='utf-8').strip()}"
         return "has not ended"
 
     def check_entries(self, names: Iterable[str]) -> None:
@@ -235,8 +266,15 @@ class Comparison:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def _evaluation(spec: Spec, task: str) -> Path:
-    return spec.workdir / "evaluation" / f"{task}.json"
+def _evaluation(spec: Spec, task: str, flags: Iterable[str]) -> dict | None:
+    """The report of a task. None if there is none, or if other flags made it."""
+    try:
+        found = json.loads((spec.workdir / f"evaluation/{task}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    words = [word for word in shlex.split(found["command"]) if word.startswith("--")]
+    given = {word for word in words if not word.startswith(("--workdir=", "--task="))}
+    return found if given == set(flags) else None
 
 
 def _check_settings(spec: Spec) -> None:
@@ -249,14 +287,12 @@ def _check_settings(spec: Spec) -> None:
         )
 
 
-def _read(spec: Spec, tasks: Iterable[str]) -> dict[str, Any] | None:
+def _read(spec: Spec, tasks: Mapping[str, tuple[str, ...]]) -> dict[str, Any] | None:
     try:
         summary = json.loads((spec.workdir / "summary.json").read_text(encoding="utf-8"))
-        evaluation = {
-            task: json.loads(_evaluation(spec, task).read_text(encoding="utf-8")) for task in tasks
-        }
     except FileNotFoundError:
         return None
+    reports = {task: _evaluation(spec, task, flags) for task, flags in tasks.items()}
     manifest = read_manifest(spec.workdir) or {}
     rows = metrics.read_metrics(spec.workdir / "metrics.jsonl")
     return {
@@ -267,7 +303,7 @@ def _read(spec: Spec, tasks: Iterable[str]) -> dict[str, Any] | None:
         "minutes": summary["wall_s"] / 60,  # only since the last resume, if there was one
         "resumes": len(manifest.get("resumes", [])),
         "summary": summary,
-        "evaluation": evaluation,
+        "evaluation": {task: found for task, found in reports.items() if found is not None},
         "curve": _points(rows, metrics.VAL_BPB),
         "training": _thinned(_points(rows, metrics.BPB)),
     }
