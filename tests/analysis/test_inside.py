@@ -50,6 +50,7 @@ def test_a_walk_is_the_forward_pass(program):
 # --- Hand-made parameters -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_layers_that_add_nothing():
     """Then no loop changes anything, and the derivative of a loop is the identity."""
 

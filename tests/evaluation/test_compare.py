@@ -202,6 +202,7 @@ def test_the_flags_of_a_run_make_its_config():
     assert overrides(language.get_config(), Config.from_dict(language.get_config())) == []
 
 
+@pytest.mark.slow
 def test_two_entries_with_two_seeds(tmp_path):
     """The first of the four runs is a real one. Then the comparison is killed, and goes on."""
     rng = random.Random(0)
