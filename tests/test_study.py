@@ -98,8 +98,7 @@ def test_a_claim_about_entries_that_do_not_match_is_refused():
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_can_be_made_and_says_what_is_expected(name):
     module = importlib.import_module(f"configs.studies.{name}")
-    found = twins(module.STUDY, Config.from_dict(module.get_config()))
-    assert found.keys() == module.STUDY.entries.keys()
+    twins(module.STUDY, Config.from_dict(module.get_config()))  # or it raises
     assert module.STUDY.seeds >= 3
     assert f"python -m experiments.compare --config=configs/studies/{name}.py" in module.__doc__
     for words in ("Match: ", "Cost: ", "Expected, written before the first run. "):

@@ -15,7 +15,7 @@ from tests import tiny
 from yocou_jax.config import MeshConfig
 from yocou_jax.sharding import make_mesh
 from yocou_jax.training import loss
-from yocou_jax.training.loss import cross_entropy, token_scores
+from yocou_jax.training.loss import cross_entropy, divergence, token_scores
 
 
 def plain(hidden, head, targets, weights, z_loss):
@@ -189,7 +189,7 @@ def test_the_head_gradient_crosses_devices_once_and_not_with_every_chunk(monkeyp
 
 
 @pytest.mark.parametrize(("chunk_logits", "length", "shards"), [(2**22, 12, 3), (64, 7, 2)])
-def test_scores_of_single_tokens(chunk_logits, length, shards, monkeypatch):
+def test_scores_of_single_tokens_and_the_divergence(chunk_logits, length, shards, monkeypatch):
     """In one chunk, and in chunks that do not divide the positions."""
     monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", chunk_logits)
     hidden, head, targets, _ = example(4, length, 11)
@@ -202,3 +202,11 @@ def test_scores_of_single_tokens(chunk_logits, length, shards, monkeypatch):
     )
     np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(best, logits.argmax(-1) == targets)
+    # The same chunks for the divergence of two predictions; padded positions add nothing.
+    other, weights = hidden[::-1] + 1, example(4, length, 11)[3]
+    log_q = jax.nn.log_softmax(other @ head)
+    kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    found = jax.jit(divergence, static_argnames="shards")(
+        hidden, other, head, weights, shards=shards
+    )
+    np.testing.assert_allclose(found, (weights * kl).sum(), rtol=1e-5)

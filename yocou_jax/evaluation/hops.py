@@ -1,10 +1,10 @@
 """p-hop induction (`Hops` in data/synthetic.py): which chains can a model follow, with which loops?
 
 Only answers count: the letters between them are random. Every answer is predicted from the true
-text before it, in one full forward pass. The texts are new: no training has them.
+text before it, in one full forward pass. The texts are drawn anew; only short ones may have been
+in training too.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,45 +13,36 @@ import numpy as np
 from jax.sharding import Mesh
 
 from yocou_jax.config import ModelConfig
+from yocou_jax.data.pipeline import Batch
 from yocou_jax.data.synthetic import EVALUATION, Hops, follow
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation.answers import batches, bins, counts, settings, summary
 from yocou_jax.evaluation.options import Options
+from yocou_jax.evaluation.perplexity import scores
 from yocou_jax.mixers import MIXERS
-from yocou_jax.model import Compute, logits, resolve_compute
+from yocou_jax.model import resolve_compute
 from yocou_jax.pretrained import Pretrained
-from yocou_jax.typing import Array, Bool, Float, Int, PyTree
+from yocou_jax.typing import Bool, Float, Int
 
 SAMPLES = 512
 PARTS = 32  # bins of a view by position or distance, at most
 LEAST = 100  # answers of a bin, so that its 95% interval is at most 0.2 wide
-TOKENS, LOGITS = 2**15, 2**26  # of a batch: they limit its memory
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _losses(
-    params: PyTree, tokens: Int[Array, "B N1"], *, config: ModelConfig, compute: Compute
-) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
-    """For each token but the first: its loss in nats, and whether it is the most likely one."""
-    scores, targets = logits(params, config, tokens[:, :-1], compute), tokens[:, 1:]
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)[..., 0]
-    return nll, scores.argmax(axis=-1) == targets
+TOKENS = 2**15  # of a batch: they limit its memory
 
 
 def losses(
     model: Pretrained, tokens: Int[np.ndarray, "rows N1"]
 ) -> tuple[Float[np.ndarray, "rows N"], Bool[np.ndarray, "rows N"]]:
-    """`_losses` of all rows, on the mesh of the context."""
+    """`perplexity.scores` of each token but the first, on the mesh of the context."""
     rows, length = tokens.shape
-    size = min(TOKENS // length, LOGITS // (length * model.config.vocab_size))
-    compute = resolve_compute(model.compute)
-    found = [
-        jax.device_get(
-            _losses(model.params, jnp.asarray(tokens[batch]), config=model.config, compute=compute)
+    compute, found = resolve_compute(model.compute), []
+    for chosen in batches(rows, TOKENS // length):
+        some = jnp.asarray(tokens[chosen])
+        batch = Batch(some[:, :-1], some[:, 1:], None, None, None)
+        found.append(
+            jax.device_get(scores(model.params, batch, config=model.config, compute=compute))
         )
-        for batch in batches(rows, size)
-    ]
     nll, right = (np.concatenate(parts)[:rows] for parts in zip(*found, strict=True))
     return nll, right
 

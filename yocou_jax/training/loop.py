@@ -38,8 +38,6 @@ from yocou_jax.training.resume import END_FIELDS, FREE_FIELDS, compare_starts, l
 from yocou_jax.training.step import Setup, TrainState, set_up
 from yocou_jax.trees import flat
 
-KV_TAG = "memory/kv_bytes_per_sequence"  # in TensorBoard: bytes of the caches, as in summary.json
-
 log = logging.getLogger(__name__)
 
 
@@ -221,7 +219,7 @@ class Run:
         """Tells TensorBoard what this run is: its config as text, its row in the HParams page."""
         config = self.config
         events.text("config", _as_text(config), step)
-        events.scalars(step, {KV_TAG: self.kv_bytes})
+        events.scalars(step, {metrics.tag(metrics.KV_BYTES): self.kv_bytes})
         tokens = config.run.steps * self.tokens_per_step
         facts = {
             "Program": str(config.model.program),
@@ -234,8 +232,8 @@ class Run:
             "Learning rate": config.optimizer.learning_rate,
         }
         fields = {k: v for k, v in flat(config.to_dict()).items() if k not in FREE_FIELDS}
-        shown = (metrics.VAL_BPB, metrics.VAL_LOSS, metrics.TOKENS_PER_S)
-        events.hparams(facts | fields, [*map(metrics.tag, shown), KV_TAG])
+        shown = (metrics.VAL_BPB, metrics.VAL_LOSS, metrics.TOKENS_PER_S, metrics.KV_BYTES)
+        events.hparams(facts | fields, [*map(metrics.tag, shown)])
 
     def _fresh(self, manifest: dict, notices: list[str]) -> TrainState:
         """The state at step 0, with the parameters of `init_from` if there is one."""
@@ -391,7 +389,7 @@ class Run:
             **{name: value for name, value in self.values.items() if name.startswith("val_")},
             "tokens_per_s": stopwatch.total_tokens / max(stopwatch.total_seconds, 1e-9),
             "wall_s": time.perf_counter() - self.started,
-            "kv_bytes_per_sequence": self.kv_bytes,
+            metrics.KV_BYTES: self.kv_bytes,
             "final_params_sha256": sha256,
         }
 

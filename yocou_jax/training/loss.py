@@ -37,6 +37,11 @@ def _num_chunks(rows: int, length: int, vocab: int) -> int:
     return min(length, -(-rows * (vocab // vocab_ways(vocab)) // limit))
 
 
+def _split(batch: int, shards: int) -> int:
+    """A batch that its number of parts does not divide is not split over devices."""
+    return 1 if batch % shards else shards
+
+
 def _to_chunks(x, shards: int, chunks: int):
     """[B, N, ...] -> [chunks, shards, rows, ...]. Each chunk has some positions of every sequence.
     A row is one position of one sequence.
@@ -140,8 +145,7 @@ def cross_entropy(
     """
     if weights is None:
         weights = jnp.ones(targets.shape, jnp.float32)
-    if hidden.shape[0] % shards:
-        shards = 1  # such a batch is not split over devices
+    shards = _split(hidden.shape[0], shards)
     total, (nll, z) = _cross_entropy(hidden, head, targets, weights, z_loss, shards)
     return total, LossSums(nll=nll, z=z, weight=jnp.sum(weights))
 
@@ -158,7 +162,7 @@ def divergence(
     batch, length, _ = hidden.shape
     if weights is None:
         weights = jnp.ones((batch, length), jnp.float32)
-    shards = 1 if batch % shards else shards
+    shards = _split(batch, shards)
     chunks = _num_chunks(2 * batch // shards * length, length, head.shape[1])  # logits of both
     head = head.astype(hidden.dtype)
 
@@ -183,8 +187,7 @@ def token_scores(
     """To evaluate a model, for each target: -log p in nats, and whether no other token is more
     likely. shards: as in `cross_entropy`."""
     batch, length, _ = hidden.shape
-    if batch % shards:
-        shards = 1
+    shards = _split(batch, shards)
     chunks = _num_chunks(batch // shards * length, length, head.shape[1])
     head = head.astype(hidden.dtype)
 

@@ -40,6 +40,8 @@ EXPERT_LOAD_MIN = "expert_load_min"  # of the expert with the fewest tokens, in 
 # With run.analysis: inside/NAME, with the names of `Inside.scalars` (yocou_jax/analysis/inside.py).
 INSIDE = "inside"
 
+KV_BYTES = "kv_bytes_per_sequence"  # of the caches, in summary.json and TensorBoard
+
 LOSSES = (LOSS, BPB, VAL_LOSS, VAL_BPB)
 # In TensorBoard, a metric is in a group. One that no group names is in the last one.
 GROUPS = {
@@ -49,6 +51,7 @@ GROUPS = {
     "optimizer": (LR, GRAD_NORM, SKIPPED_UPDATES, TOKENS),
     "speed": (TOKENS_PER_S, MFU, DATA_WAIT_FRACTION),
     "experts": (LOAD_BALANCE, ROUTER_Z, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN),
+    "memory": (KV_BYTES,),
     "other": (),
 }
 
