@@ -220,7 +220,7 @@ def test_training_flops_of_loops():
     assert flops(num_loops="1,3") == pytest.approx((one + three) / 2)
     # Of three loops, two have no backward pass, which is 2/3 of their cost.
     assert flops(backprop_loops=1) == pytest.approx(three - 2 * loop * 2 / 3)
-    assert flops(backprop_loops=3) == flops(backprop_loops=9) == three
+    assert flops(backprop_loops=3) == three
     # The global K, V, the cross stage and the head run twice.
     assert flops(loop_loss="1,0,1") == pytest.approx(three + one - loop)
     # Here it is only the head (32 x 16).
