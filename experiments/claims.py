@@ -55,7 +55,7 @@ def documents(found: dict[str, Study], results: list[claims.Result]) -> dict[Pat
     grids = [Grid(*table) for table in claims.tables(found, results)]
     said = claims.sentences(claims.HEADLINE, found, results)
     claim, _ = claims.find(claims.HEADLINE, found, results)
-    line = " ".join(said) or f"`{claim.lower}` against `{claim.higher}`: not run yet."
+    line = " ".join(said) or f"`{claim.lower}` below `{claim.higher}`: not run yet."
     readme, count = HEADLINE.subn(lambda _: line, README.read_text(encoding="utf-8"))
     if count != 1:
         raise UserError("README.md must have `<!-- headline -->` and its end once.")

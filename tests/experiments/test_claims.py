@@ -53,8 +53,9 @@ def test_the_table_has_every_claim(place, capsys):
     assert "## two: not run" in page
     assert "| `c` below `d`, at equal parameters, tokens | Figure 6 | +0 to +1 | `two.c_below_d` |"
     headline = (
-        "What came: <!-- headline -->`b` is lower than `a` by +0.2800 bits/byte (95% interval: "
-        "+0.2552 to +0.3048; 3 seeds; 2.74K parameters, 2.56K tokens; cpu): reproduced.<!-- end"
+        "What came: <!-- headline -->`b` below `a`: reproduced. The difference is +0.2800 "
+        "bits/byte (95% interval: +0.2552 to +0.3048; above 0, the claim holds; 3 seeds; 2.74K "
+        "parameters, 2.56K tokens; cpu).<!-- end"
     )
     assert Path("README.md").read_text().startswith(headline)
     capsys.readouterr()
@@ -76,7 +77,7 @@ def test_without_results_every_claim_is_listed_as_not_run(place):
     command.main(["", "table"])
     assert command.main(["", "check"]) == 0
     assert "## one: not run" in Path("CLAIMS.md").read_text()
-    assert "-->`b` against `a`: not run yet.<!--" in Path("README.md").read_text()
+    assert "-->`b` below `a`: not run yet.<!--" in Path("README.md").read_text()
 
 
 def test_a_figure_without_a_result_is_found(place):
@@ -110,7 +111,7 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, monkeypatch, caps
             *("--workdir=runs/claims/two", "--out=runs/claims/two.json"),
         ],
     ]
-    assert "So far: `b` is lower than `a` by +0.2800" in capsys.readouterr().out
+    assert "So far: `b` below `a`: reproduced. The difference is +0.2800" in capsys.readouterr().out
     for words, error in ((["run", "one.x"], "no claim 'one.x'"), ([], "Say `table`")):
         with pytest.raises(UserError, match=error):
             command.main(["", *words])

@@ -210,9 +210,9 @@ def sentences(name: str, studies: Mapping[str, Study], results: Sequence[Result]
             cells = _cells(found, result.report)
             unit = "bits/byte" if found["metric"] == "summary.val_bpb" else found["metric"]
             said.append(
-                f"`{claim.lower}` is lower than `{claim.higher}` by {cells[0]} {unit} (95% "
-                f"interval: {cells[1]}; {cells[2]} seeds; {cells[5]}; {result.device}): "
-                f"{cells[4]}."
+                f"`{claim.lower}` below `{claim.higher}`: {cells[4]}. The difference is {cells[0]} "
+                f"{unit} (95% interval: {cells[1]}; above 0, the claim holds; {cells[2]} seeds; "
+                f"{cells[5]}; {result.device})."
             )
     return said
 
