@@ -224,7 +224,7 @@ def repeat_with_offset(seed: int) -> Batch:
     return Batch(text[:, :-1], text[:, 1:], weights, None, None)
 
 
-@pytest.mark.parametrize("name", tiny.quick([*tiny.FOUR, "experts"], "yoco_u"))
+@pytest.mark.parametrize("name", tiny.quick(["yoco_u", "parscale", "experts"], "yoco_u"))
 def test_an_architecture_learns_a_task_that_needs_attention(name):
     config = tiny.config(
         "full*2" if name == "experts" else name,
