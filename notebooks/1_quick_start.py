@@ -46,7 +46,7 @@ fields = yocou_small.get_config("yoco_u")
 fields.model.update(d_model=96, head_dim=24, d_ff=384)
 fields.data.validation_sequences = 32
 fields.optimizer.warmup_steps = STEPS // 10
-fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 5), sample_every=STEPS)
+fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 5))
 config = Config.from_dict(fields)
 
 sizes = accounting.parameters(config.model)
@@ -57,13 +57,15 @@ print(f"tokens:     {STEPS * config.data.batch_size * config.data.sequence_lengt
 # %% [markdown]
 # ## Train
 #
-# `Run` trains, measures the loss on text that is held out, and writes checkpoints to its *workdir*.
+# `Run` trains, and writes metrics and checkpoints to its *workdir*. Its *evaluators* measure on the
+# way: here only the loss on text that is held out.
 # It tells a *reporter* what happens. This reporter draws the loss while the model learns.
 
 # %%
 from IPython.display import display
 
 from yocou_jax import plots
+from yocou_jax.training.evaluators import Validation
 from yocou_jax.training.loop import Run
 from yocou_jax.training.reporter import Reporter
 
@@ -95,7 +97,7 @@ class LiveCurve(Reporter):
 
 WORKDIR = Path("runs/notebooks/quick_start")
 shutil.rmtree(WORKDIR, ignore_errors=True)  # without this line, a run goes on where it was
-summary = Run(config, WORKDIR, reporter=LiveCurve()).train()
+summary = Run(config, WORKDIR, LiveCurve(), evaluators=[Validation]).train()
 
 # %%
 print(f"{summary['val_loss']:.3f} nats per token, {summary['val_bpb']:.3f} bits per byte")
@@ -117,7 +119,7 @@ from yocou_jax.evaluation.tasks import TASKS
 from yocou_jax.sharding import make_mesh
 
 mesh = make_mesh(config.mesh)
-report = results.evaluate("loops", Options(WORKDIR, loops=(1, 2, 3, 4, 6)), mesh)
+report = results.evaluate("loops", Options(WORKDIR, loops=(1, 2, 4)), mesh)
 TASKS["loops"].draw(report)
 
 # %% [markdown]

@@ -48,7 +48,7 @@ fields = yocou_small.get_config()
 fields.model.update(d_model=96, head_dim=24, d_ff=384)
 fields.data.validation_sequences = 32
 fields.optimizer.warmup_steps = STEPS // 10
-fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 10), sample_every=STEPS)
+fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 6))
 study = Study(
     question="Do loops help at equal parameters?",
     entries={"yoco_u": Entry(), "yoco": Entry({"model.architecture": "yoco"})},
@@ -71,12 +71,13 @@ for axis, ratio in ratios(configs["yoco_u"], configs["yoco"]).items():
 # They see the same batches in the same order.
 
 # %%
+from yocou_jax.training.evaluators import Validation
 from yocou_jax.training.loop import Run
 
 FOLDER = Path("runs/notebooks/compare")
 shutil.rmtree(FOLDER, ignore_errors=True)  # without this line, the runs go on where they were
 for name, config in configs.items():
-    summary = Run(config, FOLDER / name).train()
+    summary = Run(config, FOLDER / name, evaluators=[Validation]).train()
     print(f"{name:7} {summary['val_bpb']:.4f} bits per byte, {summary['wall_s']:.0f} s")
 
 # %% [markdown]

@@ -32,25 +32,25 @@ STEPS = int(os.environ.get("NOTEBOOK_STEPS", 200))  # updates; fewer take less t
 # %% [markdown]
 # ## Train, and measure on the way
 #
-# With `run.analysis`, each validation also measures what happens inside the model, on one batch of
-# held-out text. The window is small here, so that the receptive field (below) is smaller than the
-# text.
+# The evaluator `Analysis` measures what happens inside the model, on one batch of held-out text,
+# at each validation. (It does nothing without `run.analysis`.)
 
 # %%
 from configs import yocou_small
 from yocou_jax.config import Config
+from yocou_jax.training.evaluators import Analysis, Validation
 from yocou_jax.training.loop import Run
 
 fields = yocou_small.get_config("yoco_u")
-fields.model.update(d_model=96, head_dim=24, d_ff=384, window=16)
-fields.data.validation_sequences = 8
+fields.model.update(d_model=96, head_dim=24, d_ff=384)
+fields.data.validation_sequences = 32
 fields.optimizer.warmup_steps = STEPS // 10
-fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 4), sample_every=STEPS, analysis=True)
+fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 4), analysis=True)
 config = Config.from_dict(fields)
 
 WORKDIR = Path("runs/notebooks/inside")
 shutil.rmtree(WORKDIR, ignore_errors=True)  # without this line, a run goes on where it was
-summary = Run(config, WORKDIR).train()
+summary = Run(config, WORKDIR, evaluators=[Validation, Analysis]).train()
 print(config.model.program)
 print(f"{summary['val_loss']:.3f} nats per token after {summary['wall_s']:.0f} s")
 
@@ -129,7 +129,7 @@ from yocou_jax.model import resolve_compute
 trained = pretrained.load(WORKDIR)
 how = resolve_compute(trained.compute)
 text = Path(subprocess.__file__).read_text()
-tokens = np.array([trained.tokenizer.encode(text)[: config.data.sequence_length]])  # [1, N]
+tokens = np.array([trained.tokenizer.encode(text)[:512]])  # [1, N], longer than in training
 W, (_, stage) = trained.config.window, trained.config.program.self_decoder[0]
 
 for loops in (1, 2, 3, 4):

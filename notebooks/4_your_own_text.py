@@ -38,6 +38,7 @@ STEPS = int(os.environ.get("NOTEBOOK_STEPS", 300))  # updates; fewer take less t
 
 # %%
 import random
+
 folder = Path("runs/notebooks/text")
 folder.mkdir(parents=True, exist_ok=True)
 SOURCE = f"{folder}/*.txt"
@@ -85,7 +86,7 @@ fields = yocou_small.get_config("yoco_u")
 fields.model.update(d_model=96, head_dim=24, d_ff=384, vocab_size=512, window=32)
 fields.data.update(source=SOURCE, sequence_length=128, batch_size=8, validation_sequences=32)
 fields.optimizer.warmup_steps = STEPS // 10
-fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 5), sample_every=STEPS)
+fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 5))
 config = Config.from_dict(fields)
 
 data = load_data(config.data)
@@ -96,18 +97,17 @@ print(" | ".join(data.tokenizer.decode([token]) for token in data.tokenizer.enco
 # %% [markdown]
 # ## Train
 #
-# `Console` shows what the command line shows. The text at the end is a sample: what the model
-# writes.
+# `Console` shows what the command line shows.
 
 # %%
 from yocou_jax.training.console import Console
+from yocou_jax.training.evaluators import Validation
 from yocou_jax.training.loop import Run
 
-fields.run.sample_prompt = ""
 WORKDIR = Path("runs/notebooks/your_own_text")
 shutil.rmtree(WORKDIR, ignore_errors=True)  # without this line, a run goes on where it was
 with Console() as console:
-    summary = Run(Config.from_dict(fields), WORKDIR, reporter=console).train()
+    summary = Run(config, WORKDIR, console, evaluators=[Validation]).train()
 
 # %% [markdown]
 # ## Bits per byte
@@ -155,7 +155,7 @@ for temperature in (0.0, 0.8):
 # ## Export
 #
 # An export has the weights in the safetensors format, the sizes and the tokenizer.
-# `pretrained.load` reads it like a workdir. An export overwrites nothing, so its folder must be new.
+# `pretrained.load` reads it like a workdir. An export overwrites nothing: its folder must be new.
 
 # %%
 exported = Path("exported/your_own_text")

@@ -96,11 +96,10 @@ class Browser:
         script = f"everywhere({selector!r}).map(e => e.innerText.trim()).filter(t => t)"
         return self.value(script)
 
-    def wait_for(self, selector: str, count: int = 1, seconds: float = 60) -> list[str]:
-        """The texts, as soon as there are `count` of them."""
+    def wait_for(self, selector: str, texts: list[str], seconds: float = 60) -> None:
+        """Waits until the first texts are these."""
         end = time.monotonic() + seconds
-        while len(found := self.texts(selector)) < count:
+        while (found := self.texts(selector))[: len(texts)] != texts:
             if time.monotonic() > end:
-                raise RuntimeError(f"After {seconds} s, {selector!r} has the texts {found}.")
+                raise AssertionError(f"The texts of {selector!r} are {found}, and not {texts}.")
             time.sleep(0.2)
-        return found

@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_logs_no_warning(tmp_path, caplog):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
 
 
-FACTS = {"Program": "window*2@3 | cross*2", "Loops": 3, "Tokens": 100, "Parameters": 10}
+FACTS = {"2 loops": 3, "1 program": "window*2@3 | cross*2"}
 
 
 @pytest.fixture(scope="module")
@@ -321,8 +321,12 @@ def test_what_tensorboard_has_read(tensorboard):
 def test_what_a_person_sees_in_tensorboard(tensorboard, tmp_path):
     """In a real browser: the order of the groups, and of the columns of the table."""
     groups = ["1 loss", "2 validation", "3 loop", "4 speed", "5 optimizer"]
+    metric = metrics.tag(metrics.VAL_LOSS)
     with browser.Browser(tmp_path) as page:
         page.open(f"{tensorboard}/#timeseries")
-        print(page.wait_for(".group-title", len(groups)))
+        page.wait_for(".group-title", ["Pinned", *groups, "x_gflops", "x_tokens"])
+        page.open(f"{tensorboard}/#scalars")
+        page.wait_for(".category-name", [*groups, "x_gflops", "x_tokens"])
         page.open(f"{tensorboard}/#hparams")
-        print(page.wait_for("th"))
+        cells = ["Trial ID", "Show Metrics", *sorted(FACTS), "model.window", metric]
+        page.wait_for("vaadin-grid-cell-content", cells)
