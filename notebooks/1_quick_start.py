@@ -26,6 +26,10 @@ if not os.path.isdir("yocou_jax"):  # a notebook starts in its own folder
     os.chdir("..")
 STEPS = int(os.environ.get("NOTEBOOK_STEPS", 200))  # updates; fewer take less time and learn less
 
+import absl.logging
+
+absl.logging.set_verbosity("error")  # Orbax warns when it reads a checkpoint
+
 # %matplotlib inline
 # %config InlineBackend.figure_format = "retina"
 
@@ -89,7 +93,13 @@ class LiveCurve(Reporter):
     def draw(self):
         figure, axes = plots.subplots()
         axes.plot(self.train.keys(), self.train.values(), color="0.6", label="training")
-        axes.plot(self.validation.keys(), self.validation.values(), "o-", label="validation")
+        axes.plot(
+            self.validation.keys(),
+            self.validation.values(),
+            "o-",
+            label="validation",
+            clip_on=False,
+        )
         axes.set(xlabel="updates", ylabel="nats per token", xlim=(0, self.total))
         axes.legend()
         self.picture.update(figure)
@@ -145,12 +155,10 @@ for count in (3, 1):
     out = inference.generate(
         model, [prompt], max_new_tokens=80, sampling=inference.Sampling(temperature=0.8), seeds=1
     )
-    print(f"--- {count} loop(s), {out.lengths[0] / out.decode_s:.0f} tokens per second")
+    print(f"--- {count} loop(s)")
     print(words.decode([*prompt[1:], *out.tokens[0, : out.lengths[0]]]), "\n")
 
 # %% [markdown]
-# (The speed has the compilation in it. The second call for the same sizes is faster.)
-#
 # ## What the run has left
 #
 # `metrics.jsonl` has one JSON object for each logged update, `events.*` is the same for

@@ -26,6 +26,10 @@ if not os.path.isdir("yocou_jax"):  # a notebook starts in its own folder
     os.chdir("..")
 STEPS = int(os.environ.get("NOTEBOOK_STEPS", 200))  # updates; fewer take less time and learn less
 
+import absl.logging
+
+absl.logging.set_verbosity("error")  # Orbax warns when it reads a checkpoint
+
 # %matplotlib inline
 # %config InlineBackend.figure_format = "retina"
 

@@ -26,6 +26,10 @@ if not os.path.isdir("yocou_jax"):  # a notebook starts in its own folder
     os.chdir("..")
 STEPS = int(os.environ.get("NOTEBOOK_STEPS", 300))  # updates; fewer take less time and learn less
 
+import absl.logging
+
+absl.logging.set_verbosity("error")  # Orbax warns when it reads a checkpoint
+
 # %matplotlib inline
 # %config InlineBackend.figure_format = "retina"
 
@@ -143,7 +147,7 @@ from yocou_jax import inference, pretrained
 
 trained = pretrained.load(WORKDIR)
 words = trained.tokenizer
-prompt = [words.eot_id, *words.encode(sentence.split(".")[0][:12])]
+prompt = [words.eot_id, *words.encode(" ".join(sentence.split()[:3]))]
 model = inference.prepare(trained.params, trained.config, trained.compute)
 for temperature in (0.0, 0.8):
     sampling = inference.Sampling(temperature=temperature)
