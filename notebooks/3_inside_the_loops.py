@@ -136,7 +136,7 @@ text = Path(subprocess.__file__).read_text()
 tokens = np.array([trained.tokenizer.encode(text)[:512]])  # [1, N], longer than in training
 W, (_, stage) = trained.config.window, trained.config.program.self_decoder[0]
 
-for loops in (1, 2, 3, 4):
+for loops in (1, 2, 3):
     model = with_loops(trained, loops)
     seen = analysis.receptive_field(model.params, model.config, how, tokens)
     print(f"{loops} loop(s): {int(seen)} tokens; computed: {loops * stage.layers * (W - 1) + 1}")

@@ -7,7 +7,7 @@ A source is in the percent format of jupytext: a line `# %%` begins a cell. A no
 without outputs, so that a change of a source is a small change of its notebook.
 
 --check runs all notebooks. The results are in runs/notebooks, with
-outputs: `jupyter nbconvert --to html` shows one as a page. NOTEBOOK_STEPS=10 makes them quick.
+outputs: `jupyter nbconvert --to html` shows one as a page. NOTEBOOK_STEPS=2 makes them quick.
 """
 
 import asyncio
