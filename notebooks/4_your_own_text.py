@@ -24,7 +24,7 @@ if "google.colab" in sys.modules and not os.path.isdir("yocou_jax"):  # only on 
     os.chdir("yocou-jax")
 if not os.path.isdir("yocou_jax"):  # a notebook starts in its own folder
     os.chdir("..")
-STEPS = int(os.environ.get("NOTEBOOK_STEPS", 300))  # updates; fewer take less time and learn less
+STEPS = int(os.environ.get("NOTEBOOK_STEPS", 200))  # updates; fewer take less time and learn less
 
 import absl.logging
 
@@ -36,16 +36,15 @@ absl.logging.set_verbosity("error")  # Orbax warns when it reads a checkpoint
 # %% [markdown]
 # ## The text
 #
-# Put files of text into the folder `runs/notebooks/text`, or set `SOURCE` to the path of your own
-# files (`my/books/*.txt`). On Colab you can upload files here. If there are none, the cell makes
-# a text: short stories of a farm, with chance in the place of an author.
+# Put your files of text (`*.txt`) into the folder `runs/notebooks/text`, or upload them here, if
+# this is Colab. If there are none, the cell makes a text: short stories of a farm, with chance in
+# the place of an author.
 
 # %%
 import random
 
 folder = Path("runs/notebooks/text")
 folder.mkdir(parents=True, exist_ok=True)
-SOURCE = f"{folder}/*.txt"
 
 if "google.colab" in sys.modules:
     from google.colab import files
@@ -69,11 +68,12 @@ def story(rng):
 
 
 if not list(folder.glob("*.txt")):
-    rng = random.Random(0)
+    folder, rng = Path("runs/notebooks/farm"), random.Random(0)
+    folder.mkdir(exist_ok=True)
     (folder / "farm.txt").write_text("\n".join(story(rng) for _ in range(3000)) + "\n")
 first = sorted(folder.glob("*.txt"))[0]
 print(first, f"{first.stat().st_size:,} bytes\n")
-print(first.read_text()[:400])
+print(first.read_text("utf-8", "replace")[:400])
 
 # %% [markdown]
 # ## A tokenizer for it
@@ -88,14 +88,16 @@ from yocou_jax.data import load_data
 
 fields = yocou_small.get_config("yoco_u")
 fields.model.update(d_model=96, head_dim=24, d_ff=384, vocab_size=512, window=32)
-fields.data.update(source=SOURCE, sequence_length=128, batch_size=8, validation_sequences=32)
+fields.data.update(
+    source=f"{folder}/*.txt", sequence_length=128, batch_size=8, validation_sequences=32
+)
 fields.optimizer.warmup_steps = STEPS // 10
 fields.run.update(steps=STEPS, eval_every=max(1, STEPS // 5))
 config = Config.from_dict(fields)
 
 data = load_data(config.data)
 print(f"{data.num_tokens:,} training tokens of {data.bytes_per_token:.2f} bytes")
-sentence = first.read_text()[:60]
+sentence = first.read_text("utf-8", "replace")[:60]
 print(" | ".join(data.tokenizer.decode([token]) for token in data.tokenizer.encode(sentence)))
 
 # %% [markdown]
