@@ -93,14 +93,8 @@ class LiveCurve(Reporter):
     def draw(self):
         figure, axes = plots.subplots()
         axes.plot(self.train.keys(), self.train.values(), color="0.6", label="training")
-        axes.plot(
-            self.validation.keys(),
-            self.validation.values(),
-            "o-",
-            label="validation",
-            clip_on=False,
-        )
-        axes.set(xlabel="updates", ylabel="nats per token", xlim=(0, self.total))
+        axes.plot(self.validation.keys(), self.validation.values(), "o-", label="validation")
+        axes.set(xlabel="updates", ylabel="nats per token", xlim=(0, 1.02 * self.total))
         axes.legend()
         self.picture.update(figure)
 

@@ -95,6 +95,7 @@ for name, config in configs.items():
 from tensorboard import notebook
 
 if "NOTEBOOK_STEPS" not in os.environ:  # a test of this notebook has no browser
+    os.environ["PATH"] += f"{os.pathsep}{os.path.dirname(sys.executable)}"  # it may be only there
     notebook.start(f"--logdir {FOLDER}")
 
 # %% [markdown]
