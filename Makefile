@@ -1,4 +1,4 @@
-# make help | setup | train | test | test-fast | test-once | lint | kernels
+# make help | setup | train | test | test-fast | test-once | lint | notebooks | kernels
 #
 # Everything runs in its own virtual environment. Another Python, environment or accelerator:
 #   make test PYTHON=python3.13 VENV=.venv-newest
@@ -13,7 +13,7 @@ TARGET       ?= v6e
 ARGS         ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-once lint kernels
+.PHONY: help setup train test test-fast test-once lint notebooks kernels
 
 help:
 	@echo "make setup      make $(VENV) and install $(REQUIREMENTS) into it (once)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-fast  setup, then all tests but those that are marked slow"
 	@echo "make test-once  setup, then each of these tests with one of its cases"
 	@echo "make lint       setup, then ruff's checks, its format check, and the types of the arithmetic"
+	@echo "make notebooks  setup, then build the notebooks from their sources; ARGS=--check compares and runs them"
 	@echo "make kernels    compile the attention kernels for $(TARGET): v5e, v5p, v6e, tpu7x, h200 or a100"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) REQUIREMENTS=$(REQUIREMENTS) CONFIG=$(CONFIG) ARGS="
 
@@ -90,6 +91,11 @@ lint: setup
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m basedpyright --pythonpath $(VENV)/bin/python
+
+notebooks: setup
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
+	  -r requirements/notebooks.txt
+	$(VENV)/bin/python -m notebooks.build $(ARGS)
 
 # It has its own environment, because `setup` makes one again if other requirements are asked for.
 kernels: REQUIREMENTS = requirements-aot.txt

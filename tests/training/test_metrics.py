@@ -18,6 +18,7 @@ import pytest
 import rich.console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests import browser
 from yocou_jax.training import metrics
 from yocou_jax.training.console import Console
 from yocou_jax.training.metrics import MetricsWriter, mfu, read_metrics
@@ -36,7 +37,7 @@ def test_mfu_is_known_only_if_the_peak_is():
     assert mfu(312e12, "cpu", 1) is None
 
 
-def scalars(workdir, tag="loss/loss"):
+def scalars(workdir, tag="1 loss/loss"):
     events = EventAccumulator(str(workdir))
     events.Reload()
     return {e.step: e.value for e in events.Scalars(tag)}
@@ -106,14 +107,21 @@ def test_losses_by_tokens_and_gflops_survive_a_resume(tmp_path):
     assert scalars(tmp_path, "x_tokens/loss") == {1000: 1.0, 2000: 2.0, 3000: 9.0}
     assert scalars(tmp_path, "x_gflops/loss") == {500: 1.0, 1000: 2.0, 1500: 9.0}
     assert scalars(tmp_path, "x_gflops/val_loss") == {1500: 8.0}
-    assert scalars(tmp_path, "optimizer/lr") == {10: 1.0, 20: 1.0}
+    assert scalars(tmp_path, "5 optimizer/lr") == {10: 1.0, 20: 1.0}
 
 
 def test_every_metric_has_a_group():
     names = {v for k, v in vars(metrics).items() if k.isupper() and isinstance(v, str)}
     grouped = [name for group in metrics.GROUPS.values() for name in group]
     assert len(grouped) == len(set(grouped))
-    assert names - set(grouped) == {metrics.STEP, metrics.SKIPPED_IN_A_ROW, metrics.INSIDE}
+    assert names - set(grouped) == {metrics.STEP, metrics.SKIPPED_IN_A_ROW}
+    assert list(metrics.GROUPS) == sorted(metrics.GROUPS)  # so does TensorBoard
+
+
+def test_a_metric_of_a_family_is_in_the_group_of_the_family():
+    assert metrics.tag("inside/step_loop_1") == "3 loop/inside/step_loop_1"
+    assert metrics.tag(metrics.at_loops(metrics.VAL_LOSS, 3)) == "2 validation/val_loss_loops_3"
+    assert metrics.tag("mine") == "8 other/mine"
 
 
 def plain(**options):
@@ -246,56 +254,79 @@ def test_a_loss_that_is_not_finite_logs_no_warning(tmp_path, caplog):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
 
 
-@pytest.mark.slow
-def test_what_tensorboard_shows(tmp_path):
-    """A real TensorBoard reads the events of two runs."""
+FACTS = {"2 loops": 3, "1 program": "window*2@3 | cross*2"}
+
+
+@pytest.fixture(scope="module")
+def tensorboard(tmp_path_factory):
+    """The address of a real TensorBoard that has read the events of two runs."""
+    folder = tmp_path_factory.mktemp("runs")
     for name, loss in (("a", 2.0), ("b", 3.0)):
-        writer = MetricsWriter(tmp_path / name, gflops_per_token=0.5)
-        writer.events.hparams({"Loops": 3, "model.window": 64}, [metrics.tag(metrics.VAL_LOSS)])
-        writer.write(10, {"loss": loss, "val_loss": loss, "tokens": 100, "tokens_per_s": 5.0})
+        writer = MetricsWriter(folder / name, gflops_per_token=0.5)
+        writer.events.hparams({"model.window": 64} | FACTS, [metrics.tag(metrics.VAL_LOSS)])
+        row = {"loss": loss, "val_loss": loss, "tokens": 100, "tokens_per_s": 5.0}
+        writer.write(10, row | {"inside/step_loop_1": 1.0})
         writer.close()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def get(path, **data):
-        body = json.dumps(data).encode() if data else None
-        url = f"http://127.0.0.1:{port}/data/plugin/{path}"
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    flags = [f"--logdir={tmp_path}", f"--port={port}", "--load_fast=false"]
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    flags = [f"--logdir={folder}", f"--port={address.rpartition(':')[2]}", "--load_fast=false"]
     server = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", *flags], stderr=subprocess.DEVNULL
     )
+    end, runs = time.monotonic() + 120, {}
     try:
-        check_what_tensorboard_shows(get, time.monotonic() + 120)
+        while set(runs) != {"a", "b"}:
+            assert time.monotonic() < end, runs
+            with contextlib.suppress(urllib.error.URLError):  # it does not listen yet
+                runs = read(address, "scalars/tags")
+            time.sleep(0.2)
+        yield address
     finally:
         server.kill()
         server.wait()
 
 
-def check_what_tensorboard_shows(get, deadline):
-    tags = {}
-    while set(tags) != {"a", "b"}:
-        assert time.monotonic() < deadline, tags
-        with contextlib.suppress(urllib.error.URLError):  # it does not listen yet
-            tags = get("scalars/tags")
-        time.sleep(0.2)
+def read(address, path, **data):
+    body = json.dumps(data).encode() if data else None
+    url = f"{address}/data/plugin/{path}"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.slow
+def test_what_tensorboard_has_read(tensorboard):
     losses = {
         f"{group}/{name}" for group in ("x_tokens", "x_gflops") for name in ("loss", "val_loss")
     }
-    assert set(tags["a"]) == losses | {
-        "loss/loss",
-        "validation/val_loss",
-        "speed/tokens_per_s",
-        "optimizer/tokens",
+    assert set(read(tensorboard, "scalars/tags")["a"]) == losses | {
+        "1 loss/loss",
+        "2 validation/val_loss",
+        "3 loop/inside/step_loop_1",
+        "4 speed/tokens_per_s",
+        "5 optimizer/tokens",
     }
-    ((_, step, value),) = get("scalars/scalars?run=b&tag=x_gflops/loss")
+    ((_, step, value),) = read(tensorboard, "scalars/scalars?run=b&tag=x_gflops/loss")
     assert (step, value) == (50, 3.0)
-    pages = get("custom_scalars/layout")["category"]
+    pages = read(tensorboard, "custom_scalars/layout")["category"]
     assert [page["title"] for page in pages] == ["Loss by tokens", "Loss by GFLOPs"]
-    board = get("hparams/experiment", experimentName="", includeMetrics=True)
-    assert [info["name"] for info in board["hparamInfos"]] == ["Loops", "model.window"]
-    assert [info["name"]["tag"] for info in board["metricInfos"]] == ["validation/val_loss"]
+    board = read(tensorboard, "hparams/experiment", experimentName="", includeMetrics=True)
+    assert [info["name"] for info in board["hparamInfos"]] == [*sorted(FACTS), "model.window"]
+    assert [info["name"]["tag"] for info in board["metricInfos"]] == ["2 validation/val_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.PROGRAM is None, reason="this machine has no Chromium")
+def test_what_a_person_sees_in_tensorboard(tensorboard, tmp_path):
+    """In a real browser: the order of the groups, and of the columns of the table."""
+    groups = ["1 loss", "2 validation", "3 loop", "4 speed", "5 optimizer"]
+    metric = metrics.tag(metrics.VAL_LOSS)
+    with browser.Browser(tmp_path) as page:
+        page.open(f"{tensorboard}/#timeseries")
+        page.wait_for(".group-title", ["Pinned", *groups, "x_gflops", "x_tokens"])
+        page.open(f"{tensorboard}/#scalars")
+        page.wait_for(".category-name", [*groups, "x_gflops", "x_tokens"])
+        page.open(f"{tensorboard}/#hparams")
+        cells = ["Trial ID", "Show Metrics", *sorted(FACTS), "model.window", metric]
+        page.wait_for("vaadin-grid-cell-content", cells)

@@ -7,8 +7,8 @@ it shows the runs side by side:
   have the losses again, with tokens and training GFLOPs on the axis where TensorBoard says "step".
   With them, programs that cost different amounts can be compared.
 * Custom scalars: the losses by tokens and by GFLOPs, as two pages.
-* HParams: a row per run. Names that begin with a capital letter are facts about the run; they stand
-  first, because TensorBoard sorts the names.
+* HParams: a row per run. Names that begin with a number are facts about the run; they stand first,
+  because TensorBoard sorts the names.
 """
 
 import os

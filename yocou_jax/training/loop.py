@@ -221,15 +221,16 @@ class Run:
         events.text("config", _as_text(config), step)
         events.scalars(step, {metrics.tag(metrics.KV_BYTES): self.kv_bytes})
         tokens = config.run.steps * self.tokens_per_step
+        # TensorBoard sorts the names, and its table shows the first five.
         facts = {
-            "Program": str(config.model.program),
-            "Loops": config.model.num_loops
+            "1 program": str(config.model.program),
+            "2 loops": config.model.num_loops
             if self.loop_draw
             else max(stage.num_loops for stage in config.model.program.stages),
-            "Parameters": accounting.parameters(config.model).total,
-            "Tokens": tokens,
-            "FLOPs": tokens * accounting.run_flops_per_token(config),
-            "Learning rate": config.optimizer.learning_rate,
+            "3 parameters": accounting.parameters(config.model).total,
+            "4 tokens": tokens,
+            "5 FLOPs": tokens * accounting.run_flops_per_token(config),
+            "6 learning rate": config.optimizer.learning_rate,
         }
         fields = {k: v for k, v in flat(config.to_dict()).items() if k not in FREE_FIELDS}
         shown = (metrics.VAL_BPB, metrics.VAL_LOSS, metrics.TOKENS_PER_S, metrics.KV_BYTES)

@@ -43,25 +43,25 @@ INSIDE = "inside"
 KV_BYTES = "kv_bytes_per_sequence"  # of the caches, in summary.json and TensorBoard
 
 LOSSES = (LOSS, BPB, VAL_LOSS, VAL_BPB)
-# In TensorBoard, a metric is in a group. One that no group names is in the last one.
+# In TensorBoard, a metric is in a group. One that no group names is in the last one. The numbers
+# are there because TensorBoard sorts the groups by name.
 GROUPS = {
-    "loop": (LOOPS,),
-    "loss": (LOSS, BPB, Z_LOSS),
-    "validation": (VAL_LOSS, VAL_BPB),
-    "optimizer": (LR, GRAD_NORM, SKIPPED_UPDATES, TOKENS),
-    "speed": (TOKENS_PER_S, MFU, DATA_WAIT_FRACTION),
-    "experts": (LOAD_BALANCE, ROUTER_Z, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN),
-    "memory": (KV_BYTES,),
-    "other": (),
+    "1 loss": (LOSS, BPB, Z_LOSS),
+    "2 validation": (VAL_LOSS, VAL_BPB),
+    "3 loop": (LOOPS, INSIDE),
+    "4 speed": (TOKENS_PER_S, MFU, DATA_WAIT_FRACTION),
+    "5 optimizer": (LR, GRAD_NORM, SKIPPED_UPDATES, TOKENS),
+    "6 experts": (LOAD_BALANCE, ROUTER_Z, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN),
+    "7 memory": (KV_BYTES,),
+    "8 other": (),
 }
 
 
 def tag(name: str) -> str:
-    """The name of a metric in TensorBoard: "group/name". A name may have its group itself."""
-    if "/" in name:
-        return name
-    base = name.partition("_loops_")[0]  # see `at_loops`
-    group = next((group for group, names in GROUPS.items() if base in names), "other")
+    """The name of a metric in TensorBoard: "group/name"."""
+    base = name.partition("/")[0].partition("_loops_")[0]  # inside/NAME, and see `at_loops`
+    last = list(GROUPS)[-1]
+    group = next((group for group, names in GROUPS.items() if base in names), last)
     return f"{group}/{name}"
 
 
