@@ -294,10 +294,18 @@ class LanguageModel(nn.Module):
         return jnp.einsum("pbnd,bnp->bnd", x, weights.astype(x.dtype))
 
 
-@functools.cache  # to trace an initialization takes a second, and a start needs it several times
 def abstract_params(config: ModelConfig) -> PyTree:
     """Shapes of all parameters, boxed with their logical axes. Allocates nothing. Those of a stage
     are stacked over its layers: [layers, ...]."""
+    # Loops add no parameters, but they double the time of a trace.
+    program = config.program
+    stages = tuple(dataclasses.replace(stage, loops=None) for stage in program.stages)
+    once = str(dataclasses.replace(program, stages=stages))
+    return _traced_params(dataclasses.replace(config, architecture=once, num_loops=None))
+
+
+@functools.cache  # a trace takes a tenth of a second, and a start needs it several times
+def _traced_params(config: ModelConfig) -> PyTree:
     tokens = jnp.zeros((1, 2), jnp.int32)
     # Parameters do not depend on how the model runs.
     compute = Compute(jnp.dtype("float32"), "auto", "none", unroll=0, scan=True)
