@@ -94,7 +94,8 @@ class Claim:
     source: the table or figure of the paper. expected: the range of `more` minus `less` that was
     expected before the first run. least: a smaller difference would not matter. match: axes on
     which the two entries must match, and metric: its path in the record of a run (compare.py);
-    None: those of the study.
+    None: those of the study. against: the path of the value of `more`, if it is another one: so a
+    claim can compare two numbers of one run.
     """
 
     less: str
@@ -104,6 +105,7 @@ class Claim:
     least: float = 0.005
     match: tuple[str, ...] | None = None
     metric: str | None = None
+    against: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -381,12 +381,14 @@ def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
 
 def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
     sides = (claim.less, claim.more)
-    found = paired(*(comparison.values(name, claim.metric) for name in sides))
+    paths = (claim.metric, claim.against or claim.metric)
+    found = paired(*map(comparison.values, sides, paths))
     return {
         "less": claim.less,
         "more": claim.more,
         "source": claim.source,
         "metric": claim.metric or comparison.study.metric,
+        "against": claim.against,
         "match": list(comparison.study.match if claim.match is None else claim.match),
         "expected": list(claim.expected),
         "least": claim.least,
