@@ -26,8 +26,8 @@ from yocou_jax.data.synthetic import (
 )
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.answers import accuracy, batches, counts, settings
-from yocou_jax.evaluation.options import Options
+from yocou_jax.evaluation.answers import accuracy, batches, settings
+from yocou_jax.evaluation.options import Options, models, suffix
 from yocou_jax.inference import generate, prepare
 from yocou_jax.pretrained import Pretrained
 from yocou_jax.typing import Int
@@ -211,7 +211,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
                     continue
                 raise
             prompts = [loaded.tokenizer.decode(prompt) for prompt in exam.prompts]
-            for count, model in counts(loaded, options):
+            for count, model in models(loaded, options):
                 texts = generated(model, exam)
                 about = {"kind": task.kind, "length": length, "loops": count}
                 guess = {"by place": by_place(exam.quizzes, prompts)}
@@ -221,7 +221,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
                     cell = grade(exam.quizzes[these], texts[these])
                     cell["by place"] = by_place(exam.quizzes[these], prompts[these])
                     results.append(about | {"depth": depth} | cell)
-    names = [f"{r['kind']}_length{r['length']}_loops{r['loops']}" for r in table]
+    names = [f"{r['kind']}_length{r['length']}{suffix(r['loops'], options)}" for r in table]
     return {
         "loops": list(options.loops or loaded.config.program.loop_counts),
         "source": " + ".join(task.name for task in tasks),
