@@ -17,8 +17,8 @@ Match: all entries have the same parameters, and all of a claim the same tokens.
 that of new texts. A claim is that one entry has a lower accuracy than another. Muon at 0.01, as in
 configs/studies/language.py; no other rate was tried.
 
-Cost: 21 runs of 1 to 2 minutes on 2 idle CPU cores, about 32 minutes in all. This is an estimate
-before any whole run: 3.4e13 FLOPs at 30 GFLOP/s, and 40 seconds to start, to validate and to
+Cost: 21 runs of 1 to 2 minutes on 2 idle CPU cores, about 30 minutes in all. This is an estimate
+before any whole run: 3.0e13 FLOPs at 30 GFLOP/s, and 40 seconds to start, to validate and to
 evaluate each run.
 
 Expected, written before the first run. Two sizing runs (LOG.md) had 100%, 99%, 75% and 70% right
@@ -59,7 +59,7 @@ def get_config():
     c.data.update(
         source=chains(1, 2, 3, 4), tokenizer="bytes", batch_size=32, sequence_length=LENGTH
     )
-    c.run.update(steps=400, eval_every=100, sample_every=1000, sample_tokens=16)
+    c.run.update(steps=350, eval_every=100, sample_every=1000, sample_tokens=16)
     return c
 
 
@@ -75,7 +75,7 @@ def accuracy(hops: int) -> str:
 
 def window(width: int) -> Entry:
     """Two loops that see so many tokens back, on two hops only."""
-    fields = {"data.source": chains(2), "run.steps": 160}
+    fields = {"data.source": chains(2), "run.steps": 140}
     return Entry(fields | {"model.num_loops": 2, "model.window": width}, match=("parameters",))
 
 
