@@ -131,7 +131,7 @@ def test_hops_of_a_model(options):
     loaded = trained.model("window*1@2 | cross*1")
     source = "0.5*hops(p=1,length=24)+0.5*hops(p=2,length=24)"
     report = run(hops, loaded, options(source=source, loops=(2, 1), lengths=(24,), samples=12))
-    assert report["loops"] == [2, 1]
+    assert (report["loops"], report["length"]) == ([2, 1], 24)
     cases = [(r["p"], r["loops"]) for r in report["results"]]
     assert cases == [(1, 2), (1, 1), (2, 2), (2, 1)]
     json.loads(to_json(report))
@@ -235,7 +235,8 @@ def test_a_needle_is_found_or_not(options, monkeypatch):
         return texts
 
     monkeypatch.setattr(needle, "generated", generated)
-    given = options(source="needle(kind=two_hop)", samples=3, lengths=(1100, 1200))
+    twice = "0.5*needle(kind=two_hop)+0.5*needle(kind=two_hop,length=2000,seed=1)"
+    given = options(source=twice, samples=3, lengths=(1100, 1200))
     report = run(needle, trained.model(), given)
     shares = {r["depth"]: (r["accuracy"], r["other needle"]) for r in report["results"][5:]}
     assert shares == {0.0: (0, 0), 0.25: (0, 0), 0.5: (1, 0), 0.75: (0, 0), 1.0: (0, 1)}

@@ -141,6 +141,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
         "loops": list(options.loops or loaded.config.program.loop_counts),
         "source": " + ".join(task.name for task in tasks),
         "texts": options.samples or SAMPLES,
+        "length": max(r["length"] for r in results),
         "seed": options.seed,
         "scalars": {
             f"{name}_p{r['p']}_length{r['length']}{suffix(r['loops'], options)}": r[name]

@@ -197,6 +197,8 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """
     table, results, samples = [], [], options.samples or SAMPLES
     tasks = settings(options, Needle, [Needle(), Needle("text")])
+    # The length is that of the options, so parts of a mixture may ask the same.
+    tasks = list({(task.kind, task.haystack): task for task in tasks}.values())
     for task in tasks:
         lines = None
         if task.source is not None:
