@@ -22,7 +22,7 @@ from yocou_jax.program import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 CURRENT = [
-    *("README.md", "CONTRIBUTING.md", "pallas_kernels/README.md"),
+    *("README.md", "CLAIMS.md", "CONTRIBUTING.md", "pallas_kernels/README.md"),
     *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")),
 ]
 DOCUMENTS = [*CURRENT, "CHANGELOG.md", "LOG.md"]  # these two may name files that were deleted

@@ -1,5 +1,6 @@
 """Twins match on their axes, and entries that do not match cannot be compared."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -9,7 +10,17 @@ from tests import tiny
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 from yocou_jax.program import ARCHITECTURES
-from yocou_jax.study import AXES, Claim, Entry, Study, matched, ratios, twins
+from yocou_jax.study import (
+    AXES,
+    Claim,
+    Entry,
+    Study,
+    check_changes,
+    matched,
+    ratios,
+    twins,
+    with_fields,
+)
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(p.stem for p in (ROOT / "configs/studies").glob("*.py") if p.stem != "__init__")
@@ -67,6 +78,10 @@ def test_equal_kv_bytes_change_the_window():
     assert AXES["kv_bytes"].amount(config) == 40 * 2 * 2 * 8 * 2
 
 
+def claims(*made: Claim) -> Study:
+    return Study("?", {"a": Entry()}, made)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -78,7 +93,12 @@ def test_equal_kv_bytes_change_the_window():
         (lambda: Study("?", {}), "at least one entry"),
         (lambda: Study("?", {"../a": Entry()}), "must have a name"),
         (lambda: Study("?", {"a": Entry()}, seeds=0), "seeds=0"),
-        (lambda: Study("?", {"a": Entry()}, (Claim("a", "b", "", (0, 1)),)), "names 'b'"),
+        (lambda: Study("?", {"a": Entry()}, learning_rates=(0.1, 0.0)), "must be numbers above 0"),
+        (lambda: Study("?", {"a": Entry({"run.seed": 1})}), "a sets run.seed, but"),
+        (lambda: Study("?", {"a": Entry({"optimizer.learning_rate": 0.1})}), "learning rates and"),
+        (lambda: claims(Claim("a", "b", "", (0, 1))), "names 'b'"),
+        (lambda: claims(*[Claim("a", "a", "", (0, 1))] * 2), "2 claims with the name a_below_a"),
+        (lambda: claims(Claim("a", "a", "", (0, 1), metric="evaluation.hops.x")), "are none"),
     ],
 )
 def test_what_is_refused(make, words):
@@ -93,6 +113,23 @@ def test_a_claim_about_entries_that_do_not_match_is_refused():
     wrong = Study("?", entries, (Claim("a", "b", "", (0, 1)),), ("tokens",))
     with pytest.raises(UserError, match="b cannot be compared with a at equal training tokens"):
         twins(wrong, REFERENCE)
+
+
+def test_a_flag_that_does_not_reach_all_entries_is_refused():
+    study = Study("?", {"a": Entry(), "b": Entry({"model.num_loops": 1})})
+    swept = dataclasses.replace(study, learning_rates=(0.1, 0.2))
+    fields = {
+        "run.seed": (study, 5, "the seeds are 0, 1, 2"),
+        "data.seed": (study, 5, "the seeds are 0, 1, 2"),
+        "optimizer.learning_rate": (swept, 0.3, "tries several learning rates"),
+        "model.num_loops": (study, 2, "on b, because the study sets"),
+    }
+    for name, (one, value, words) in fields.items():
+        with pytest.raises(UserError, match=rf"--config\.{name} would have no effect.*{words}"):
+            check_changes(one, REFERENCE, with_fields(REFERENCE, {name: value}))
+    changes = {"optimizer.learning_rate": 0.3, "run.steps": 7}
+    check_changes(study, REFERENCE, with_fields(REFERENCE, changes))
+    check_changes(swept, REFERENCE, REFERENCE)
 
 
 @pytest.mark.parametrize("name", STUDIES)

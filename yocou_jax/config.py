@@ -430,7 +430,7 @@ class Config:
         _require(
             optimizer.backprop_loops is None,
             f"{given} cannot be combined with optimizer.backprop_loops="
-            f"{optimizer.backprop_loops}: the last loops before each loss are other ones.",
+            f"{optimizer.backprop_loops}: each loss would have other last loops.",
         )
 
     @classmethod

@@ -5,7 +5,9 @@ and STUDY, which says how the other entries differ. `twins` finds the sizes with
 equal to the reference on each axis of its match. All amounts come from accounting.py. No jax.
 """
 
+import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +17,8 @@ from yocou_jax.config import FIELDS, Config, unknown_field
 from yocou_jax.errors import UserError, shown
 
 TOLERANCE = 0.01  # largest relative difference on an axis on which two entries match
+# A comparison sets these fields in each run: an entry cannot have its own, or seeds would not pair.
+RATE, SEEDS = "optimizer.learning_rate", ("run.seed", "data.seed")
 
 
 # --- Axes -----------------------------------------------------------------------------------------
@@ -79,8 +83,9 @@ AXES = {
 class Entry:
     """One program of a study.
 
-    fields: config fields that differ from `get_config()`, by dotted name. match: the axes on which
-    the entry must match the reference. None: those of the study.
+    fields: config fields that differ from `get_config()`, by dotted name; the learning rate and the
+    seeds are those of the study. match: the axes on which the entry must match the reference. None:
+    those of the study.
     """
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -89,23 +94,36 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """That a metric of the entry `less` is below that of the entry `more`.
+    """The entry `lower` has a lower value of a metric than the entry `higher`.
 
-    source: the table or figure of the paper. expected: the range of `more` minus `less` that was
-    expected before the first run. least: a smaller difference would not matter. match: axes on
-    which the two entries must match, and metric: its path in the record of a run (compare.py);
-    None: those of the study. against: the path of the value of `more`, if it is another one: so a
-    claim can compare two numbers of one run.
+    source: the table or figure of the paper. expected: the range of the difference (`higher` minus
+    `lower`) that was expected before the first run. least: a smaller difference would not matter.
+    match: axes on which the two entries must match, and metric: its path in the record of a run
+    (compare.py); None: those of the study. paper: the two values in the paper, of `lower` first, as
+    words. Empty: it has none. against: the path of the value of `higher`, if it is another one: so
+    a claim can compare two numbers of one run.
     """
 
-    less: str
-    more: str
+    lower: str
+    higher: str
     source: str
     expected: tuple[float, float]
     least: float = 0.005
     match: tuple[str, ...] | None = None
     metric: str | None = None
+    paper: str = ""
     against: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What users type: the two entries, and the end of the path of its own metric."""
+        end = "" if self.metric is None else f".{self.metric.rpartition('.')[2]}"
+        return f"{self.lower}_below_{self.higher}{end}"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The paths that are not those of the study."""
+        return tuple(path for path in (self.metric, self.against) if path is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +156,39 @@ class Study:
                     f"The entry {shown(name)} must have a name of letters, digits, '_', '-' and "
                     "'.', that does not begin with '-' or '.'."
                 )
+            if own := entry.fields.keys() & {RATE, *SEEDS}:
+                raise UserError(
+                    f"The entry {name} sets {' and '.join(sorted(own))}, but the learning rates "
+                    "and the seeds are those of the whole study (learning_rates, seeds)."
+                )
             _check_axes(self.match if entry.match is None else entry.match)
+        self._check_claims()
+        if self.seeds < 1:
+            raise UserError(f"seeds={self.seeds} of a study must be at least 1.")
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise UserError(
+                f"learning_rates={self.learning_rates} of a study must be numbers above 0."
+            )
+
+    def _check_claims(self) -> None:
         for claim in self.claims:
-            for name in (claim.less, claim.more):
+            for name in (claim.lower, claim.higher):
                 if name not in self.entries:
                     raise UserError(
                         f"A claim names {shown(name)}, which is no entry of the study; the entries "
                         f"are {', '.join(self.entries)}."
                     )
             _check_axes(self.match if claim.match is None else claim.match)
-        if self.seeds < 1:
-            raise UserError(f"seeds={self.seeds} of a study must be at least 1.")
+        for metric in (self.metric, *(path for claim in self.claims for path in claim.metrics)):
+            root, _, rest = metric.partition(".")
+            if root == "evaluation" and rest.partition(".")[0] not in self.evaluations:
+                raise UserError(
+                    f"The metric {shown(metric)} is of a task that the study does not evaluate; "
+                    f"its tasks are {', '.join(self.evaluations) or 'none'}."
+                )
+        for name, count in collections.Counter(claim.name for claim in self.claims).items():
+            if count > 1:
+                raise UserError(f"The study has {count} claims with the name {name}.")
 
     @property
     def reference(self) -> str:
@@ -163,7 +203,33 @@ def _check_axes(names: tuple[str, ...]) -> None:
             )
 
 
+def check_changes(study: Study, file: Config, base: Config) -> None:
+    """Checks that the flags have an effect on all entries.
+
+    file: the settings of `get_config()`. base: the same, changed by flags. Raises UserError if a
+    field has changed that the study or one of its entries sets.
+    """
+    for name in (name for name in FIELDS if _value(file, name) != _value(base, name)):
+        start = f"--config.{name} would have no effect"
+        if name in SEEDS:
+            raise UserError(f"{start}: the seeds are 0, 1, 2, ... (--seeds says how many count).")
+        if name == RATE and study.learning_rates:
+            raise UserError(
+                f"{start}: the study tries several learning rates (--learning_rates gives others)."
+            )
+        if entries := [e for e, entry in study.entries.items() if name in entry.fields]:
+            raise UserError(
+                f"{start} on {', '.join(entries)}, because the study sets this field there. Change "
+                "it in a copy of the study's file."
+            )
+
+
 # --- Twins ----------------------------------------------------------------------------------------
+
+
+def _value(config: Config, name: str) -> Any:
+    group, field = name.split(".")
+    return getattr(getattr(config, group), field)
 
 
 def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
@@ -205,7 +271,7 @@ def twins(study: Study, base: Config) -> dict[str, Config]:
         found[name] = config
     for claim in study.claims:
         match = study.match if claim.match is None else claim.match
-        _check_match(claim.less, found[claim.less], claim.more, found[claim.more], match)
+        _check_match(claim.lower, found[claim.lower], claim.higher, found[claim.higher], match)
     return found
 
 
@@ -216,8 +282,7 @@ def _solve(config: Config, axis: Axis, wanted: float) -> Config:
     def sized(size: int) -> Config:
         return with_fields(config, {axis.field: size})
 
-    group, field = axis.field.split(".")
-    size, now = getattr(getattr(config, group), field), axis.amount(config)
+    size, now = _value(config, axis.field), axis.amount(config)
     slope = (axis.amount(sized(2 * size)) - now) / size
     if now == wanted or slope == 0:
         return config

@@ -33,6 +33,8 @@ def nats(loops: int) -> str:
     return f"evaluation.loops.scalars.nats_{loops}"
 
 
+CURVE = "a lower loss (a curve without numbers)"
+
 STUDY = Study(
     question="Does the loss fall with every loop, by less each time?",
     entries={
@@ -43,9 +45,9 @@ STUDY = Study(
     learning_rates=(0.005, 0.01, 0.02),
     evaluations={"loops": ("--loops=1,2,3,4,5,6,7,8",)},
     claims=(
-        Claim("loops_2", "loops_1", "Figure 6", expected=(0.005, 0.02)),
-        Claim("loops_3", "loops_2", "Figure 6", expected=(0.0, 0.01)),
-        Claim("loops_5", "loops_3", "Figure 6", expected=(-0.005, 0.01)),
+        Claim("loops_2", "loops_1", "Figure 6", (0.005, 0.02), paper=CURVE),
+        Claim("loops_3", "loops_2", "Figure 6", (0.0, 0.01), paper=CURVE),
+        Claim("loops_5", "loops_3", "Figure 6", (-0.005, 0.01), paper=CURVE),
         Claim("loops_3", "loops_random", "not in the paper", expected=(0.0, 0.03)),
         # In nats per token.
         Claim("loops_random", "loops_3", "not in the paper", (0.05, 2.0), 0.02, metric=nats(1)),

@@ -1,8 +1,7 @@
 """A comparison makes each run once, also after a kill, and its report is what the runs gave."""
 
-import functools
+import dataclasses
 import json
-import random
 
 import pytest
 from absl import flags
@@ -10,63 +9,13 @@ from absl import flags
 from configs.studies import language
 from experiments import cli
 from tests import tiny
+from tests.studies import BASE, REVISION, STUDY, about, pretend, train
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import report as reports
 from yocou_jax.evaluation.compare import Comparison, RunFailed, overrides, report
 from yocou_jax.evaluation.statistics import interval, smallest_effect
-from yocou_jax.files import to_json
-from yocou_jax.manifest import describe, read, write
-from yocou_jax.study import AXES, Claim, Entry, Study, twins
-from yocou_jax.training.evaluators import Validation
-from yocou_jax.training.loop import Run
-
-BASE = tiny.config("full*1", run={"steps": 20}, optimizer={"learning_rate": 0.1})
-STUDY = Study(
-    "Does <b> beat a?",
-    {"a": Entry(), "b": Entry({"model.window": 3})},
-    claims=(Claim("b", "a", "Table 3", expected=(0.0, 0.5)),),
-    seeds=3,
-    learning_rates=(0.3, 0.1, 0.2),
-)
-# What a run would reach, by entry and learning rate.
-LOSSES = {"a": {0.1: 2.0, 0.2: 1.5, 0.3: 1.7}, "b": {0.1: 1.2, 0.2: 1.9, 0.3: None}}
-
-
-@functools.cache
-def about() -> dict:
-    return describe({}, corpus="c", tokenizer="t")
-
-
-def pretend(spec, **facts):
-    """The files of a run that has ended, made up."""
-    if (loss := LOSSES[spec.entry][spec.rate]) is None:
-        raise RunFailed("the gradient was not finite")
-    loss += 0.01 * spec.seed if spec.entry == "a" else 0.02 * spec.seed
-    write(spec.workdir, about() | {"config": spec.config.to_dict()} | facts)
-    tokens = AXES["tokens"].amount(spec.config) / 200
-    rows = [{"step": n, "tokens": tokens * n, "bpb": loss + 1 / n} for n in range(1, 201)]
-    rows[-1]["val_bpb"] = loss
-    (spec.workdir / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in rows))
-    flops = AXES["flops"].amount(spec.config)
-    summary = {"val_bpb": loss, "wall_s": 60.0, "train_flops": flops}
-    (spec.workdir / "summary.json").write_text(to_json(summary))
-
-
-def never(spec, task, options):
-    raise AssertionError(f"The study has no task {task}.")
-
-
-def train(comparison, **changes):
-    """Makes all runs that are left. Returns their names."""
-    made = []
-
-    def one(spec):
-        made.append(spec.name)
-        pretend(spec)
-
-    comparison.train(**({"train": one, "evaluate": never} | changes))
-    return made
+from yocou_jax.study import Claim, Entry, Study, twins
 
 
 def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_path):
@@ -82,7 +31,10 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     ended = []
     assert train(again, ended=ended.append) == ["b lr=0.3 seed=0"]
     assert [again.outcome(spec) for spec in ended] == ["failed: the gradient was not finite"]
-    found = report(again)
+    # The clock of a run counts all of its processes, and wall_s (60 s here) the last one.
+    again.spec("a", 0.2, 1).clock.write_text("180.0\n")
+    again.spec("a", 0.2, 2).clock.write_text("30.0\n")
+    found = report(Comparison(STUDY, BASE, tmp_path))
     a, b = found["entries"]["a"], found["entries"]["b"]
     assert (a["learning_rate"], a["rate_at_edge"], a["swept"]) == (0.2, False, True)
     assert (b["learning_rate"], b["rate_at_edge"], b["swept"]) == (0.1, True, True)
@@ -95,8 +47,9 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     assert claim["difference"] == pytest.approx(interval([0.29, 0.28, 0.27])._asdict())
     assert effect == pytest.approx(smallest_effect(interval([0.29, 0.28, 0.27])))
     assert claim["verdict"] == "reproduced"
-    assert b["difference"]["mean"] == pytest.approx(-0.28)
-    assert found["minutes"] == 11
+    assert claim["remarks"] == ["the best learning rate of b is at the edge of those tried"]
+    assert b["difference"]["mean"] == pytest.approx(0.28)
+    assert found["minutes"] == claim["minutes"] == 13
     run = a["runs"][0]
     assert run["curve"] == [(20 * 8 * 16, 2.0)]
     assert len(run["training"]) <= 64
@@ -119,7 +72,7 @@ def test_a_comparison_that_was_killed_goes_on(tmp_path):
         train(Comparison(STUDY, BASE, tmp_path), train=killed)
     # Before its end, a report has what there is: no seed that counts, and so no interval.
     early = report(Comparison(STUDY, BASE, tmp_path))
-    assert not early["claims"][0]["swept"]
+    assert early["claims"][0]["remarks"] == ["not run"]
     assert early["claims"][0]["verdict"] == "inconclusive"
     rest = train(Comparison(STUDY, BASE, tmp_path))
     assert len(made + rest) == 12
@@ -166,8 +119,17 @@ def test_an_evaluation_that_is_missing_is_made_without_a_new_training(tmp_path):
     spec = comparison.spec("a", 0.1, 0)
     for path, value in (("scalars.nats_2", 1.5), ("results.1.bits_per_byte", 1.5)):
         assert comparison.value(spec, f"evaluation.loops.{path}") == value
-    for path in ("scalars.nats_3", "results.2.bits_per_byte", "results.x", "scalars.nats_2.x"):
-        assert comparison.value(spec, f"evaluation.loops.{path}") is None
+    # A path that leads to no number is found as soon as a run of the claim has ended.
+    for path, words in (
+        ("scalars.nats_3", "evaluation.loops.scalars has nats_1, nats_2, and not nats_3"),
+        ("results.2.bits_per_byte", "results has 0, 1, and not 2"),
+        ("scalars.nats_2.x", "nats_2 has no names, and not x"),
+        ("command", "is not a number: 'python -m"),
+    ):
+        for field in ("metric", "against"):
+            claim = Claim("a", "a", "", (0, 1), **{field: f"evaluation.loops.{path}"})
+            with pytest.raises(UserError, match=words):
+                Comparison(dataclasses.replace(study, claims=(claim,)), BASE, tmp_path)
     # One entry alone has no curve against tokens, but it has a depth curve.
     found = report(comparison)
     assert reports.panels(found) == {"loops": {"a": [(1, 2.0), (2, 1.5)]}}
@@ -183,6 +145,29 @@ def test_runs_of_another_text_are_refused(tmp_path):
         pretend(comparison.spec(entry, 0.1, 0), corpus=corpus)
     with pytest.raises(UserError, match="the corpus of one is 'd', that of the other 'c'"):
         Comparison(STUDY, BASE, tmp_path)
+
+
+def test_runs_of_other_code_devices_and_versions_are_remarked(tmp_path):
+    study = dataclasses.replace(STUDY, learning_rates=())
+    comparison = Comparison(study, BASE, tmp_path)
+    before = {key: about()[key] for key in ("git", "python", "packages", "device")}
+    older = before | {"packages": before["packages"] | {"jax": "0.1"}}
+    gpu = {"kind": "H100", "count": 2, "processes": 1}
+    for seed in (0, 1, 2):
+        pretend(comparison.spec("a", 0.1, seed))
+    pretend(comparison.spec("b", 0.1, 0), git=f"{REVISION}+dirty")
+    pretend(comparison.spec("b", 0.1, 1), device=gpu)
+    # The last process of a run is not the only one that counts.
+    pretend(comparison.spec("b", 0.1, 2), resumes=[{"before": older}])
+    found, kind = report(Comparison(study, BASE, tmp_path)), before["device"]
+    assert found["claims"][0]["remarks"] == [
+        "learning rates not swept",
+        "2 revisions of the code: 0123456789, 0123456789+dirty",
+        "the code had changes that were not committed",
+        f"2 devices: 2 x H100, {kind['count']} x {kind['kind']}",
+        f"2 versions of jax: 0.1, {before['packages']['jax']}",
+    ]
+    assert found["remarks"] == found["claims"][0]["remarks"][1:]
 
 
 def test_a_workdir_with_other_settings_is_refused(tmp_path):
@@ -211,69 +196,3 @@ def test_the_flags_of_a_run_make_its_config():
         cli.parse(["command", *words], flag_values)
         assert Config.from_dict(holder.value) == config
     assert overrides(language.get_config(), Config.from_dict(language.get_config())) == []
-
-
-@pytest.mark.slow
-def test_two_entries_with_two_seeds(tmp_path):
-    """The first of the four runs is a real one. Then the comparison is killed, and goes on."""
-    rng = random.Random(0)
-    text = "\n".join("".join(rng.choices("abcd ", k=60)) for _ in range(100))
-    (tmp_path / "text.txt").write_text(text)
-    base = tiny.config(
-        "full*1",
-        **{"num_layers": 1, "vocab_size": 258, "d_model": 8, "num_heads": 1, "num_kv_heads": 1},
-        data={
-            **{"source": str(tmp_path / "text.txt"), "tokenizer": "bytes"},
-            **{"validation_sequences": 8, "cache_dir": str(tmp_path / "cache")},
-        },
-        run={"steps": 4, "eval_every": 2},
-        optimizer={"learning_rate": 0.1},
-    )
-    study = Study(STUDY.question, STUDY.entries, STUDY.claims, seeds=2)
-    specs = []
-
-    def one(spec):
-        if len(specs) == 1:
-            specs.append(None)
-            raise KeyboardInterrupt
-        specs.append(spec)
-        if len(specs) == 1:
-            Run(spec.config, spec.workdir, evaluators=(Validation,)).train()
-        else:
-            real = read(specs[0].workdir)
-            pretend(spec, corpus=real["corpus"], tokenizer=real["tokenizer"])
-
-    with pytest.raises(KeyboardInterrupt):
-        Comparison(study, base, tmp_path / "runs").train(one, never)
-    comparison = Comparison(study, base, tmp_path / "runs")
-    comparison.train(one, never)
-    assert [spec and spec.name for spec in specs] == [
-        *("a lr=0.1 seed=0", None, "b lr=0.1 seed=0", "a lr=0.1 seed=1", "b lr=0.1 seed=1")
-    ]
-    seeds = [(s.config.run.seed, s.config.data.seed) for s in specs if s]
-    assert seeds == [(0, 0), (0, 0), (1, 1), (1, 1)]
-
-    found = json.loads(to_json(report(comparison)))
-    real = json.loads((specs[0].workdir / "summary.json").read_text())
-    assert found["entries"]["a"]["values"] == {"0": real["val_bpb"], "1": 2.01}
-    run = found["entries"]["a"]["runs"][0]
-    assert [tokens for tokens, _ in run["curve"]] == [2 * 128, 4 * 128]
-    assert run["curve"][-1][1] == real["val_bpb"]
-    assert len(run["training"]) == 2
-    assert run["environment"].keys() >= {"git", "packages", "device", "corpus"}
-    assert not found["claims"][0]["swept"]
-
-    curves = reports.panels(found)
-    assert {axis: list(names) for axis, names in curves.items()} == {
-        axis: ["a", "b"] for axis in ("tokens", "flops")
-    }
-    assert curves["tokens"]["a"] == [(512, pytest.approx(found["entries"]["a"]["mean"]["mean"]))]
-    assert reports.draw(found, tmp_path / "plot.png")
-    found |= {"text": "Why <a>?", "command": "compare", "commands": {"a": "train"}}
-    page = reports.page(found, (tmp_path / "plot.png").read_bytes())
-    assert "Does &lt;b&gt; beat a?" in page
-    assert "Why &lt;a&gt;?" in page
-    assert page.count('src="data:image/png;base64,') == page.count("src=") == 1
-    for absent in ("<script", "http", "<b>"):
-        assert absent not in page
-    assert f"<td>{found['entries']['b']['mean']['mean']:.4f} [" in page

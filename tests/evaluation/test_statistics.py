@@ -36,9 +36,9 @@ def test_one_value_has_no_interval():
 
 
 def test_differences_are_paired_by_seed():
-    less = {0: 1.0, 1: 2.0, 2: 3.0, 5: 9.0}
-    more = {2: 3.1, 0: 1.1, 1: 2.4, 7: 0.0}
-    found = paired(less, more)
+    lower = {0: 1.0, 1: 2.0, 2: 3.0, 5: 9.0}
+    higher = {2: 3.1, 0: 1.1, 1: 2.4, 7: 0.0}
+    found = paired(lower, higher)
     expected = stats.ttest_rel([1.1, 2.4, 3.1], [1.0, 2.0, 3.0]).confidence_interval(0.95)
     np.testing.assert_allclose(found[:3], [0.2, expected.low, expected.high])
     assert found.n == 3
@@ -77,8 +77,10 @@ def test_verdicts(low, high, expected):
     assert verdict(Interval(0.0, low, high, 0.01, 3), least=0.005) == expected
 
 
-def test_no_pair_is_inconclusive():
+def test_fewer_than_three_pairs_are_inconclusive():
     assert verdict(None, least=0.005) == "inconclusive"
+    for n, expected in ((2, "inconclusive"), (3, "reproduced")):
+        assert verdict(Interval(0.02, 0.01, 0.03, 0.01, n), least=0.005) == expected
 
 
 def test_the_interval_of_wilson():

@@ -14,6 +14,7 @@ from yocou_jax import pretrained
 from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.config import PROFILE_FROM
 from yocou_jax.errors import UserError
+from yocou_jax.manifest import CODE
 from yocou_jax.training import metrics
 from yocou_jax.training.console import Console
 from yocou_jax.training.evaluators import Sample, Validation
@@ -157,6 +158,7 @@ def test_a_run_that_is_made_longer_equals_the_longer_run(make_run, tmp_path):
     assert (resume["step"], resume["exact"]) == (3, True)
     assert "run.steps: 3 -> 6" in resume["changes"][0]
     assert len(resume["changes"]) == 1
+    assert resume["before"] == {key: manifest[key] for key in CODE}  # of the steps before it
     with pytest.raises(UserError, match=r"6 updates already, more than run.steps=5"):
         make_run(steps=5).train()
 

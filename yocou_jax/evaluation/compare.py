@@ -9,7 +9,8 @@ seeds that count run at the best rate.
 The record of a run is what its workdir says: `summary`, `evaluation` (the result of each task of
 the study), `curve` (validation), `training` (thinned), `minutes`, and where it came from. A metric
 of a study is a dotted path in it, such as summary.val_bpb or evaluation.hops.results.0.accuracy. So
-a comparison that was killed finds the runs that have ended, and goes on.
+a comparison that was killed finds the runs that have ended, and goes on. That may take days, so
+other code, devices or versions are no error: remarks say where numbers come from several of them.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +28,14 @@ from ml_collections import ConfigDict
 
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError, shown
-from yocou_jax.evaluation.statistics import Interval, interval, paired, smallest_effect, verdict
+from yocou_jax.evaluation.statistics import (
+    PAIRS,
+    Interval,
+    interval,
+    paired,
+    smallest_effect,
+    verdict,
+)
 from yocou_jax.files import write_atomically
 from yocou_jax.manifest import CODE
 from yocou_jax.manifest import FILE as MANIFEST
@@ -65,6 +74,19 @@ class Spec(NamedTuple):
         return self.workdir.with_name(f"{self.workdir.name}.log")
 
     @property
+    def clock(self) -> Path:
+        """A file with the seconds that all processes of the run took, evaluations too. Absent if
+        nobody has measured them."""
+        return self.workdir.with_name(f"{self.workdir.name}.seconds")
+
+    @property
+    def seconds(self) -> float:
+        """What `clock` says. 0 if it is absent."""
+        with contextlib.suppress(FileNotFoundError):
+            return float(self.clock.read_text(encoding="utf-8"))
+        return 0.0
+
+    @property
     def failure(self) -> Path:
         """A file that says why the run failed the last time. Absent if it did not."""
         return self.workdir.with_name(f"{self.workdir.name}.failed")
@@ -91,13 +113,14 @@ class Comparison:
     how many, instead of study.seeds.
 
     Raises UserError if entries do not match (study.twins), or if a workdir has a run with other
-    settings.
+    settings. It does so too if a run that has ended has no value for a metric of the study, at once
+    or when `record` reads the run: the path has a mistake, and no other run would have a value.
     """
 
     def __init__(self, study: Study, base: Config, folder: Path, seeds: int | None = None):
         self.study, self.folder = study, folder
         self.twins = twins(study, base)
-        self.rates = tuple(sorted(study.learning_rates)) or (base.optimizer.learning_rate,)
+        self.rates = tuple(sorted({*study.learning_rates})) or (base.optimizer.learning_rate,)
         count, first = study.seeds if seeds is None else seeds, SWEEP + (len(self.rates) > 1)
         self.seeds = range(first, first + count)  # those that count
         self.records: dict[Path, dict] = {}  # of the runs that have ended, by their workdirs
@@ -128,6 +151,7 @@ class Comparison:
             if found is None:
                 return None
             self._check_text(spec, found)
+            self._check_metrics(spec, found)
             self.records[spec.workdir] = found
         return found
 
@@ -155,16 +179,31 @@ class Comparison:
                         "make it again."
                     )
 
+    def _check_metrics(self, spec: Spec, record: dict) -> None:
+        """Raises UserError if the path of a metric that is asked of the run leads to no number."""
+        if self._missing(record):
+            return
+        claims = [c for c in self.study.claims if spec.entry in (c.lower, c.higher)]
+        for metric in {self.study.metric, *(path for claim in claims for path in claim.metrics)}:
+            try:
+                found = look_up(record, metric)
+            except LookupError as error:
+                raise UserError(
+                    f"The run in {spec.workdir} has ended, but it has no metric {metric}: "
+                    f"{error.args[0]}."
+                ) from None
+            if found is not None and not isinstance(found, int | float):
+                raise UserError(
+                    f"The metric {metric} of the run in {spec.workdir} is not a number: "
+                    f"{shown(str(found))}."
+                )
+
     def value(self, spec: Spec, metric: str | None = None) -> float | None:
         """A metric of a run. None if the run has not ended, or if the number is not finite."""
-        found: Any = self.record(spec)
-        for key in (metric or self.study.metric).split("."):
-            if isinstance(found, Mapping):
-                found = found.get(key)
-            elif isinstance(found, list) and key.isdigit() and int(key) < len(found):
-                found = found[int(key)]
-            else:
-                return None
+        try:
+            found = look_up(self.record(spec) or {}, metric or self.study.metric)
+        except LookupError:
+            return None
         return float(found) if isinstance(found, int | float) else None
 
     def values(self, entry: str, metric: str | None = None) -> dict[int, float]:
@@ -191,6 +230,11 @@ class Comparison:
             return self.rates[0]
         found = {rate: value for rate, value in self.sweep(entry).items() if value is not None}
         return min(found, key=lambda rate: found[rate]) if found else None
+
+    def at_edge(self, entry: str) -> bool:
+        """Whether the best of several learning rates is the lowest or the highest: another one, not
+        tried, may be better."""
+        return len(self.rates) > 1 and self.best_rate(entry) in (self.rates[0], self.rates[-1])
 
     def first(self, entry: str) -> Spec:
         """The run of the first seed that counts at the best rate, or at the lowest one if none has
@@ -258,12 +302,28 @@ class Comparison:
     def minutes(self, spec: Spec) -> float | None:
         """How long a run will take: its FLOPs, at the mean speed of the runs that have ended. None
         if none has."""
-        done = [record["summary"] for record in self.records.values()]
-        seconds, flops = (sum(s[name] for s in done) for name in ("wall_s", "train_flops"))
-        return AXES["flops"].amount(spec.config) / flops * seconds / 60 if flops else None
+        done = self.records.values()
+        flops = sum(record["summary"]["train_flops"] for record in done)
+        minutes = sum(record["minutes"] for record in done)
+        return AXES["flops"].amount(spec.config) / flops * minutes if flops else None
 
 
 # --- Files ----------------------------------------------------------------------------------------
+
+
+def look_up(record: Mapping, path: str) -> Any:
+    """The value at a dotted path. Raises LookupError with the names where the path ends."""
+    found: Any = record
+    keys = path.split(".")
+    for number, key in enumerate(keys):
+        if isinstance(found, list | tuple):
+            found = {str(n): value for n, value in enumerate(found)}
+        names = list(found) if isinstance(found, Mapping) else []
+        if key not in names:
+            there = ".".join(keys[:number]) or "the record"
+            raise LookupError(f"{there} has {', '.join(names) or 'no names'}, and not {key}")
+        found = found[key]
+    return found
 
 
 def _evaluation(spec: Spec, task: str, flags: Iterable[str]) -> dict | None:
@@ -300,13 +360,31 @@ def _read(spec: Spec, tasks: Mapping[str, tuple[str, ...]]) -> dict[str, Any] | 
         "seed": spec.seed,
         "workdir": str(spec.workdir),
         "environment": {key: manifest.get(key) for key in (*CODE, "corpus", "tokenizer")},
-        "minutes": summary["wall_s"] / 60,  # only since the last resume, if there was one
+        "code": _code(manifest, reports.values()),
+        # wall_s is of the last process only. Without a clock (a run that was made by hand), and
+        # after a resume, it is less than what the run took.
+        "minutes": max(spec.seconds, summary["wall_s"]) / 60,
         "resumes": len(manifest.get("resumes", [])),
         "summary": summary,
         "evaluation": {task: found for task, found in reports.items() if found is not None},
         "curve": _points(rows, metrics.VAL_BPB),
         "training": _thinned(_points(rows, metrics.BPB)),
     }
+
+
+def _code(manifest: Mapping, reports: Iterable[Mapping | None]) -> list[dict[str, Any]]:
+    """Revision, versions and device of every process that worked on a run, each once."""
+    before = [resume.get("before") for resume in manifest.get("resumes", [])]
+    starts = [start for start in (manifest, *before, *reports) if start and start.get("device")]
+    return _distinct({key: start.get(key) for key in CODE} for start in starts)
+
+
+def _distinct(values: Iterable[Any]) -> list:
+    found: list = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def _points(rows: list[dict], metric: str) -> list[tuple[float, float]]:
@@ -327,10 +405,8 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def report(comparison: Comparison) -> dict[str, Any]:
     """Everything that tables and figures need, from the runs that have ended, as JSON values."""
     study, twins = comparison.study, comparison.twins
-    environments: list[dict] = []
-    for record in comparison.records.values():
-        if record["environment"] not in environments:
-            environments.append(record["environment"])
+    entries = {name: _entry(comparison, name) for name in twins}  # this reads all runs
+    records = comparison.records.values()
     return {
         "question": study.question,
         "reference": study.reference,
@@ -339,10 +415,11 @@ def report(comparison: Comparison) -> dict[str, Any]:
         "seeds": list(comparison.seeds),
         "sweep_seed": SWEEP,
         "learning_rates": list(comparison.rates),
-        "minutes": sum(record["minutes"] for record in comparison.records.values()),
+        "minutes": sum(record["minutes"] for record in records),
         "claims": [_claim(comparison, claim) for claim in study.claims],
-        "entries": {name: _entry(comparison, name) for name in twins},
-        "environments": environments,
+        "entries": entries,
+        "environments": _distinct(record["environment"] for record in records),
+        "remarks": _origin(records),
         "config": twins[study.reference].to_dict(),
     }
 
@@ -351,51 +428,95 @@ def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
     reference = comparison.study.reference
     config, other = comparison.twins[name], comparison.twins[reference]
     new, old = flat(config.to_dict()), flat(other.to_dict())
-    rate, rates, values = comparison.best_rate(name), comparison.rates, comparison.values(name)
-    specs = list(comparison.runs([name]))
-    failures = {}
-    for spec in specs:
+    values, failures = comparison.values(name), {}
+    for spec in comparison.runs([name]):
         with contextlib.suppress(FileNotFoundError):
             failures[spec.name] = spec.failure.read_text(encoding="utf-8").strip()
-    records = [comparison.record(spec) for spec in specs]
     return {
         "program": str(config.model.program),
         "fields": {field: new[field] for field in new if new[field] != old[field]},
         "amounts": {axis: AXES[axis].amount(config) for axis in AXES},
         "ratios": ratios(config, other),  # amounts over those of the reference
         "matched": list(matched(config, other)),
-        "learning_rate": rate,
+        "learning_rate": comparison.best_rate(name),
         "sweep": {f"{rate:g}": value for rate, value in comparison.sweep(name).items()},
         "swept": comparison.swept(name),
-        "rate_at_edge": len(rates) > 1 and rate in (rates[0], rates[-1]),
+        "rate_at_edge": comparison.at_edge(name),
         "values": {str(seed): value for seed, value in values.items()},
         "mean": _numbers(interval(list(values.values())) if values else None),
-        # Of the entry minus the reference.
+        # The reference minus the entry, as in a claim that the entry is lower.
         "difference": None
         if name == reference
-        else _numbers(paired(comparison.values(reference), values)),
-        "runs": [record for record in records if record is not None],
+        else _numbers(paired(values, comparison.values(reference))),
+        "runs": _records(comparison, name),
         "failures": failures,
     }
 
 
+def _records(comparison: Comparison, *entries: str) -> list[dict]:
+    found = [comparison.record(spec) for name in entries for spec in comparison.runs([name])]
+    return [record for record in found if record is not None]
+
+
 def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
-    sides = (claim.less, claim.more)
+    sides = (claim.lower, claim.higher)
     paths = (claim.metric, claim.against or claim.metric)
     found = paired(*map(comparison.values, sides, paths))
     return {
-        "less": claim.less,
-        "more": claim.more,
+        "name": claim.name,
+        "lower": claim.lower,
+        "higher": claim.higher,
         "source": claim.source,
+        "paper": claim.paper,
         "metric": claim.metric or comparison.study.metric,
         "against": claim.against,
         "match": list(comparison.study.match if claim.match is None else claim.match),
         "expected": list(claim.expected),
         "least": claim.least,
-        "difference": _numbers(found),  # of `more` minus `less`
-        "swept": all(comparison.swept(name) for name in sides),
+        "difference": _numbers(found),  # `higher` minus `lower`
         "verdict": verdict(found, claim.least),
+        "minutes": sum(record["minutes"] for record in _records(comparison, *sides)),
+        "remarks": ["not run"] if found is None else _remarks(comparison, claim, found),
     }
+
+
+def _remarks(comparison: Comparison, claim: Claim, found: Interval) -> list[str]:
+    """What a reader must know before he believes a difference."""
+    sides = (claim.lower, claim.higher)
+    remarks = [f"fewer than {PAIRS} seeds"] if found.n < PAIRS else []
+    if not all(comparison.swept(name) for name in sides):
+        remarks.append("learning rates not swept")
+    edges = [name for name in sides if comparison.at_edge(name)]
+    remarks += [f"the best learning rate of {name} is at the edge of those tried" for name in edges]
+    if comparison.twins[claim.lower].data != comparison.twins[claim.higher].data:
+        remarks.append("the two entries see different batches")
+    return remarks + _origin(_records(comparison, *sides))
+
+
+def _origin(records: Iterable[Mapping]) -> list[str]:
+    """Remarks about runs that other code, devices or versions have made."""
+    code = _distinct(about for record in records for about in record["code"])
+    revisions = sorted({about["git"] or "not known" for about in code})
+    devices = sorted({f"{d['count']} x {d['kind']}" for d in (a["device"] for a in code)})
+    remarks = []
+    if len(revisions) > 1:
+        names = ", ".join(map(short_revision, revisions))
+        remarks.append(f"{len(revisions)} revisions of the code: {names}")
+    if any(name.endswith("+dirty") for name in revisions):  # two of one name may differ too
+        remarks.append("the code had changes that were not committed")
+    if len(devices) > 1:
+        remarks.append(f"{len(devices)} devices: {', '.join(devices)}")
+    versions = [{"python": about["python"], **about["packages"]} for about in code]
+    for name in versions[0] if versions else ():
+        found = sorted({str(version.get(name)) for version in versions})
+        if len(found) > 1:
+            remarks.append(f"{len(found)} versions of {name}: {', '.join(found)}")
+    return remarks
+
+
+def short_revision(name: str) -> str:
+    """The first 10 digits of a commit, and +dirty if the code had other changes."""
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", name)
 
 
 def _numbers(found: Interval | None) -> dict[str, Any] | None:

@@ -1,4 +1,7 @@
-"""Tables, the figure and the page of a comparison. All but `plan` need its report alone."""
+"""Tables, the figure and the page of a comparison. All but `plan` need its report alone.
+
+Every difference has the sign of a claim: above 0, the entry is lower than the other one.
+"""
 
 import base64
 import html
@@ -8,10 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from yocou_jax.evaluation.compare import Comparison
+from yocou_jax.files import to_json, write_atomically
 from yocou_jax.study import AXES
+from yocou_jax.training.events import Events
 
 # Axes that can be the x axis of a figure, and the words there.
 PANELS = {"tokens": "training tokens", "flops": "training FLOPs"}
+TAG = "study/figure"  # in TensorBoard
 
 
 class Table(NamedTuple):
@@ -76,7 +82,7 @@ def _results(report: Mapping[str, Any]) -> Table:
             ]
         )
     columns = [
-        *("entry", "program", report["metric"], f"minus {report['reference']}, paired"),
+        *("entry", "program", report["metric"], f"lower than {report['reference']} by"),
         *("equal in", "smallest effect"),
     ]
     return Table("Means over seeds with 95% intervals", columns, rows)
@@ -88,25 +94,23 @@ def _claims(report: Mapping[str, Any]) -> Table:
         low, high = claim["expected"]
         other = claim["metric"] != report["metric"]
         below = "" if claim["against"] is None else f" below {claim['against']}"
-        words = f"{claim['less']} below {claim['more']} ({claim['source']})"
+        words = f"{claim['lower']} below {claim['higher']} ({claim['source']})"
         rows.append(
             [
                 (f"{words}, {claim['metric']}" if other else words) + below,
                 ", ".join(claim["match"]),
                 f"{low:+g} to {high:+g}",
                 _interval(claim["difference"], "+.4f"),
+                _number((claim["difference"] or {}).get("smallest_effect")),
                 claim["verdict"],
-                _remark(claim),
+                "; ".join(claim["remarks"]),
             ]
         )
-    columns = ["claim", "at equal", "expected difference", "found", "verdict", "remark"]
+    columns = [
+        *("claim", "at equal", "expected: lower by", "found: lower by", "smallest effect"),
+        *("verdict", "remarks"),
+    ]
     return Table("Claims", columns, rows)
-
-
-def _remark(claim: Mapping[str, Any]) -> str:
-    if claim["difference"] is None:
-        return "not run"
-    return "" if claim["swept"] else "learning rates not swept"
 
 
 def _rates(report: Mapping[str, Any]) -> Table:
@@ -220,6 +224,12 @@ def _html_table(table: Table) -> str:
     return "\n".join([*lines, *(row("td", cells) for cells in table.rows), "</table>"])
 
 
+SIGNS = (
+    "Differences are paired by seed. Above 0, the entry is lower than the other one. The smallest "
+    "effect is the true difference that this many seeds would find with 80% probability."
+)
+
+
 def page(report: Mapping[str, Any], png: bytes | None) -> str:
     """One HTML page that needs no other file and no script.
 
@@ -228,9 +238,12 @@ def page(report: Mapping[str, Any], png: bytes | None) -> str:
     """
     parts = [f"<h1>{html.escape(report['question'])}</h1>", _pre(report["text"])]
     parts.append(f"<p>All runs: <code>{html.escape(report['command'])}</code></p>")
+    if report["remarks"]:
+        parts.append(f"<p><b>Note: {html.escape('; '.join(report['remarks']))}.</b></p>")
     if png is not None:
         data = base64.b64encode(png).decode()
         parts.append(f'<img alt="validation loss" src="data:image/png;base64,{data}">')
+    parts.append(f"<p>{SIGNS}</p>")
     parts += [_html_table(table) for table in tables(report)]
     commands = [[name, command] for name, command in report["commands"].items()]
     parts.append(_html_table(Table("Commands", ["entry", "one run"], commands)))
@@ -249,3 +262,18 @@ def page(report: Mapping[str, Any], png: bytes | None) -> str:
 
 def _pre(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def write(report: Mapping[str, Any], out: Path, folder: Path, events: Events) -> None:
+    """Writes the results as `out` (JSON), the figure next to it, and report.html in `folder`. The
+    figure is also an event, whose step is the number of runs that have ended."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, to_json(report, indent=1) + "\n")
+    picture = None
+    if draw(report, out.with_suffix(".png")):
+        picture = out.with_suffix(".png").read_bytes()
+        events.picture(TAG, picture, sum(len(e["runs"]) for e in report["entries"].values()))
+    write_atomically(folder / "report.html", page(report, picture))

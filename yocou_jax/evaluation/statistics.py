@@ -17,6 +17,7 @@ from yocou_jax.typing import Bool, Int
 
 LEVEL = 0.95  # of all intervals
 POWER = 0.8  # with which the smallest effect is found
+PAIRS = 3  # fewer decide nothing
 
 REPRODUCED, NOT_HERE, INCONCLUSIVE = "reproduced", "not at this scale", "inconclusive"
 
@@ -42,10 +43,11 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, sd, n)
 
 
-def paired(less: Mapping[int, float], more: Mapping[int, float]) -> Interval | None:
-    """`more` minus `less`, over the seeds that both have. None if there are none."""
-    seeds = sorted(less.keys() & more.keys())
-    return interval([more[seed] - less[seed] for seed in seeds]) if seeds else None
+def paired(lower: Mapping[int, float], higher: Mapping[int, float]) -> Interval | None:
+    """`higher` minus `lower`, over the seeds that both have. None if there are none. This is the
+    sign of every difference: above 0, `lower` is lower, as a claim says."""
+    seeds = sorted(lower.keys() & higher.keys())
+    return interval([higher[seed] - lower[seed] for seed in seeds]) if seeds else None
 
 
 def smallest_effect(difference: Interval) -> float | None:
@@ -72,16 +74,20 @@ def smallest_effect(difference: Interval) -> float | None:
 
 
 def verdict(difference: Interval | None, least: float) -> str:
-    """What `more` minus `less` says about the claim that it is above 0.
+    """What a difference (`paired`) says about the claim that it is above 0.
 
     reproduced: the whole interval is above 0. not at this scale: the whole interval is below
-    `least`, so there is no effect that would matter. inconclusive: anything else.
+    `least`, so there is no effect that would matter. inconclusive: anything else, and fewer than
+    PAIRS seeds.
     """
-    if difference is None or difference.low is None or difference.high is None:
+    if difference is None or difference.n < PAIRS:
         return INCONCLUSIVE
-    if difference.high < least:
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return INCONCLUSIVE
+    if high < least:
         return NOT_HERE
-    return REPRODUCED if difference.low > 0 else INCONCLUSIVE
+    return REPRODUCED if low > 0 else INCONCLUSIVE
 
 
 # --- Shares of right answers ----------------------------------------------------------------------

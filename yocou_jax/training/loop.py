@@ -23,7 +23,7 @@ from yocou_jax.config import PROFILE_FROM, Config
 from yocou_jax.data.pipeline import DataBundle, load_data
 from yocou_jax.errors import UserError
 from yocou_jax.files import expand_path, write_atomically
-from yocou_jax.manifest import check_resume, describe
+from yocou_jax.manifest import CODE, check_resume, describe
 from yocou_jax.manifest import read as read_manifest
 from yocou_jax.manifest import write as write_manifest
 from yocou_jax.sharding import batch_sharding
@@ -177,7 +177,7 @@ class Run:
             check_resume(self.workdir, before, manifest, FREE_FIELDS + END_FIELDS)
             notices, exact = compare_starts(self.workdir, before, config, newest, self.init_from)
             resume = {"time": manifest["created"], "step": newest, "changes": notices}
-            resume["exact"] = exact
+            resume |= {"exact": exact, "before": {key: before.get(key) for key in CODE}}
             manifest |= {key: before.get(key) for key in ("created", "init_from")}
             manifest["resumes"] = [*before.get("resumes", []), resume]
         restored = checkpointer.restore_latest(self.setup.abstract_state)

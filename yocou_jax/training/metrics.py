@@ -105,7 +105,8 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
         self.events = events.Events(self.workdir, restart=self._last_step + 1)
         self.events.layout([*LOSSES])
-        # Their axis does not count steps, so TensorBoard has dropped too many of them.
+        # TensorBoard drops what has the step `restart` or a larger one. In these two groups the
+        # "step" is a number of tokens or GFLOPs, so rows that are kept were dropped as well.
         for row in kept:
             self._by_cost(row)
 

@@ -1,0 +1,107 @@
+"""What the paper claims, and what was found here: CLAIMS.md.
+
+    python -m experiments.claims table
+    python -m experiments.claims check
+    python -m experiments.claims run language.yoco_u_below_yoco
+
+`table` writes CLAIMS.md and the line of the README that has the headline, from the results of
+experiments.compare in results/. `check` exits with 1 and shows the difference if they are not what
+`table` would write, or if the README quotes a figure (bits/byte, tokens/s and so on) that no file
+in results/ has. `run` repeats one claim: it trains its two entries in runs/claims/, and shows what
+results/ has and what came. It can be killed; the same command goes on.
+"""
+
+import difflib
+import importlib
+import os
+import pkgutil
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import configs.studies
+from benchmarks.report import Grid, page
+from experiments import cli
+from yocou_jax.errors import UserError
+from yocou_jax.evaluation import claims
+from yocou_jax.files import write_atomically
+from yocou_jax.study import Study
+
+README, RESULTS = Path("README.md"), Path("results")
+HEADLINE = re.compile("(?<=<!-- headline -->).*?(?=<!-- end of the headline -->)", re.DOTALL)
+INTRODUCTION = (
+    "`python -m experiments.claims table` writes this file from results/. Do not edit it.",
+    "A claim is that one entry of a study has a lower value of a metric than another; without the "
+    "name of a metric, it is the validation loss in bits/byte. *Found* is the difference, paired "
+    "by seed: above 0, the claim holds in these runs. It is *reproduced* if the whole 95% interval "
+    "is above 0, *not at this scale* if all of it is below the smallest difference that would "
+    "matter, and otherwise *inconclusive*, as with fewer than 3 seeds. The smallest effect is the "
+    "true difference that this many seeds would find with 80% probability. The intervals are about "
+    "seeds only, and are not corrected for the number of claims. The minutes are those of all runs "
+    "of the two entries, with their sweep of the learning rate.",
+    f"`{claims.COMMAND} NAME` repeats one claim, with the name in its row.",
+)
+
+
+def studies() -> dict[str, Study]:
+    """Those in configs/studies/, by the names of their files."""
+    names = [module.name for module in pkgutil.iter_modules(configs.studies.__path__)]
+    return {name: importlib.import_module(f"configs.studies.{name}").STUDY for name in names}
+
+
+def documents(found: dict[str, Study], results: list[claims.Result]) -> dict[Path, str]:
+    """The files as they should be."""
+    grids = [Grid(*table) for table in claims.tables(found, results)]
+    said = claims.sentences(claims.HEADLINE, found, results)
+    claim, _ = claims.find(claims.HEADLINE, found, results)
+    line = " ".join(said) or f"`{claim.lower}` below `{claim.higher}`: not run yet."
+    readme, count = HEADLINE.subn(lambda _: line, README.read_text(encoding="utf-8"))
+    if count != 1:
+        raise UserError("README.md must have `<!-- headline -->` and its end once.")
+    return {Path("CLAIMS.md"): page("Claims", INTRODUCTION, grids, ()), README: readme}
+
+
+def check(wanted: dict[Path, str]) -> int:
+    code = 0
+    for path, text in wanted.items():
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        if old != text:
+            names = (str(path), "what results/ gives")
+            print("\n".join(difflib.unified_diff(*(t.splitlines() for t in (old, text)), *names)))
+            print(f"{path} is not what results/ gives: run `python -m experiments.claims table`.")
+            code = 1
+    for figure in claims.unknown_figures(README.read_text(encoding="utf-8"), RESULTS):
+        print(f"README.md says {figure!r}, but no file in results/ has this number.")
+        code = 1
+    return code
+
+
+def run(name: str, found: dict[str, Study], results: list[claims.Result]) -> None:
+    words = claims.compare_flags(name, found, results)
+    for sentence in claims.sentences(name, found, results) or ["results/ does not have it."]:
+        print(f"So far: {sentence}")
+    command = ["-m", "experiments.compare", *words]
+    print(shlex.join(["python", *command]), flush=True)
+    Path("runs/claims").mkdir(parents=True, exist_ok=True)
+    os.execv(sys.executable, [sys.executable, *command])  # it takes the place of this process
+
+
+def main(words: list[str]) -> int | None:
+    found = studies()
+    results = claims.read_results(RESULTS, found)
+    match words[1:]:
+        case ["table"]:
+            for path, text in documents(found, results).items():
+                write_atomically(path, text)
+                print(f"Wrote {path}")
+        case ["check"]:
+            return check(documents(found, results))
+        case ["run", name]:
+            run(name, found, results)
+        case _:
+            raise UserError("Say `table`, `check` or `run NAME`.")
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments=2)

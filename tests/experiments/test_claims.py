@@ -1,0 +1,117 @@
+"""CLAIMS.md says what the results give, and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments import claims as command
+from tests.studies import BASE, STUDY, train
+from yocou_jax.errors import UserError
+from yocou_jax.evaluation import claims
+from yocou_jax.evaluation.compare import Comparison, report
+from yocou_jax.files import to_json
+from yocou_jax.study import Claim, Entry, Study
+
+OTHER = Study("?", {"c": Entry(), "d": Entry()}, (Claim("c", "d", "Figure 6", (0.0, 1.0)),))
+README = "What came: <!-- headline -->x<!-- end of the headline -->\n\n3.7378 nats/token\n"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    comparison = Comparison(STUDY, BASE, tmp_path_factory.mktemp("runs"))
+    train(comparison)
+    words = "python -m experiments.compare --config=configs/studies/one.py --seeds=3"
+    names = {"study": "configs/studies/one.py", "command": words}
+    return json.loads(to_json(report(comparison) | names))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, found) -> Path:
+    """A repository with a README and the results of one of two studies."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "studies", lambda: {"one": STUDY, "two": OTHER})
+    monkeypatch.setattr(claims, "HEADLINE", "one.b_below_a")
+    Path("README.md").write_text(README)
+    Path("results/cpu/studies").mkdir(parents=True)
+    Path("results/cpu/studies/one.json").write_text(to_json(found))
+    Path("results/cpu/train.json").write_text('{"loss": [3.73781, null, "x", true]}')
+    return tmp_path
+
+
+def test_the_table_has_every_claim(place, capsys):
+    assert command.main(["", "check"]) == 1
+    assert command.main(["", "table"]) is None
+    page = Path("CLAIMS.md").read_text()
+    assert (
+        "| `b` below `a`, at equal parameters, tokens | Table 3: 1.5 and 2.5 | +0 to +0.5 | "
+        "+0.2800 | +0.2552 to +0.3048 | 3 | 0.0326 | reproduced | 2.74K parameters, 2.56K tokens "
+        "| 11 | `one.b_below_a` | the best learning rate of b is at the edge of those tried |"
+    ) in page
+    assert "| 11 | 11 | `python -m experiments.compare --config=configs/studies/one.py" in page
+    assert "## two: not run" in page
+    assert "| `c` below `d`, at equal parameters, tokens | Figure 6 | +0 to +1 | `two.c_below_d` |"
+    headline = (
+        "What came: <!-- headline -->`b` below `a`: reproduced. The difference is +0.2800 "
+        "bits/byte (95% interval: +0.2552 to +0.3048; above 0, the claim holds; 3 seeds; 2.74K "
+        "parameters, 2.56K tokens; cpu).<!-- end"
+    )
+    assert Path("README.md").read_text().startswith(headline)
+    capsys.readouterr()
+    assert command.main(["", "check"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("file", ["README.md", "CLAIMS.md", "results/cpu/studies/one.json"])
+def test_the_check_finds_what_has_changed(place, file, capsys):
+    command.main(["", "table"])
+    text = Path(file).read_text()
+    Path(file).write_text(text.replace("0.28", "0.29"))
+    assert command.main(["", "check"]) == 1
+    assert "is not what results/ gives" in capsys.readouterr().out
+
+
+def test_without_results_every_claim_is_listed_as_not_run(place):
+    shutil.rmtree("results/cpu/studies")
+    command.main(["", "table"])
+    assert command.main(["", "check"]) == 0
+    assert "## one: not run" in Path("CLAIMS.md").read_text()
+    assert "-->`b` below `a`: not run yet.<!--" in Path("README.md").read_text()
+
+
+def test_a_figure_without_a_result_is_found(place):
+    folder = Path("results")
+    text = "3.74 nats/token, 3.7377 nats/token, 77.7x, 3.7 times, 0.28 bits/byte, 2,560 tokens/s"
+    assert claims.unknown_figures(text, folder) == ["3.7377 nats/token", "77.7x"]
+
+
+def test_results_of_another_study_or_another_version(place, found):
+    path = Path("results/cpu/studies/one.json")
+    path.write_text(to_json(found | {"study": "/home/me/own.py"}))
+    assert claims.read_results(Path("results"), command.studies()) == []
+    changed = [found["claims"][0] | {"least": 0.1}]
+    path.write_text(to_json(found | {"claims": changed}))
+    with pytest.raises(UserError, match=r"b_below_a, which is absent .* or differs there"):
+        command.main(["", "check"])
+
+
+def test_one_claim_is_run_with_the_flags_of_its_results(place, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, words: started.append(words[3:]))
+    for name in ("one.b_below_a", "two.c_below_d"):
+        command.main(["", "run", name])
+    assert started == [
+        [
+            *("--config=configs/studies/one.py", "--seeds=3", "--only=b,a"),
+            *("--workdir=runs/claims/one", "--out=runs/claims/one.json"),
+        ],
+        [
+            *("--config=configs/studies/two.py", "--only=c,d"),
+            *("--workdir=runs/claims/two", "--out=runs/claims/two.json"),
+        ],
+    ]
+    assert "So far: `b` below `a`: reproduced. The difference is +0.2800" in capsys.readouterr().out
+    for words, error in ((["run", "one.x"], "no claim 'one.x'"), ([], "Say `table`")):
+        with pytest.raises(UserError, match=error):
+            command.main(["", *words])

@@ -1,0 +1,247 @@
+"""What the paper claims, and what the results of studies say: the tables of CLAIMS.md.
+
+The results are the files results/DEVICE/studies/NAME.json, as experiments.compare writes them. The
+name of a claim is NAME, a dot and `Claim.name`. The words about the paper are those of the study's
+file, so that they can be corrected without its runs.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from yocou_jax.errors import UserError, shown
+from yocou_jax.evaluation.compare import short_revision
+from yocou_jax.evaluation.report import Table
+from yocou_jax.study import Claim, Study
+
+HEADLINE = "language.yoco_u_below_yoco"  # what the README says first
+COMMAND = "python -m experiments.claims run"
+COLUMNS = (
+    *("claim", "the paper", "expected: lower by", "found: lower by", "95% interval", "seeds"),
+    *("smallest effect", "verdict", "sizes", "minutes", f"`{COMMAND}`", "remarks"),
+)
+WORDS = 3  # the first columns: what is known before the first run
+# A figure that a document quotes: a number with one of these units.
+FIGURE = re.compile(r"([\d,]*\.?\d+)(?:\s*(?:nats/token|bits/byte|tokens/s|[GT]FLOP/s)|x\b)")
+
+
+class Result(NamedTuple):
+    """One file of results. name: of the file, without suffix. device: of the folder. study: the
+    file of the study, as in `studies`."""
+
+    path: Path
+    name: str
+    device: str
+    study: str
+    report: Mapping[str, Any]
+
+
+def read_results(folder: Path, studies: Mapping[str, Study]) -> list[Result]:
+    """The results of the given studies in a folder results/. studies: by file name without suffix.
+
+    Raises UserError if a file has not the claims of its study.
+    """
+    found = []
+    for path in sorted(folder.glob("*/studies/*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        file = Path(report.get("study", "").partition(":")[0])
+        if file.parts[-3:-1] != ("configs", "studies") or file.stem not in studies:
+            if "study" in report:  # somebody's own study
+                continue
+            raise UserError(f"{path} does not name its study. Write it again: {report['command']}")
+        result = Result(path, path.stem, path.parts[-3], file.stem, report)
+        _check_claims(result, studies[file.stem])
+        found.append(result)
+    return found
+
+
+def _check_claims(result: Result, study: Study) -> None:
+    ours = {c.name: (c.least, _metric(study, c), [*_match(study, c)]) for c in study.claims}
+    for claim in result.report["claims"]:
+        found = claim["least"], claim["metric"], claim["match"]
+        if ours.get(claim["name"]) != found:
+            raise UserError(
+                f"{result.path} has the claim {claim['name']}, which is absent from the study "
+                f"{result.study} or differs there. Write it again: {result.report['command']}"
+            )
+
+
+def _metric(study: Study, claim: Claim) -> str:
+    return claim.metric or study.metric
+
+
+def _match(study: Study, claim: Claim) -> Sequence[str]:
+    return study.match if claim.match is None else claim.match
+
+
+# --- CLAIMS.md ------------------------------------------------------------------------------------
+
+
+def tables(studies: Mapping[str, Study], results: Sequence[Result]) -> list[Table]:
+    """A table of claims for each file of results and for each study without one, and where the
+    results are from. Text is Markdown."""
+    made = [
+        Table(f"{result.name}, on {result.device}", COLUMNS, _rows(studies[result.study], result))
+        for result in results
+    ]
+    columns = [*COLUMNS[:WORDS], COLUMNS[-2]]
+    for name in [n for n in studies if n not in {result.name for result in results}]:
+        rows = [[*row[:WORDS], row[-2]] for row in _rows(studies[name], None, name)]
+        made.append(Table(f"{name}: not run", columns, rows))
+    return [*made, _origins(results)] if results else made
+
+
+def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]]:
+    found = {} if result is None else {c["name"]: c for c in result.report["claims"]}
+    rows = []
+    for claim in study.claims:
+        low, high = claim.expected
+        metric = "" if claim.metric is None else f" in `{claim.metric}`"
+        words = f"`{claim.lower}` below `{claim.higher}`{metric}"
+        if claim.against is not None:
+            words = f"`{claim.lower}`{metric} below `{claim.higher}` in `{claim.against}`"
+        first = [
+            f"{words}, at equal {', '.join(_match(study, claim))}",
+            f"{claim.source}: {claim.paper}" if claim.paper else claim.source,
+            f"{low:+g} to {high:+g}",
+        ]
+        command = f"`{result.name if result else name}.{claim.name}`"
+        if result is None or found.get(claim.name, {}).get("difference") is None:
+            rows.append([*first, *["-"] * 3, "-", "not run", "-", "-", command, ""])
+        else:
+            cells = _cells(found[claim.name], result.report)
+            rows.append([*first, *cells[:-1], command, cells[-1]])
+    return rows
+
+
+def _cells(claim: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    """What was found, from the difference to the minutes, and the remarks."""
+    found = claim["difference"]
+    sizes = [_sizes(report["entries"][claim[side]]["amounts"]) for side in ("lower", "higher")]
+    return [
+        f"{found['mean']:+.4f}",
+        _interval(found),
+        str(found["n"]),
+        "-" if found["smallest_effect"] is None else f"{found['smallest_effect']:.4f}",
+        claim["verdict"],
+        "; ".join(dict.fromkeys(sizes)),
+        f"{claim['minutes']:.0f}",
+        "; ".join(claim["remarks"]),
+    ]
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    return "-" if found["low"] is None else f"{found['low']:+.4f} to {found['high']:+.4f}"
+
+
+def _sizes(amounts: Mapping[str, float]) -> str:
+    return f"{_short(amounts['parameters'])} parameters, {_short(amounts['tokens'])} tokens"
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _origins(results: Iterable[Result]) -> Table:
+    rows = []
+    for result in results:
+        report = result.report
+        code = report["environments"]
+        devices = (f"{c['device']['count']} x {c['device']['kind']}" for c in code)
+        versions = (f"Python {c['python']}, jax {c['packages']['jax']}" for c in code)
+        rates = [f"{rate:g}" for rate in report["learning_rates"]]
+        runs = sum(len(entry["runs"]) for entry in report["entries"].values())
+        rows.append(
+            [
+                str(result.path),
+                *(", ".join(dict.fromkeys(names)) for names in (devices, versions)),
+                ", ".join(dict.fromkeys(short_revision(c["git"] or "not known") for c in code)),
+                ", ".join(rates) + ("" if len(rates) > 1 else " (not swept)"),
+                str(runs),
+                f"{report['minutes']:.0f}",
+                f"`{report['command']}`",
+                "; ".join(report["remarks"]),
+            ]
+        )
+    columns = [
+        *("results", "device", "versions", "revision", "learning rates", "runs", "minutes"),
+        *("command", "remarks"),
+    ]
+    return Table("Where the results are from", columns, rows)
+
+
+# --- One claim ------------------------------------------------------------------------------------
+
+
+def find(name: str, studies: Mapping[str, Study], results: Sequence[Result]) -> tuple[Claim, list]:
+    """A claim, and the results that have it. Raises UserError if no study and no result has it."""
+    start, _, end = name.partition(".")
+    having = [result for result in results if result.name == start]
+    study = studies.get(having[0].study if having else start)
+    for claim in study.claims if study else ():
+        if claim.name == end:
+            return claim, having
+    raise UserError(f"There is no claim {shown(name)}. CLAIMS.md has their names.")
+
+
+def compare_flags(name: str, studies: Mapping[str, Study], results: Sequence[Result]) -> list[str]:
+    """The flags with which experiments.compare trains the two entries of a claim."""
+    claim, having = find(name, studies, results)
+    start = name.partition(".")[0]
+    words = [f"--config=configs/studies/{start}.py"]
+    if having:  # its flags may have changed the settings; of a flag that is given twice, the last
+        words = shlex.split(having[0].report["command"])[3:]  # counts
+    folder = f"runs/claims/{start}"
+    only = f"--only={claim.lower},{claim.higher}"
+    return [*words, only, f"--workdir={folder}", f"--out={folder}.json"]
+
+
+def sentences(name: str, studies: Mapping[str, Study], results: Sequence[Result]) -> list[str]:
+    """What the results say about a claim: one sentence for each file that has an answer."""
+    claim, having = find(name, studies, results)
+    said = []
+    for result in having:
+        found = next((c for c in result.report["claims"] if c["name"] == claim.name), None)
+        if found is not None and found["difference"] is not None:
+            cells = _cells(found, result.report)
+            unit = "bits/byte" if found["metric"] == "summary.val_bpb" else found["metric"]
+            said.append(
+                f"`{claim.lower}` below `{claim.higher}`: {cells[4]}. The difference is {cells[0]} "
+                f"{unit} (95% interval: {cells[1]}; above 0, the claim holds; {cells[2]} seeds; "
+                f"{cells[5]}; {result.device})."
+            )
+    return said
+
+
+# --- Documents ------------------------------------------------------------------------------------
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from numbers(part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def unknown_figures(text: str, folder: Path) -> list[str]:
+    """The figures in a text (numbers with a unit of FIGURE) that no file of results/ has, at the
+    precision in which they are written."""
+    figures = {match[0]: match[1].replace(",", "") for match in FIGURE.finditer(text)}
+    files = sorted(folder.rglob("*.json")) if figures else []
+    known = [n for f in files for n in numbers(json.loads(f.read_text(encoding="utf-8")))]
+    unknown = []
+    for words, figure in figures.items():
+        digits = len(figure.partition(".")[2])
+        if not any(f"{number:.{digits}f}" == figure for number in known):
+            unknown.append(words)
+    return unknown
