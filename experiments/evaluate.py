@@ -24,6 +24,7 @@ The text is the held-out split of the run, the same documents as in training. --
 text or corpus, as --config.data.source does in training; all of its documents count. --samples
 sequences are read (default: as many as in the validation of the run). An exported folder has no
 text, so it needs --source. All tasks compute every layer at every position, if they do not generate text.
+A flag that the task does not read is an error.
 hops and needle write texts of their own: --source="hops(p=2)" or "needle(kind=text)" says which.
 
 Results are shown, and written to WORKDIR/evaluation/TASK.json and TASK.png and to TensorBoard. No
@@ -39,12 +40,11 @@ from absl import flags
 from configs import base
 from experiments import cli
 from yocou_jax.errors import UserError, shown
+from yocou_jax.evaluation.tasks import TASKS
 from yocou_jax.files import expand_path, to_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, or an exported folder.")
-TASK = flags.DEFINE_string(
-    "task", None, "What to measure: perplexity, loops, inside, hops, needle or harness."
-)
+TASK = flags.DEFINE_string("task", None, f"What to measure: {', '.join(TASKS)}.")
 STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint to read. Default: the newest.", lower_bound=0
 )

@@ -100,7 +100,8 @@ class Claim:
     `lower`) that was expected before the first run. least: a smaller difference would not matter.
     match: axes on which the two entries must match, and metric: its path in the record of a run
     (compare.py); None: those of the study. paper: the two values in the paper, of `lower` first, as
-    words. Empty: it has none.
+    words. Empty: it has none. against: the path of the value of `higher`, if it is another one: so
+    a claim can compare two numbers of one run.
     """
 
     lower: str
@@ -111,12 +112,18 @@ class Claim:
     match: tuple[str, ...] | None = None
     metric: str | None = None
     paper: str = ""
+    against: str | None = None
 
     @property
     def name(self) -> str:
         """What users type: the two entries, and the end of the path of its own metric."""
         end = "" if self.metric is None else f".{self.metric.rpartition('.')[2]}"
         return f"{self.lower}_below_{self.higher}{end}"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The paths that are not those of the study."""
+        return tuple(path for path in (self.metric, self.against) if path is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +179,7 @@ class Study:
                         f"are {', '.join(self.entries)}."
                     )
             _check_axes(self.match if claim.match is None else claim.match)
-        for metric in (self.metric, *(c.metric for c in self.claims if c.metric is not None)):
+        for metric in (self.metric, *(path for claim in self.claims for path in claim.metrics)):
             root, _, rest = metric.partition(".")
             if root == "evaluation" and rest.partition(".")[0] not in self.evaluations:
                 raise UserError(

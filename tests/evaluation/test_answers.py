@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from tests import oracle, trained
 from yocou_jax import manifest
 from yocou_jax.config import MeshConfig
-from yocou_jax.data.synthetic import NOISE, Hops, Needle, Quiz, follow
+from yocou_jax.data.synthetic import NOISE, Hops, Needle, Quiz, follow, lines_of
+from yocou_jax.data.tokenizer import train_bpe
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import answers, hops, needle
 from yocou_jax.evaluation.options import Options
@@ -31,17 +33,6 @@ def run(task, loaded, options):
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     with jax.set_mesh(mesh):
         return task.run(loaded, mesh, options)
-
-
-def test_the_interval_of_wilson():
-    """The limits solve (share - p)^2 = z^2 p (1 - p) / n, whose solutions they are."""
-    for right, samples in ((0, 20), (7, 20), (20, 20), (1, 1)):
-        for p in answers.wilson(right, samples):
-            distance = (right / samples - p) ** 2
-            assert distance == pytest.approx(answers.Z95**2 * p * (1 - p) / samples, abs=1e-12)
-    low, high = answers.wilson(7, 20)
-    assert low < 7 / 20 < high
-    assert answers.wilson(0, 0) == (0, 1)
 
 
 def test_bins_have_enough_values_and_miss_none():
@@ -72,6 +63,9 @@ def test_the_views_look_at_the_answers(p, length):
     count = sum(letter.isupper() for text in texts for letter in text)
     assert (found["answers"], found["accuracy"], found["nats"]) == (count, 1, 2)
     assert hops.views(task, at, nll, ~right)["accuracy"] == 0
+    # Half of the texts are all right: so much for 200 texts, and not for thousands of answers.
+    half = hops.views(task, at, nll, right & (np.arange(200)[:, None] % 2 == 0))
+    assert half["high"] - half["low"] == pytest.approx(2 * 1.96 * 0.5 / 200**0.5, rel=0.05)
     for view in ("by_position", "by_distance"):
         assert sum(part["answers"] for part in found[view]) == count
         assert all(part["answers"] >= hops.LEAST for part in found[view][:-1])
@@ -104,6 +98,21 @@ def test_what_is_right_by_chance():
     found = hops.guesses(x, follow(x, 1))
     expected = {"constant": 1 / 4, "letter": 1 / 3, "pair": 1 / 2}
     assert found == pytest.approx(expected, abs=0.01)
+    # Of 600 pairs of 26 letters, each is in few answers: the best of each would look much better.
+    rare = Hops(1, letters=26, length=128).draw(range(100))
+    assert hops.guesses(rare, follow(rare, 1))["letter"] == pytest.approx(1 / 25, abs=0.02)
+    assert math.isnan(hops.guesses(x[:1], follow(x[:1], 1))["pair"])
+
+
+def test_what_two_hops_give_by_chance():
+    """They often lead back to the letter itself. How often, other texts say, solved in another
+    way."""
+    x = Hops(2, length=512).draw(range(200))
+    texts = Hops(2, length=512, seed=1).texts(Hops(2, length=512, seed=1).draw(range(60)))
+    pairs = [text[i : i + 2] for text in texts for i in range(1, 510, 2)]
+    asked = [pair for pair in pairs if pair[1] != "."]
+    same = sum(pair[0].upper() == pair[1] for pair in asked) / len(asked)
+    assert hops.guesses(x, follow(x, 2))["letter"] == pytest.approx(same, abs=0.02)
 
 
 def test_the_reach_of_the_self_decoder():
@@ -122,7 +131,7 @@ def test_hops_of_a_model(options):
     loaded = trained.model("window*1@2 | cross*1")
     source = "0.5*hops(p=1,length=24)+0.5*hops(p=2,length=24)"
     report = run(hops, loaded, options(source=source, loops=(2, 1), lengths=(24,), samples=12))
-    assert report["loops"] == [2, 1]
+    assert (report["loops"], report["length"]) == ([2, 1], 24)
     cases = [(r["p"], r["loops"]) for r in report["results"]]
     assert cases == [(1, 2), (1, 1), (2, 2), (2, 1)]
     json.loads(to_json(report))
@@ -156,16 +165,27 @@ def test_the_settings_are_those_of_the_training(options, tmp_path):
         answers.settings(options(source="python"), Hops, default)
 
 
+@pytest.fixture(scope="module")
+def tokenizers():
+    """Bytes, and a BPE that has tokens with the end of a line and the indentation of the next."""
+    code = Path(__file__).read_text()
+    return {"bytes": trained.BYTES, "bpe": train_bpe([code, *[NOISE] * 50], 600)}
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
 @pytest.mark.parametrize("kind", ["single", "two_hop", "text"])
-def test_prompts_have_exactly_the_length_and_the_needle_at_its_depth(kind):
-    lines = [f"{'x' * (i % 60)} {i}\n" for i in range(300)] if kind == "text" else None
+def test_prompts_have_exactly_the_length_and_the_needle_at_its_depth(kind, name, tokenizers):
+    """They are encoded as a whole, as in training."""
+    words = tokenizers[name]
+    code = Path(__file__).read_text() + "日本語の\n" * 9  # three bytes in each character
+    lines = lines_of([code], "code") if kind == "text" else None
     for length in (1100, 2048):
-        exam = needle.make_exam(kind, length, 2, lines, trained.BYTES, seed=0)
-        assert exam.new_tokens == 9  # a space, seven digits and a period
+        exam = needle.make_exam(kind, length, 2, lines, words, seed=0)
+        assert exam.new_tokens == max(len(words.encode(f" {q.answer}.")) for q in exam.quizzes)
         for i, (quiz, prompt) in enumerate(zip(exam.quizzes, exam.prompts, strict=True)):
-            assert len(prompt) == length - 9
-            assert prompt[0] == trained.BYTES.eot_id
-            text = trained.BYTES.decode(prompt)
+            assert len(prompt) == length - exam.new_tokens
+            text = words.decode(prompt)
+            assert prompt.tolist() == [words.eot_id, *words.encode(text)]
             assert text.startswith(needle.INTRODUCTION)
             assert text.endswith(quiz.question)
             assert all(text.count(sentence) == 1 for sentence in quiz.needles)
@@ -175,7 +195,18 @@ def test_prompts_have_exactly_the_length_and_the_needle_at_its_depth(kind):
             before, after = text.split(quiz.needles[0])
             before, after = len(before) - len(needle.INTRODUCTION), len(after) - len(quiz.question)
             wanted = needle.DEPTHS[i // 2] * (before + after)
-            assert abs(before - wanted) <= (len(NOISE) if lines is None else 70) / 2
+            assert abs(before - wanted) <= (len(NOISE) if lines is None else 101) / 2
+
+
+def test_a_number_of_bytes_that_few_texts_have(monkeypatch):
+    """A haystack is cut between characters of three bytes, so other lines must be tried."""
+    lines = ["日" * (i % 37 + 1) + "\n" for i in range(99)]
+    for length in (700, 701):
+        exam = needle.make_exam("text", length, 1, lines, trained.BYTES, 0)
+        assert {len(prompt) for prompt in exam.prompts} == {length - 9}
+    monkeypatch.setattr(needle, "DRAFTS", 1)
+    with pytest.raises(UserError, match="No text was found that has exactly 691 tokens"):
+        needle.make_exam("text", 700, 1, ["\U0001f600" * 99 + "\n"], trained.BYTES, 0)
 
 
 def test_what_is_right_without_reading_a_key():
@@ -183,6 +214,11 @@ def test_what_is_right_without_reading_a_key():
     texts = ["28 17 39", "28 17 39", "17 28 39", "17 28 39"]  # second, first, second, third
     assert needle.by_place(quizzes, texts) == 0.5
     assert math.isnan(needle.by_place([Quiz((), "?", "17", ("17",))], ["17"]))
+    # At depth d, all three other numbers come before with a chance of d^3. The mean over DEPTHS:
+    exam = needle.make_exam("two_hop", 4096, 60, None, trained.BYTES, seed=0)
+    texts = [trained.BYTES.decode(prompt) for prompt in exam.prompts]
+    assert needle.by_place(exam.quizzes, texts) == pytest.approx(0.3125, abs=0.06)
+    assert needle.by_place(exam.quizzes[:60], texts[:60]) > 0.9  # before the haystack
 
 
 def test_a_needle_is_found_or_not(options, monkeypatch):
@@ -199,7 +235,8 @@ def test_a_needle_is_found_or_not(options, monkeypatch):
         return texts
 
     monkeypatch.setattr(needle, "generated", generated)
-    given = options(source="needle(kind=two_hop)", samples=3, lengths=(1100, 1200))
+    twice = "0.5*needle(kind=two_hop)+0.5*needle(kind=two_hop,length=2000,seed=1)"
+    given = options(source=twice, samples=3, lengths=(1100, 1200))
     report = run(needle, trained.model(), given)
     shares = {r["depth"]: (r["accuracy"], r["other needle"]) for r in report["results"][5:]}
     assert shares == {0.0: (0, 0), 0.25: (0, 0), 0.5: (1, 0), 0.75: (0, 0), 1.0: (0, 1)}
@@ -222,9 +259,10 @@ def test_answers_are_the_likeliest_tokens():
     for _ in range(2):
         likeliest = scores(loaded, tokens, 2)[:, -1].argmax(-1)
         tokens = np.concatenate([tokens, likeliest[:, None]], axis=1)
-    with jax.set_mesh(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))):
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    with jax.set_mesh(mesh):
         found = needle.generated(loaded, exam)
-        _, right = hops.losses(loaded, tokens)
+        _, right = hops.losses(loaded, tokens, mesh)
     assert found == [loaded.tokenizer.decode(row[-2:]) for row in tokens]
     assert right[:, -2:].all()  # only such tokens are right answers
     assert not right[:, :-2].all()

@@ -89,7 +89,13 @@ def test_only_some_entries_and_more_seeds(tmp_path):
 
 
 def test_an_evaluation_that_is_missing_is_made_without_a_new_training(tmp_path):
-    study = Study("?", {"a": Entry()}, seeds=1, evaluations={"loops": ("--loops=1,2",)})
+    # Two numbers of one run.
+    two = {
+        "metric": "evaluation.loops.scalars.nats_2",
+        "against": "evaluation.loops.scalars.nats_1",
+    }
+    claims = (Claim("a", "a", "Figure 6", (0, 1), **two),)
+    study = Study("?", {"a": Entry()}, claims, seeds=1, evaluations={"loops": ("--loops=1,2",)})
     calls, said = [], ["--loops=1"]
 
     def evaluate(spec, task, options):
@@ -98,7 +104,8 @@ def test_an_evaluation_that_is_missing_is_made_without_a_new_training(tmp_path):
             raise RunFailed("no memory")
         (spec.workdir / "evaluation").mkdir(exist_ok=True)
         rows = [{"loops": count, "bits_per_byte": 1 + 1 / count} for count in (1, 2)]
-        found = {"scalars": {"nats_2": 1.5}, "tables": {"nats per token": rows}, "results": rows}
+        scalars = {"nats_1": 1.75, "nats_2": 1.5}
+        found = {"scalars": scalars, "tables": {"nats per token": rows}, "results": rows}
         found["command"] = f"python -m experiments.evaluate --task=loops --workdir=x {said[0]}"
         (spec.workdir / "evaluation/loops.json").write_text(json.dumps(found))
 
@@ -114,16 +121,21 @@ def test_an_evaluation_that_is_missing_is_made_without_a_new_training(tmp_path):
         assert comparison.value(spec, f"evaluation.loops.{path}") == value
     # A path that leads to no number is found as soon as a run of the claim has ended.
     for path, words in (
-        ("scalars.nats_3", "evaluation.loops.scalars has nats_2, and not nats_3"),
+        ("scalars.nats_3", "evaluation.loops.scalars has nats_1, nats_2, and not nats_3"),
         ("results.2.bits_per_byte", "results has 0, 1, and not 2"),
         ("scalars.nats_2.x", "nats_2 has no names, and not x"),
         ("command", "is not a number: 'python -m"),
     ):
-        claim = Claim("a", "a", "", (0, 1), metric=f"evaluation.loops.{path}")
-        with pytest.raises(UserError, match=words):
-            Comparison(dataclasses.replace(study, claims=(claim,)), BASE, tmp_path)
+        for field in ("metric", "against"):
+            claim = Claim("a", "a", "", (0, 1), **{field: f"evaluation.loops.{path}"})
+            with pytest.raises(UserError, match=words):
+                Comparison(dataclasses.replace(study, claims=(claim,)), BASE, tmp_path)
     # One entry alone has no curve against tokens, but it has a depth curve.
-    assert reports.panels(report(comparison)) == {"loops": {"a": [(1, 2.0), (2, 1.5)]}}
+    found = report(comparison)
+    assert reports.panels(found) == {"loops": {"a": [(1, 2.0), (2, 1.5)]}}
+    assert found["claims"][0]["difference"]["mean"] == 0.25
+    claims = next(table for table in reports.tables(found) if table.title == "Claims")
+    assert claims.rows[0][0].endswith("scalars.nats_2 below evaluation.loops.scalars.nats_1")
     assert not spec.failure.exists()
 
 

@@ -47,7 +47,8 @@ def test_the_report_and_its_figure(architecture, loops, tmp_path, monkeypatch):
     assert {row["layer"] for row in layers} == {1, 2}
     assert report["hand_over"] == runs + 1
     assert report["loops"] == ([loops] if loops else [])
-    assert report["scalars"]["distance_hand_over"] == runs / 10
+    around = [report["scalars"][f"distance_{at}hand_over"] for at in ("before_", "", "after_")]
+    assert around == [(runs - 1) / 10, runs / 10, (runs + 1) / 10]
     assert [[row["loss"] for row in table] for table in tables] == ([[3, 2]] if loops else [])
     overlaps = [row["overlap"] for table in tables for row in table]
     np.testing.assert_allclose(overlaps, [np.nan, 0.4] if loops else [])

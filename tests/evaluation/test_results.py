@@ -1,6 +1,9 @@
 """What an evaluation writes, and that it changes nothing else in a workdir."""
 
+import inspect
 import json
+import re
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -28,7 +31,8 @@ def quick(monkeypatch):
         row = {"loops": 3, "nats": 1.5, "stderr": float("nan"), "trained": True}
         return {"loops": [3], "scalars": {"nats": 1.5}, "tables": {"x": [row]}, "length": 8}
 
-    monkeypatch.setitem(tasks.TASKS, "quick", tasks.Task(run, lambda report: None))
+    task = SimpleNamespace(run=run, draw=lambda report: None, reads=(), one=())
+    monkeypatch.setitem(tasks.TASKS, "quick", task)
 
 
 def contents(folder):
@@ -83,9 +87,39 @@ def test_mistakes_and_too_little_memory(tmp_path, mesh, monkeypatch):
     def run(*_):
         raise MemoryError
 
-    monkeypatch.setitem(tasks.TASKS, "large", tasks.Task(run, lambda report: None))
+    monkeypatch.setitem(tasks.TASKS, "large", SimpleNamespace(run=run, reads=(), one=()))
     with pytest.raises(UserError, match="does not fit into the memory"):
         results.evaluate("large", Options(tmp_path / "a"), mesh)
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "sentence"),
+    [
+        ("loops", {"seed": 1}, "The task loops does not read --seed. It is read by hops, needle, "),
+        ("hops", {"few_shot": 0}, "not read --few_shot. It is read by harness."),
+        ("perplexity", {"end_of_text": False}, "--end_of_text. It is read by harness."),
+        ("loops", {"lengths": (8, 9)}, "--lengths=8,9 has 2 values, but the task loops takes one."),
+        ("inside", {"loops": (2, 3)}, "--loops=2,3 has 2 values, but the task inside takes one."),
+        ("loops", {"loops": (2, 3), "lengths": (8,), "seed": 0}, "does not exist"),
+    ],
+)
+def test_options_without_an_effect(task, given, sentence, tmp_path, mesh):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        results.evaluate(task, Options(tmp_path / "nowhere", **given), mesh)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS.values(), ids=list(tasks.TASKS))
+def test_the_table_says_what_a_task_reads(task):
+    """What its module reads itself, and what the functions read that it gives all options to."""
+    source = inspect.getsource(task._module)
+    found = set(re.findall(r"\boptions\.(\w+)", source)) - {"folder"}
+    for call, reads in (
+        ("open_text(", {"source", "lengths", "samples"}),
+        ("models(", {"loops"}),
+        ("settings(options", {"source"}),
+    ):
+        found |= reads if f" {call}" in source else set()
+    assert found == set(task.reads)
 
 
 @pytest.mark.parametrize("task", ["perplexity", "loops"])

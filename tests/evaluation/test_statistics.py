@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from yocou_jax.evaluation.statistics import Interval, interval, paired, smallest_effect, verdict
+from yocou_jax.evaluation.statistics import (
+    Interval,
+    clustered,
+    interval,
+    paired,
+    smallest_effect,
+    verdict,
+    wilson,
+)
 
 VALUES = [1.41, 1.44, 1.40, 1.47]
 
@@ -73,3 +81,43 @@ def test_fewer_than_three_pairs_are_inconclusive():
     assert verdict(None, least=0.005) == "inconclusive"
     for n, expected in ((2, "inconclusive"), (3, "reproduced")):
         assert verdict(Interval(0.02, 0.01, 0.03, 0.01, n), least=0.005) == expected
+
+
+def test_the_interval_of_wilson():
+    """The limits solve (share - p)^2 = z^2 p (1 - p) / n, whose solutions they are."""
+    for right, samples in ((0, 20), (7, 20), (20, 20), (1, 1)):
+        for p in wilson(right, samples):
+            distance = (right / samples - p) ** 2
+            assert distance == pytest.approx(1.959964**2 * p * (1 - p) / samples, abs=1e-7)
+    low, high = wilson(7, 20)
+    assert low < 7 / 20 < high
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_answers_of_one_text_are_not_independent():
+    """40 texts with 25 equal answers are 40 samples (39 and Student's t, to be exact). Independent
+    answers are as many samples as there are answers, or fewer by chance."""
+    rng = np.random.default_rng(0)
+    texts, right = np.repeat(np.arange(40), 25), np.repeat(np.arange(40) % 4 == 0, 25)
+    order = rng.permutation(1000)
+    limit = float(stats.t.ppf(0.975, 39))
+    assert clustered(right[order], texts[order]) == pytest.approx(wilson(39 / 4, 39, limit))
+    low, high = clustered(rng.random(1000) < 0.25, texts)
+    exact = wilson(250, 1000)
+    assert 0.8 < (high - low) / (exact[1] - exact[0]) < 1.4
+    assert clustered(np.ones(1000, bool), texts) == wilson(40, 40, limit)
+    assert clustered(np.ones(3, bool), np.zeros(3, int)) == (0, 1)
+
+
+def test_the_interval_of_clusters_covers_the_share():
+    """Texts have 1 to 20 answers, and chances of their own with the mean 0.8."""
+    rng, covered, independent = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        texts = np.repeat(np.arange(50), rng.integers(1, 21, 50))
+        right = rng.random(len(texts)) < rng.beta(2, 0.5, 50)[texts]
+        low, high = clustered(right, texts)
+        covered += low < 0.8 < high
+        low, high = wilson(int(right.sum()), len(right))
+        independent += low < 0.8 < high
+    assert covered / 400 == pytest.approx(0.95, abs=0.03)
+    assert independent / 400 < 0.7

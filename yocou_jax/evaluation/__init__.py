@@ -2,15 +2,15 @@
 
 `experiments.evaluate` runs one task and shows it.
 
-A task is a line of TASKS (tasks.py), with two functions:
+A task is a line of TASKS (tasks.py), and a module of the same name with two functions:
 
     run(loaded, mesh, options) -> report      measures; the report is a dict of JSON values
     draw(report) -> Figure | None             with yocou_jax.plots, which it imports inside
 
 `loaded` is a `Pretrained`, with its parameters on `mesh`. `options` is an `Options` (options.py);
-a task ignores the fields that it does not need. `run` is called inside `jax.set_mesh(mesh)`, prints
-nothing, and raises UserError for what the user can correct. To run another number of loops than in
-training, it calls `with_loops(loaded, count)`. A report has:
+TASKS says which of its fields a task reads, and `evaluate` refuses the others. `run` is called
+inside `jax.set_mesh(mesh)`, prints nothing, and raises UserError for what the user can correct. To
+run another number of loops than in training, it calls `models(loaded, options)`. A report has:
 
     "loops"     list of int: the loop counts that were measured; [] for a program without a loop
     "scalars"   {name: number}: TensorBoard shows them as evaluation/TASK/name

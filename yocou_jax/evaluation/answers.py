@@ -1,4 +1,4 @@
-"""What tasks with right answers share: their settings, loop counts, batches, shares and bins."""
+"""What tasks with right answers share: their settings, batches, shares and bins."""
 
 import math
 from collections.abc import Iterator
@@ -10,12 +10,11 @@ from yocou_jax import manifest
 from yocou_jax.data.corpus import parse_source
 from yocou_jax.data.synthetic import Hops, Needle, parse_task
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.options import Options, with_loops
-from yocou_jax.pretrained import Pretrained
+from yocou_jax.evaluation.options import Options
+from yocou_jax.evaluation.statistics import clustered, wilson
 from yocou_jax.sharding import batch_ways
 from yocou_jax.typing import Bool, Float, Int
 
-Z95 = 1.959964  # a normal variable is within +- Z95 with a probability of 95%
 Settings = TypeVar("Settings", Hops, Needle)
 
 
@@ -39,17 +38,6 @@ def settings(options: Options, kind: type[Settings], default: list[Settings]) ->
     return tasks or default
 
 
-def counts(loaded: Pretrained, options: Options) -> list[tuple[int, Pretrained]]:
-    """Each loop count that `options` asks for, with the model that runs its loops so often. By
-    default, the model as it is: its count is then the largest one of its loops.
-
-    Raises UserError for a count that is not possible, and if the program has no loop.
-    """
-    if options.loops is None:
-        return [(max(loaded.config.program.loop_counts, default=1), loaded)]
-    return [(count, with_loops(loaded, count)) for count in options.loops]
-
-
 def batches(rows: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
     """The numbers of all rows, in batches of one size, which devices can share: about `size`, or
     `rows` if they are fewer. The last batch is filled up with rows from the beginning."""
@@ -59,29 +47,25 @@ def batches(rows: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
         yield np.arange(first, first + size) % rows
 
 
-def wilson(right: int, samples: int) -> tuple[float, float]:
-    """The 95% interval of a share, `right` of `samples` (Wilson 1927). It stays inside [0, 1], and
-    does not shrink to a point if all samples are right, or none. Without samples it is (0, 1)."""
-    if samples == 0:
-        return 0.0, 1.0
-    z2, share = Z95**2, right / samples
-    middle = share + z2 / (2 * samples)
-    half = Z95 * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples**2))
-    scale = 1 + z2 / samples
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def accuracy(right: Bool[np.ndarray, " n"]) -> dict[str, float]:
-    """The share of right answers, and its interval."""
-    low, high = wilson(int(right.sum()), right.size)
+def accuracy(
+    right: Bool[np.ndarray, " n"], texts: Int[np.ndarray, " n"] | None = None
+) -> dict[str, float]:
+    """The share of right answers, and its interval. texts: for each answer the number of its text;
+    None: each is of a text of its own, and so independent of the others."""
+    if texts is None:
+        low, high = wilson(int(right.sum()), right.size)
+    else:
+        low, high = clustered(right, texts)
     share = float(right.mean()) if right.size else math.nan
     return {"answers": right.size, "accuracy": share, "low": low, "high": high}
 
 
-def summary(right: Bool[np.ndarray, " n"], nll: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """The accuracy, and the mean loss in nats."""
+def summary(
+    right: Bool[np.ndarray, " n"], nll: Float[np.ndarray, " n"], texts: Int[np.ndarray, " n"]
+) -> dict[str, float]:
+    """The accuracy, and the mean loss in nats. texts: see `accuracy`."""
     loss = float(nll.mean(dtype=np.float64)) if nll.size else math.nan
-    return accuracy(right) | {"nats": loss}
+    return accuracy(right, texts) | {"nats": loss}
 
 
 def bins(

@@ -101,6 +101,8 @@ def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]
         low, high = claim.expected
         metric = "" if claim.metric is None else f" in `{claim.metric}`"
         words = f"`{claim.lower}` below `{claim.higher}`{metric}"
+        if claim.against is not None:
+            words = f"`{claim.lower}`{metric} below `{claim.higher}` in `{claim.against}`"
         first = [
             f"{words}, at equal {', '.join(_match(study, claim))}",
             f"{claim.source}: {claim.paper}" if claim.paper else claim.source,

@@ -184,7 +184,7 @@ class Comparison:
         if self._missing(record):
             return
         claims = [c for c in self.study.claims if spec.entry in (c.lower, c.higher)]
-        for metric in {self.study.metric, *(c.metric for c in claims if c.metric is not None)}:
+        for metric in {self.study.metric, *(path for claim in claims for path in claim.metrics)}:
             try:
                 found = look_up(record, metric)
             except LookupError as error:
@@ -460,7 +460,8 @@ def _records(comparison: Comparison, *entries: str) -> list[dict]:
 
 def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
     sides = (claim.lower, claim.higher)
-    found = paired(*(comparison.values(name, claim.metric) for name in sides))
+    paths = (claim.metric, claim.against or claim.metric)
+    found = paired(*map(comparison.values, sides, paths))
     return {
         "name": claim.name,
         "lower": claim.lower,
@@ -468,6 +469,7 @@ def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
         "source": claim.source,
         "paper": claim.paper,
         "metric": claim.metric or comparison.study.metric,
+        "against": claim.against,
         "match": list(comparison.study.match if claim.match is None else claim.match),
         "expected": list(claim.expected),
         "least": claim.least,

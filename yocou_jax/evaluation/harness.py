@@ -9,22 +9,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from yocou_jax.data.pipeline import Batch
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import python_docs
-from yocou_jax.evaluation.options import Options, with_one_count
-from yocou_jax.evaluation.perplexity import rows_at_once, scores
+from yocou_jax.evaluation.options import Options, models
+from yocou_jax.evaluation.perplexity import rows_at_once, scores_of
 from yocou_jax.inference import Sampling, generate, prepare
 from yocou_jax.inference.request import bucket
 from yocou_jax.inference.text import TextRow
-from yocou_jax.model import resolve_compute
 from yocou_jax.pretrained import Pretrained
-from yocou_jax.sharding import batch_sharding, batch_ways
+from yocou_jax.sharding import batch_ways
 
 NEW_TOKENS = 256  # of a text without max_gen_toks, as in the harness
 ROWS = 16  # texts that are generated at the same time
@@ -61,7 +58,7 @@ class Scorer:
 
     def __init__(self, loaded: Pretrained, mesh: Mesh, end_of_text: bool = True):
         self.loaded, self.mesh, self.end_of_text = loaded, mesh, end_of_text
-        self.compute, self.longest = resolve_compute(loaded.compute), 0
+        self.longest = 0
 
     def loglikelihood(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): log p(continuation | context) in nats, and whether
@@ -81,7 +78,7 @@ class Scorer:
         requests = list(requests)
         for unknown in (name for _, settings in requests for name in settings.keys() - KNOWN):
             raise UserError(f"The task asks for {unknown!r}, but generation has only {KNOWN}.")
-        model = prepare(self.loaded.params, self.loaded.config, self.compute)
+        model = prepare(self.loaded.params, self.loaded.config, self.loaded.compute)
         written = []
         for first in range(0, len(requests), ROWS):
             written += self._generate(model, requests[first : first + ROWS])
@@ -108,15 +105,10 @@ class Scorer:
     def _batch(self, rows: list[list[int]], size: int, width: int):
         """Scores [size, width] of all ids but the first one of each row. Columns after the end of a
         row do not change those before."""
-        tokens, targets = np.zeros((2, size, width), np.int32)
+        tokens = np.zeros((size, width + 1), np.int32)
         for i, ids in enumerate(rows):
-            tokens[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
-        placed = jax.device_put((tokens, targets), batch_sharding(self.mesh))
-        batch = Batch(*placed, None, None, None)
-        config = self.loaded.config
-        return jax.device_get(
-            scores(self.loaded.params, batch, config=config, compute=self.compute)
-        )
+            tokens[i, : len(ids)] = ids
+        return scores_of(self.loaded, tokens, self.mesh)
 
     def _generate(self, model, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
         tokenizer = self.loaded.tokenizer
@@ -205,11 +197,11 @@ def python_docs_task(folder: Path, seed: int) -> dict:
 def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """`options.harness`: names of tasks of lm-evaluation-harness, or python_docs, which needs no
     network. `options.samples`: the first questions of each task (default: all). `options.few_shot`:
-    default: as the task says. `options.loops`: at most one count.
+    default: as the task says. `options.loops`: one count.
 
     Raises UserError if the package or a task is missing.
     """
-    loaded = with_one_count(loaded, options)
+    ((_, loaded),) = models(loaded, options)
     scorer = Scorer(loaded, mesh, options.end_of_text)
     model = as_lm(scorer)
     import lm_eval
@@ -244,6 +236,10 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
         "scalars": {f"{row['task']}/{row['metric']}": row["value"] for row in rows},
         "tables": {"lm-evaluation-harness": rows},
     }
+
+
+def draw(report: dict) -> None:
+    """There is no figure."""
 
 
 def result_rows(results: dict[str, dict[str, Any]]) -> list[dict]:

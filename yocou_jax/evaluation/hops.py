@@ -5,23 +5,20 @@ text before it, in one full forward pass. The texts are drawn anew; only short o
 in training too.
 """
 
+import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from yocou_jax.config import ModelConfig
-from yocou_jax.data.pipeline import Batch
 from yocou_jax.data.synthetic import EVALUATION, Hops, follow
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.answers import batches, bins, counts, settings, summary
-from yocou_jax.evaluation.options import Options
-from yocou_jax.evaluation.perplexity import scores
+from yocou_jax.evaluation.answers import batches, bins, settings, summary
+from yocou_jax.evaluation.options import Options, models, suffix
+from yocou_jax.evaluation.perplexity import scores_of
 from yocou_jax.mixers import MIXERS
-from yocou_jax.model import resolve_compute
 from yocou_jax.pretrained import Pretrained
 from yocou_jax.typing import Bool, Float, Int
 
@@ -32,17 +29,11 @@ TOKENS = 2**15  # of a batch: they limit its memory
 
 
 def losses(
-    model: Pretrained, tokens: Int[np.ndarray, "rows N1"]
+    model: Pretrained, tokens: Int[np.ndarray, "rows N1"], mesh: Mesh
 ) -> tuple[Float[np.ndarray, "rows N"], Bool[np.ndarray, "rows N"]]:
-    """`perplexity.scores` of each token but the first, on the mesh of the context."""
+    """`perplexity.scores` of each token but the first. Call it inside `jax.set_mesh(mesh)`."""
     rows, length = tokens.shape
-    compute, found = resolve_compute(model.compute), []
-    for chosen in batches(rows, TOKENS // length):
-        some = jnp.asarray(tokens[chosen])
-        batch = Batch(some[:, :-1], some[:, 1:], None, None, None)
-        found.append(
-            jax.device_get(scores(model.params, batch, config=model.config, compute=compute))
-        )
+    found = [scores_of(model, tokens[i], mesh) for i in batches(rows, TOKENS // length)]
     nll, right = (np.concatenate(parts)[:rows] for parts in zip(*found, strict=True))
     return nll, right
 
@@ -59,21 +50,24 @@ def encode(task: Hops, texts: list[str], tokenizer: Tokenizer) -> Int[np.ndarray
 
 
 def guesses(x: Int[np.ndarray, "rows n"], at: Int[np.ndarray, "rows n"]) -> dict[str, float]:
-    """Shares of the defined answers that guesses get right on these letters: the chance level.
+    """Shares of the defined answers that guesses get right on these letters.
 
     x: letters. at: where the chain of each leads, or -1. Each guess is the most frequent answer:
     "constant" of all answers, "letter" after the same letter, "pair" after the same two letters.
     (Three letters decide the shortest hops: a guess that knows them begins to solve the task.)
+    The answers of every second text decide the guesses, and they are tried on the other texts: on
+    the same ones, a guess from few answers would look better than it is. NaN for a single text.
     """
     rows, i = np.nonzero(at >= 0)
-    answers = x[rows, at[rows, i]]
+    answers, tried = x[rows, at[rows, i]], rows % 2 == 1
     pairs = x[rows, i] + 64 * x[rows, np.maximum(i - 1, 0)]
     found = {}
     for name, known in {"constant": 0 * pairs, "letter": x[rows, i], "pair": pairs}.items():
         _, number = np.unique(known, return_inverse=True)
         table = np.zeros((number.max() + 1, 64), np.int64)
-        np.add.at(table, (number, answers), 1)
-        found[name] = float(table.max(axis=1).sum() / len(answers))
+        np.add.at(table, (number[~tried], answers[~tried]), 1)
+        right = (table.argmax(axis=1)[number] == answers)[tried]
+        found[name] = float(right.mean()) if right.size else math.nan
     return found
 
 
@@ -96,18 +90,18 @@ def views(
     right: Bool[np.ndarray, "rows N"],
 ) -> dict[str, Any]:
     """The defined answers: all, by position, and by how far back the letter of the answer is. Both
-    are in tokens.
+    are in tokens. Intervals are those of `clustered`: the answers of a text share its letters.
 
     at: see `follow`. nll, right: of all tokens of the texts.
     """
     answers = len(str(task.p)) + 1 + 2 * np.arange(task.num_answers)  # their places in a text
     rows, i = np.nonzero(at >= 0)
     nll, right = nll[rows, answers[i]], right[rows, answers[i]]
-    found = summary(right, nll)
+    found = summary(right, nll, rows)
     least = max(LEAST, -(-len(rows) // PARTS))
     for name, values in {"position": answers[i] + 1, "distance": 2 * (i - at[rows, i])}.items():
         found[f"by_{name}"] = [
-            {"first": first, "last": last} | summary(right[these], nll[these])
+            {"first": first, "last": last} | summary(right[these], nll[these], rows[these])
             for first, last, these in bins(values, least)
         ]
     return found
@@ -139,18 +133,20 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
             about = {"p": task.p, "letters": task.letters, "length": length}
             quantiles = {f"{q:g}": float(np.quantile(back, q)) for q in (0.1, 0.5, 0.9, 0.99)}
             facts = {"guesses": guesses(x, at), "distances": quantiles}
-            for count, model in counts(loaded, options):
-                found = views(task, at, *losses(model, tokens))
+            for count, model in models(loaded, options):
+                found = views(task, at, *losses(model, tokens, mesh))
                 case = about | {"loops": count} | found
                 results.append(case | facts | {"reach": reach(model.config)})
     return {
         "loops": list(options.loops or loaded.config.program.loop_counts),
         "source": " + ".join(task.name for task in tasks),
         "texts": options.samples or SAMPLES,
+        "length": max(r["length"] for r in results),
         "seed": options.seed,
         "scalars": {
-            f"accuracy_p{r['p']}_length{r['length']}_loops{r['loops']}": r["accuracy"]
+            f"{name}_p{r['p']}_length{r['length']}{suffix(r['loops'], options)}": r[name]
             for r in results
+            for name in ("accuracy", "nats")
         },
         "tables": {"answers": [_row(r) for r in results]},
         "results": results,
@@ -160,7 +156,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
 def _row(result: dict) -> dict:
     shown = ("p", "letters", "length", "loops", "answers", "accuracy", "low", "high", "nats")
     row = {name: result[name] for name in shown}
-    return row | {"by chance": max(result["guesses"].values())}
+    return row | {"best guess": max(result["guesses"].values())}
 
 
 def draw(report: dict):

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from yocou_jax import analysis
-from yocou_jax.evaluation.options import Options, with_one_count
+from yocou_jax.evaluation.options import Options, models
 from yocou_jax.evaluation.text import open_text
 from yocou_jax.model import resolve_compute
 from yocou_jax.pretrained import Pretrained
@@ -19,11 +19,11 @@ LAYERS, LOOPS = "angular distance of input and output, layer by layer", "after e
 
 def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """`options.samples`: number of sequences, by default SEQUENCES. `options.loops`: one count, by
-    default that of the model. `options.lengths`: the longest is the length of the sequences.
+    default that of the model. `options.lengths`: the length of the sequences.
 
-    `analysis.Loop` explains the columns. Raises UserError for several loop counts.
+    `analysis.Loop` explains the columns.
     """
-    loaded = with_one_count(loaded, options)
+    ((_, loaded),) = models(loaded, options)
     samples = options.samples or SEQUENCES
     text = open_text(loaded, dataclasses.replace(options, samples=samples))
     ways = batch_ways(mesh)
@@ -47,8 +47,22 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
         "hand_over": None if found.hand_over is None else found.hand_over + 1,  # as "run"
         "receptive_field": found.receptive_field,
         "overlap_by_layer": [loop.overlap for loop in found.loops],
-        "scalars": found.scalars(),
+        "scalars": found.scalars() | _neighbors(found),
         "tables": tables,
+    }
+
+
+def _neighbors(found: analysis.Inside) -> dict[str, float]:
+    """The distances of the last layer before the hand-over (layer 30 of 40 with three loops, in
+    Figure 8 of the paper), and of the first one after it."""
+    if (at := found.hand_over) is None:
+        return {}
+    places = {"before": at - 1, "after": at + 1}
+    layers = found.applications
+    return {
+        f"distance_{name}_hand_over": layers[i].distance
+        for name, i in places.items()
+        if i < len(layers)
     }
 
 

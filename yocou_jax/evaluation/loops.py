@@ -14,7 +14,7 @@ COUNTS = (1, 2, 3, 4, 6, 8)
 
 def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """`options.loops`: the counts, by default COUNTS; the trained count is always measured too.
-    `options.lengths`: the longest is the length of the sequences.
+    `options.lengths`: the length of the sequences.
 
     "difference" is the loss minus that of the model as it was trained, on the same sequences. Its
     standard error is that of the mean difference, which is much smaller than those of the losses.

@@ -7,7 +7,7 @@ length counts all tokens: those of the text, the question and the answer.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,15 +26,15 @@ from yocou_jax.data.synthetic import (
 )
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.answers import accuracy, batches, counts, settings
-from yocou_jax.evaluation.options import Options
+from yocou_jax.evaluation.answers import accuracy, batches, settings
+from yocou_jax.evaluation.options import Options, models, suffix
 from yocou_jax.inference import generate, prepare
 from yocou_jax.pretrained import Pretrained
 from yocou_jax.typing import Int
 
 LENGTHS, SAMPLES = (256, 512, 1024, 2048), 20
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the haystack before the needle
-LINES = 16  # of a haystack, encoded at once
+GUESSES, NEARBY, DRAFTS = 4, 100, 20  # of the search for a text with exactly so many tokens
 TOKENS = 2**15  # of a batch: they limit its memory
 
 
@@ -51,20 +51,55 @@ class Exam(NamedTuple):
     new_tokens: int
 
 
-def haystack(
-    room: int, lines: Sequence[str] | None, tokenizer: Tokenizer, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Units of a haystack (see `draw_units`) with exactly `room` tokens. The last one lacks its
-    beginning, if needed."""
-    drawn, units, total = draw_units(lines, rng), [], 0
-    while total < room:
-        for ids in tokenizer.encode_batch([next(drawn) for _ in range(LINES)]):
-            if total < room:
-                units.append(ids)
-                total += len(ids)
-    if total > room:
-        units[-1] = units[-1][total - room :]
-    return units
+class Draft(NamedTuple):
+    """A prompt of any length. depths: of the needles. ties: the seed of the order of needles at the
+    same place. source: the units of its haystack (see `draw_units`), and drawn: those so far."""
+
+    quiz: Quiz
+    depths: list[float]
+    ties: int
+    source: Iterator[str]
+    drawn: list[str]
+
+    def text(self, n: int) -> str:
+        """Introduction, a haystack of n characters with the needles, and question. The last unit of
+        the haystack lacks its beginning, if needed."""
+        while sum(map(len, self.drawn)) <= n:
+            self.drawn.append(next(self.source))
+        ends = np.cumsum([len(unit) for unit in self.drawn])
+        last = int(np.searchsorted(ends, n))
+        units = [*self.drawn[:last], self.drawn[last][ends[last] - n :]]
+        hidden = hide(units, self.quiz.needles, self.depths, np.random.default_rng(self.ties))
+        return INTRODUCTION + "".join(hidden) + self.quiz.question
+
+
+def fill(draft: Draft, length: int, tokenizer: Tokenizer) -> Int[np.ndarray, " length"] | None:
+    """The ids of the draft, with such a haystack that they are `length`.
+
+    A text is encoded as a whole, as in training, because a token may have characters of two lines.
+    The number of characters is first guessed from their number in a token, and then numbers nearby
+    are tried. None: none of them fits (a character may be several tokens).
+
+    Raises TooShort if the draft without any haystack is too long.
+    """
+
+    def encode(n: int) -> np.ndarray:
+        return tokenizer.encode_batch([draft.text(n)])[0]
+
+    least = len(encode(0))
+    n = room = length - least
+    if room < 0:
+        raise TooShort(
+            f"A prompt of {length + 1} tokens is too short: without any haystack it already has "
+            f"{least + 1} tokens. Give larger --lengths."
+        )
+    for _ in range(GUESSES):
+        found = encode(n)
+        if len(found) == length:
+            return found
+        n = round(n * room / max(1, len(found) - least))
+    nearby = sorted(range(max(0, n - NEARBY), n + NEARBY), key=lambda other: abs(other - n))
+    return next((ids for ids in map(encode, nearby) if len(ids) == length), None)
 
 
 def make_prompt(
@@ -78,18 +113,15 @@ def make_prompt(
     """A prompt of exactly `length` tokens: end-of-text, introduction, haystack and question. The
     needle with the answer is at `depth`, a share of the haystack; other needles are anywhere.
 
-    Raises TooShort if they do not fit without any haystack.
+    Raises TooShort if they do not fit without any haystack, and UserError if no text was found that
+    has exactly so many tokens.
     """
-    start, end, *needles = tokenizer.encode_batch([INTRODUCTION, quiz.question, *quiz.needles])
-    room = length - 1 - sum(map(len, (start, end, *needles)))
-    if room < 0:
-        raise TooShort(
-            f"A prompt of {length} tokens is too short: without any haystack it already has "
-            f"{length - room} tokens. Give larger --lengths."
-        )
-    depths = [depth, *rng.uniform(size=len(needles) - 1).tolist()]
-    hidden = hide(haystack(room, lines, tokenizer, rng), needles, depths, rng)
-    return np.concatenate([[tokenizer.eot_id], start, *hidden, end])
+    for _ in range(DRAFTS):
+        depths = [depth, *rng.uniform(size=len(quiz.needles) - 1).tolist()]
+        draft = Draft(quiz, depths, int(rng.integers(2**32)), draw_units(lines, rng), [])
+        if (ids := fill(draft, length - 1, tokenizer)) is not None:
+            return np.insert(ids, 0, tokenizer.eot_id)
+    raise UserError(f"No text was found that has exactly {length} tokens. Give other --lengths.")
 
 
 def make_exam(
@@ -165,6 +197,8 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """
     table, results, samples = [], [], options.samples or SAMPLES
     tasks = settings(options, Needle, [Needle(), Needle("text")])
+    # The length is that of the options, so parts of a mixture may ask the same.
+    tasks = list({(task.kind, task.haystack): task for task in tasks}.values())
     for task in tasks:
         lines = None
         if task.source is not None:
@@ -179,7 +213,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
                     continue
                 raise
             prompts = [loaded.tokenizer.decode(prompt) for prompt in exam.prompts]
-            for count, model in counts(loaded, options):
+            for count, model in models(loaded, options):
                 texts = generated(model, exam)
                 about = {"kind": task.kind, "length": length, "loops": count}
                 guess = {"by place": by_place(exam.quizzes, prompts)}
@@ -189,7 +223,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
                     cell = grade(exam.quizzes[these], texts[these])
                     cell["by place"] = by_place(exam.quizzes[these], prompts[these])
                     results.append(about | {"depth": depth} | cell)
-    names = [f"{r['kind']}_length{r['length']}_loops{r['loops']}" for r in table]
+    names = [f"{r['kind']}_length{r['length']}{suffix(r['loops'], options)}" for r in table]
     return {
         "loops": list(options.loops or loaded.config.program.loop_counts),
         "source": " + ".join(task.name for task in tasks),

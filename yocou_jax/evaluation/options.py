@@ -55,15 +55,18 @@ def with_loops(loaded: Pretrained, count: int) -> Pretrained:
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, num_loops=count))
 
 
-def with_one_count(loaded: Pretrained, options: Options) -> Pretrained:
-    """The model with the one count of `options.loops`, or as it is. Raises UserError for several
-    counts."""
+def models(loaded: Pretrained, options: Options) -> list[tuple[int, Pretrained]]:
+    """Each loop count that `options` asks for, with the model that runs its loops so often. By
+    default, the model as it is: its count is then the largest one of its loops.
+
+    Raises UserError for a count that is not possible, and if the program has no loop.
+    """
     if options.loops is None:
-        return loaded
-    if len(options.loops) > 1:
-        given = ",".join(map(str, options.loops))
-        raise UserError(
-            f"--loops={given} has {len(options.loops)} counts, but this task takes one. "
-            "--task=loops compares several."
-        )
-    return with_loops(loaded, options.loops[0])
+        return [(max(loaded.config.program.loop_counts, default=1), loaded)]
+    return [(count, with_loops(loaded, count)) for count in options.loops]
+
+
+def suffix(count: int, options: Options) -> str:
+    """The end of the name of a number with this loop count. "" without `options.loops`, so that
+    numbers of models with other counts, as they are, have the same name."""
+    return "" if options.loops is None else f"_loops{count}"

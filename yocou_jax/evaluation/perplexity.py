@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 
 from yocou_jax.config import ModelConfig
 from yocou_jax.data.pipeline import Batch, Sequences, Validation
-from yocou_jax.evaluation.options import Options, with_one_count
+from yocou_jax.evaluation.options import Options, models
 from yocou_jax.evaluation.text import open_text
 from yocou_jax.model import Compute, LanguageModel, head_matrix, resolve_compute
 from yocou_jax.pretrained import Pretrained
 from yocou_jax.progress import progress
 from yocou_jax.sharding import batch_sharding, batch_ways
 from yocou_jax.training.loss import token_scores
-from yocou_jax.typing import Array, Bool, Float, PyTree
+from yocou_jax.typing import Array, Bool, Float, Int, PyTree
 
 TOKENS_AT_ONCE = 16_384  # on each device; a longer sequence is a batch of its own
 LAST = 512  # tokens after the prefixes in Figure 4 of the paper; here at most a quarter of the text
@@ -33,6 +33,16 @@ def scores(
     )
     head = head_matrix(params, config)
     return token_scores(output.hidden, head, batch.targets, shards=batch_ways())
+
+
+def scores_of(
+    model: Pretrained, ids: Int[np.ndarray, "rows N1"], mesh: Mesh
+) -> tuple[Float[np.ndarray, "rows N"], Bool[np.ndarray, "rows N"]]:
+    """`scores` of all ids but the first of each row, with the ids before it."""
+    tokens, targets = jax.device_put((ids[:, :-1], ids[:, 1:]), batch_sharding(mesh))
+    batch = Batch(tokens, targets, None, None, None)
+    compute = resolve_compute(model.compute)
+    return jax.device_get(scores(model.params, batch, config=model.config, compute=compute))
 
 
 def rows_at_once(length: int, mesh: Mesh) -> int:
@@ -104,8 +114,8 @@ def seen_lengths(options: Options, length: int) -> tuple[list[int], int]:
 
 def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """`options.lengths`: numbers of tokens that the model may see before the last ones, and with
-    them; the longest is the length of the sequences. `options.loops`: at most one count."""
-    loaded = with_one_count(loaded, options)
+    them; the longest is the length of the sequences. `options.loops`: one count."""
+    ((_, loaded),) = models(loaded, options)
     text = open_text(loaded, options)
     rows, (lengths, last) = text.sequences, seen_lengths(options, text.length)
     nll, ends = losses(loaded, rows, mesh), []
@@ -116,11 +126,12 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     loss = mean(nll)
     loss["bits_per_byte"] = bits_per_byte(loss["nats"], rows)
     loss["perplexity"] = math.exp(min(loss["nats"], 700.0))  # of more, exp overflows
+    seeing = {f"nats_seeing_{row['length']}": row["nats"] for row in ends}
     return {
         **text.facts(),
         "loops": loaded.config.program.loop_counts,
         "last": last,
-        "scalars": loss,
+        "scalars": loss | seeing,
         "tables": {
             "all tokens": [loss],
             "by the number of tokens before, in the same sequence": by_position(nll),

@@ -93,10 +93,11 @@ def _claims(report: Mapping[str, Any]) -> Table:
     for claim in report["claims"]:
         low, high = claim["expected"]
         other = claim["metric"] != report["metric"]
+        below = "" if claim["against"] is None else f" below {claim['against']}"
         words = f"{claim['lower']} below {claim['higher']} ({claim['source']})"
         rows.append(
             [
-                f"{words}, {claim['metric']}" if other else words,
+                (f"{words}, {claim['metric']}" if other else words) + below,
                 ", ".join(claim["match"]),
                 f"{low:+g} to {high:+g}",
                 _interval(claim["difference"], "+.4f"),

@@ -29,11 +29,12 @@ def evaluate(
 
     step: of the checkpoint, by default the newest undamaged one. command: how the user has asked.
     Nothing on disk is changed, so a run may still be training in the folder. Call it in a single
-    process. Raises UserError for a task that does not exist, and the errors of `pretrained.load`
-    and of the task.
+    process. Raises UserError for a task that does not exist or an option that it does not read, and
+    the errors of `pretrained.load` and of the task.
     """
     if task not in TASKS:
         raise UserError(f"--task={task} is not one of {', '.join(TASKS)}.")
+    _check_options(task, options)
     loaded = pretrained.load(options.folder, mesh, step)
     try:
         with jax.set_mesh(mesh):
@@ -63,6 +64,22 @@ def evaluate(
         attention=attention,
     )
     return about | found
+
+
+def _check_options(task: str, options: Options) -> None:
+    """Raises UserError for an option that would have no effect."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name == "folder" or value == field.default:
+            continue
+        readers = [name for name, other in TASKS.items() if field.name in other.reads]
+        if task not in readers:
+            raise UserError(
+                f"The task {task} does not read --{field.name}. It is read by {', '.join(readers)}."
+            )
+        if field.name in TASKS[task].one and len(value) > 1:
+            given = f"--{field.name}={','.join(map(str, value))}"
+            raise UserError(f"{given} has {len(value)} values, but the task {task} takes one.")
 
 
 def write(report: dict, folder: Path) -> list[Path]:

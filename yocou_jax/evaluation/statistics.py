@@ -1,4 +1,5 @@
-"""Means and paired differences over the seeds of a study, and what they say about a claim.
+"""Means and paired differences over the seeds of a study, and what they say about a claim; and
+shares of right answers.
 
 Intervals are those of Student's t. Two entries with the same seed see the same batches in the same
 order, so their difference varies less than each of them: all differences are paired by seed.
@@ -9,7 +10,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from scipy import optimize, stats
+
+from yocou_jax.typing import Bool, Int
 
 LEVEL = 0.95  # of all intervals
 POWER = 0.8  # with which the smallest effect is found
@@ -84,3 +88,47 @@ def verdict(difference: Interval | None, least: float) -> str:
     if high < least:
         return NOT_HERE
     return REPRODUCED if low > 0 else INCONCLUSIVE
+
+
+# --- Shares of right answers ----------------------------------------------------------------------
+
+
+def wilson(right: float, samples: float, z: float | None = None) -> tuple[float, float]:
+    """The 95% interval of a share, `right` of `samples` (Wilson 1927). It stays inside [0, 1], and
+    does not shrink to a point if all samples are right, or none. Without samples it is (0, 1).
+
+    z: the half width in standard errors; None: that of independent samples.
+    """
+    if samples <= 0:
+        return 0.0, 1.0
+    z = float(stats.norm.ppf((1 + LEVEL) / 2)) if z is None else z
+    share = right / samples
+    middle = share + z**2 / (2 * samples)
+    half = z * math.sqrt(share * (1 - share) / samples + z**2 / (4 * samples**2))
+    scale = 1 + z**2 / samples
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def clustered(
+    right: Bool[np.ndarray, " n"], clusters: Int[np.ndarray, " n"]
+) -> tuple[float, float]:
+    """The 95% interval of the share of right answers, if those of one cluster (of one text) may
+    depend on each other, and different clusters do not.
+
+    The standard error is that of a ratio of two means over clusters: right answers and answers.
+    The interval is Wilson's for as many independent answers as would have this standard error, at
+    most all, with the quantile of Student's t. If all answers are right, or none, nothing varies:
+    then each cluster counts as one answer. With fewer than two clusters it is (0, 1).
+    """
+    _, number = np.unique(clusters, return_inverse=True)
+    answers = np.bincount(number)
+    if (count := len(answers)) < 2:
+        return 0.0, 1.0
+    share = float(right.mean())
+    rest = np.bincount(number, right) - share * answers  # of each cluster; their sum is 0
+    variance = count / (count - 1) * float(rest @ rest) / len(right) ** 2
+    if variance == 0:
+        samples = count if share in (0, 1) else len(right)
+    else:
+        samples = min(share * (1 - share) / variance, len(right))
+    return wilson(share * samples, samples, float(stats.t.ppf((1 + LEVEL) / 2, count - 1)))

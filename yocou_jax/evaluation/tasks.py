@@ -1,21 +1,44 @@
-"""The table of all tasks. The docstring of the package says what a task is."""
+"""The table of all tasks. The docstring of the package says what a task is.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+It imports no jax, so that a command can name the tasks before jax starts.
+"""
 
-from yocou_jax.evaluation import harness, hops, inside, loops, needle, perplexity
-
-
-class Task(NamedTuple):
-    run: Callable[..., dict]
-    draw: Callable[[dict], Any]
+import dataclasses
+import importlib
+from typing import Any
 
 
-TASKS = {
-    "perplexity": Task(perplexity.run, perplexity.draw),
-    "loops": Task(loops.run, loops.draw),
-    "inside": Task(inside.run, inside.draw),
-    "needle": Task(needle.run, needle.draw),
-    "hops": Task(hops.run, hops.draw),
-    "harness": Task(harness.run, lambda report: None),
-}
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """name: of its module in this package. reads: the fields of `Options` that it reads. one: those
+    of them that may have one value only."""
+
+    name: str
+    reads: tuple[str, ...]
+    one: tuple[str, ...] = ()
+
+    def run(self, *args: Any) -> dict:
+        return self._module.run(*args)
+
+    def draw(self, report: dict) -> Any:
+        return self._module.draw(report)
+
+    @property
+    def _module(self) -> Any:
+        return importlib.import_module(f"yocou_jax.evaluation.{self.name}")
+
+
+_TEXT = ("loops", "source", "lengths", "samples")
+_TASKS = (
+    Task("perplexity", _TEXT, one=("loops",)),
+    Task("loops", _TEXT, one=("lengths",)),
+    Task("inside", _TEXT, one=("loops", "lengths")),
+    Task("hops", (*_TEXT, "seed")),
+    Task("needle", (*_TEXT, "seed")),
+    Task(
+        "harness",
+        ("loops", "samples", "seed", "harness", "few_shot", "end_of_text"),
+        one=("loops",),
+    ),
+)
+TASKS = {task.name: task for task in _TASKS}

@@ -1,0 +1,67 @@
+"""What does each loop do: do the layers change less in each loop, with a spike at the hand-over?
+
+    python -m experiments.compare --config=configs/studies/inside.py
+
+The source is Figure 8 of the paper: the angular distances between the inputs and the outputs of all
+layers of YOCO-U, 20 layers with three loops. They fall from loop to loop, and there is a spike
+"where the self-decoder hands over to the cross-decoder (layer 30 of 40)". This is layer 10 of the
+third loop, the last one before the cross-decoder; or the distance to the state after it, which the
+first cross layer makes. The task `inside` reports both, and the claims take the first cross layer
+as the spike: it is above the layer before it, and above the layer after it. The task also decodes
+the text after each loop (the lens).
+
+Here it is the model of configs/studies/language.py with 4 and with 8 layers: yoco_u has 2 window
+layers in each loop, and yoco_u_deep has 4, of 0.75 times the width. yoco has no loop.
+
+Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
+The learning rate is that of configs/studies/language.py, and was not tried for any entry here.
+
+Cost: 6 runs of 2 minutes on 2 idle CPU cores, about 11 minutes in all. This is an estimate before
+any whole run: 1.7e13 FLOPs at 50 GFLOP/s, and 55 seconds to start, to validate and to evaluate each
+run.
+
+Expected, written before the first run. A model of `make train` (LOG.md) had the distances 0.213,
+0.064 and 0.042 in the three loops and 0.079 at the hand-over, and 4.23, 3.90 and 3.84 nats/token
+after the loops. So the mean distance falls by 0.05 to 0.2 from loop 1 to 2, and by 0 to 0.05 from
+loop 2 to 3. The hand-over is above the layer before it and the layer after it by 0.01 to 0.1. The
+loss falls by 0.1 to 1 nats/token from loop 1 to 2, and by 0.01 to 0.2 from loop 2 to 3. All this
+is the same for both depths.
+"""
+
+from configs.studies import language
+from yocou_jax.study import Claim, Entry, Study
+
+
+def get_config():
+    c = language.get_config()
+    c.run.update(steps=160)
+    return c
+
+
+def below(entry: str, lower: str, higher: str, expected: tuple[float, float]) -> Claim:
+    """That one number of the task `inside` is below another one of the same model."""
+    paths = {"metric": f"evaluation.inside.scalars.{lower}"}
+    paths["against"] = f"evaluation.inside.scalars.{higher}"
+    return Claim(entry, entry, "Figure 8", expected, least=0.005, **paths)
+
+
+STUDY = Study(
+    question="Do the layers change less from loop to loop, with a spike at the hand-over?",
+    entries={
+        "yoco_u": Entry(),
+        "yoco_u_deep": Entry(language.DEEP),
+    },
+    evaluations={"inside": ("--samples=16",)},
+    claims=tuple(
+        claim
+        for entry in ("yoco_u", "yoco_u_deep")
+        for claim in (
+            below(entry, "distance_loop_2", "distance_loop_1", (0.05, 0.2)),
+            below(entry, "distance_loop_3", "distance_loop_2", (0.0, 0.05)),
+            below(entry, "distance_before_hand_over", "distance_hand_over", (0.01, 0.1)),
+            below(entry, "distance_after_hand_over", "distance_hand_over", (0.01, 0.1)),
+            below(entry, "loss_loop_2", "loss_loop_1", (0.1, 1.0)),
+            below(entry, "loss_loop_3", "loss_loop_2", (0.01, 0.2)),
+        )
+    ),
+)

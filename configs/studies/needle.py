@@ -1,0 +1,84 @@
+"""Does a model find what a long text says, and does YOCO-U find it more often than its baselines?
+
+    python -m experiments.compare --config=configs/studies/needle.py
+
+The source is Table 4 of the paper: S-NIAH-1 and S-NIAH-2 of RULER, in which one sentence of a long
+text gives a number to a key. In the first (`single`), the rest of the text is one noise sentence;
+in the second (`text`), it is essays, and here lines of Python's source code. The model must write
+the number. The share of right answers is measured at 256, 512, 1,024 and 2,048 tokens.
+
+A model that is trained on text alone for a few minutes writes no number. So the training text is
+such tasks: most documents are short (up to 480 characters, about 100 tokens), because only the
+number teaches to look back, and one in five tokens is of documents of up to 1,600 characters. The
+documents are packed: attention stays inside each of them. 512 tokens are about the longest in
+training; 1,024 and 2,048 tokens are beyond it. The embeddings are tied.
+
+Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
+A claim is that one entry has a lower accuracy than another. The learning rate is that of
+configs/studies/language.py, and was not tried for any entry here.
+
+Cost: 9 runs of 2 to 3 minutes on 2 idle CPU cores, about 23 minutes in all. This is an estimate
+before any whole run: 2.7e13 FLOPs at 30 GFLOP/s, and 50 seconds to start, to validate and to
+evaluate each run.
+
+Expected, written before the first run. One sizing run of yoco_u with these settings (LOG.md) had 57
+to 70% right answers at 256 to 1,024 tokens, of both kinds; without the tied embeddings it had none.
+So the accuracies are far from those of the paper (the transformer 0.87 and 0.82, YOCO 1.00 and
+0.86, YOCO-U 1.00 and 0.95), and differ much between seeds. yoco_u is above yoco and the transformer
+by 0 to 30 points at 256 tokens. At 1,024 it is above the transformer by up to 60 points, because
+such positions of its full layers are new.
+"""
+
+from configs.studies import language
+from yocou_jax.study import Claim, Entry, Study
+
+
+def get_config():
+    c = language.get_config()
+    c.model.update(num_layers=2, vocab_size=1024, d_model=64, head_dim=16, d_ff=192, window=32)
+    # Of one table, each token that was copied is known to the head.
+    c.model.tie_embeddings = True
+    c.data.update(
+        source="0.4*needle(kind=single,length=480,documents=20000)"
+        " + 0.1*needle(kind=single,length=1600,documents=2000,seed=1)"
+        " + 0.4*needle(kind=text,length=480,documents=20000)"
+        " + 0.1*needle(kind=text,length=1600,documents=2000,seed=1)",
+        packing=True,
+        sequence_length=512,
+        validation_sequences=64,
+    )
+    c.run.update(steps=500, eval_every=125)
+    return c
+
+
+def accuracy(kind: str, tokens: int) -> str:
+    """The path of the share of right answers at so many tokens."""
+    return f"evaluation.needle.scalars.accuracy_{kind}_length{tokens}"
+
+
+PAPER = {
+    "yoco_u": {"single": "1.00", "text": "0.95"},
+    "yoco": {"single": "1.00", "text": "0.86"},
+    "transformer": {"single": "0.87", "text": "0.82"},
+}
+
+STUDY = Study(
+    question="Does YOCO-U find a number in a long text more often than its baselines?",
+    entries={
+        "yoco_u": Entry(),
+        "yoco": Entry({"model.architecture": "yoco"}),
+        "transformer": Entry({"model.architecture": "transformer"}),
+    },
+    evaluations={"needle": ("--lengths=256,512,1024,2048", "--samples=12")},
+    claims=tuple(
+        Claim(
+            *(lower, "yoco_u", "Table 4", expected),
+            least=0.05,
+            metric=accuracy(kind, tokens),
+            paper=f"{PAPER[lower][kind]} and {PAPER['yoco_u'][kind]}",
+        )
+        for tokens, expected in ((256, (0.0, 0.3)), (1024, (0.0, 0.6)))
+        for kind in ("single", "text")
+        for lower in ("yoco", "transformer")
+    ),
+)
