@@ -11,7 +11,7 @@ as the spike: it is above the layer before it, and above the layer after it. The
 the text after each loop (the lens).
 
 Here it is the model of configs/studies/language.py with 4 and with 8 layers: yoco_u has 2 window
-layers in each loop, and yoco_u_deep has 4, of 0.75 times the width. yoco has no loop.
+layers in each loop, and yoco_u_deep has 4, of 0.75 times the width.
 
 Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
 The learning rate is that of configs/studies/language.py, and was not tried for any entry here.
