@@ -7,8 +7,8 @@
 `table` writes CLAIMS.md and the line of the README that has the headline, from the results of
 experiments.compare in results/. `check` exits with 1 and shows the difference if they are not what
 `table` would write, or if the README quotes a figure (bits/byte, tokens/s and so on) that no file
-in results/ has. `run` repeats one claim: it trains its two entries in runs/claims/, and shows what
-results/ has and what came. It can be killed; the same command goes on.
+in results/ has, those of studies aside. `run` repeats one claim: it trains its entries in
+runs/claims/, and shows what results/ has and what came. It can be killed; the same command goes on.
 """
 
 import difflib
@@ -31,16 +31,20 @@ from yocou_jax.study import Study
 README, RESULTS = Path("README.md"), Path("results")
 HEADLINE = re.compile("(?<=<!-- headline -->).*?(?=<!-- end of the headline -->)", re.DOTALL)
 INTRODUCTION = (
-    "`python -m experiments.claims table` writes this file from results/. Do not edit it.",
-    "A claim is that one entry of a study has a lower value of a metric than another; without the "
-    "name of a metric, it is the validation loss in bits/byte. *Found* is the difference, paired "
-    "by seed: above 0, the claim holds in these runs. It is *reproduced* if the whole 95% interval "
-    "is above 0, *not at this scale* if all of it is below the smallest difference that would "
-    "matter, and otherwise *inconclusive*, as with fewer than 3 seeds. The smallest effect is the "
-    "true difference that this many seeds would find with 80% probability. The intervals are about "
-    "seeds only, and are not corrected for the number of claims. The minutes are those of all runs "
-    "of the two entries, with their sweep of the learning rate.",
+    "`python -m experiments.claims table` writes this file from results/. Do not edit it. "
     f"`{claims.COMMAND} NAME` repeats one claim, with the name in its row.",
+    "A claim is that one entry of a study has a lower value of a metric than another; without the "
+    "name of a metric, it is the validation loss in bits/byte. *Ours* are the two means, of the "
+    "lower entry first. *Found* is their difference, paired by seed: above 0, the claim holds in "
+    "these runs. The *smallest effect* is the true difference that this many seeds would find with "
+    "80% probability. The minutes are those of all runs of the entries, with their sweep of the "
+    "learning rate.",
+    "A claim is *reproduced* (*holds*, if it is not in the paper) if the whole 95% interval is "
+    "above 0, and *not at this scale* if all of it is below the smallest difference that would matter. "
+    "It is otherwise *inconclusive*, and also with fewer than 3 seeds, if a seed has no value, or "
+    "if no entry has learned the task or all have. The intervals are about seeds only. They are "
+    "not corrected for the number of claims: of 20 claims without any effect, one is expected to "
+    "have an interval without 0.",
 )
 
 
@@ -71,7 +75,8 @@ def check(wanted: dict[Path, str]) -> int:
             print("\n".join(difflib.unified_diff(*(t.splitlines() for t in (old, text)), *names)))
             print(f"{path} is not what results/ gives: run `python -m experiments.claims table`.")
             code = 1
-    for figure in claims.unknown_figures(README.read_text(encoding="utf-8"), RESULTS):
+    readme = HEADLINE.sub("", README.read_text(encoding="utf-8"))
+    for figure in claims.unknown_figures(readme, RESULTS):
         print(f"README.md says {figure!r}, but no file in results/ has this number.")
         code = 1
     return code

@@ -69,6 +69,11 @@ class Runner:
         words = [f"--workdir={spec.workdir}", f"--task={task}", *options]
         child.run(["experiments.evaluate", *words], spec)
 
+    def changed(self) -> list[str]:
+        """The flags that make other settings than those of the file."""
+        given = ("--config.", "--seeds", "--learning_rates")
+        return [word for word in sys.argv[1:] if word.startswith(given)]
+
     def ended(self, spec: Spec) -> None:
         print(f"{spec.name}: {self.comparison.outcome(spec)}", flush=True)
         self.write()
@@ -79,6 +84,7 @@ class Runner:
         first = [comparison.first(name) for name in comparison.twins]
         found = report(comparison) | {
             "study": self.file,
+            "changed": self.changed(),
             "text": self.text,
             "command": shlex.join([*python, "experiments.compare", *sys.argv[1:]]),
             "commands": {s.entry: shlex.join([*python, *self.command(s)]) for s in first},

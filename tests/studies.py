@@ -39,6 +39,7 @@ def pretend(spec: Spec, **facts) -> None:
     flops = AXES["flops"].amount(spec.config)
     summary = {"val_bpb": loss, "wall_s": 60.0, "train_flops": flops}
     (spec.workdir / "summary.json").write_text(to_json(summary))
+    spec.clock.write_text("60.0\n")
 
 
 def never(spec: Spec, task: str, options) -> None:

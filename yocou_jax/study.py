@@ -19,6 +19,7 @@ from yocou_jax.errors import UserError, shown
 TOLERANCE = 0.01  # largest relative difference on an axis on which two entries match
 # A comparison sets these fields in each run: an entry cannot have its own, or seeds would not pair.
 RATE, SEEDS = "optimizer.learning_rate", ("run.seed", "data.seed")
+NOT_IN_PAPER = "not in the paper"  # the source of a claim that only this project makes
 
 
 # --- Axes -----------------------------------------------------------------------------------------
@@ -101,7 +102,9 @@ class Claim:
     match: axes on which the two entries must match, and metric: its path in the record of a run
     (compare.py); None: those of the study. paper: the two values in the paper, of `lower` first, as
     words. Empty: it has none. against: the path of the value of `higher`, if it is another one: so
-    a claim can compare two numbers of one run.
+    a claim can compare two numbers of one run. within: the range in which a metric says something.
+    If both entries are at or below its start (they have learned nothing), or at or above its end
+    (the task is too easy), their difference decides nothing.
     """
 
     lower: str
@@ -113,12 +116,21 @@ class Claim:
     metric: str | None = None
     paper: str = ""
     against: str | None = None
+    within: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
-        """What users type: the two entries, and the end of the path of its own metric."""
+        """What users type: the two entries, and the end of the path of its own metric; or the
+        entry, and the ends of the two paths."""
         end = "" if self.metric is None else f".{self.metric.rpartition('.')[2]}"
+        if self.against is not None and self.lower == self.higher:
+            return f"{self.lower}{end}_below_{self.against.rpartition('.')[2]}"
         return f"{self.lower}_below_{self.higher}{end}"
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The two entries, or the one entry."""
+        return tuple(dict.fromkeys((self.lower, self.higher)))
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Does each loop follow one more hop, and how far back does a looped window see?
+"""Do more loops follow longer chains, and does a second loop widen a window?
 
     python -m experiments.compare --config=configs/studies/hops.py
 
@@ -8,17 +8,17 @@ not (Saunshi et al. 2025). Here a window layer runs 1 to 4 times, and a cross la
 texts have 1, 2, 3 and 4 hops, as many of each; every position that has an answer is trained. The
 window is as long as a text, so it limits nothing.
 
-window_8, window_16 and window_32 have two loops and learn texts of two hops only. The same letter
-before is 8 tokens back on average, so a window of 8 tokens misses it often. With two loops, the
-self-decoder reaches back by twice as much; the figure of each run (evaluation/hops.png) has the
-accuracy by distance, and a line where this reach ends.
+window_8, window_16 and window_32 have two loops and learn texts of two hops only. The last earlier
+copy of a letter is 8 tokens back on average, so a window of 8 tokens misses it often. Two loops of
+a window of W tokens reach back by 2 (W - 1) tokens, one loop by W - 1: window_16_once has one loop
+and about the reach of window_8.
 
-Match: all entries have the same parameters, and all of a claim the same tokens. The accuracy is
-that of new texts. A claim is that one entry has a lower accuracy than another. Muon at 0.01, as in
-configs/studies/language.py; no other rate was tried.
+Match: all entries have the same parameters, and all of a claim the same tokens; more loops cost
+more FLOPs. The accuracy is that of new texts. A claim is that one entry has a lower accuracy than
+another. Muon at 0.01, as in configs/studies/language.py; no other rate was tried.
 
-Cost: 21 runs of 1 to 2 minutes on 2 idle CPU cores, about 30 minutes in all. This is an estimate
-before any whole run: 3.0e13 FLOPs at 30 GFLOP/s, and 40 seconds to start, to validate and to
+Cost: 27 runs of 1 to 2 minutes on 2 idle CPU cores, about 38 minutes in all. This is an estimate
+before any whole run: 3.4e13 FLOPs at 30 GFLOP/s, and 40 seconds to start, to validate and to
 evaluate each run.
 
 Expected, written before the first run. Two sizing runs (LOG.md) had 100%, 99%, 75% and 70% right
@@ -26,12 +26,14 @@ answers to 1, 2, 3 and 4 hops with four loops, and 100%, 95%, 67% and 64% with t
 guess has 50%, 51%, 35% and 35%.) So each loop adds something, but three and four hops are not
 learned to the end with so few tokens. From 1 to 2 loops the accuracy rises by 5 to 30 points at two
 hops, from 2 to 3 loops by 2 to 15 points at three hops, and from 3 to 4 loops by -2 to 10 points at
-four hops. A window of 16 tokens is better than one of 8 by 5 to 30 points, and one of 32 than one
-of 16 by 1 to 15 points.
+four hops: three seeds will hardly decide the last step. A window of 16 tokens is better than one of
+8 by 5 to 30 points, and one of 32 than one of 16 by 1 to 15 points. With a window of 8 or 16
+tokens, two loops are better than one by 5 to 30 points, and two loops of 8 better than one of 16,
+because the second loop also computes. No window entry was tried before.
 """
 
 from configs import base
-from yocou_jax.study import Claim, Entry, Study
+from yocou_jax.study import NOT_IN_PAPER, Claim, Entry, Study
 
 LENGTH = 128
 
@@ -73,25 +75,38 @@ def accuracy(hops: int) -> str:
     return f"evaluation.hops.scalars.accuracy_p{hops}_length{LENGTH}"
 
 
-def window(width: int) -> Entry:
-    """Two loops that see so many tokens back, on two hops only."""
+def window(width: int, loops: int = 2) -> Entry:
+    """Loops that see so many tokens back each, on two hops only."""
     fields = {"data.source": chains(2), "run.steps": 140}
-    return Entry(fields | {"model.num_loops": 2, "model.window": width}, match=("parameters",))
+    return Entry(fields | {"model.num_loops": loops, "model.window": width}, match=("parameters",))
+
+
+def more(lower: str, higher: str, hops: int, low: float, high: float) -> Claim:
+    """That one entry has fewer right answers than another."""
+    # Below, it is about the best guess, which has 51% at 1 and 2 hops and 35% at 3 and 4.
+    within = (0.55 if hops < 3 else 0.4, 0.98)
+    return Claim(
+        lower, higher, NOT_IN_PAPER, (low, high), 0.02, metric=accuracy(hops), within=within
+    )
 
 
 STUDY = Study(
-    question="Does each loop follow one more hop, and how far back does a looped window see?",
+    question="Do more loops follow longer chains, and does a second loop widen a window?",
     entries={
         "loops_4": Entry(),
         **{f"loops_{n}": Entry({"model.num_loops": n}) for n in (1, 2, 3)},
         **{f"window_{width}": window(width) for width in (8, 16, 32)},
+        **{f"window_{width}_once": window(width, loops=1) for width in (8, 16)},
     },
     evaluations={"hops": (f"--lengths={LENGTH}",)},
     claims=(
-        Claim("loops_1", "loops_2", "not in the paper", (0.05, 0.3), 0.02, metric=accuracy(2)),
-        Claim("loops_2", "loops_3", "not in the paper", (0.02, 0.15), 0.02, metric=accuracy(3)),
-        Claim("loops_3", "loops_4", "not in the paper", (-0.02, 0.1), 0.02, metric=accuracy(4)),
-        Claim("window_8", "window_16", "not in the paper", (0.05, 0.3), 0.02, metric=accuracy(2)),
-        Claim("window_16", "window_32", "not in the paper", (0.01, 0.15), 0.02, metric=accuracy(2)),
+        more("loops_1", "loops_2", 2, 0.05, 0.3),
+        more("loops_2", "loops_3", 3, 0.02, 0.15),
+        more("loops_3", "loops_4", 4, -0.02, 0.1),
+        more("window_8", "window_16", 2, 0.05, 0.3),
+        more("window_16", "window_32", 2, 0.01, 0.15),
+        more("window_8_once", "window_8", 2, 0.05, 0.3),
+        more("window_16_once", "window_16", 2, 0.05, 0.3),
+        more("window_16_once", "window_8", 2, 0.0, 0.2),
     ),
 )

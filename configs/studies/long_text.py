@@ -24,7 +24,7 @@ by more than at 1,024 tokens.
 """
 
 from configs.studies import language
-from yocou_jax.study import Claim, Entry, Study
+from yocou_jax.study import NOT_IN_PAPER, Claim, Entry, Study
 
 
 def get_config():
@@ -39,10 +39,12 @@ def nats(tokens: int) -> str:
     return f"evaluation.perplexity.scalars.nats_seeing_{tokens}"
 
 
-def falls(entry: str, tokens: int, expected: tuple[float, float]) -> Claim:
+def falls(
+    entry: str, tokens: int, expected: tuple[float, float], source: str = "Figure 4"
+) -> Claim:
     """That the loss is lower with so many tokens than with half of them."""
     paths = {"metric": nats(tokens), "against": nats(tokens // 2)}
-    return Claim(entry, entry, "Figure 4", expected, least=0.01, **paths)
+    return Claim(entry, entry, source, expected, least=0.01, **paths)
 
 
 STUDY = Study(
@@ -55,12 +57,13 @@ STUDY = Study(
     evaluations={"perplexity": ("--lengths=256,512,1024,2048", "--samples=64")},
     # All in nats per token.
     claims=(
-        falls("yoco_u", 512, (0.05, 0.3)),
+        # Figure 4 begins with a prefix, and 256 tokens are only those that count.
+        falls("yoco_u", 512, (0.05, 0.3), NOT_IN_PAPER),
         falls("yoco_u", 1024, (0.0, 0.1)),
         falls("yoco", 1024, (0.0, 0.1)),
         falls("transformer", 1024, (0.0, 0.1)),
         Claim("yoco_u", "yoco", "Figure 4", (0.01, 0.1), 0.01, metric=nats(1024)),
         Claim("yoco_u", "transformer", "Figure 4", (-0.02, 0.1), 0.01, metric=nats(1024)),
-        Claim("yoco_u", "transformer", "not in the paper", (0.05, 1.0), 0.01, metric=nats(2048)),
+        Claim("yoco_u", "transformer", NOT_IN_PAPER, (0.05, 1.0), 0.01, metric=nats(2048)),
     ),
 )

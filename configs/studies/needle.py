@@ -5,20 +5,22 @@
 The source is Table 4 of the paper: S-NIAH-1 and S-NIAH-2 of RULER, in which one sentence of a long
 text gives a number to a key. In the first (`single`), the rest of the text is one noise sentence;
 in the second (`text`), it is essays, and here lines of Python's source code. The model must write
-the number. The share of right answers is measured at 256, 512, 1,024 and 2,048 tokens.
+the number. The share of right answers is measured at 256, 512 and 1,024 tokens.
 
 A model that is trained on text alone for a few minutes writes no number. So the training text is
 such tasks: most documents are short (up to 480 characters, about 100 tokens), because only the
 number teaches to look back, and one in five tokens is of documents of up to 1,600 characters. The
 documents are packed: attention stays inside each of them. 512 tokens are about the longest in
-training; 1,024 and 2,048 tokens are beyond it. The embeddings are tied.
+training; 1,024 tokens are beyond it. The embeddings are tied. A short document has room for one
+line of noise, so most of what is learned is to copy from near by.
 
 Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
 A claim is that one entry has a lower accuracy than another. The learning rate is that of
-configs/studies/language.py, and was not tried for any entry here.
+configs/studies/language.py, and was not tried for any entry here. The text, the tokenizer and the
+tied embeddings were chosen in runs of yoco_u alone, which may favor it.
 
-Cost: 9 runs of 2 to 3 minutes on 2 idle CPU cores, about 23 minutes in all. This is an estimate
-before any whole run: 2.7e13 FLOPs at 30 GFLOP/s, and 50 seconds to start, to validate and to
+Cost: 15 runs of 2 to 3 minutes on 2 idle CPU cores, about 40 minutes in all. This is an estimate
+before any whole run: 4.5e13 FLOPs at 30 GFLOP/s, and 60 seconds to start, to validate and to
 evaluate each run.
 
 Expected, written before the first run. One sizing run of yoco_u with these settings (LOG.md) had 57
@@ -30,7 +32,7 @@ such positions of its full layers are new.
 """
 
 from configs.studies import language
-from yocou_jax.study import Claim, Entry, Study
+from yocou_jax.study import NOT_IN_PAPER, Claim, Entry, Study
 
 
 def get_config():
@@ -62,6 +64,20 @@ PAPER = {
     "transformer": {"single": "0.87", "text": "0.82"},
 }
 
+RANGE = (0.05, 0.98)  # outside, nothing was learned, or everything
+
+
+def found(lower: str, kind: str) -> Claim:
+    """That an entry finds less than yoco_u, at a length that training has."""
+    return Claim(
+        *(lower, "yoco_u", "Table 4", (0.0, 0.3)),
+        least=0.05,
+        metric=accuracy(kind, 256),
+        paper=f"{PAPER[lower][kind]} and {PAPER['yoco_u'][kind]}",
+        within=RANGE,
+    )
+
+
 STUDY = Study(
     question="Does YOCO-U find a number in a long text more often than its baselines?",
     entries={
@@ -69,16 +85,20 @@ STUDY = Study(
         "yoco": Entry({"model.architecture": "yoco"}),
         "transformer": Entry({"model.architecture": "transformer"}),
     },
-    evaluations={"needle": ("--lengths=256,512,1024,2048", "--samples=12")},
+    seeds=5,
+    evaluations={"needle": ("--lengths=256,512,1024", "--samples=40")},
+    # In the paper, yoco and yoco_u have the same share of `single`.
     claims=tuple(
+        found(lower, kind)
+        for lower, kind in (("yoco", "text"), ("transformer", "single"), ("transformer", "text"))
+    )
+    + tuple(
         Claim(
-            *(lower, "yoco_u", "Table 4", expected),
+            *("transformer", "yoco_u", NOT_IN_PAPER, (0.0, 0.6)),
             least=0.05,
-            metric=accuracy(kind, tokens),
-            paper=f"{PAPER[lower][kind]} and {PAPER['yoco_u'][kind]}",
+            metric=accuracy(kind, 1024),
+            within=RANGE,
         )
-        for tokens, expected in ((256, (0.0, 0.3)), (1024, (0.0, 0.6)))
         for kind in ("single", "text")
-        for lower in ("yoco", "transformer")
     ),
 )

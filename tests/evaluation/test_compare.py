@@ -34,6 +34,7 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     # The clock of a run counts all of its processes, and wall_s (60 s here) the last one.
     again.spec("a", 0.2, 1).clock.write_text("180.0\n")
     again.spec("a", 0.2, 2).clock.write_text("30.0\n")
+    again.spec("a", 0.2, 3).clock.unlink()
     found = report(Comparison(STUDY, BASE, tmp_path))
     a, b = found["entries"]["a"], found["entries"]["b"]
     assert (a["learning_rate"], a["rate_at_edge"], a["swept"]) == (0.2, False, True)
@@ -47,7 +48,11 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     assert claim["difference"] == pytest.approx(interval([0.29, 0.28, 0.27])._asdict())
     assert effect == pytest.approx(smallest_effect(interval([0.29, 0.28, 0.27])))
     assert claim["verdict"] == "reproduced"
-    assert claim["remarks"] == ["the best learning rate of b is at the edge of those tried"]
+    assert [side["mean"] for side in claim["means"]] == pytest.approx([1.24, 1.52])
+    assert claim["remarks"] == [
+        "the best learning rate of b is at the edge of those tried",
+        "the minutes of 1 runs are of their last process only",
+    ]
     assert b["difference"]["mean"] == pytest.approx(0.28)
     assert found["minutes"] == claim["minutes"] == 13
     run = a["runs"][0]
@@ -57,6 +62,27 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
         20 * 8 * 16 / 50,
         pytest.approx(2.0 + (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4),
     )
+
+
+def test_what_makes_a_difference_decide_nothing(tmp_path):
+    def claim(within=None, source="Table 3", seeds=3):
+        claims = (Claim("b", "a", source, (0.0, 0.5), within=within),)
+        study = dataclasses.replace(STUDY, claims=claims)
+        found = report(Comparison(study, BASE, tmp_path, seeds=seeds))["claims"][0]
+        return found["verdict"], found["remarks"][0]
+
+    comparison = Comparison(STUDY, BASE, tmp_path)
+    train(comparison)
+    assert claim()[0] == "reproduced"
+    assert claim(source="not in the paper")[0] == "holds"
+    assert claim(within=(1.3, 1.5))[0] == "reproduced"  # b is below, a above
+    assert claim(within=(1.6, 2.0)) == (
+        "inconclusive",
+        "neither of the two has learned the task",
+    )
+    assert claim(within=(0.5, 1.2)) == ("inconclusive", "the task is too easy for both")
+    # The fourth seed has not run, or has failed: the other three alone do not decide.
+    assert claim(seeds=4) == ("inconclusive", "b has no value with seed 4")
 
 
 def test_a_comparison_that_was_killed_goes_on(tmp_path):
@@ -106,6 +132,7 @@ def test_an_evaluation_that_is_missing_is_made_without_a_new_training(tmp_path):
         rows = [{"loops": count, "bits_per_byte": 1 + 1 / count} for count in (1, 2)]
         scalars = {"nats_1": 1.75, "nats_2": 1.5}
         found = {"scalars": scalars, "tables": {"nats per token": rows}, "results": rows}
+        found["step"] = 20
         found["command"] = f"python -m experiments.evaluate --task=loops --workdir=x {said[0]}"
         (spec.workdir / "evaluation/loops.json").write_text(json.dumps(found))
 

@@ -23,7 +23,7 @@ def found(tmp_path_factory) -> dict:
     comparison = Comparison(STUDY, BASE, tmp_path_factory.mktemp("runs"))
     train(comparison)
     words = "python -m experiments.compare --config=configs/studies/one.py --seeds=3"
-    names = {"study": "configs/studies/one.py", "command": words}
+    names = {"study": "configs/studies/one.py", "command": words, "changed": ["--seeds=3"]}
     return json.loads(to_json(report(comparison) | names))
 
 
@@ -46,12 +46,15 @@ def test_the_table_has_every_claim(place, capsys):
     page = Path("CLAIMS.md").read_text()
     assert (
         "| `b` below `a`, at equal parameters, tokens | Table 3: 1.5 and 2.5 | +0 to +0.5 | "
-        "+0.2800 | +0.2552 to +0.3048 | 3 | 0.0326 | reproduced | 2.74K parameters, 2.56K tokens "
-        "| 11 | `one.b_below_a` | the best learning rate of b is at the edge of those tried |"
+        "1.2400 and 1.5200 | +0.2800 | +0.2552 to +0.3048 | 3 | 0.0326 | 0.005 | reproduced | "
+        "2.74K parameters, 2.56K tokens | 11 | `one.b_below_a` | "
+        "the best learning rate of b is at the edge of those tried |"
     ) in page
     assert "| 11 | 11 | `python -m experiments.compare --config=configs/studies/one.py" in page
+    assert "## one with --seeds=3, on cpu" in page
     assert "## two: not run" in page
-    assert "| `c` below `d`, at equal parameters, tokens | Figure 6 | +0 to +1 | `two.c_below_d` |"
+    line = "| `c` below `d`, at equal parameters, tokens | Figure 6 | +0 to +1 | `two.c_below_d` |"
+    assert line in page
     headline = (
         "What came: <!-- headline -->`b` below `a`: reproduced. The difference is +0.2800 "
         "bits/byte (95% interval: +0.2552 to +0.3048; above 0, the claim holds; 3 seeds; 2.74K "
@@ -83,17 +86,21 @@ def test_without_results_every_claim_is_listed_as_not_run(place):
 def test_a_figure_without_a_result_is_found(place):
     folder = Path("results")
     text = "3.74 nats/token, 3.7377 nats/token, 77.7x, 3.7 times, 0.28 bits/byte, 2,560 tokens/s"
-    assert claims.unknown_figures(text, folder) == ["3.7377 nats/token", "77.7x"]
+    # The results of studies, which have 0.28 and 2,560, do not count.
+    unknown = ["3.7377 nats/token", "77.7x", "0.28 bits/byte", "2,560 tokens/s"]
+    assert claims.unknown_figures(text, folder) == unknown
 
 
 def test_results_of_another_study_or_another_version(place, found):
     path = Path("results/cpu/studies/one.json")
     path.write_text(to_json(found | {"study": "/home/me/own.py"}))
     assert claims.read_results(Path("results"), command.studies()) == []
-    changed = [found["claims"][0] | {"least": 0.1}]
-    path.write_text(to_json(found | {"claims": changed}))
-    with pytest.raises(UserError, match=r"b_below_a, which is absent .* or differs there"):
-        command.main(["", "check"])
+    for other in ({"least": 0.1}, {"expected": [0.1, 0.5]}, {"against": "x"}, {"within": [0, 1]}):
+        path.write_text(to_json(found | {"claims": [found["claims"][0] | other]}))
+        with pytest.raises(UserError, match=r"b_below_a, which is absent .* or differs there"):
+            command.main(["", "check"])
+    path.write_text(to_json(found | {"claims": [found["claims"][0] | {"paper": "other words"}]}))
+    command.main(["", "check"])
 
 
 def test_one_claim_is_run_with_the_flags_of_its_results(place, monkeypatch, capsys):

@@ -20,8 +20,9 @@ from yocou_jax.study import Claim, Study
 HEADLINE = "language.yoco_u_below_yoco"  # what the README says first
 COMMAND = "python -m experiments.claims run"
 COLUMNS = (
-    *("claim", "the paper", "expected: lower by", "found: lower by", "95% interval", "seeds"),
-    *("smallest effect", "verdict", "sizes", "minutes", f"`{COMMAND}`", "remarks"),
+    *("claim", "the paper", "expected: lower by", "ours", "found: lower by", "95% interval"),
+    *("seeds", "smallest effect", "matters from", "verdict", "sizes", "minutes"),
+    *(f"`{COMMAND}`", "remarks"),
 )
 WORDS = 3  # the first columns: what is known before the first run
 # A figure that a document quotes: a number with one of these units.
@@ -42,7 +43,7 @@ class Result(NamedTuple):
 def read_results(folder: Path, studies: Mapping[str, Study]) -> list[Result]:
     """The results of the given studies in a folder results/. studies: by file name without suffix.
 
-    Raises UserError if a file has not the claims of its study.
+    Raises UserError if a file does not have the claims of its study.
     """
     found = []
     for path in sorted(folder.glob("*/studies/*.json")):
@@ -59,10 +60,19 @@ def read_results(folder: Path, studies: Mapping[str, Study]) -> list[Result]:
 
 
 def _check_claims(result: Result, study: Study) -> None:
-    ours = {c.name: (c.least, _metric(study, c), [*_match(study, c)]) for c in study.claims}
+    """What was expected before the runs stays as it was. Only words about the paper may change."""
+
+    def fixed(claim: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("lower", "higher", "metric", "against", "match", "expected", "least", "within")
+        return {name: claim.get(name) for name in names}
+
+    ours = {}
+    for c in study.claims:
+        facts = vars(c) | {"metric": _metric(study, c), "match": [*_match(study, c)]}
+        facts |= {"expected": [*c.expected], "within": c.within and [*c.within]}
+        ours[c.name] = fixed(facts)
     for claim in result.report["claims"]:
-        found = claim["least"], claim["metric"], claim["match"]
-        if ours.get(claim["name"]) != found:
+        if ours.get(claim["name"]) != fixed(claim):
             raise UserError(
                 f"{result.path} has the claim {claim['name']}, which is absent from the study "
                 f"{result.study} or differs there. Write it again: {result.report['command']}"
@@ -84,14 +94,18 @@ def tables(studies: Mapping[str, Study], results: Sequence[Result]) -> list[Tabl
     """A table of claims for each file of results and for each study without one, and where the
     results are from. Text is Markdown."""
     made = [
-        Table(f"{result.name}, on {result.device}", COLUMNS, _rows(studies[result.study], result))
-        for result in results
+        Table(_title(result), COLUMNS, _rows(studies[result.study], result)) for result in results
     ]
     columns = [*COLUMNS[:WORDS], COLUMNS[-2]]
     for name in [n for n in studies if n not in {result.name for result in results}]:
         rows = [[*row[:WORDS], row[-2]] for row in _rows(studies[name], None, name)]
         made.append(Table(f"{name}: not run", columns, rows))
     return [*made, _origins(results)] if results else made
+
+
+def _title(result: Result) -> str:
+    changed = result.report["changed"]
+    return f"{result.name}{' with ' + ' '.join(changed) if changed else ''}, on {result.device}"
 
 
 def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]]:
@@ -103,14 +117,15 @@ def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]
         words = f"`{claim.lower}` below `{claim.higher}`{metric}"
         if claim.against is not None:
             words = f"`{claim.lower}`{metric} below `{claim.higher}` in `{claim.against}`"
+        equal = "" if len(claim.entries) == 1 else f", at equal {', '.join(_match(study, claim))}"
         first = [
-            f"{words}, at equal {', '.join(_match(study, claim))}",
+            f"{words}{equal}",
             f"{claim.source}: {claim.paper}" if claim.paper else claim.source,
             f"{low:+g} to {high:+g}",
         ]
         command = f"`{result.name if result else name}.{claim.name}`"
         if result is None or found.get(claim.name, {}).get("difference") is None:
-            rows.append([*first, *["-"] * 3, "-", "not run", "-", "-", command, ""])
+            rows.append([*first, *["-"] * 6, "not run", "-", "-", command, ""])
         else:
             cells = _cells(found[claim.name], result.report)
             rows.append([*first, *cells[:-1], command, cells[-1]])
@@ -118,14 +133,16 @@ def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]
 
 
 def _cells(claim: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
-    """What was found, from the difference to the minutes, and the remarks."""
+    """What was found, from the two means to the minutes, and the remarks."""
     found = claim["difference"]
     sizes = [_sizes(report["entries"][claim[side]]["amounts"]) for side in ("lower", "higher")]
     return [
+        " and ".join(f"{side['mean']:.4f}" for side in claim["means"]),
         f"{found['mean']:+.4f}",
         _interval(found),
         str(found["n"]),
         "-" if found["smallest_effect"] is None else f"{found['smallest_effect']:.4f}",
+        f"{claim['least']:g}",
         claim["verdict"],
         "; ".join(dict.fromkeys(sizes)),
         f"{claim['minutes']:.0f}",
@@ -198,7 +215,7 @@ def compare_flags(name: str, studies: Mapping[str, Study], results: Sequence[Res
     if having:  # its flags may have changed the settings; of a flag that is given twice, the last
         words = shlex.split(having[0].report["command"])[3:]  # counts
     folder = f"runs/claims/{start}"
-    only = f"--only={claim.lower},{claim.higher}"
+    only = f"--only={','.join(claim.entries)}"
     return [*words, only, f"--workdir={folder}", f"--out={folder}.json"]
 
 
@@ -209,12 +226,12 @@ def sentences(name: str, studies: Mapping[str, Study], results: Sequence[Result]
     for result in having:
         found = next((c for c in result.report["claims"] if c["name"] == claim.name), None)
         if found is not None and found["difference"] is not None:
-            cells = _cells(found, result.report)
+            _, mean, bounds, seeds, _, _, word, sizes, *_ = _cells(found, result.report)
             unit = "bits/byte" if found["metric"] == "summary.val_bpb" else found["metric"]
             said.append(
-                f"`{claim.lower}` below `{claim.higher}`: {cells[4]}. The difference is {cells[0]} "
-                f"{unit} (95% interval: {cells[1]}; above 0, the claim holds; {cells[2]} seeds; "
-                f"{cells[5]}; {result.device})."
+                f"`{claim.lower}` below `{claim.higher}`: {word}. The difference is {mean} {unit} "
+                f"(95% interval: {bounds}; above 0, the claim holds; {seeds} seeds; {sizes}; "
+                f"{result.device})."
             )
     return said
 
@@ -235,9 +252,10 @@ def numbers(value: Any) -> Iterator[float]:
 
 def unknown_figures(text: str, folder: Path) -> list[str]:
     """The figures in a text (numbers with a unit of FIGURE) that no file of results/ has, at the
-    precision in which they are written."""
+    precision in which they are written. Files of studies do not count: they have so many numbers
+    that a short figure would always be among them."""
     figures = {match[0]: match[1].replace(",", "") for match in FIGURE.finditer(text)}
-    files = sorted(folder.rglob("*.json")) if figures else []
+    files = [f for f in sorted(folder.rglob("*.json")) if f.parent.name != "studies"]
     known = [n for f in files for n in numbers(json.loads(f.read_text(encoding="utf-8")))]
     unknown = []
     for words, figure in figures.items():

@@ -29,7 +29,10 @@ from ml_collections import ConfigDict
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError, shown
 from yocou_jax.evaluation.statistics import (
+    HOLDS,
+    INCONCLUSIVE,
     PAIRS,
+    REPRODUCED,
     Interval,
     interval,
     paired,
@@ -40,7 +43,16 @@ from yocou_jax.files import write_atomically
 from yocou_jax.manifest import CODE
 from yocou_jax.manifest import FILE as MANIFEST
 from yocou_jax.manifest import read as read_manifest
-from yocou_jax.study import AXES, Claim, Study, matched, ratios, twins, with_fields
+from yocou_jax.study import (
+    AXES,
+    NOT_IN_PAPER,
+    Claim,
+    Study,
+    matched,
+    ratios,
+    twins,
+    with_fields,
+)
 from yocou_jax.training import metrics
 from yocou_jax.training.resume import FREE_FIELDS
 from yocou_jax.trees import differences, flat
@@ -271,6 +283,8 @@ class Comparison:
             spec.workdir.parent.mkdir(parents=True, exist_ok=True)
             try:
                 if not (spec.workdir / "summary.json").exists():
+                    if not (spec.workdir / MANIFEST).exists():
+                        spec.clock.unlink(missing_ok=True)  # of a run that somebody has removed
                     train(spec)
                 for task, flags in self.study.evaluations.items():
                     if _evaluation(spec, task, flags) is None:
@@ -327,14 +341,17 @@ def look_up(record: Mapping, path: str) -> Any:
 
 
 def _evaluation(spec: Spec, task: str, flags: Iterable[str]) -> dict | None:
-    """The report of a task. None if there is none, or if other flags made it."""
+    """The report of a task. None if there is none, or if it is one of other flags or of a step
+    before the last."""
     try:
         found = json.loads((spec.workdir / f"evaluation/{task}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     words = [word for word in shlex.split(found["command"]) if word.startswith("--")]
     given = {word for word in words if not word.startswith(("--workdir=", "--task="))}
-    return found if given == set(flags) else None
+    # Somebody may have measured an earlier checkpoint while the run was training.
+    same = given == set(flags) and found["step"] == spec.config.run.steps
+    return found if same else None
 
 
 def _check_settings(spec: Spec) -> None:
@@ -364,6 +381,7 @@ def _read(spec: Spec, tasks: Mapping[str, tuple[str, ...]]) -> dict[str, Any] | 
         # wall_s is of the last process only. Without a clock (a run that was made by hand), and
         # after a resume, it is less than what the run took.
         "minutes": max(spec.seconds, summary["wall_s"]) / 60,
+        "clock": spec.clock.exists(),
         "resumes": len(manifest.get("resumes", [])),
         "summary": summary,
         "evaluation": {task: found for task, found in reports.items() if found is not None},
@@ -459,9 +477,13 @@ def _records(comparison: Comparison, *entries: str) -> list[dict]:
 
 
 def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
-    sides = (claim.lower, claim.higher)
     paths = (claim.metric, claim.against or claim.metric)
-    found = paired(*map(comparison.values, sides, paths))
+    values = [*map(comparison.values, (claim.lower, claim.higher), paths)]
+    found = paired(*values)
+    doubts = _doubts(comparison, claim, values)
+    word = verdict(found, claim.least)
+    if word == REPRODUCED and claim.source == NOT_IN_PAPER:
+        word = HOLDS
     return {
         "name": claim.name,
         "lower": claim.lower,
@@ -473,24 +495,46 @@ def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
         "match": list(comparison.study.match if claim.match is None else claim.match),
         "expected": list(claim.expected),
         "least": claim.least,
+        "within": claim.within and list(claim.within),
+        # Of `lower` and `higher`.
+        "means": [_numbers(interval([*side.values()])) if side else None for side in values],
         "difference": _numbers(found),  # `higher` minus `lower`
-        "verdict": verdict(found, claim.least),
-        "minutes": sum(record["minutes"] for record in _records(comparison, *sides)),
-        "remarks": ["not run"] if found is None else _remarks(comparison, claim, found),
+        "verdict": INCONCLUSIVE if doubts else word,
+        "minutes": sum(record["minutes"] for record in _records(comparison, *claim.entries)),
+        "remarks": ["not run"] if found is None else doubts + _remarks(comparison, claim),
     }
 
 
-def _remarks(comparison: Comparison, claim: Claim, found: Interval) -> list[str]:
+def _doubts(comparison: Comparison, claim: Claim, values: list[dict[int, float]]) -> list[str]:
+    """Why a difference decides nothing, whatever its interval is."""
+    pairs = len(values[0].keys() & values[1].keys())
+    doubts = [f"fewer than {PAIRS} seeds"] if pairs < PAIRS else []
+    # A run that failed is evidence too, so the others alone must not decide.
+    for name, side in zip(dict.fromkeys((claim.lower, claim.higher)), values, strict=False):
+        if missing := [str(seed) for seed in comparison.seeds if seed not in side]:
+            doubts.append(f"{name} has no value with seed {', '.join(missing)}")
+    if claim.within is not None and all(values):
+        means = [sum(side.values()) / len(side) for side in values]
+        if max(means) <= claim.within[0]:
+            doubts.append("neither of the two has learned the task")
+        if min(means) >= claim.within[1]:
+            doubts.append("the task is too easy for both")
+    return doubts
+
+
+def _remarks(comparison: Comparison, claim: Claim) -> list[str]:
     """What a reader must know before he believes a difference."""
-    sides = (claim.lower, claim.higher)
-    remarks = [f"fewer than {PAIRS} seeds"] if found.n < PAIRS else []
-    if not all(comparison.swept(name) for name in sides):
+    remarks = []
+    if not all(comparison.swept(name) for name in claim.entries):
         remarks.append("learning rates not swept")
-    edges = [name for name in sides if comparison.at_edge(name)]
+    edges = [name for name in claim.entries if comparison.at_edge(name)]
     remarks += [f"the best learning rate of {name} is at the edge of those tried" for name in edges]
     if comparison.twins[claim.lower].data != comparison.twins[claim.higher].data:
         remarks.append("the two entries see different batches")
-    return remarks + _origin(_records(comparison, *sides))
+    records = _records(comparison, *claim.entries)
+    if without := sum(not record["clock"] for record in records):
+        remarks.append(f"the minutes of {without} runs are of their last process only")
+    return remarks + _origin(records)
 
 
 def _origin(records: Iterable[Mapping]) -> list[str]:

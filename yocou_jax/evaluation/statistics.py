@@ -20,6 +20,7 @@ POWER = 0.8  # with which the smallest effect is found
 PAIRS = 3  # fewer decide nothing
 
 REPRODUCED, NOT_HERE, INCONCLUSIVE = "reproduced", "not at this scale", "inconclusive"
+HOLDS = "holds"  # instead of "reproduced", if the paper does not say it
 
 
 class Interval(NamedTuple):
@@ -77,10 +78,10 @@ def verdict(difference: Interval | None, least: float) -> str:
     """What a difference (`paired`) says about the claim that it is above 0.
 
     reproduced: the whole interval is above 0. not at this scale: the whole interval is below
-    `least`, so there is no effect that would matter. inconclusive: anything else, and fewer than
-    PAIRS seeds.
+    `least`, so there is no effect that would matter. inconclusive: anything else, fewer than PAIRS
+    seeds, and differences that are all equal: such a sample says nothing about their spread.
     """
-    if difference is None or difference.n < PAIRS:
+    if difference is None or difference.n < PAIRS or not difference.sd:
         return INCONCLUSIVE
     low, high = difference.low, difference.high
     if low is None or high is None:
