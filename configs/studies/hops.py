@@ -8,9 +8,9 @@ not (Saunshi et al. 2025). Here a window layer runs 1 to 4 times, and a cross la
 texts have 1, 2, 3 and 4 hops, as many of each; every position that has an answer is trained. The
 window is as long as a text, so it limits nothing.
 
-window_8, window_16 and window_32 have two loops and learn texts of two hops only. The same letter
-before is 8 tokens back on average, so a window of 8 tokens misses it often. With two loops, the
-self-decoder reaches back by twice as much; the figure of each run (evaluation/hops.png) has the
+window_8, window_16 and window_32 have two loops and learn texts of two hops only. The last earlier
+copy of a letter is 8 tokens back on average, so a window of 8 tokens misses it often. With two
+loops, the self-decoder reaches back by twice as much; the figure of each run (evaluation/hops.png) has the
 accuracy by distance, and a line where this reach ends.
 
 Match: all entries have the same parameters, and all of a claim the same tokens. The accuracy is

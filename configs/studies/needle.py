@@ -9,8 +9,8 @@ the number. The share of right answers is measured at 256, 512, 1,024 and 2,048 
 
 A model that is trained on text alone for a few minutes writes no number. So the training text is
 such tasks: most documents are short (up to 480 characters, about 100 tokens), because only the
-number teaches to look back, and one in five tokens is of documents of up to 1,600 characters. The
-documents are packed: attention stays inside each of them. 512 tokens are about the longest in
+tokens of the number teach a model to look back, and one in five tokens is of documents of up to
+1,600 characters. The documents are packed: attention stays inside each of them. 512 tokens are about the longest in
 training; 1,024 and 2,048 tokens are beyond it. The embeddings are tied.
 
 Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
@@ -36,7 +36,7 @@ from yocou_jax.study import Claim, Entry, Study
 def get_config():
     c = language.get_config()
     c.model.update(num_layers=2, vocab_size=1024, d_model=64, head_dim=16, d_ff=192, window=32)
-    # Of one table, each token that was copied is known to the head.
+    # With one table, the head reads a copied embedding as its token.
     c.model.tie_embeddings = True
     c.data.update(
         source="0.4*needle(kind=single,length=480,documents=20000)"
