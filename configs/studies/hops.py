@@ -10,8 +10,8 @@ window is as long as a text, so it limits nothing.
 
 window_8, window_16 and window_32 have two loops and learn texts of two hops only. The last earlier
 copy of a letter is 8 tokens back on average, so a window of 8 tokens misses it often. With two
-loops, the self-decoder reaches back by twice as much; the figure of each run (evaluation/hops.png) has the
-accuracy by distance, and a line where this reach ends.
+loops, the self-decoder reaches back by twice as much; the figure of each run (evaluation/hops.png)
+has the accuracy by distance, and a line where this reach ends.
 
 Match: all entries have the same parameters, and all of a claim the same tokens. The accuracy is
 that of new texts. A claim is that one entry has a lower accuracy than another. Muon at 0.01, as in

@@ -10,8 +10,8 @@ the number. The share of right answers is measured at 256, 512, 1,024 and 2,048 
 A model that is trained on text alone for a few minutes writes no number. So the training text is
 such tasks: most documents are short (up to 480 characters, about 100 tokens), because only the
 tokens of the number teach a model to look back, and one in five tokens is of documents of up to
-1,600 characters. The documents are packed: attention stays inside each of them. 512 tokens are about the longest in
-training; 1,024 and 2,048 tokens are beyond it. The embeddings are tied.
+1,600 characters. The documents are packed: attention stays inside each of them. 512 tokens are
+about the longest in training; 1,024 and 2,048 tokens are beyond it. The embeddings are tied.
 
 Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
 A claim is that one entry has a lower accuracy than another. The learning rate is that of
