@@ -44,18 +44,23 @@ def page(
     grids: Iterable[Grid],
     lists: Iterable[tuple[str, Sequence[str]]],
 ) -> str:
-    """A page of Markdown. A list has a heading and entries; it is left out if it has no entry."""
+    """A page of Markdown. A list has a heading and entries; it is left out if it has no entry. A
+    "|" in a grid is a letter, and ends no cell."""
     lines = [f"# {title}"]
     for paragraph in paragraphs:
         lines += ["", paragraph]
     for grid in grids:
-        lines += ["", f"## {grid.title}", "", f"| {' | '.join(grid.columns)} |"]
-        lines += ["|" + " --- |" * len(grid.columns)]
-        lines += [f"| {' | '.join(row)} |" for row in grid.rows]
+        head, *rows = (_cells(row) for row in (grid.columns, *grid.rows))
+        lines += ["", f"## {grid.title}", "", head, "|" + " --- |" * len(grid.columns), *rows]
     for heading, entries in lists:
         if entries:
             lines += ["", f"## {heading}", "", *(f"* {entry}" for entry in entries)]
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: Sequence[str]) -> str:
+    cells = " | ".join(cell.replace("|", r"\|") for cell in row)
+    return f"| {cells} |"
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -233,7 +233,7 @@ def _scalars(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
             yield from _scalars(f"{prefix}[{i}]", inner)
     elif value not in (None, ""):
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        yield prefix, " ".join(text.split()).replace("|", "\\|")[:300]
+        yield prefix, " ".join(text.split())[:300]
 
 
 def measure(

@@ -40,8 +40,8 @@ INTRODUCTION = (
     "80% probability. The minutes are those of all runs of the entries, with their sweep of the "
     "learning rate.",
     "A claim is *reproduced* (*holds*, if it is not in the paper) if the whole 95% interval is "
-    "above 0, and *not at this scale* if all of it is below the smallest difference that would matter. "
-    "It is otherwise *inconclusive*, and also with fewer than 3 seeds, if a seed has no value, or "
+    "above 0, and *not at this scale* if all of it is below the smallest difference that would "
+    "matter. It is otherwise *inconclusive*, and also with fewer than 3 seeds, if a seed has no value, or "
     "if no entry has learned the task or all have. The intervals are about seeds only. They are "
     "not corrected for the number of claims: of 20 claims without any effect, one is expected to "
     "have an interval without 0.",

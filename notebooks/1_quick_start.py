@@ -6,7 +6,8 @@
 # [colab]: https://colab.research.google.com/github/YOUR_NAME/yocou-jax/blob/main/notebooks/1_quick_start.ipynb
 #
 # A small YOCO-U learns Python from the source code of Python's own standard library. It takes some
-# minutes on 2 CPU cores. Nothing is downloaded, except the code itself on Colab.
+# minutes on 2 CPU cores. Nothing is downloaded, except on Colab: there, the code and the packages
+# that it needs.
 
 # %%
 import os
@@ -37,7 +38,7 @@ absl.logging.set_verbosity("error")  # Orbax warns when it reads a checkpoint
 # ## Settings
 #
 # A config has every setting. This one is `configs/yocou_small.py` with a narrower model. The first
-# line is the architecture, a *program*: some window layers that run three times (the
+# line of the output is the architecture, a *program*: some window layers that run three times (the
 # *self-decoder*), and then cross layers (the *cross-decoder*). `configs/base.py` explains each
 # field.
 

@@ -122,7 +122,10 @@ panels[0].legend()
 figure
 
 # %% [markdown]
-# Left: equal tokens. Right: equal computation, which is a harder question for loops.
+# Left: by tokens. Right: by computation. Only the last point of each run counts: before it, the
+# learning rate has not fallen. The last points have equal tokens, but not equal computation. So the
+# right figure compares nothing at equal computation. For this, YOCO must train for more updates: an
+# entry with `match=("parameters", "flops")` does so.
 #
 # One seed says little: another seed may change the order. `experiments.compare` trains several
 # seeds, and gives each difference an interval. docs/using.md has more, in the section "Compare

@@ -96,8 +96,8 @@ report = results.evaluate("inside", Options(WORKDIR), make_mesh(config.mesh))
 TASKS["inside"].draw(report)
 
 # %% [markdown]
-# In the paper, the distances become smaller from loop to loop, and larger again in the
-# cross-decoder. Is it so here?
+# In the paper, the distances become smaller from loop to loop, and there is a spike where the
+# self-decoder hands over to the cross-decoder. Is it so here?
 #
 # ## What each loop does
 #
@@ -106,8 +106,8 @@ TASKS["inside"].draw(report)
 # * `loss`, `kl`: the loss if the text is decoded after this loop, and how far its predictions are
 #   from those of the whole model, both in nats per token.
 # * `radius`: the *spectral radius* of the derivative (Jacobian) of the loop at some positions: the
-#   mean and the largest. If it were below 1 everywhere, small changes would die out in many runs of
-#   this loop near this state.
+#   mean and the largest. Near a state that the loop does not change, a radius below 1 says that
+#   small changes die out in many runs of the loop. The state here is not such a state.
 
 # %%
 columns = ("distance", "step", "loss", "kl", "radius", "radius_max")

@@ -119,8 +119,8 @@ with Console() as console:
 # ## Bits per byte
 #
 # How many bits does the model need for a byte of text that it has not seen? A program that
-# compresses files answers the same question, so it is a measure for comparison (for all of the
-# text, and it has to learn the text on the way).
+# compresses files answers the same question, so it is a measure for comparison (xz compresses
+# all of the text, and starts without knowledge of it).
 
 # %%
 import lzma

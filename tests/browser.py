@@ -42,6 +42,13 @@ class Browser:
         os.close(theirs)
         os.close(their_end)
         self._left, self._number, self._session = b"", 0, {}
+        try:
+            self._attach()
+        except BaseException:  # there will be no __exit__
+            self.close()
+            raise
+
+    def _attach(self) -> None:
         (page,) = (t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self._session = {
             "sessionId": self.call(
@@ -53,6 +60,9 @@ class Browser:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._commands)

@@ -53,6 +53,15 @@ def test_named_fields_commands_and_configs_exist(document):
         assert (ROOT / f"configs/{config}.py").is_file(), config
 
 
+def test_all_notebooks_install_in_the_same_way():
+    """In their first cell of code. Only the number of updates differs."""
+    sources = [path.read_text() for path in sorted((ROOT / "notebooks").glob("[0-9]*.py"))]
+    cells = [text.split("\n# %%\n", 2)[1].partition("STEPS =")[0] for text in sources]
+    assert len(cells) == 4
+    assert len(set(cells)) == 1
+    assert "pip install" in cells[0]
+
+
 def test_the_readme_has_every_architecture():
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", read("README.md"), re.MULTILINE)
     programs = {name: program.replace("\\|", "|") for name, program in rows}

@@ -9,10 +9,10 @@ the number. The share of right answers is measured at 256, 512 and 1,024 tokens.
 
 A model that is trained on text alone for a few minutes writes no number. So the training text is
 such tasks: most documents are short (up to 480 characters, about 100 tokens), because only the
-number teaches to look back, and one in five tokens is of documents of up to 1,600 characters. The
-documents are packed: attention stays inside each of them. 512 tokens are about the longest in
-training; 1,024 tokens are beyond it. The embeddings are tied. A short document has room for one
-line of noise, so most of what is learned is to copy from near by.
+tokens of the number teach a model to look back, and one in five tokens is of documents of up to
+1,600 characters. The documents are packed: attention stays inside each of them. 512 tokens are
+about the longest in training; 1,024 tokens are beyond it. The embeddings are tied. A short document
+has room for one line of noise, so most of what is learned is to copy from near by.
 
 Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
 A claim is that one entry has a lower accuracy than another. The learning rate is that of
@@ -38,7 +38,7 @@ from yocou_jax.study import NOT_IN_PAPER, Claim, Entry, Study
 def get_config():
     c = language.get_config()
     c.model.update(num_layers=2, vocab_size=1024, d_model=64, head_dim=16, d_ff=192, window=32)
-    # Of one table, each token that was copied is known to the head.
+    # With one table, the head reads a copied embedding as its token.
     c.model.tie_embeddings = True
     c.data.update(
         source="0.4*needle(kind=single,length=480,documents=20000)"

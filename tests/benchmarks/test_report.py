@@ -25,6 +25,9 @@ def test_a_page_has_no_heading_without_entries():
         "# t\n\none\n\ntwo\n\n## title\n\n| name | n |\n| --- | --- |\n| a | 1 |\n| b | 1,234 |\n"
         "\n## Left out\n\n* x\n* y\n"
     )
+    grid = report.Grid("title", ["a|b"], [["`window*1 | cross*1`"]])
+    assert r"| a\|b |" in report.page("t", [], [grid], [])
+    assert r"| `window*1 \| cross*1` |" in report.page("t", [], [grid], [])
 
 
 def test_files_that_cannot_be_written_are_refused_at_once(tmp_path):

@@ -129,9 +129,10 @@ def scores(loaded, tokens, loops):
 def test_hops_of_a_model(options):
     """The losses are those of the oracle, for each loop count."""
     loaded = trained.model("window*1@2 | cross*1")
-    source = "0.5*hops(p=1,length=24)+0.5*hops(p=2,length=24)"
+    source = "0.4*hops(p=1)+0.4*hops(p=2)+0.2*hops(p=1)"
     report = run(hops, loaded, options(source=source, loops=(2, 1), lengths=(24,), samples=12))
     assert (report["loops"], report["length"]) == ([2, 1], 24)
+    assert report["source"] == "hops(p=1,letters=4) + hops(p=2,letters=4)"
     cases = [(r["p"], r["loops"]) for r in report["results"]]
     assert cases == [(1, 2), (1, 1), (2, 2), (2, 1)]
     json.loads(to_json(report))
@@ -149,20 +150,42 @@ def test_hops_of_a_model(options):
         assert (row["answers"], row["accuracy"]) == (asked.sum(), right.mean())
         assert row["nats"] == pytest.approx(nll.mean(), rel=1e-5)
         assert report["scalars"][f"accuracy_p{p}_length24_loops{loops}"] == right.mean()
+    several = [row | {"letters": n} for n in (4, 5) for row in report["results"]]
+    names = hops._scalars(several, options(loops=(2, 1)))
+    assert len(names) == 2 * len(report["scalars"])
+    assert "accuracy_p1_letters5_length24_loops2" in names
     for axes in hops.draw(report).axes:
         assert axes.get_legend_handles_labels()[1] == ["loops: 2", "loops: 1"]
 
 
 def test_the_settings_are_those_of_the_training(options, tmp_path):
-    default = [Hops()]
-    assert answers.settings(options(), Hops, default) == default
+    default, reads = [Hops()], ("p", "letters", "length")
+
+    def settings(kind=Hops, default=default, reads=reads, **fields):
+        return answers.settings(options(**fields), kind, default, reads)
+
+    assert settings() == default
     config = trained.small(data={"source": "0.5*python+0.5*hops(p=3)", "tokenizer": "bytes"})
     manifest.write(tmp_path, manifest.describe(config.to_dict()))
-    assert answers.settings(options(), Hops, default) == [Hops(p=3)]
-    assert answers.settings(options(), Needle, [Needle()]) == [Needle()]
-    assert answers.settings(options(source="hops(p=4)"), Hops, default) == [Hops(p=4)]
-    with pytest.raises(UserError, match="--source=python names no task of this kind; hops"):
-        answers.settings(options(source="python"), Hops, default)
+    assert settings() == [Hops(p=3)]
+    assert settings(Needle, [Needle()], needle.READS) == [Needle()]
+    assert settings(source="hops(p=4)") == [Hops(p=4)]
+    # What is not read is that of the training, or is refused in --source.
+    source = "0.5*hops(p=3,seed=1)+0.5*hops(p=3,length=64,documents=9)"
+    data = {"source": source, "tokenizer": "bytes"}
+    manifest.write(tmp_path, manifest.describe(trained.small(data=data).to_dict()))
+    assert settings() == [Hops(p=3), Hops(p=3, length=64)]
+    assert settings(reads=("p", "letters")) == [Hops(p=3)]
+    assert (
+        answers.described(settings(), ("p", "length"))
+        == "hops(p=3,length=128) + hops(p=3,length=64)"
+    )
+    for given in ("python", "needle(kind=text)", "0.5*hops(p=2)+0.5*python"):
+        with pytest.raises(UserError, match="is no task of this kind; hops"):
+            settings(source=given)
+    for name, flag in answers.FLAGS.items():
+        with pytest.raises(UserError, match=rf"^{name} in .* would be ignored: give {flag} inst"):
+            settings(source=f"hops(p=2,{name}=100)", reads=("p", "letters"))
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +258,10 @@ def test_a_needle_is_found_or_not(options, monkeypatch):
         return texts
 
     monkeypatch.setattr(needle, "generated", generated)
-    twice = "0.5*needle(kind=two_hop)+0.5*needle(kind=two_hop,length=2000,seed=1)"
+    twice = "0.5*needle(kind=two_hop)+0.5*needle(kind=two_hop)"
     given = options(source=twice, samples=3, lengths=(1100, 1200))
     report = run(needle, trained.model(), given)
+    assert report["source"] == "needle(kind=two_hop)"
     shares = {r["depth"]: (r["accuracy"], r["other needle"]) for r in report["results"][5:]}
     assert shares == {0.0: (0, 0), 0.25: (0, 0), 0.5: (1, 0), 0.75: (0, 0), 1.0: (0, 1)}
     (first, second) = report["tables"]["all depths"]
@@ -249,6 +273,9 @@ def test_a_needle_is_found_or_not(options, monkeypatch):
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array()[2], [1, 1])
     with pytest.raises(UserError, match="A prompt of 291 tokens is too short"):
         run(needle, trained.model(), options(lengths=(300,)))
+    two = "0.5*needle(kind=text,haystack=a)+0.5*needle(kind=text)"
+    with pytest.raises(UserError, match=r"^needle\(kind=text,haystack=a\) \+ .* several haystacks"):
+        run(needle, trained.model(), options(source=two))
 
 
 def test_answers_are_the_likeliest_tokens():

@@ -53,7 +53,8 @@ class Hops:
     hop of its chain leads nowhere: for p=1 and the letters abaca it is "1a.b.aBc.aC". So the loss
     of a language model trains every answer. The paper has the answers as targets only; here the
     earlier ones are also in the text that the model reads. Because p is in the text, a mixture may
-    have texts of several p.
+    have texts of several p. Document i has the same letters for every p, and other answers; another
+    `seed` gives other letters.
 
     The byte tokenizer makes one token of each character. Then a document has `length` tokens with
     the end-of-text token before it, and with data.sequence_length=length each sequence is one
@@ -301,6 +302,16 @@ def parse_task(source: str) -> Hops | Needle | None:
 
     Raises UserError for a setting that does not exist, or a value that is not possible.
     """
+    found = parse_settings(source)
+    return None if found is None else found[0](**found[1])
+
+
+def parse_settings(source: str) -> tuple[type[Hops] | type[Needle], dict[str, int | str]] | None:
+    """The kind of a task that a data source names, and those of its settings that the source gives.
+    None: it is another source.
+
+    Raises UserError for a setting that does not exist, or a value that is not a number.
+    """
     match = re.fullmatch(rf"({'|'.join(TASKS)})\((.*)\)", source.strip(), re.DOTALL)
     if match is None:
         return None
@@ -320,4 +331,4 @@ def parse_task(source: str) -> Hops | Needle | None:
                 "number."
             )
         settings[name] = kinds[name](value)
-    return task(**settings)
+    return task, settings

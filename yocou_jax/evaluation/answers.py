@@ -1,14 +1,14 @@
 """What tasks with right answers share: their settings, batches, shares and bins."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 import numpy as np
 
 from yocou_jax import manifest
 from yocou_jax.data.corpus import parse_source
-from yocou_jax.data.synthetic import Hops, Needle, parse_task
+from yocou_jax.data.synthetic import Hops, Needle, parse_settings, parse_task
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation.options import Options
 from yocou_jax.evaluation.statistics import clustered, wilson
@@ -16,26 +16,61 @@ from yocou_jax.sharding import batch_ways
 from yocou_jax.typing import Bool, Float, Int
 
 Settings = TypeVar("Settings", Hops, Needle)
+# Flags that give what a task does not read from --source.
+FLAGS = {"length": "--lengths", "documents": "--samples", "seed": "--seed"}
 
 
-def settings(options: Options, kind: type[Settings], default: list[Settings]) -> list[Settings]:
+def settings(
+    options: Options, kind: type[Settings], default: list[Settings], reads: Collection[str]
+) -> list[Settings]:
     """The tasks of a kind that `options.source` names; without it, those of the run's training
-    data; if these have none, or if there is no run, `default`.
+    data; if these have none, or if there is no run, `default`. Weights of a mixture do not matter.
 
-    Raises UserError if options.source names no such task.
+    reads: the settings that are read. The others are the defaults in what is returned, so parts of
+    a mixture that differ only in these are one task.
+
+    Raises UserError if options.source names anything else, or another setting.
     """
     source, found = options.source, None
-    if source is None and (options.folder / manifest.FILE).exists():
+    if source is not None:
+        _check_source(source, kind, default[0], reads)
+    elif (options.folder / manifest.FILE).exists():
         found = manifest.read(options.folder)
     if found is not None:
         source = found["config"]["data"]["source"]
     named = [] if source is None else [parse_task(name) for _, name in parse_source(source)]
-    tasks = [task for task in named if isinstance(task, kind)]
-    if options.source is not None and not tasks:
-        raise UserError(
-            f"--source={options.source} names no task of this kind; {default[0].name} would be one."
-        )
-    return tasks or default
+    tasks = [task for task in named if isinstance(task, kind)] or default
+    same = (kind(**{name: getattr(task, name) for name in reads}) for task in tasks)
+    return list(dict.fromkeys(same))
+
+
+def _check_source(
+    source: str, kind: type[Settings], example: Settings, reads: Collection[str]
+) -> None:
+    """Raises UserError if a part of the source is not of this kind, or has a setting that is not
+    read."""
+    for _, part in parse_source(source):
+        found = parse_settings(part)
+        if found is None or found[0] is not kind:
+            raise UserError(
+                f"--source={source} has {part}, which is no task of this kind; "
+                f"{described([example], reads)} would be one."
+            )
+        for name in found[1]:
+            if name not in reads:
+                raise UserError(
+                    f"{name} in --source={source} would be ignored: give {FLAGS[name]} instead."
+                )
+
+
+def described(tasks: list[Settings], reads: Collection[str]) -> str:
+    """What is asked, as a source without weights: the settings that are read."""
+    named = []
+    for task in tasks:
+        given = {name: getattr(task, name) for name in reads}
+        words = ",".join(f"{name}={value}" for name, value in given.items() if value != "")
+        named.append(f"{type(task).__name__.lower()}({words})")
+    return " + ".join(named)
 
 
 def batches(rows: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:

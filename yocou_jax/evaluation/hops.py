@@ -15,7 +15,7 @@ from yocou_jax.config import ModelConfig
 from yocou_jax.data.synthetic import EVALUATION, Hops, follow
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.answers import batches, bins, settings, summary
+from yocou_jax.evaluation.answers import batches, bins, described, settings, summary
 from yocou_jax.evaluation.options import Options, models, suffix
 from yocou_jax.evaluation.perplexity import scores_of
 from yocou_jax.mixers import MIXERS
@@ -112,45 +112,56 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
 
     `options.source`: the texts, such as "hops(p=2,letters=4)"; default: those of the training, with
     other letters. `options.lengths`: tokens of a text with its end-of-text token; default: as in
-    training, and twice as many. `options.samples`: texts for each p and length.
+    the source, and twice as many. `options.samples`: texts for each p and length.
 
     `results` of the report has the views of each case; `distances`, quantiles of how many tokens
     back the letter of an answer is; `guesses`, what is right by chance; and `reach`.
 
     Raises UserError for a tokenizer that joins letters, or a length without a defined answer.
     """
-    results, tasks = [], settings(options, Hops, [Hops()])
-    for trained in tasks:
-        for length in options.lengths or (trained.length, 2 * trained.length):
-            task = Hops(trained.p, trained.letters, length, seed=options.seed)
-            x = task.draw(range(options.samples or SAMPLES), EVALUATION)
-            tokens = encode(task, task.texts(x), loaded.tokenizer)
-            x = x[:, : task.num_answers]
-            at = follow(x, task.p)
-            back = 2 * (np.arange(x.shape[1])[None] - at)[at >= 0]
-            if not back.size:
-                raise UserError(f"No answer of {task.name} is defined; give larger --lengths.")
-            about = {"p": task.p, "letters": task.letters, "length": length}
-            quantiles = {f"{q:g}": float(np.quantile(back, q)) for q in (0.1, 0.5, 0.9, 0.99)}
-            facts = {"guesses": guesses(x, at), "distances": quantiles}
-            for count, model in models(loaded, options):
-                found = views(task, at, *losses(model, tokens, mesh))
-                case = about | {"loops": count} | found
-                results.append(case | facts | {"reach": reach(model.config)})
+    results, reads = [], ("p", "letters") if options.lengths else ("p", "letters", "length")
+    asked = settings(options, Hops, [Hops()], reads)
+    tasks = [
+        Hops(task.p, task.letters, length, seed=options.seed)
+        for task in asked
+        for length in options.lengths or (task.length, 2 * task.length)
+    ]
+    for task in dict.fromkeys(tasks):
+        x = task.draw(range(options.samples or SAMPLES), EVALUATION)
+        tokens = encode(task, task.texts(x), loaded.tokenizer)
+        x = x[:, : task.num_answers]
+        at = follow(x, task.p)
+        back = 2 * (np.arange(x.shape[1])[None] - at)[at >= 0]
+        if not back.size:
+            raise UserError(f"No answer of {task.name} is defined; give larger --lengths.")
+        about = {"p": task.p, "letters": task.letters, "length": task.length}
+        quantiles = {f"{q:g}": float(np.quantile(back, q)) for q in (0.1, 0.5, 0.9, 0.99)}
+        facts = {"guesses": guesses(x, at), "distances": quantiles}
+        for count, model in models(loaded, options):
+            found = views(task, at, *losses(model, tokens, mesh))
+            case = about | {"loops": count} | found
+            results.append(case | facts | {"reach": reach(model.config)})
     return {
         "loops": list(options.loops or loaded.config.program.loop_counts),
-        "source": " + ".join(task.name for task in tasks),
+        "source": described(asked, reads),
         "texts": options.samples or SAMPLES,
         "length": max(r["length"] for r in results),
         "seed": options.seed,
-        "scalars": {
-            f"{name}_p{r['p']}_length{r['length']}{suffix(r['loops'], options)}": r[name]
-            for r in results
-            for name in ("accuracy", "nats")
-        },
+        "scalars": _scalars(results, options),
         "tables": {"answers": [_row(r) for r in results]},
         "results": results,
     }
+
+
+def _scalars(results: list[dict], options: Options) -> dict[str, float]:
+    """The names have the number of letters only if there are several numbers."""
+    several = len({r["letters"] for r in results}) > 1
+    found = {}
+    for r in results:
+        letters = f"_letters{r['letters']}" if several else ""
+        which = f"p{r['p']}{letters}_length{r['length']}{suffix(r['loops'], options)}"
+        found |= {f"{name}_{which}": r[name] for name in ("accuracy", "nats")}
+    return found
 
 
 def _row(result: dict) -> dict:

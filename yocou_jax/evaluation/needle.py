@@ -26,13 +26,14 @@ from yocou_jax.data.synthetic import (
 )
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.answers import accuracy, batches, settings
+from yocou_jax.evaluation.answers import accuracy, batches, described, settings
 from yocou_jax.evaluation.options import Options, models, suffix
 from yocou_jax.inference import generate, prepare
 from yocou_jax.pretrained import Pretrained
 from yocou_jax.typing import Int
 
 LENGTHS, SAMPLES = (256, 512, 1024, 2048), 20
+READS = ("kind", "haystack")  # of the settings of a Needle; options give the others
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the haystack before the needle
 GUESSES, NEARBY, DRAFTS = 4, 100, 20  # of the search for a text with exactly so many tokens
 TOKENS = 2**15  # of a batch: they limit its memory
@@ -193,12 +194,15 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     The table has one row for all depths. "by place" is what a model gets that reads no
     key (`by_place`). `results` of the report has a row for each depth.
 
-    Raises UserError for a length without room for a question.
+    Raises UserError for a length without room for a question, and for several haystacks.
     """
     table, results, samples = [], [], options.samples or SAMPLES
-    tasks = settings(options, Needle, [Needle(), Needle("text")])
-    # The length is that of the options, so parts of a mixture may ask the same.
-    tasks = list({(task.kind, task.haystack): task for task in tasks}.values())
+    tasks = settings(options, Needle, [Needle(), Needle("text")], READS)
+    if len({task.kind for task in tasks}) < len(tasks):
+        raise UserError(
+            f"{described(tasks, READS)} has several haystacks, whose numbers would have the same "
+            "names: give one of them with --source."
+        )
     for task in tasks:
         lines = None
         if task.source is not None:
@@ -226,7 +230,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     names = [f"{r['kind']}_length{r['length']}{suffix(r['loops'], options)}" for r in table]
     return {
         "loops": list(options.loops or loaded.config.program.loop_counts),
-        "source": " + ".join(task.name for task in tasks),
+        "source": described(tasks, READS),
         "questions": samples,
         "seed": options.seed,
         "scalars": {
