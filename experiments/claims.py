@@ -33,18 +33,18 @@ HEADLINE = re.compile("(?<=<!-- headline -->).*?(?=<!-- end of the headline -->)
 INTRODUCTION = (
     "`python -m experiments.claims table` writes this file from results/. Do not edit it. "
     f"`{claims.COMMAND} NAME` repeats one claim, with the name in its row.",
-    "A claim is that one entry of a study has a lower value of a metric than another; without the "
-    "name of a metric, it is the validation loss in bits/byte. *Ours* are the two means, of the "
-    "lower entry first. *Found* is their difference, paired by seed: above 0, the claim holds in "
-    "these runs. The *smallest effect* is the true difference that this many seeds would find with "
-    "80% probability. The minutes are those of all runs of the entries, with their sweep of the "
-    "learning rate.",
+    "A claim is that one entry of a study has a lower value of a metric than another; without "
+    "the name of a metric, it is the validation loss in bits/byte. *Ours* are the two means, of"
+    " the lower entry first. *Found* is their difference, paired by seed: above 0, the claim "
+    "holds in these runs. The *smallest effect* is the true difference that this many seeds "
+    "would find with 80% probability. The minutes are those of all runs of the entries, with "
+    "their sweep of the learning rate.",
     "A claim is *reproduced* (*holds*, if it is not in the paper) if the whole 95% interval is "
     "above 0, and *not at this scale* if all of it is below the smallest difference that would "
-    "matter. It is otherwise *inconclusive*, and also with fewer than 3 seeds, if a seed has no value, or "
-    "if no entry has learned the task or all have. The intervals are about seeds only. They are "
-    "not corrected for the number of claims: of 20 claims without any effect, one is expected to "
-    "have an interval without 0.",
+    "matter. It is otherwise *inconclusive*, and also with fewer than 3 seeds, if a seed has no"
+    " value, or if no entry has learned the task or all have. The intervals are about seeds "
+    "only. They are not corrected for the number of claims: of 20 claims without any effect, "
+    "one is expected to have an interval without 0.",
 )
 
 
