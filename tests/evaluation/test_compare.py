@@ -51,7 +51,7 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     assert [side["mean"] for side in claim["means"]] == pytest.approx([1.24, 1.52])
     assert claim["remarks"] == [
         "the best learning rate of b is at the edge of those tried",
-        "the minutes of 1 runs are of their last process only",
+        "runs whose minutes are only those of their last process: 1",
     ]
     assert b["difference"]["mean"] == pytest.approx(0.28)
     assert found["minutes"] == claim["minutes"] == 13

@@ -533,7 +533,7 @@ def _remarks(comparison: Comparison, claim: Claim) -> list[str]:
         remarks.append("the two entries see different batches")
     records = _records(comparison, *claim.entries)
     if without := sum(not record["clock"] for record in records):
-        remarks.append(f"the minutes of {without} runs are of their last process only")
+        remarks.append(f"runs whose minutes are only those of their last process: {without}")
     return remarks + _origin(records)
 
 

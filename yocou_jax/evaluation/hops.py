@@ -115,7 +115,8 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     the source, and twice as many. `options.samples`: texts for each p and length.
 
     `results` of the report has the views of each case; `distances`, quantiles of how many tokens
-    back the letter of an answer is; `guesses`, what is right by chance; and `reach`.
+    back the letter of an answer is; `guesses`, what is right by chance; and `reach` (which is
+    no limit for the distance of an answer: the cross layers see all of the text).
 
     Raises UserError for a tokenizer that joins letters, or a length without a defined answer.
     """
@@ -172,7 +173,7 @@ def _row(result: dict) -> dict:
 
 def draw(report: dict):
     """Accuracy by how far back the letter of the answer is: a row for each p, a column for each
-    length, a line for each loop count. Dashed: the best guess. Dotted: the self-decoder's reach."""
+    length, a line for each loop count. Dashed: the best guess."""
     from yocou_jax import plots
 
     results = report["results"]
@@ -189,8 +190,6 @@ def draw(report: dict):
         middle = [(part["first"] + part["last"]) / 2 for part in r["by_distance"]]
         shares = [part["accuracy"] for part in r["by_distance"]]
         panel.plot(middle, shares, label=f"loops: {r['loops']}", **style)
-        if r["reach"] is not None and r["reach"] <= middle[-1]:
-            panel.axvline(r["reach"], color=style["color"], linestyle=":")
         panel.axhline(max(r["guesses"].values()), color="gray", linestyle="--")
         panel.set(title=f"{r['p']} hops, {r['length']} tokens", ylim=(0, 1.02))
         panel.set(xlabel="tokens back to the answer's letter", ylabel="accuracy")
