@@ -31,7 +31,8 @@ from yocou_jax import plots  # noqa: F401  it needs matplotlib: fail now, and no
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError, shown
 from yocou_jax.evaluation import report as tables
-from yocou_jax.evaluation.compare import Comparison, Spec, overrides, report
+from yocou_jax.evaluation.compare import Comparison, Spec, overrides
+from yocou_jax.evaluation.findings import report
 from yocou_jax.files import expand_path
 from yocou_jax.study import Study, check_changes
 from yocou_jax.training.events import Events

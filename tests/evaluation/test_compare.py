@@ -13,7 +13,8 @@ from tests.studies import BASE, REVISION, STUDY, about, pretend, train
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import report as reports
-from yocou_jax.evaluation.compare import Comparison, RunFailed, overrides, report
+from yocou_jax.evaluation.compare import Comparison, RunFailed, overrides
+from yocou_jax.evaluation.findings import report
 from yocou_jax.evaluation.statistics import interval, smallest_effect
 from yocou_jax.study import Claim, Entry, Study, twins
 

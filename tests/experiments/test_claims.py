@@ -10,7 +10,8 @@ from experiments import claims as command
 from tests.studies import BASE, STUDY, train
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import claims
-from yocou_jax.evaluation.compare import Comparison, report
+from yocou_jax.evaluation.compare import Comparison
+from yocou_jax.evaluation.findings import report
 from yocou_jax.files import to_json
 from yocou_jax.study import Claim, Entry, Study
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from yocou_jax.errors import UserError, shown
-from yocou_jax.evaluation.compare import short_revision
+from yocou_jax.evaluation.findings import short_revision
 from yocou_jax.evaluation.report import Table
 from yocou_jax.study import Claim, Study
 

@@ -1,4 +1,4 @@
-"""Trains the runs of a study, one after the other, and collects what they gave.
+"""Trains the runs of a study, one after the other, and reads what they gave (findings.py compares).
 
 A run has an ordinary workdir: FOLDER/ENTRY/lr=RATE,seed=SEED. The seed is that of the parameters
 and of the order of the data. So all entries see the same batches with the same seed, and their
@@ -18,7 +18,6 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,31 +27,11 @@ from ml_collections import ConfigDict
 
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError, shown
-from yocou_jax.evaluation.statistics import (
-    HOLDS,
-    INCONCLUSIVE,
-    PAIRS,
-    REPRODUCED,
-    Interval,
-    interval,
-    paired,
-    smallest_effect,
-    verdict,
-)
 from yocou_jax.files import write_atomically
 from yocou_jax.manifest import CODE
 from yocou_jax.manifest import FILE as MANIFEST
 from yocou_jax.manifest import read as read_manifest
-from yocou_jax.study import (
-    AXES,
-    NOT_IN_PAPER,
-    Claim,
-    Study,
-    matched,
-    ratios,
-    twins,
-    with_fields,
-)
+from yocou_jax.study import AXES, Study, twins, with_fields
 from yocou_jax.training import metrics
 from yocou_jax.training.resume import FREE_FIELDS
 from yocou_jax.trees import differences, flat
@@ -394,10 +373,11 @@ def _code(manifest: Mapping, reports: Iterable[Mapping | None]) -> list[dict[str
     """Revision, versions and device of every process that worked on a run, each once."""
     before = [resume.get("before") for resume in manifest.get("resumes", [])]
     starts = [start for start in (manifest, *before, *reports) if start and start.get("device")]
-    return _distinct({key: start.get(key) for key in CODE} for start in starts)
+    return distinct({key: start.get(key) for key in CODE} for start in starts)
 
 
-def _distinct(values: Iterable[Any]) -> list:
+def distinct(values: Iterable[Any]) -> list:
+    """Each value once, in order. They need no hash."""
     found: list = []
     for value in values:
         if value not in found:
@@ -415,155 +395,3 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     size = math.ceil(len(points) / POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
-
-
-# --- The report -----------------------------------------------------------------------------------
-
-
-def report(comparison: Comparison) -> dict[str, Any]:
-    """Everything that tables and figures need, from the runs that have ended, as JSON values."""
-    study, twins = comparison.study, comparison.twins
-    entries = {name: _entry(comparison, name) for name in twins}  # this reads all runs
-    records = comparison.records.values()
-    return {
-        "question": study.question,
-        "reference": study.reference,
-        "metric": study.metric,
-        "match": list(study.match),
-        "seeds": list(comparison.seeds),
-        "sweep_seed": SWEEP,
-        "learning_rates": list(comparison.rates),
-        "minutes": sum(record["minutes"] for record in records),
-        "claims": [_claim(comparison, claim) for claim in study.claims],
-        "entries": entries,
-        "environments": _distinct(record["environment"] for record in records),
-        "remarks": _origin(records),
-        "config": twins[study.reference].to_dict(),
-    }
-
-
-def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
-    reference = comparison.study.reference
-    config, other = comparison.twins[name], comparison.twins[reference]
-    new, old = flat(config.to_dict()), flat(other.to_dict())
-    values, failures = comparison.values(name), {}
-    for spec in comparison.runs([name]):
-        with contextlib.suppress(FileNotFoundError):
-            failures[spec.name] = spec.failure.read_text(encoding="utf-8").strip()
-    return {
-        "program": str(config.model.program),
-        "fields": {field: new[field] for field in new if new[field] != old[field]},
-        "amounts": {axis: AXES[axis].amount(config) for axis in AXES},
-        "ratios": ratios(config, other),  # amounts over those of the reference
-        "matched": list(matched(config, other)),
-        "learning_rate": comparison.best_rate(name),
-        "sweep": {f"{rate:g}": value for rate, value in comparison.sweep(name).items()},
-        "swept": comparison.swept(name),
-        "rate_at_edge": comparison.at_edge(name),
-        "values": {str(seed): value for seed, value in values.items()},
-        "mean": _numbers(interval(list(values.values())) if values else None),
-        # The reference minus the entry, as in a claim that the entry is lower.
-        "difference": None
-        if name == reference
-        else _numbers(paired(values, comparison.values(reference))),
-        "runs": _records(comparison, name),
-        "failures": failures,
-    }
-
-
-def _records(comparison: Comparison, *entries: str) -> list[dict]:
-    found = [comparison.record(spec) for name in entries for spec in comparison.runs([name])]
-    return [record for record in found if record is not None]
-
-
-def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
-    paths = (claim.metric, claim.against or claim.metric)
-    values = [*map(comparison.values, (claim.lower, claim.higher), paths)]
-    found = paired(*values)
-    doubts = _doubts(comparison, claim, values)
-    word = verdict(found, claim.least)
-    if word == REPRODUCED and claim.source == NOT_IN_PAPER:
-        word = HOLDS
-    return {
-        "name": claim.name,
-        "lower": claim.lower,
-        "higher": claim.higher,
-        "source": claim.source,
-        "paper": claim.paper,
-        "metric": claim.metric or comparison.study.metric,
-        "against": claim.against,
-        "match": list(comparison.study.match if claim.match is None else claim.match),
-        "expected": list(claim.expected),
-        "least": claim.least,
-        "within": claim.within and list(claim.within),
-        # Of `lower` and `higher`.
-        "means": [_numbers(interval([*side.values()])) if side else None for side in values],
-        "difference": _numbers(found),  # `higher` minus `lower`
-        "verdict": INCONCLUSIVE if doubts else word,
-        "minutes": sum(record["minutes"] for record in _records(comparison, *claim.entries)),
-        "remarks": ["not run"] if found is None else doubts + _remarks(comparison, claim),
-    }
-
-
-def _doubts(comparison: Comparison, claim: Claim, values: list[dict[int, float]]) -> list[str]:
-    """Why a difference decides nothing, whatever its interval is."""
-    pairs = len(values[0].keys() & values[1].keys())
-    doubts = [f"fewer than {PAIRS} seeds"] if pairs < PAIRS else []
-    # A run that failed is evidence too, so the others alone must not decide.
-    for name, side in zip(dict.fromkeys((claim.lower, claim.higher)), values, strict=False):
-        if missing := [str(seed) for seed in comparison.seeds if seed not in side]:
-            doubts.append(f"{name} has no value with seed {', '.join(missing)}")
-    if claim.within is not None and all(values):
-        means = [sum(side.values()) / len(side) for side in values]
-        if max(means) <= claim.within[0]:
-            doubts.append("neither of the two has learned the task")
-        if min(means) >= claim.within[1]:
-            doubts.append("the task is too easy for both")
-    return doubts
-
-
-def _remarks(comparison: Comparison, claim: Claim) -> list[str]:
-    """What a reader must know before he believes a difference."""
-    remarks = []
-    if not all(comparison.swept(name) for name in claim.entries):
-        remarks.append("learning rates not swept")
-    edges = [name for name in claim.entries if comparison.at_edge(name)]
-    remarks += [f"the best learning rate of {name} is at the edge of those tried" for name in edges]
-    if comparison.twins[claim.lower].data != comparison.twins[claim.higher].data:
-        remarks.append("the two entries see different batches")
-    records = _records(comparison, *claim.entries)
-    if without := sum(not record["clock"] for record in records):
-        remarks.append(f"runs whose minutes are only those of their last process: {without}")
-    return remarks + _origin(records)
-
-
-def _origin(records: Iterable[Mapping]) -> list[str]:
-    """Remarks about runs that other code, devices or versions have made."""
-    code = _distinct(about for record in records for about in record["code"])
-    revisions = sorted({about["git"] or "not known" for about in code})
-    devices = sorted({f"{d['count']} x {d['kind']}" for d in (a["device"] for a in code)})
-    remarks = []
-    if len(revisions) > 1:
-        names = ", ".join(map(short_revision, revisions))
-        remarks.append(f"{len(revisions)} revisions of the code: {names}")
-    if any(name.endswith("+dirty") for name in revisions):  # two of one name may differ too
-        remarks.append("the code had changes that were not committed")
-    if len(devices) > 1:
-        remarks.append(f"{len(devices)} devices: {', '.join(devices)}")
-    versions = [{"python": about["python"], **about["packages"]} for about in code]
-    for name in versions[0] if versions else ():
-        found = sorted({str(version.get(name)) for version in versions})
-        if len(found) > 1:
-            remarks.append(f"{len(found)} versions of {name}: {', '.join(found)}")
-    return remarks
-
-
-def short_revision(name: str) -> str:
-    """The first 10 digits of a commit, and +dirty if the code had other changes."""
-    return re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", name)
-
-
-def _numbers(found: Interval | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {**found._asdict(), "smallest_effect": smallest_effect(found)}

@@ -233,7 +233,7 @@ SIGNS = (
 def page(report: Mapping[str, Any], png: bytes | None) -> str:
     """One HTML page that needs no other file and no script.
 
-    report: of compare.report, with `text` (the docstring of the study), `command` and `commands`
+    report: of findings.report, with `text` (the docstring of the study), `command` and `commands`
     (one for each entry). png: the figure.
     """
     parts = [f"<h1>{html.escape(report['question'])}</h1>", _pre(report["text"])]
