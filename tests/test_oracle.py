@@ -179,7 +179,7 @@ def test_a_window_about_as_long_as_the_text(window):
     trained = np.asarray(hidden) @ np.asarray(params["head"])
     tiny.assert_close(trained, expected[:, :LENGTH])
     model = inference.prepare(params, config, tiny.compute())
-    cache, after, found = inference.score(
+    cache, after, found, _ = inference.score(
         model, tokens[:, :LENGTH], capacity=LENGTH + 3, chunk=LENGTH
     )
     tiny.assert_close(found[:, 1:], tiny.logprobs(expected, tokens[:, :LENGTH]))

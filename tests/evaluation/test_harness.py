@@ -82,8 +82,26 @@ def test_a_greedy_continuation_and_one_that_is_not(one, mesh):
     best = int(logits[0, -1].argmax())
     other = (best + 1) % WORDS.vocab_size
     scorer = harness.Scorer(one, mesh)
-    found = scorer._scores([([*ids, best], 1), ([*ids, other], 1), ([*ids, other, best], 2)])
+    found = scorer._likelihoods([([*ids, best], 1), ([*ids, other], 1), ([*ids, other, best], 2)])
     assert [greedy for _, greedy in found] == [True, False, False]
+
+
+def test_a_context_is_run_once_for_all_its_continuations(one, mesh, monkeypatch):
+    """Also if the continuations come in another order, have different lengths, or need more than
+    one batch. The first two contexts have one token in common."""
+    endings = [" worlds", ",", "lo", " hello world, hello", ""]
+    pairs = [(context, ending) for ending in endings for context in ("hello,", "hello", LONG, "")]
+    scorer = harness.Scorer(one, mesh)
+    together = scorer.loglikelihood(pairs)
+    assert scorer.prefilled == 4
+    monkeypatch.setattr("yocou_jax.evaluation.perplexity.TOKENS_AT_ONCE", 2 * len(LONG))
+    small = scorer.loglikelihood(pairs)
+    for pair, (logp, greedy), other in zip(pairs, together, small, strict=True):
+        ids, count = harness.split(WORDS, *pair, True)
+        expected, best = by_oracle(one, ids, count) if count else (0.0, True)
+        assert logp == pytest.approx(expected, rel=1e-4)
+        assert other[0] == pytest.approx(expected, rel=1e-4)
+        assert greedy == other[1] == best
 
 
 def test_texts_as_a_whole(one, mesh):

@@ -83,8 +83,13 @@ def test_scores_are_the_forward_pass_at_every_position(name):
     config = tiny.model(name)
     tokens, want = np.asarray(tiny.tokens(len(LENGTHS), TEXT)), expected(config)
     scale, logps = np.abs(want).max(), tiny.logprobs(want, tokens)
-    memory, logits, found = score(model(config), tokens[:, :17], LENGTHS, capacity=TEXT, chunk=5)
-    assert found.shape == (4, 17)
+    memory, logits, found, likeliest = score(
+        model(config), tokens[:, :17], LENGTHS, capacity=TEXT, chunk=5
+    )
+    assert found.shape == likeliest.shape == (4, 17)
+    for row, length in enumerate(LENGTHS):
+        best = want[row, : length - 1].argmax(-1) == tokens[row, 1:length]
+        np.testing.assert_array_equal(likeliest[row], np.pad(best, (1, 17 - length)))
     for row, length in enumerate(LENGTHS):
         assert_equal(found[row, 1:length], logps[row, : length - 1], scale)
         assert np.isnan(found[row, 0])
@@ -95,10 +100,13 @@ def test_scores_are_the_forward_pass_at_every_position(name):
     prompt, rows = tokens[:1, :6], np.array([0, 0])
     memory, logits = prefill(model(config), prompt, capacity=TEXT, chunk=5)
     endings = np.stack([tokens[0, 6:11], tokens[1, 6:11]])
-    _, _, found = score(model(config), endings, memory=fork(memory, rows), logits=logits[rows])
+    _, _, found, likeliest = score(
+        model(config), endings, memory=fork(memory, rows), logits=logits[rows]
+    )
     texts = np.concatenate([np.repeat(prompt, 2, axis=0), endings], axis=1)
     whole = full_logits(tiny.params(config), config, jnp.asarray(texts))
     assert_equal(found, tiny.logprobs(whole, texts)[:, 5:], scale)
+    np.testing.assert_array_equal(likeliest, whole.argmax(-1)[:, 5:-1] == endings)
 
 
 def test_two_cross_stages_read_one_cache():
@@ -148,7 +156,7 @@ def test_a_model_runs_at_other_loop_counts_than_its_own(num_loops):
         full_logits(tiny.params(trained), trained, jnp.asarray(tokens), num_loops=num_loops)
     )
     run = prepare(tiny.params(trained), config, tiny.compute())
-    cache, logits, found = score(run, tokens[:, :13], capacity=15, chunk=4)
+    cache, logits, found, _ = score(run, tokens[:, :13], capacity=15, chunk=4)
     assert_equal(found[:, 1:], tiny.logprobs(want, tokens[:, :13]), np.abs(want).max())
     assert_equal(logits, want[:, 12], np.abs(want).max())
     assert cache.nbytes == 2 * accounting.kv_bytes(config, 15, 4)
@@ -165,7 +173,9 @@ def test_a_second_text_is_appended_to_a_first(name):
     more = np.array([6, 1, 7, 4])
     cache, logits = prefill(model(config), tokens[:, :17], LENGTHS, capacity=TEXT, chunk=8)
     second = np.stack([np.roll(row, -n)[:7] for row, n in zip(tokens, LENGTHS, strict=True)])
-    cache, logits, found = score(model(config), second, more, memory=cache, logits=logits, chunk=3)
+    cache, logits, found, _ = score(
+        model(config), second, more, memory=cache, logits=logits, chunk=3
+    )
     np.testing.assert_array_equal(cache.lengths, LENGTHS + more)
     for row, (n, m) in enumerate(zip(LENGTHS, more, strict=True)):
         logps = tiny.logprobs(want, tokens)[row, n - 1 : n + m - 1]
@@ -197,7 +207,7 @@ def test_inference_in_bfloat16_is_as_exact_as_training(name):
     training = np.asarray(full_logits(tiny.params(config), config, tokens, compute=half))
     run = prepare(tiny.params(config), config, half)
     assert {str(x.dtype) for x in jax.tree.leaves(run.params)} == {"bfloat16", "float32"}
-    cache, _, found = score(run, tokens, chunk=7)
+    cache, _, found, _ = score(run, tokens, chunk=7)
     kept = jax.tree.leaves((cache.stages, cache.global_kv))
     assert {str(x.dtype) for x in kept} == {"bfloat16"}
     want, trained = tiny.logprobs(want, tokens), tiny.logprobs(training, tokens)

@@ -3,12 +3,14 @@
 `Scorer` answers the three kinds of requests that the harness has, and does not need the package.
 """
 
+import functools
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,9 +18,9 @@ from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import python_docs
 from yocou_jax.evaluation.options import Options, models
-from yocou_jax.evaluation.perplexity import rows_at_once, scores_of
-from yocou_jax.inference import Sampling, generate, prepare
-from yocou_jax.inference.request import bucket
+from yocou_jax.evaluation.perplexity import rows_at_once
+from yocou_jax.inference import PreparedModel, Sampling, fork, generate, prefill, prepare, score
+from yocou_jax.inference.request import bucket, padded
 from yocou_jax.inference.text import TextRow
 from yocou_jax.pretrained import Pretrained
 from yocou_jax.sharding import batch_ways
@@ -51,26 +53,31 @@ def split(
 class Scorer:
     """A model that answers requests of the harness. Use it inside `jax.set_mesh(mesh)`.
 
+    A context is prefilled once for all its continuations, and forked. This is exact: prefill leaves
+    out the cross-decoder for positions whose logits nobody reads, and the score of a continuation
+    reads those of its own tokens and of the last one of the context.
+
     end_of_text: whether the end-of-text token comes before every context (see `split`). Contexts
     are never cut, also if they are longer than the sequences in training. longest: the number of
-    tokens of the longest request so far.
+    tokens of the longest request so far. prefilled: the number of contexts that were run so far.
     """
 
     def __init__(self, loaded: Pretrained, mesh: Mesh, end_of_text: bool = True):
         self.loaded, self.mesh, self.end_of_text = loaded, mesh, end_of_text
         self.longest = 0
+        self.prefilled = 0
 
     def loglikelihood(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): log p(continuation | context) in nats, and whether
         greedy sampling would give the continuation."""
         tokenizer = self.loaded.tokenizer
-        return self._scores([split(tokenizer, *pair, self.end_of_text) for pair in pairs])
+        return self._likelihoods([split(tokenizer, *pair, self.end_of_text) for pair in pairs])
 
     def loglikelihood_rolling(self, texts: Iterable[str]) -> list[float]:
         """log p of whole texts in nats, after the end-of-text token. A text is one sequence, so
         every token sees all tokens before it."""
         encoded = [split(self.loaded.tokenizer, "", text, True) for text in texts]
-        return [logp for logp, _ in self._scores(encoded)]
+        return [logp for logp, _ in self._likelihoods(encoded)]
 
     def generate_until(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
         """For each (context, settings): the text that the model writes, up to the first text of
@@ -78,39 +85,70 @@ class Scorer:
         requests = list(requests)
         for unknown in (name for _, settings in requests for name in settings.keys() - KNOWN):
             raise UserError(f"The task asks for {unknown!r}, but generation has only {KNOWN}.")
-        model = prepare(self.loaded.params, self.loaded.config, self.loaded.compute)
         written = []
         for first in range(0, len(requests), ROWS):
-            written += self._generate(model, requests[first : first + ROWS])
+            written += self._generate(requests[first : first + ROWS])
         return written
 
-    def _scores(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+    @functools.cached_property
+    def _model(self) -> PreparedModel:
+        return prepare(self.loaded.params, self.loaded.config, self.loaded.compute)
+
+    def _likelihoods(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """sequences: ids, and how many at the end count. Long ones come first, so that memory runs
         out early or never."""
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
+        lengths = [len(ids) for ids, _ in sequences]
+        endings: dict[tuple[int, ...], list[int]] = {}
+        for i, (ids, count) in enumerate(sequences):
+            endings.setdefault(tuple(ids[: len(ids) - count]), []).append(i)
+        longest = {context: max(lengths[i] for i in found) for context, found in endings.items()}
+        contexts = sorted(endings, key=lambda context: -longest[context])
+        self.longest = max(self.longest, *longest.values(), 0)
         found: dict[int, tuple[float, bool]] = {}
-        while len(found) < len(order):
-            longest = len(sequences[order[len(found)]][0])
-            self.longest = max(self.longest, longest)
-            width, ways = bucket(longest - 1), batch_ways(self.mesh)
-            size = min(rows_at_once(width, self.mesh), -(-len(order) // ways) * ways)
-            chosen = order[len(found) : len(found) + size]
-            nll, best = self._batch([sequences[i][0] for i in chosen], size, width)
-            for row, i in enumerate(chosen):
-                end = len(sequences[i][0]) - 1
-                part = row, slice(end - sequences[i][1], end)
-                found[i] = -float(nll[part].sum(dtype=np.float64)), bool(best[part].all())
+        while contexts:
+            rows = rows_at_once(bucket(longest[contexts[0]]), self.mesh)
+            some, contexts = contexts[:rows], contexts[rows:]
+            chosen = [(row, i) for row, context in enumerate(some) for i in endings[context]]
+            found |= self._batch(
+                self._filled(some, min(rows, len(endings))),
+                [(row, i, sequences[i][0][len(some[row]) :]) for row, i in chosen],
+                min(rows, len(sequences)),
+            )
         return [found[i] for i in range(len(sequences))]
 
-    def _batch(self, rows: list[list[int]], size: int, width: int):
-        """Scores [size, width] of all ids but the first one of each row. Columns after the end of a
-        row do not change those before."""
-        tokens = np.zeros((size, width + 1), np.int32)
-        for i, ids in enumerate(rows):
-            tokens[i, : len(ids)] = ids
-        return scores_of(self.loaded, tokens, self.mesh)
+    def _filled(self, rows: list, size: int) -> list:
+        """Repeats the first row until there are `size`, or some more that the devices can share.
+        So batches have few shapes, and few programs are compiled."""
+        ways = batch_ways(self.mesh)
+        return rows + rows[:1] * (-(-size // ways) * ways - len(rows))
 
-    def _generate(self, model, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    def _batch(
+        self, contexts: list[tuple[int, ...]], endings: list[tuple[int, int, list[int]]], size: int
+    ) -> dict[int, tuple[float, bool]]:
+        """The results of endings (row of the context, name of the result, ids), `size` at once."""
+        found = {name: (0.0, True) for _, name, ids in endings if not ids}
+        endings = [ending for ending in endings if ending[2]]
+        if not endings:
+            return found
+        longest = max(len(ids) for _, _, ids in endings)
+        memory, logits = prefill(self._model, *padded(contexts), new_tokens=longest)
+        self.prefilled += len(set(contexts))
+        for first in range(0, len(endings), size):
+            some = endings[first : first + size]
+            rows, _, texts = zip(*self._filled(some, size), strict=True)
+            scores = score(
+                *(self._model, *padded(texts)),
+                memory=fork(memory, rows),
+                logits=logits[np.array(rows)],
+            )
+            logprobs, likeliest = jax.device_get((scores.logprobs, scores.likeliest))
+            for row, (_, name, ids) in enumerate(some):
+                part = row, slice(len(ids))
+                logp = logprobs[part].sum(dtype=np.float64)
+                found[name] = float(logp), bool(likeliest[part].all())
+        return found
+
+    def _generate(self, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
         tokenizer = self.loaded.tokenizer
         prompts = [split(tokenizer, context, "", self.end_of_text)[0] for context, _ in requests]
         limits, rows, columns = [], [], []
@@ -136,7 +174,7 @@ class Scorer:
         sampling = Sampling(*map(np.array, zip(*columns, strict=True)))
         stop = [tokenizer.eot_id]
         generate(
-            model,
+            self._model,
             prompts,
             max_new_tokens=limits,
             sampling=sampling,

@@ -4,7 +4,7 @@
     memory, logits = prefill(model, tokens, lengths, new_tokens=64)   # [B, N] -> next [B, V]
     memory, logits = decode_step(model, memory, tokens)  # one more token for each row
     out = generate(model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.8))
-    memory, logits, logprobs = score(model, tokens, lengths)          # of given tokens
+    memory, logits, logprobs, likeliest = score(model, tokens, lengths)      # of given tokens
 
 A memory is donated to the call that extends it, and cannot be used again: `fork` copies it.
 
@@ -18,6 +18,7 @@ training, change the config before `prepare`: dataclasses.replace(config, num_lo
 """
 
 from yocou_jax.inference.forward import (
+    Scores,
     decode_step,
     fork,
     new_memory,
@@ -34,6 +35,7 @@ __all__ = [
     "Generation",
     "PreparedModel",
     "Sampling",
+    "Scores",
     "decode_step",
     "default_sizes",
     "fork",

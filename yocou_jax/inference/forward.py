@@ -10,6 +10,7 @@ memory.py).
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -229,15 +230,34 @@ def score_chunk(model, memory, logits, tokens, count, start, *, fits):
     """One chunk as in `prefill_chunk`, but the cross-decoder runs at every position.
 
     logits [B, V]: they predict the first token of the chunk. Returns the memory, the logits of the
-    token after the chunk, and the log-probabilities [B, C] of the tokens.
+    token after the chunk, and for the tokens [B, C] their log-probabilities, and whether each is
+    the likeliest one.
     """
     at = NewPositions(memory.lengths if start is None else start, count, fits)
     x, memory, context = self_decoder(model, memory, tokens, at)
     after = cross_decoder(model, x, context)
     before = jnp.concatenate([logits[:, None], after[:, :-1]], axis=1)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(before), tokens[..., None], axis=-1)[..., 0]
+    likeliest = jnp.argmax(before, axis=-1) == tokens
     logits = constrain(_last(after, logits[:, None], count)[:, 0], "batch", "vocab")
-    return memory, logits, constrain(logprobs, "batch", "length")
+    return memory, logits, *(constrain(x, "batch", "length") for x in (logprobs, likeliest))
+
+
+class Scores(NamedTuple):
+    """What `score` returns.
+
+    memory: with the tokens.
+    logits [B, V]: of the token after each row, float32.
+    logprobs [B, N]: log p(tokens[b, i] | all before) in nats, float32. NaN after the end of a row,
+      and for the first token if no logits were given, because nothing predicts it.
+    likeliest [B, N]: whether the token is the one that greedy sampling would take; False where
+      logprobs is NaN.
+    """
+
+    memory: Memory
+    logits: Float[Array, "B V"]
+    logprobs: Float[Array, "B N"]
+    likeliest: Bool[Array, "B N"]
 
 
 def score(
@@ -250,7 +270,7 @@ def score(
     new_tokens: int = 0,
     capacity: int | None = None,
     chunk: int | None = None,
-) -> tuple[Memory, Float[Array, "B V"], Float[Array, "B N"]]:
+) -> Scores:
     """The log-probabilities of given tokens. Every layer runs at every position. (`prefill` runs
     the cross-decoder only at the last one.)
 
@@ -259,12 +279,7 @@ def score(
     share runs only once:
 
         memory, logits = prefill(model, context)
-        _, _, logprobs = score(model, endings, memory=fork(memory, rows), logits=logits[rows])
-
-    Returns:
-      The memory, the logits [B, V] of the token after each row, and log p(tokens[b, i] | all
-      before) [B, max(lengths)] in nats, float32. It is NaN after the end of a row, and for the
-      first token without `logits`, because nothing predicts it.
+        found = score(model, endings, memory=fork(memory, rows), logits=logits[rows])
     """
     sizes = {"new_tokens": new_tokens, "capacity": capacity, "chunk": chunk}
     prompts = request.check_prefill(model, tokens, lengths, memory, **sizes, all_logits=True)
@@ -276,12 +291,15 @@ def score(
     memory = new_memory(model, B, prompts.capacity) if memory is None else memory
     parts = []
     for chunk_tokens, count, start in chunks:
-        memory, logits, logprobs = score_chunk(
+        memory, logits, logprobs, likeliest = score_chunk(
             model, memory, logits, chunk_tokens, count, start, fits=fits
         )
         exists = np.arange(chunk_tokens.shape[1]) < count[:, None]
-        parts.append(jnp.where(exists, logprobs, jnp.nan))
-    return memory, logits, jnp.concatenate(parts, axis=1)[:, : prompts.tokens.shape[1]]
+        logprobs = jnp.where(exists, logprobs, jnp.nan)
+        parts.append((logprobs, likeliest & ~jnp.isnan(logprobs)))
+    N = prompts.tokens.shape[1]
+    joined = (jnp.concatenate(columns, axis=1)[:, :N] for columns in zip(*parts, strict=True))
+    return Scores(memory, logits, *joined)
 
 
 # --- Forks and decode steps -----------------------------------------------------------------------
