@@ -116,6 +116,8 @@ def get_config() -> ConfigDict:
     s.data = -1  # copies of the model, each for other rows of a batch; -1: all devices left
     s.fsdp = 1  # parts of the parameters and the optimizer state
     s.tensor = 1  # parts of the heads, the feed-forward and the vocabulary
+    s.context = 1  # parts of the positions of a sequence, and of what fsdp splits
+    s.expert = 1  # parts of the experts, and of the rows of a batch
 
     r = c.run = ConfigDict()
     r.steps = 1000  # updates

@@ -291,7 +291,11 @@ def test_data_vocab_size_follows_model_vocab_size_but_not_the_reverse():
         ({"model": 3}, "model=3 must be a group of fields."),
         ({"model": None}, "model=None must be a group of fields."),
         ({"model": []}, "model=[] must be a group of fields."),
-        ({"mesh": {}}, "The config lacks the fields mesh.data, mesh.fsdp, mesh.tensor."),
+        (
+            {"mesh": {}},
+            "The config lacks the fields mesh.data, mesh.fsdp, mesh.tensor, "
+            "mesh.context, mesh.expert.",
+        ),
         ({"modle": {}}, "The config has no field 'modle'."),
         ({3: {}}, "The config has no field '3'."),
         ({"steps": 3}, "The config has no field 'steps'. Did you mean 'run.steps'?"),
@@ -332,7 +336,15 @@ def test_fields_that_may_change_when_a_run_is_resumed():
     }
     assert set(resumable(FREE)) == {
         *("compute.attention", "compute.remat", "compute.scan", "compute.unroll"),
-        *("data.cache_dir", "data.validation_sequences", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+        *(
+            "data.cache_dir",
+            "data.validation_sequences",
+            "mesh.data",
+            "mesh.fsdp",
+            "mesh.tensor",
+            "mesh.context",
+            "mesh.expert",
+        ),
         *("optimizer.max_skipped_updates", "run.log_every", "run.eval_every", "run.sample_every"),
         *("run.sample_prompt", "run.sample_tokens", "run.checkpoint_every"),
         *("run.keep_checkpoints", "run.profile_steps", "run.analysis"),

@@ -19,6 +19,7 @@ from yocou_jax.model import abstract_params, resolve_compute
 from yocou_jax.program import ARCHITECTURES
 from yocou_jax.sharding import (
     LOGICAL_AXES,
+    MESH_AXES,
     SIZES,
     batch_sharding,
     make_mesh,
@@ -34,7 +35,7 @@ UNROLLED = (2, 2, 2)  # stages as in real runs on a CPU; on the other meshes and
 
 
 def config_on(mesh, architecture="yoco_u", **fields):
-    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    sizes = dict(zip(("data", "fsdp", "tensor", "context"), mesh, strict=False))
     return tiny.config(architecture, mesh=sizes, **({"num_layers": 2, "num_loops": 2} | fields))
 
 
@@ -43,6 +44,13 @@ def config_on(mesh, architecture="yoco_u", **fields):
 
 def gradients(config, batch, mesh):
     """Loss and gradients on a mesh, from the functions of a training step."""
+    with jax.set_mesh(mesh):
+        run = loss_and_gradients(config, batch, mesh)
+        return jax.device_get(run(tiny.params(config.model), batch))
+
+
+def loss_and_gradients(config, batch, mesh):
+    """The function of parameters and a batch, jitted."""
     shardings = tree_shardings(abstract_params(config.model), mesh)
     targets = batch.targets.size if batch.loss_weights is None else batch.loss_weights.sum()
 
@@ -59,13 +67,11 @@ def gradients(config, batch, mesh):
 
         return jax.value_and_grad(objective)(params)
 
-    with jax.set_mesh(mesh):
-        return jax.device_get(compute(tiny.params(config.model), batch))
+    return compute
 
 
 @functools.cache
-def on_one_device(architecture, packed, extra):
-    config = config_on((1, 1, 1), architecture, **dict(extra))
+def on_one_device(config, packed):
     batch = tiny.packed_batch() if packed else tiny.batch()
     return gradients(config, batch, make_mesh(config.mesh, jax.devices()[:1]))
 
@@ -74,7 +80,7 @@ def check(mesh, architecture="yoco_u", packed=False, unroll=0, **extra):
     config = config_on(mesh, architecture, unroll=unroll, **extra)
     batch = tiny.packed_batch() if packed else tiny.batch()
     got = gradients(config, batch, make_mesh(config.mesh))
-    expected = on_one_device(architecture, packed, tuple(extra.items()))
+    expected = on_one_device(config_on((1, 1, 1), architecture, **extra), packed)
     tiny.assert_close(got, expected, 1e-5)
 
 
@@ -190,10 +196,11 @@ def test_every_matrix_is_split_over_fsdp_and_tensor():
 def test_heads_that_do_not_divide_are_replicated():
     mesh = make_mesh(MeshConfig(1, 2, 4))
     axes = ("embed", "kv_heads", "head_dim")
-    assert spec_for(axes, (16, 2, 8), mesh) == PartitionSpec(("fsdp",), None, None)
-    assert spec_for(axes, (16, 4, 8), mesh) == PartitionSpec(("fsdp",), ("tensor",), None)
-    assert spec_for(("batch", "length"), (6, 16), mesh) == PartitionSpec(("data", "fsdp"), None)
-    assert spec_for(("batch", "length"), (7, 16), mesh) == PartitionSpec(None, None)
+    assert spec_for(axes, (16, 2, 8), mesh) == PartitionSpec(("fsdp", "context"), None, None)
+    assert spec_for(axes, (16, 4, 8), mesh) == PartitionSpec(("fsdp", "context"), ("tensor",), None)
+    rows = ("data", "fsdp", "expert")
+    assert spec_for(("batch", "keys"), (6, 16), mesh) == PartitionSpec(rows, None)
+    assert spec_for(("batch", "keys"), (7, 16), mesh) == PartitionSpec(None, None)
 
 
 def test_two_dimensions_cannot_use_the_same_mesh_axis():
@@ -207,15 +214,23 @@ def test_two_dimensions_cannot_use_the_same_mesh_axis():
 
 
 def test_the_table_names_only_mesh_axes():
-    assert {axis for axes in LOGICAL_AXES.values() for axis in axes} <= {"data", "fsdp", "tensor"}
-    parameters = {name for name, axes in LOGICAL_AXES.items() if {"fsdp", "tensor"} & set(axes)}
+    assert {axis for axes in LOGICAL_AXES.values() for axis in axes} <= set(MESH_AXES)
+    split = {"fsdp", "tensor", "expert"}
+    parameters = {name for name, axes in LOGICAL_AXES.items() if split & set(axes)}
     assert SIZES.keys() == parameters - {"batch"}
 
 
 def test_make_mesh_fills_an_axis_of_minus_one():
-    assert dict(make_mesh(MeshConfig(-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(2, 1, -1)).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
-    assert dict(make_mesh(MeshConfig(-1, 2, 4)).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    def sizes(*given):
+        shape = make_mesh(MeshConfig(*given)).shape
+        assert tuple(shape) == MESH_AXES
+        return tuple(shape.values())
+
+    assert sizes(-1, 2, 1) == (4, 2, 1, 1, 1)
+    assert sizes(2, 1, -1) == (2, 1, 4, 1, 1)
+    assert sizes(-1, 2, 4) == (1, 2, 4, 1, 1)
+    assert sizes(1, 2, 1, -1) == (1, 2, 1, 4, 1)
+    assert sizes(2, 1, 1, 2, -1) == (2, 1, 1, 2, 2)
     with pytest.raises(UserError, match="at most one -1"):
         MeshConfig(-1, -1, 1)
 
@@ -223,18 +238,21 @@ def test_make_mesh_fills_an_axis_of_minus_one():
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        ((3, 1, 1), "data * fsdp * tensor is 3 and must be 8. mesh.data=-1 would take all that"),
-        ((1, 1, 16), "data * fsdp * tensor is 16 and must be 8. mesh.tensor=-1 would take"),
-        ((3, 5, 1), "data * fsdp * tensor is 15 and must be 8."),
-        ((-1, 3, 1), "fsdp * tensor is 3, which does not divide 8."),
-        ((-1, 1, 16), "fsdp * tensor is 16, which does not divide 8."),
+        ((3, 1, 1), "data is 3 and must be 8. mesh.data=-1 would take all that"),
+        ((1, 1, 16), "tensor is 16 and must be 8. mesh.tensor=-1 would take"),
+        ((3, 5, 1), "data * fsdp is 15 and must be 8."),
+        ((2, 1, 1, 3, 1), "data * context is 6 and must be 8. mesh.context=-1 would take all"),
+        ((1, 1, 1), "data is 1 and must be 8. mesh.data=-1 would take all"),
+        ((-1, 3, 1), "fsdp is 3, which does not divide 8."),
+        ((-1, 1, 16), "tensor is 16, which does not divide 8."),
         ((16, 16, -1), "data * fsdp is 256, which does not divide 8."),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_a_proposal(sizes, reason):
     with pytest.raises(UserError) as error:
         make_mesh(MeshConfig(*sizes))
-    asked = "data={}, fsdp={}, tensor={}".format(*sizes)
+    names = zip(MESH_AXES, sizes, strict=False)
+    asked = ", ".join(f"{axis}={size}" for axis, size in names if size != 1) or "data=1"
     start = f"A mesh of {asked} does not fit 8 devices: {reason}"
     assert str(error.value).startswith(start)
     assert "to -1" not in str(error.value)

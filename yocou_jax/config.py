@@ -57,9 +57,16 @@ FREE, END = "free", "end"
 
 
 def number(
-    low: float, high: float, *, above: bool = False, below: bool = False, resume: str | None = None
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+    below: bool = False,
+    resume: str | None = None,
+    default: Any = dataclasses.MISSING,
 ) -> Any:
-    """A field from `low` to `high`. `above` excludes `low` itself, and `below` excludes `high`."""
+    """A field from `low` to `high`. `above` excludes `low` itself, and `below` excludes `high`.
+    default: only for Python code that makes the dataclass; a config has every field."""
 
     def rule(value: float) -> str | None:
         if value != value:  # NaN; math.isnan cannot read large integers
@@ -70,7 +77,7 @@ def number(
             return f"must be {'less than' if below else 'at most'} {high}"
         return None
 
-    return dataclasses.field(metadata={"rule": rule, "resume": resume})
+    return dataclasses.field(default=default, metadata={"rule": rule, "resume": resume})
 
 
 def truth(*, resume: str | None = None) -> Any:
@@ -332,6 +339,8 @@ class MeshConfig:
     data: int = number(-1, MAX_SIZE, resume=FREE)
     fsdp: int = number(-1, MAX_SIZE, resume=FREE)
     tensor: int = number(-1, MAX_SIZE, resume=FREE)
+    context: int = number(-1, MAX_SIZE, resume=FREE, default=1)
+    expert: int = number(-1, MAX_SIZE, resume=FREE, default=1)
 
     def __post_init__(self):
         _check_fields(self)
@@ -446,6 +455,7 @@ class Config:
 ADDED = {
     "compute": {"unroll": 0},  # all stages were loops
     "optimizer": {"loop_loss": "", "backprop_loops": None},
+    "mesh": {"context": 1, "expert": 1},
     "run": {"analysis": False},
 }
 

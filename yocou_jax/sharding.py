@@ -4,8 +4,11 @@ Modules name logical axes, and LOGICAL_AXES maps them to mesh axes. All sharding
 this table (`jax.eval_shape` -> specs -> `jit(init, out_shardings=...)`). A new mesh axis needs a
 name in MESH_AXES, a field of MeshConfig and of configs/base.py, its rows in LOGICAL_AXES, and, if
 it splits parameters, its name in `check_split`. This is enough only for logical axes that the code
-can split already. It cannot split "experts" (model/moe.py raises an error), nor positions: the
-attention kernels need all of them on each device.
+can split already.
+
+The axis "context" splits the positions of a sequence. Only attention needs positions of other
+devices, and model/context_parallel.py fetches them. Token ids, targets and segment ids are not
+split: they are small, and the devices of a context group read the same rows.
 """
 
 import logging
@@ -20,23 +23,24 @@ from yocou_jax.config import MeshConfig
 from yocou_jax.errors import UserError
 from yocou_jax.typing import Array, PyTree
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 REPLICATED_SHARE = 0.25  # if a larger share of the parameters is not split, a warning says so
 
 log = logging.getLogger(__name__)
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
-    "length": (),
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),  # the positions of an activation
+    "keys": (),  # the positions of keys that queries of all positions read
     "activation": (),  # the model width of an activation
     # parameters
-    "embed": ("fsdp",),  # the model width of a matrix of parameters
+    "embed": ("fsdp", "context"),  # the model width of a matrix of parameters
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    "experts": (),
+    "experts": ("expert",),
     "head_dim": (),
     "norm": (),
     "streams": (),
@@ -48,6 +52,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 # The config field that sets the size of a logical axis that is split, for messages.
 SIZES = {
     "embed": "model.d_model",
+    "experts": "model.num_experts",
     "heads": "model.num_heads",
     "kv_heads": "model.num_kv_heads",
     "mlp": "model.d_ff or model.expert_width",
@@ -56,7 +61,7 @@ SIZES = {
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over all devices. -1 means all that are left."""
+    """A mesh with the axes of MESH_AXES over all devices. -1 means all that are left."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     named = math.prod(max(size, 1) for size in sizes.values())
@@ -75,14 +80,26 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 def _does_not_fit(sizes: dict[str, int], named: int, devices: int) -> str:
     """Says why a mesh does not fit that many devices, and what would be possible."""
+    free = [axis for axis, size in sizes.items() if devices % (named // max(size, 1)) == 0]
+    sizes = {axis: size for axis, size in sizes.items() if size != 1} or {"data": 1}
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     sentence = f"A mesh of {asked} does not fit {devices} devices"
     others = " * ".join(axis for axis, size in sizes.items() if size != -1)
     if -1 in sizes.values():
         return f"{sentence}: {others} is {named}, which does not divide {devices}."
-    free = [axis for axis, size in sizes.items() if devices % (named // size) == 0]
     hint = f" mesh.{free[0]}=-1 would take all that are left." if free else ""
     return f"{sentence}: {others} is {named} and must be {devices}.{hint}"
+
+
+def check_length(length: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError if the mesh cannot split sequences of so many positions."""
+    ways = mesh.shape["context"]
+    if ways > 1 and length % (2 * ways):
+        near = max(round(length / (2 * ways)), 1) * 2 * ways
+        raise UserError(
+            f"data.sequence_length={length} must be a multiple of {2 * ways}, which is 2 * "
+            f"mesh.context (each device gets two halves of equal length), for example {near}."
+        )
 
 
 def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
@@ -92,7 +109,7 @@ def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
     more than REPLICATED_SHARE, a warning says so. boxed: parameters with their logical axes.
     """
     boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-    for axis in (axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1):
+    for axis in (axis for axis in ("fsdp", "tensor", "expert") if mesh.shape[axis] > 1):
         ways, whole = mesh.shape[axis], [box for box in boxes if not _is_split(box, mesh, axis)]
         sizes = [pair for box in whole for pair in zip(box.names, box.value.shape, strict=True)]
         uneven = dict.fromkeys(
@@ -136,7 +153,7 @@ def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Part
                     f"'{axis}'; an array can be split along it only once."
                 )
             used[axis] = name
-        entries.append(_split_over(name, size, mesh) or None)
+        entries.append(split_over(name, size, mesh) or None)
     return PartitionSpec(*entries)
 
 
@@ -169,12 +186,19 @@ def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits sequences over data and fsdp. All devices of a tensor group have the same ones."""
-    axes = (LOGICAL_AXES[name] or None for name in ("batch", "length"))
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    """Splits sequences over data, fsdp and expert. All devices of a tensor group and of a context
+    group have the same ones, as a whole."""
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"], None))
 
 
-def _split_over(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def axes_of_one_device() -> tuple[str, ...]:
+    """Mesh axes of size 1. A spec of a shard_map should name them somewhere: of an input without
+    them, the gradient has an all-reduce over each, which XLA keeps."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] == 1)
+
+
+def split_over(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The mesh axes over which a dimension is split: none if they do not divide it."""
     mesh_axes = LOGICAL_AXES[name] if name else ()
     return mesh_axes if size % _ways(mesh_axes, mesh) == 0 else ()
@@ -191,7 +215,14 @@ def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
     return _ways(LOGICAL_AXES["batch"], mesh)
 
 
+def length_ways(length: int) -> int:
+    """Number of parts into which the mesh of the context splits so many positions. 1 if it cannot
+    give every device two equal halves, which cross layers need (model/context_parallel.py)."""
+    ways = _ways(LOGICAL_AXES["length"], jax.sharding.get_abstract_mesh())
+    return 1 if length % (2 * ways) else ways
+
+
 def vocab_ways(vocab: int) -> int:
     """Number of parts of a vocabulary of this size on the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh()
-    return _ways(_split_over("vocab", vocab, mesh), mesh)
+    return _ways(split_over("vocab", vocab, mesh), mesh)

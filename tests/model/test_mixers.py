@@ -179,7 +179,7 @@ def test_the_new_mixer_trains_and_is_sharded():
     boxed = inference.weights.abstract_params(config.model)
     split = tree_shardings(boxed, make_mesh(MeshConfig(2, 2, 2)))
     value = split["stage_0_mean"]["layers"]["attention"]["value"]["kernel"].spec
-    wanted = PartitionSpec(None, ("fsdp",), ("tensor",), None)
+    wanted = PartitionSpec(None, ("fsdp", "context"), ("tensor",), None)
     assert value == wanted
 
 

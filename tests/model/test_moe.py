@@ -9,7 +9,7 @@ import pytest
 from tests import tiny
 from yocou_jax.config import MeshConfig
 from yocou_jax.model.moe import MixtureOfExperts
-from yocou_jax.sharding import LOGICAL_AXES, make_mesh, tree_shardings
+from yocou_jax.sharding import make_mesh, tree_shardings
 
 D = tiny.MODEL["d_model"]
 X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6, D)), jnp.float32)
@@ -114,9 +114,12 @@ def test_the_balance_loss_moves_the_router():
     assert balance(params["router"]["kernel"] - 0.05 * slope) < value
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), (1, 1, 8), (2, 1, 1, 1, 4), (1, 1, 2, 2, 2), (1, 1, 1, 1, 8)], ids=str
+)
 def test_eight_devices_compute_what_one_does(sizes):
-    """tensor=2 divides the width 12, tensor=8 does not."""
+    """data, fsdp, tensor, context, expert. tensor=2 divides the width 12, tensor=8 does not, and
+    expert=8 does not divide the four experts."""
     apply, params, boxed = layer()
 
     def both(params, x):
@@ -149,10 +152,26 @@ def test_the_router_computes_in_float32_for_each_compute_type():
     assert {stat.dtype for stat in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
 
 
-def test_experts_split_over_devices_are_refused(monkeypatch):
-    """Every device would number its experts from 0, and tokens would go to wrong experts."""
-    monkeypatch.setitem(LOGICAL_AXES, "experts", ("data",))
-    apply, params, _ = layer()
-    mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
-    with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="'experts' over"):
-        jax.eval_shape(apply, params, X)
+def test_all_tokens_may_choose_the_experts_of_one_device():
+    """No token is dropped, and the other devices have nothing to do."""
+    apply, params, boxed = layer()
+    first = jnp.zeros_like(params["router"]["kernel"]).at[:, :2].set(1.0)
+    params, x = params | {"router": {"kernel": first}}, jnp.abs(X) + 1
+    expected = gradients(lambda p, x: apply(p, x)[0], params, x)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1, expert=4))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(boxed, mesh))
+        load = jax.jit(apply)(placed, x)[1].load
+        got = jax.device_get(gradients(lambda p, x: apply(p, x)[0], placed, x))
+    np.testing.assert_allclose(load, [2, 2, 0, 0])
+    tiny.assert_close(got, jax.device_get(expected), 1e-5)
+
+
+def test_a_device_has_its_own_experts_only():
+    _, _, boxed = layer()
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=1, expert=4))
+    split = tree_shardings(boxed, mesh)
+    shapes = {
+        name: split[name].shard_shape(boxed[name].value.shape) for name in ("gate", "up", "down")
+    }
+    assert shapes == {"gate": (1, D // 2, 12), "up": (1, D // 2, 12), "down": (1, 12, D // 2)}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
@@ -36,38 +36,48 @@ def example(batch, length, vocab, width=4, dtype=jnp.float32):
     return hidden, head, targets, weights
 
 
+def split(rows: int, columns: int):
+    """Inside, a mesh splits sequences and their positions."""
+    mesh = MeshConfig(data=rows, fsdp=1, tensor=1, context=columns)
+    return jax.set_mesh(make_mesh(mesh, jax.devices()[: rows * columns]))
+
+
 # A vocabulary of 11 makes one chunk, of 2^20 several. They do not divide 7 and 5 positions.
 @pytest.mark.parametrize(
-    ("vocab", "length", "z_loss", "shards"),
+    ("vocab", "length", "z_loss", "rows", "columns"),
     [
-        (11, 1, 0.0, 1),
-        (11, 7, 0.3, 2),
-        (11, 12, 0.0, 3),  # four sequences are not split three ways
-        (2**20, 1, 0.0, 1),
-        (2**20, 7, 0.0, 1),
-        (2**20, 5, 0.3, 2),
+        (11, 1, 0.0, 1, 1),
+        (11, 7, 0.3, 2, 1),
+        (11, 12, 0.0, 3, 1),  # four sequences are not split three ways
+        (11, 12, 0.3, 2, 3),
+        (11, 14, 0.0, 1, 4),  # positions that cannot be split evenly
+        (2**20, 1, 0.0, 1, 1),
+        (2**20, 7, 0.0, 1, 1),
+        (2**20, 5, 0.3, 2, 1),
+        (2**20, 12, 0.3, 1, 2),
     ],
 )
-def test_values_and_gradients_are_those_of_log_softmax(vocab, length, z_loss, shards):
+def test_values_and_gradients_are_those_of_log_softmax(vocab, length, z_loss, rows, columns):
     hidden, head, targets, weights = example(4, length, vocab)
 
     def chunked(hidden, head):
-        total, sums = cross_entropy(hidden, head, targets, weights, z_loss, shards)
+        total, sums = cross_entropy(hidden, head, targets, weights, z_loss)
         return 1.7 * total, (sums.nll, sums.z, sums.weight)  # a cotangent other than 1
 
     def expected(hidden, head):
         total, (nll, z) = plain(hidden, head, targets, weights, z_loss)
         return 1.7 * total, (nll, z, weights.sum())
 
-    got, wanted = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, head)
-        for f in (chunked, expected)
-    )
+    with split(rows, columns):
+        got, wanted = (
+            jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, head)
+            for f in (chunked, expected)
+        )
+        # Without a gradient, other code runs.
+        total, sums = jax.jit(functools.partial(cross_entropy, z_loss=z_loss))(
+            hidden, head, targets, weights
+        )
     tiny.assert_close(got, wanted, 2e-5)
-    # Without a gradient, other code runs.
-    total, sums = jax.jit(functools.partial(cross_entropy, z_loss=z_loss, shards=shards))(
-        hidden, head, targets, weights
-    )
     tiny.assert_close((1.7 * total, (sums.nll, sums.z, sums.weight)), wanted[0], 2e-5)
 
 
@@ -144,7 +154,7 @@ def test_all_logits_never_exist_at_once():
 
 def test_chunks_count_the_logits_of_one_device(monkeypatch):
     """Two ways for rows, four for the vocabulary. A device has 2 x 64 rows of 256 / 4 logits, and
-    so 8 chunks of 1024, in place of the 32 that the whole vocabulary would need."""
+    so 8 chunks of 1024, in place of the 64 that one device would need."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 1024})
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
     rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "tensor"))
@@ -153,30 +163,33 @@ def test_chunks_count_the_logits_of_one_device(monkeypatch):
     targets = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=rows)
 
     def total(hidden, head, targets):
-        return cross_entropy(hidden, head, targets, shards=2)[0]
+        return cross_entropy(hidden, head, targets)[0]
 
-    assert loss._num_chunks(128, 64, 256) == 32
+    assert loss.Split.of(hidden.shape).num_chunks(256) == 64
     with jax.set_mesh(mesh):
-        assert loss._num_chunks(128, 64, 256) == 8
-        assert loss._num_chunks(128, 64, 254) == 32  # it does not divide, so it is not split
+        assert loss.Split.of(hidden.shape).num_chunks(256) == 8
+        assert (
+            loss.Split.of(hidden.shape).num_chunks(254) == 32
+        )  # it does not divide, so it is not split
         assert _largest_array(jax.value_and_grad(total, (0, 1)), hidden, head, targets) == 1024
 
 
 def test_the_head_gradient_crosses_devices_once_and_not_with_every_chunk(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 64})
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(MeshConfig(data=8, fsdp=1, tensor=1))
     rows, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
     hidden, head, targets, _ = example(8, 16, 32)
 
     def total(hidden, head):
-        return cross_entropy(hidden, head, targets, shards=8)[0]
+        return cross_entropy(hidden, head, targets)[0]
 
     step = jax.jit(
         jax.grad(total, argnums=(0, 1)),
         in_shardings=(rows, everywhere),
         out_shardings=(rows, everywhere),
     )
-    text = step.lower(hidden, head).compile().as_text()
+    with jax.set_mesh(mesh):
+        text = step.lower(hidden, head).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     assert bodies, "there is no loop: the chunks are not what this test thinks they are"
     computations = re.findall(r"^%?([\w.\-]+) \(.*?^}", text, re.S | re.M)
@@ -185,11 +198,18 @@ def test_the_head_gradient_crosses_devices_once_and_not_with_every_chunk(monkeyp
         body = re.search(rf"^%?{re.escape(name)} \(.*?^}}", text, re.S | re.M).group()
         assert "all-reduce" not in body
     assert "all-reduce" in text
-    tiny.assert_close(step(hidden, head), jax.grad(total, argnums=(0, 1))(hidden, head), 2e-5)
+    with jax.set_mesh(mesh):
+        found = step(hidden, head)
+    tiny.assert_close(found, jax.grad(total, argnums=(0, 1))(hidden, head), 2e-5)
 
 
-@pytest.mark.parametrize(("chunk_logits", "length", "shards"), [(2**22, 12, 3), (64, 7, 2)])
-def test_scores_of_single_tokens_and_the_divergence(chunk_logits, length, shards, monkeypatch):
+@pytest.mark.parametrize(
+    ("chunk_logits", "length", "rows", "columns"),
+    [(2**22, 12, 3, 1), (64, 7, 2, 1), (64, 18, 2, 3)],
+)
+def test_scores_of_single_tokens_and_the_divergence(
+    chunk_logits, length, rows, columns, monkeypatch
+):
     """In one chunk, and in chunks that do not divide the positions."""
     monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", chunk_logits)
     hidden, head, targets, _ = example(4, length, 11)
@@ -197,16 +217,14 @@ def test_scores_of_single_tokens_and_the_divergence(chunk_logits, length, shards
     targets = targets.at[:, ::2].set(logits.argmax(-1)[:, ::2])  # the others are hardly ever best
     log_p = jax.nn.log_softmax(logits)
     wanted = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
-    nll, best = jax.jit(token_scores, static_argnames="shards")(
-        hidden, head, targets, shards=shards
-    )
+    with split(rows, columns):
+        nll, best = jax.jit(token_scores)(hidden, head, targets)
     np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(best, logits.argmax(-1) == targets)
     # The same chunks for the divergence of two predictions; padded positions add nothing.
     other, weights = hidden[::-1] + 1, example(4, length, 11)[3]
     log_q = jax.nn.log_softmax(other @ head)
     kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-    found = jax.jit(divergence, static_argnames="shards")(
-        hidden, other, head, weights, shards=shards
-    )
+    with split(rows, columns):
+        found = jax.jit(divergence)(hidden, other, head, weights)
     np.testing.assert_allclose(found, (weights * kl).sum(), rtol=1e-5)

@@ -13,7 +13,6 @@ from yocou_jax.analysis.walk import hidden_after, walk
 from yocou_jax.config import ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.model import Compute, head_matrix
-from yocou_jax.sharding import batch_ways
 from yocou_jax.training.loss import cross_entropy, divergence
 from yocou_jax.typing import AnyArray, Array, Float, Int, PyTree
 
@@ -164,9 +163,9 @@ def _lens(
     config: ModelConfig,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Loss and KL of `hidden`, per token. last: the hidden state of the whole model."""
-    head, weights, shards = head_matrix(params, config), batch.loss_weights, batch_ways()
-    _, sums = cross_entropy(hidden, head, batch.targets, weights, shards=shards)
-    kl = divergence(last, hidden, head, weights, shards)
+    head, weights = head_matrix(params, config), batch.loss_weights
+    _, sums = cross_entropy(hidden, head, batch.targets, weights)
+    kl = divergence(last, hidden, head, weights)
     return sums.nll / sums.weight, kl / sums.weight
 
 

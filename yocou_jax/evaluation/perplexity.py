@@ -32,7 +32,7 @@ def scores(
         {"params": params}, batch.tokens, batch.positions, batch.segment_ids
     )
     head = head_matrix(params, config)
-    return token_scores(output.hidden, head, batch.targets, shards=batch_ways())
+    return token_scores(output.hidden, head, batch.targets)
 
 
 def scores_of(

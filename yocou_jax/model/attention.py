@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import SegmentIds, api, join
 from yocou_jax.config import ModelConfig
+from yocou_jax.model import context_parallel
 from yocou_jax.model.compute import Compute
+from yocou_jax.model.context_parallel import SharedKeyValue
 from yocou_jax.model.layers import Linear, RMSNorm, rope
 from yocou_jax.model.memory import KV_AXES, Cache, KeyValue, NewPositions, Ring
-from yocou_jax.sharding import attention_partition, constrain
+from yocou_jax.sharding import attention_partition, constrain, length_ways
 from yocou_jax.typing import Array, Float, Int
 
 
@@ -25,7 +27,9 @@ class Context:
     positions [B or 1, N]: for RoPE. They start again at 0 in each packed document.
     segment_ids [B, N]: keep attention inside each packed document. None: one document per row.
     global_kv: the global K, V of these positions, which cross layers read. None before they are
-        computed, and for one position in inference, which reads only the cache.
+        computed, and for one position in inference, which reads only the cache. In training, if
+        the mesh splits the positions, the rows of the cross-decoder are in another order, and this
+        is what model/context_parallel.py makes of the global K, V.
     at: in inference, the positions that this pass is about: the new ones of each row. None in
         training.
     global_cache: in inference, the global K, V of all positions, with the new ones.
@@ -33,7 +37,7 @@ class Context:
 
     positions: Int[Array, "#B N"]
     segment_ids: Int[Array, "B N"] | None = None
-    global_kv: KeyValue | None = None
+    global_kv: KeyValue | SharedKeyValue | None = None
     at: NewPositions | None = None
     global_cache: Cache | None = None
 
@@ -183,9 +187,10 @@ class WindowAttention(SelfAttention):
         options = attention_options(self.compute)
         if ring is not None:
             return attend_to_ring(q, kv, ring, context.at, **options)
-        return api.window_attention(
-            *(q, kv.k, kv.v), window=self.config.window, segment_ids=context.segment_ids, **options
-        )
+        options |= {"window": self.config.window, "segment_ids": context.segment_ids}
+        if length_ways(q.shape[1]) > 1:
+            return context_parallel.window_attention(q, kv, **options)
+        return api.window_attention(q, kv.k, kv.v, **options)
 
 
 class FullAttention(SelfAttention):
@@ -209,23 +214,24 @@ class FullAttention(SelfAttention):
         if cache is not None:
             local = cache.commit(kv, context.at)  # `_layer` of inference commits to the memory
             return attend_to_cache(q, kv, local, context.at, **options)
-        if prefix:
-            kv = self._prepend_prefix(kv)
+        options["segment_ids"] = context.segment_ids
+        first = self._prefix(kv.k.shape[0]) if prefix else None
+        if length_ways(q.shape[1]) > 1:
+            return context_parallel.full_attention(q, kv, first, **options)
+        if first is not None:
+            kv = jax.tree.map(lambda p, x: jnp.concatenate([p, x], axis=1), first, kv)
         # Queries come after the prefix, so each query sees all of it.
-        return api.cross_attention(
-            *(q, kv.k, kv.v), q_offset=prefix, segment_ids=context.segment_ids, **options
-        )
+        return api.cross_attention(q, kv.k, kv.v, q_offset=prefix, **options)
 
-    def _prepend_prefix(self, kv: KeyValue) -> KeyValue:
-        """Puts the learned keys and values of each stream before the others. B is stream-major."""
+    def _prefix(self, rows: int) -> KeyValue:
+        """The learned keys and values of each stream. The rows are stream-major."""
         c = self.config
         shape = (2, c.program.streams, c.prefix_length, c.num_kv_heads, c.head_dim)
         axes = (None, "streams", "prefix", "kv_heads", "head_dim")  # keys, then values
         # Unit variance: for a normed x, W_k x and W_v x have it too.
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), axes)
         prefix = self.param("prefix", init, shape, jnp.float32)
-        prefix = stream_prefix(prefix, kv.k.shape[0], self.dtype)
-        return jax.tree.map(lambda p, x: jnp.concatenate([p, x], axis=1), prefix, kv)
+        return stream_prefix(prefix, rows, self.dtype)
 
 
 def stream_prefix(prefix: Float[Array, "2 P S K H"], rows: int, dtype) -> KeyValue:
@@ -268,6 +274,8 @@ class CrossAttention(MixerModule):
         kv, options = context.global_kv, attention_options(self.compute)
         if context.at is not None:
             y = attend_to_cache(q, kv, context.global_cache, context.at, **options)
+        elif isinstance(kv, SharedKeyValue):
+            y = context_parallel.cross_attention(q, kv, segment_ids=context.segment_ids, **options)
         else:
             y = api.cross_attention(q, kv.k, kv.v, segment_ids=context.segment_ids, **options)
         return Output(c, self.dtype, name="output")(y), None

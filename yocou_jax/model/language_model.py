@@ -24,13 +24,16 @@ import jax
 import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
+from yocou_jax.model import context_parallel
 from yocou_jax.model.attention import MODULES, Context, GlobalKeyValue
 from yocou_jax.model.compute import Compute
+from yocou_jax.model.context_parallel import SharedKeyValue
+from yocou_jax.model.embedding import embed
 from yocou_jax.model.layers import Linear, RMSNorm, SwiGLU, exact, fan_in_init
 from yocou_jax.model.memory import Cache, KeyValue, Memory
 from yocou_jax.model.moe import MixtureOfExperts, RouterStats
 from yocou_jax.program import Stage
-from yocou_jax.sharding import constrain
+from yocou_jax.sharding import constrain, length_ways
 from yocou_jax.typing import AnyArray, Array, Float, Int, PyTree
 
 # What a backward pass keeps of each layer. It computes the rest again. "attention" keeps the output
@@ -210,8 +213,8 @@ class LanguageModel(nn.Module):
         program = self.config.program
         program = program if num_loops is None else program.with_loops(num_loops)
         x, context = self._begin(tokens, positions, segment_ids)
-        x, _, router = self._run(program.named_stages, x, context, backprop_loops)
-        return self._output(x, router)
+        x, context, router = self._run(program.named_stages, x, context, backprop_loops)
+        return self._output(x, context, router)
 
     def after_loops(
         self,
@@ -235,8 +238,8 @@ class LanguageModel(nn.Module):
             more = dataclasses.replace(looped, loops=count - done)
             x, context, stats = self._run([(name, more)], x, context)
             router += stats
-            y, _, late = self._run(stages[at + 1 :], x, context)
-            outputs.append(self._output(y, router + late))
+            y, last, late = self._run(stages[at + 1 :], x, context)
+            outputs.append(self._output(y, last, router + late))
         return outputs
 
     def _begin(self, tokens, positions, segment_ids):
@@ -251,12 +254,24 @@ class LanguageModel(nn.Module):
         router = []
         for name, stage in stages:
             if stage.reads_global and context.global_kv is None:
-                context = context.replace(global_kv=self.project_global_kv(x, context))
+                x, context = self._begin_cross(x, context)
             x, stats = self.stages[name](x, context, stage.num_loops, backprop_loops)
             router.append(stats)
         return x, context, router
 
-    def _output(self, x, router: list[RouterStats | None]) -> ModelOutput:
+    def _begin_cross(self, x, context: Context):
+        """Puts the global K, V into the context. If the mesh splits the positions, this also deals
+        the rows again (`context_parallel.deal`)."""
+        kv = self.project_global_kv(x, context)
+        if length_ways(x.shape[1]) > 1:
+            kv = context_parallel.share(kv, self.config.num_heads, self.compute.dtype)
+            x, positions = context_parallel.deal(x), context_parallel.deal(context.positions)
+            context = context.replace(positions=positions)
+        return x, context.replace(global_kv=kv)
+
+    def _output(self, x, context: Context, router: list[RouterStats | None]) -> ModelOutput:
+        if isinstance(context.global_kv, SharedKeyValue):
+            x = context_parallel.deal(x)  # back into the order of the positions
         joined = None
         if self.config.num_experts:
             joined = jax.tree.map(lambda *s: jnp.concatenate(s), *router)
@@ -266,11 +281,10 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Int[Array, "B N"]) -> Float[Array, "PB N D"]:
         """The residual stream before the first layer, once per parallel stream (stream-major)."""
-        c = self.config
-        # Unit variance, as in YOCO's code: at D^-0.5 it would be small next to the first sublayers.
-        x = c.d_model**0.5 * jnp.take(self.embedding, tokens, axis=0)
-        x = constrain(x.astype(self.compute.dtype), "batch", "length", "activation")
-        return jnp.tile(x, (c.program.streams, 1, 1)) if c.program.streams > 1 else x
+        streams = self.config.program.streams
+        x = embed(self.embedding, tokens, self.compute.dtype)
+        x = constrain(x, "batch", "length", "activation")
+        return jnp.tile(x, (streams, 1, 1)) if streams > 1 else x
 
     def project_global_kv(self, x: Float[Array, "B N D"], context: Context) -> KeyValue:
         """The one global K, V [B, N, K, H] of x, the output of the self-decoder."""

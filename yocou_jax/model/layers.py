@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from yocou_jax.sharding import length_ways
 from yocou_jax.typing import AnyArray, Array, Float, Int
 
 
@@ -33,8 +34,9 @@ def exact(init: Callable, axes: tuple[str | None, ...]) -> Callable:
 class Linear(nn.Module):
     """y = x W without bias. W may have several input and several output dimensions.
 
-    x [..., *inputs], W [*inputs, *features], y [..., *features]. It is always computed as one
-    product of two-dimensional matrices, which XLA does best on every backend.
+    x [..., *inputs], W [*inputs, *features], y [..., *features]. It is computed as one product of
+    two-dimensional matrices, which XLA does best on every backend; but not if a mesh splits the
+    positions, because an axis of rows and positions could then not stay split over both.
     """
 
     features: tuple[int, ...]
@@ -57,7 +59,8 @@ class Linear(nn.Module):
         leading = x.shape[: x.ndim - num_in]
         # float32 must be exact: by default, TPUs would use bfloat16 passes.
         precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
-        y = jnp.matmul(x.reshape(-1, fan_in), kernel, precision=precision)
+        rows = leading if len(leading) > 1 and length_ways(leading[1]) > 1 else (-1,)
+        y = jnp.matmul(x.reshape(*rows, fan_in), kernel, precision=precision)
         return y.reshape(*leading, *self.features)
 
 

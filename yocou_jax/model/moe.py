@@ -1,8 +1,14 @@
 """Mixture-of-experts feed-forward: SwiGLU experts, the top k of them per token, and shared ones.
 
 Tokens are sorted by expert. `jax.lax.ragged_dot` is one matrix product with one group per expert,
-so no token is dropped, and no expert is padded to a capacity. Experts are not split over devices:
-each device computes with a slice of the width of every expert (mesh.tensor), or with all of it.
+so no token is dropped, and no expert is padded to a capacity.
+
+The mesh axis "tensor" splits the width of every expert, and "expert" splits the experts themselves.
+The devices of an expert group gather their tokens, each runs its own experts on all of them, and
+the sums go back to the devices of the tokens (reduce-scatter). That is exact, also if all tokens
+choose the experts of one device, and needs memory for the tokens of the whole group. If each token
+chooses at least as many experts as there are devices in the group, it also moves no more bytes than
+an all-to-all, which would send a token once for each of its experts.
 """
 
 import flax.linen as nn
@@ -12,7 +18,7 @@ import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
 from yocou_jax.model.layers import Linear, SwiGLU, fan_in_init, gated_silu
-from yocou_jax.sharding import spec_for
+from yocou_jax.sharding import spec_for, split_over
 from yocou_jax.typing import Array, Float, Int
 
 
@@ -42,22 +48,33 @@ def _experts(
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
+    some: bool = False,
 ) -> Float[Array, "M D"]:
     """Sends each token through its `chosen` experts, and returns the sum of their results, times
-    `weights`. gate, up, down: the SwiGLU matrices of all experts; F is the width of one expert."""
+    `weights`, in float32. gate, up, down: the SwiGLU matrices of all experts; F is the width of one
+    expert. some: they are only some of the experts; another one, whose number is not from 0 to
+    E - 1, adds nothing."""
     num_experts, (tokens, per_token) = gate.shape[0], chosen.shape
+    if some:  # sorted to the end
+        chosen = jnp.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
     # unique_indices: this is a permutation, so its gradient is a scatter without collisions. It is
     # the same in every run, also on a GPU.
     x_sorted = jnp.repeat(x, per_token, axis=0).at[order].get(unique_indices=True)
+    if some:
+        # What ragged_dot and its gradient give for rows after the last group is not defined.
+        exists = (jnp.arange(len(order)) < group_sizes.sum())[:, None]
+        x_sorted = jnp.where(exists, x_sorted, 0)
     hidden = gated_silu(
         jax.lax.ragged_dot(x_sorted, gate, group_sizes),
         jax.lax.ragged_dot(x_sorted, up, group_sizes),
     )
     y = jax.lax.ragged_dot(hidden, down, group_sizes)
+    if some:
+        y = jnp.where(exists, y, 0)
     y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(tokens, per_token, -1)
-    return jnp.einsum("mkd,mk->md", y, weights, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.einsum("mkd,mk->md", y, weights, preferred_element_type=jnp.float32)
 
 
 class MixtureOfExperts(nn.Module):
@@ -105,37 +122,43 @@ class MixtureOfExperts(nn.Module):
 
 
 def _sharded_experts(x, weights, chosen, *kernels):
-    """Runs `_experts` on each device with its own tokens. A sort across devices would gather all
-    tokens.
+    """Runs `_experts` on each device with the tokens of its expert group. A sort across all devices
+    would gather all tokens.
 
     Each tensor shard has a slice of the width of every expert, so the results are summed over the
     shards.
-
-    Raises NotImplementedError if LOGICAL_AXES splits the experts themselves: `_experts` counts the
-    tokens of all experts, and would send them to wrong experts of a slice.
     """
 
-    def flat(x, weights, chosen, *kernels):
+    def flat(x, weights, chosen, *kernels, some=False):
         rows = (array.reshape(-1, array.shape[-1]) for array in (x, weights, chosen))
-        return _experts(*rows, *kernels).reshape(x.shape)
+        return _experts(*rows, *kernels, some=some).reshape(x.shape)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return flat(x, weights, chosen, *kernels)
+        return flat(x, weights, chosen, *kernels).astype(x.dtype)
     # From LOGICAL_AXES, except "embed": every device needs all rows of its experts' matrices.
-    batch = spec_for(("batch", "length", None), x.shape, mesh)
+    tokens = spec_for(("batch", "length", None), x.shape, mesh)
     into = spec_for(("experts", None, "mlp"), kernels[0].shape, mesh)
     out = spec_for(("experts", "mlp", None), kernels[-1].shape, mesh)
-    if into[0] is not None:
-        raise NotImplementedError(
-            f"LOGICAL_AXES splits 'experts' over {into[0]}, but no token can be sent to an expert "
-            "on another device yet."
-        )
+    group = split_over("experts", kernels[0].shape[0], mesh) if mesh.shape["expert"] > 1 else ()
+    gathered = group and split_over("batch", x.shape[0], mesh)
 
-    def local(*args):
-        y = flat(*args)
+    def local(x, weights, chosen, *kernels):
+        dtype = x.dtype
+        if gathered:
+            x, weights, chosen = (
+                jax.lax.all_gather(array, group, axis=0, tiled=True)
+                for array in (x, weights, chosen)
+            )
+        if group:
+            chosen = chosen - jax.lax.axis_index(group) * kernels[0].shape[0]
+        y = flat(x, weights, chosen, *kernels, some=bool(group))
+        if gathered:
+            y = jax.lax.psum_scatter(y, group, scatter_dimension=0, tiled=True)
+        elif group:
+            y = jax.lax.psum(y, group)
+        y = y.astype(dtype)
         return jax.lax.psum(y, out[1]) if out[1] else y
 
-    return jax.shard_map(local, in_specs=(batch, batch, batch, into, into, out), out_specs=batch)(
-        x, weights, chosen, *kernels
-    )
+    specs = (tokens, tokens, tokens, into, into, out)
+    return jax.shard_map(local, in_specs=specs, out_specs=tokens)(x, weights, chosen, *kernels)

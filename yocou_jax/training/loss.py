@@ -1,13 +1,15 @@
 """Cross-entropy of a linear head in chunks, so that the logits [B, N, V] never exist at once."""
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target_device
-from yocou_jax.sharding import vocab_ways
+from yocou_jax.sharding import batch_ways, length_ways, vocab_ways
 from yocou_jax.typing import AnyArray, Array, Bool, Float, Int
 
 # Number of logits in memory at once on each device. An accelerator needs thousands of rows in each
@@ -30,37 +32,50 @@ class LossSums:
     weight: Float[Array, ""]
 
 
-def _num_chunks(rows: int, length: int, vocab: int) -> int:
-    """Number of chunks that split the axis of positions, at most `length`. rows: number of
-    positions on one device, of all its sequences. vocab: the whole one, which a mesh may split."""
-    limit = CHUNK_LOGITS.get(target_device().platform, CHUNK_LOGITS_ACCELERATOR)
-    return min(length, -(-rows * (vocab // vocab_ways(vocab)) // limit))
+class Split(NamedTuple):
+    """How the mesh of the context splits B sequences of N positions.
 
-
-def _split(batch: int, shards: int) -> int:
-    """A batch that its number of parts does not divide is not split over devices."""
-    return 1 if batch % shards else shards
-
-
-def _to_chunks(x, shards: int, chunks: int):
-    """[B, N, ...] -> [chunks, shards, rows, ...]. Each chunk has some positions of every sequence.
-    A row is one position of one sequence.
-
-    Sequences are split over devices, so every device has work in each chunk. The axis `shards`
-    separates their rows. Positions are padded with zeros to a multiple of the number of chunks.
+    rows, columns: the number of parts of B and of N. Sequences that the mesh cannot split evenly
+    are not split, and neither are positions.
     """
-    batch, length = x.shape[:2]
-    pad = -length % chunks
-    if pad:
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(shards, batch // shards, chunks, -1, *x.shape[2:])
-    return jnp.moveaxis(x, 2, 0).reshape(chunks, shards, -1, *x.shape[4:])
 
+    batch: int
+    length: int
+    rows: int
+    columns: int
 
-def _from_chunks(x, batch: int, length: int):
-    chunks, shards = x.shape[:2]
-    x = x.reshape(chunks, shards, batch // shards, -1, *x.shape[3:])
-    return jnp.moveaxis(x, 0, 2).reshape(batch, -1, *x.shape[4:])[:, :length]
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> "Split":
+        B, N = shape[:2]
+        return cls(B, N, 1 if B % batch_ways() else batch_ways(), length_ways(N))
+
+    def num_chunks(self, vocab: int, arrays: int = 1) -> int:
+        """Number of chunks that split the positions of each device, if each chunk has `arrays` of
+        logits. vocab: the whole one, which a mesh may split."""
+        limit = CHUNK_LOGITS.get(target_device().platform, CHUNK_LOGITS_ACCELERATOR)
+        length = self.length // self.columns
+        rows = arrays * self.batch // self.rows * length
+        return min(length, -(-rows * (vocab // vocab_ways(vocab)) // limit))
+
+    def to_chunks(self, x, chunks: int):
+        """[B, N, ...] -> [chunks, shards, M, ...], M positions of sequences. The axis `shards` has
+        one entry for each device that has other positions; so every device has work in each chunk.
+        Positions are padded with zeros to a multiple of the number of chunks."""
+        rest = x.shape[2:]
+        x = x.reshape(self.rows, -1, self.columns, self.length // self.columns, *rest)
+        pad = -x.shape[3] % chunks
+        if pad:
+            x = jnp.pad(x, ((0, 0),) * 3 + ((0, pad),) + ((0, 0),) * len(rest))
+        x = x.reshape(*x.shape[:3], chunks, -1, *rest)  # rows, batch, columns, chunks, length
+        x = jnp.moveaxis(x, (3, 0, 2), (0, 1, 2))
+        return x.reshape(chunks, self.rows * self.columns, -1, *rest)
+
+    def from_chunks(self, x):
+        rest = x.shape[3:]
+        x = x.reshape(len(x), self.rows, self.columns, self.batch // self.rows, -1, *rest)
+        x = jnp.moveaxis(x, (0, 1, 2), (3, 0, 2))
+        x = x.reshape(self.batch, self.columns, -1, *rest)
+        return x[:, :, : self.length // self.columns].reshape(self.batch, self.length, *rest)
 
 
 def _chunk(hidden, head, targets, weights):
@@ -75,11 +90,11 @@ def _chunk(hidden, head, targets, weights):
     return exponentials / total, lse, jnp.sum((lse - picked) * weights), jnp.sum(lse**2 * weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(hidden, head, targets, weights, z_loss, shards):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden, head, targets, weights, z_loss):
     """Returns sum(nll) + z_loss sum(z), which is differentiable, and (sum nll, sum z)."""
-    batch, length, _ = hidden.shape
-    chunks = _num_chunks(batch // shards * length, length, head.shape[1])
+    split = Split.of(hidden.shape)
+    chunks = split.num_chunks(head.shape[1])
     head = head.astype(hidden.dtype)
 
     def body(carry, chunk):
@@ -87,17 +102,16 @@ def _cross_entropy(hidden, head, targets, weights, z_loss, shards):
         _, _, nll, z = _chunk(h, head, t, w)
         return (carry[0] + nll, carry[1] + z), None
 
-    inputs = [_to_chunks(x, shards, chunks) for x in (hidden, targets, weights)]
+    inputs = [split.to_chunks(x, chunks) for x in (hidden, targets, weights)]
     (nll, z), _ = jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), inputs)
     return nll + z_loss * z, (nll, z)
 
 
-def _cross_entropy_fwd(hidden, head, targets, weights, z_loss, shards):
+def _cross_entropy_fwd(hidden, head, targets, weights, z_loss):
     """The forward pass computes the gradients too, because it has the logits. The backward pass
     multiplies them by the cotangent, which costs far less than a second product with the head."""
-    batch, length, _ = hidden.shape
-    width, vocab = head.shape
-    chunks = _num_chunks(batch // shards * length, length, vocab)
+    split, (width, vocab) = Split.of(hidden.shape), head.shape
+    chunks, shards = split.num_chunks(vocab), split.rows * split.columns
     cast = head.astype(hidden.dtype)
 
     def body(carry, chunk):
@@ -113,14 +127,14 @@ def _cross_entropy_fwd(hidden, head, targets, weights, z_loss, shards):
         d_head += jnp.einsum("srd,srv->sdv", h, d_logits, preferred_element_type=jnp.float32)
         return (nll_sum + nll, z_sum + z, d_head), d_logits @ cast.T
 
-    inputs = [_to_chunks(x, shards, chunks) for x in (hidden, targets, weights)]
+    inputs = [split.to_chunks(x, chunks) for x in (hidden, targets, weights)]
     start = (jnp.float32(0), jnp.float32(0), jnp.zeros((shards, width, vocab), jnp.float32))
     (nll, z, d_head), d_hidden = jax.lax.scan(body, start, inputs)
-    residuals = _from_chunks(d_hidden, batch, length), d_head.sum(0).astype(head.dtype)
+    residuals = split.from_chunks(d_hidden), d_head.sum(0).astype(head.dtype)
     return (nll + z_loss * z, (nll, z)), residuals
 
 
-def _cross_entropy_bwd(z_loss, shards, residuals, cotangents):
+def _cross_entropy_bwd(z_loss, residuals, cotangents):
     d_hidden, d_head = residuals
     g, _ = cotangents
     return (d_hidden * g).astype(d_hidden.dtype), (d_head * g).astype(d_head.dtype), None, None
@@ -135,18 +149,15 @@ def cross_entropy(
     targets: Int[Array, "B N"],
     weights: Float[Array, "B N"] | None = None,
     z_loss: float = 0.0,
-    shards: int = 1,
 ) -> tuple[Float[Array, ""], LossSums]:
     """Sum over targets of weight * (nll + z_loss * z), differentiable in hidden and head.
 
-    weights: None counts every target once. z: logsumexp(logits)^2 (PaLM, section 5). shards: number
-    of parts of the batch on the mesh (`sharding.batch_ways`). Returns the sum to differentiate, and
-    its parts. It has only first derivatives, in reverse mode.
+    weights: None counts every target once. z: logsumexp(logits)^2 (PaLM, section 5). Returns the
+    sum to differentiate, and its parts. It has only first derivatives, in reverse mode.
     """
     if weights is None:
         weights = jnp.ones(targets.shape, jnp.float32)
-    shards = _split(hidden.shape[0], shards)
-    total, (nll, z) = _cross_entropy(hidden, head, targets, weights, z_loss, shards)
+    total, (nll, z) = _cross_entropy(hidden, head, targets, weights, z_loss)
     return total, LossSums(nll=nll, z=z, weight=jnp.sum(weights))
 
 
@@ -155,15 +166,13 @@ def divergence(
     other: Float[Array, "B N D"],
     head: Float[AnyArray, "D V"],
     weights: Float[Array, "B N"] | None = None,
-    shards: int = 1,
 ) -> Float[Array, ""]:
     """The sum over positions of weight * KL(p || q) in nats. p: what the head predicts from
-    `hidden`. q: what it predicts from `other`. weights, shards: as in `cross_entropy`."""
-    batch, length, _ = hidden.shape
+    `hidden`. q: what it predicts from `other`. weights: as in `cross_entropy`."""
     if weights is None:
-        weights = jnp.ones((batch, length), jnp.float32)
-    shards = _split(batch, shards)
-    chunks = _num_chunks(2 * batch // shards * length, length, head.shape[1])  # logits of both
+        weights = jnp.ones(hidden.shape[:2], jnp.float32)
+    split = Split.of(hidden.shape)
+    chunks = split.num_chunks(head.shape[1], arrays=2)  # logits of both
     head = head.astype(hidden.dtype)
 
     def body(total, chunk):
@@ -174,7 +183,7 @@ def divergence(
         )
         return total + jnp.sum(w * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)), None
 
-    inputs = [_to_chunks(x, shards, chunks) for x in (hidden, other, weights)]
+    inputs = [split.to_chunks(x, chunks) for x in (hidden, other, weights)]
     return jax.lax.scan(body, jnp.float32(0), inputs)[0]
 
 
@@ -182,13 +191,11 @@ def token_scores(
     hidden: Float[Array, "B N D"],
     head: Float[AnyArray, "D V"],
     targets: Int[Array, "B N"],
-    shards: int = 1,
 ) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
     """To evaluate a model, for each target: -log p in nats, and whether no other token is more
-    likely. shards: as in `cross_entropy`."""
-    batch, length, _ = hidden.shape
-    shards = _split(batch, shards)
-    chunks = _num_chunks(batch // shards * length, length, head.shape[1])
+    likely."""
+    split = Split.of(hidden.shape)
+    chunks = split.num_chunks(head.shape[1])
     head = head.astype(hidden.dtype)
 
     def one(chunk):
@@ -197,6 +204,6 @@ def token_scores(
         picked = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked, picked == logits.max(axis=-1)
 
-    inputs = tuple(_to_chunks(x, shards, chunks) for x in (hidden, targets))
+    inputs = tuple(split.to_chunks(x, chunks) for x in (hidden, targets))
     nll, best = jax.lax.map(one, inputs)
-    return _from_chunks(nll, batch, length), _from_chunks(best, batch, length)
+    return split.from_chunks(nll), split.from_chunks(best)

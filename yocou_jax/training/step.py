@@ -26,7 +26,14 @@ from yocou_jax.model import (
     head_matrix,
     resolve_compute,
 )
-from yocou_jax.sharding import batch_sharding, batch_ways, check_split, make_mesh, tree_shardings
+from yocou_jax.sharding import (
+    batch_sharding,
+    batch_ways,
+    check_length,
+    check_split,
+    make_mesh,
+    tree_shardings,
+)
 from yocou_jax.training import metrics
 from yocou_jax.training.loss import LossSums, cross_entropy
 from yocou_jax.training.optimizer import make_optimizer, make_schedule
@@ -84,7 +91,6 @@ def _objective(output: ModelOutput, params, batch: Batch, config: Config, num_ta
         batch.targets,
         batch.loss_weights,
         config.optimizer.z_loss,
-        shards=batch_ways(),
     )
     objective = total / num_targets
     if output.router is not None:
@@ -165,9 +171,7 @@ def eval_step(
     inputs = batch.tokens, batch.positions, batch.segment_ids
     output = LanguageModel(config, compute).apply({"params": params}, *inputs, num_loops=num_loops)
     head = head_matrix(params, config)
-    return cross_entropy(
-        output.hidden, head, batch.targets, batch.loss_weights, shards=batch_ways()
-    )[1]
+    return cross_entropy(output.hidden, head, batch.targets, batch.loss_weights)[1]
 
 
 # --- State on a mesh ------------------------------------------------------------------------------
@@ -267,9 +271,10 @@ def set_up(config: Config, devices=None) -> Setup:
     if config.data.batch_size % ways:
         raise UserError(
             f"data.batch_size={config.data.batch_size} must be a multiple of {ways}, which is "
-            f"mesh.data * mesh.fsdp = {batch_ways(mesh)} times "
+            f"mesh.data * mesh.fsdp * mesh.expert = {batch_ways(mesh)} times "
             f"optimizer.accumulation_steps={config.optimizer.accumulation_steps}."
         )
+    check_length(config.data.sequence_length, mesh)
     boxed = abstract_params(config.model)
     check_split(boxed, mesh)
     schedule = make_schedule(config.optimizer, config.run.steps)
