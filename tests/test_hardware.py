@@ -16,4 +16,4 @@ from yocou_jax import hardware
     ],
 )  # fmt: skip
 def test_peak_flops(kind, tera):
-    assert hardware.peak_flops(kind) == (None if tera is None else tera * 1e12)
+    assert hardware.peaks(kind).flops == (None if tera is None else tera * 1e12)

@@ -1,29 +1,45 @@
-"""Peak speeds of devices, from the data sheets of the makers.
+"""What devices can do at most, from the data sheets of their makers.
 
-They decide only what is reported: MFU is the share of the peak that a run reaches. What a kernel
-must know about a device is in pallas_kernels (device.py, and TPU_VMEM in attention/blocks.py).
+These figures decide only what is reported: the share of the peak that a run reaches (MFU), and the
+estimates of `experiments.plan`. What a kernel must know about a device is in pallas_kernels
+(device.py, and TPU_VMEM in attention/blocks.py).
 """
 
 import re
+from typing import NamedTuple
 
-# (pattern of jax.Device.device_kind, dense bf16 FLOP/s without sparsity); the first match counts.
-# None: not known. A tpu7x chip (2307e12) has two halves, and jax shows each half as a device.
-PEAK_FLOPS = (
-    (r"TPU v4 lite", None),
-    (r"TPU v4", 275e12),
-    (r"TPU v5 ?(lite|e)", 197e12),
-    (r"TPU v5", 459e12),  # v5p
-    (r"TPU v6", 918e12),  # v6e, "v6 lite"
-    (r"TPU ?v?7", 1153.5e12),
-    (r"\bG?B200\b", 2250e12),
-    (r"\bH[12]00 (NVL)\b", 835e12),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\bG?H[12]00\b", 989e12),
-    (r"\bA100\b", 312e12),
-    (r"\bL4\b", 121e12),
+
+class Peaks(NamedTuple):
+    """flops: dense bf16 FLOP/s without sparsity. memory: bytes. bandwidth: of the memory, bytes/s.
+    links: bytes/s that a device sends and receives over all its links to its neighbors together
+    (TPU: ICI; GPU: NVLink, to the devices of one host). None: not known, or there are none."""
+
+    flops: float | None
+    memory: float | None = None
+    bandwidth: float | None = None
+    links: float | None = None
+
+
+GB, GIB = 1e9, 2**30  # makers mean GiB by the "GB" of a memory
+# (pattern of jax.Device.device_kind, its peaks); the first match counts. A tpu7x chip (2307e12
+# FLOP/s, 192 GB) has two halves, and jax shows each half as a device.
+PEAKS = (
+    (r"TPU v4 lite", Peaks(None)),
+    (r"TPU v4", Peaks(275e12, 32 * GIB, 1228 * GB, 300 * GB)),
+    (r"TPU v5 ?(lite|e)", Peaks(197e12, 16 * GIB, 819 * GB, 200 * GB)),
+    (r"TPU v5", Peaks(459e12, 95 * GIB, 2765 * GB, 600 * GB)),  # v5p
+    (r"TPU v6", Peaks(918e12, 32 * GIB, 1640 * GB, 448 * GB)),  # v6e, "v6 lite"
+    (r"TPU ?v?7", Peaks(1153.5e12, 96 * GIB, 3690 * GB, 600 * GB)),
+    (r"\bG?B200\b", Peaks(2250e12, 180 * GIB, 8000 * GB, 1800 * GB)),
+    (r"\bH[12]00 (NVL)\b", Peaks(835e12)),
+    (r"\bH100 PCIe\b", Peaks(756e12, 80 * GIB, 2000 * GB)),
+    (r"\bG?H200\b", Peaks(989e12, 141 * GIB, 4800 * GB, 900 * GB)),
+    (r"\bG?H100\b", Peaks(989e12, 80 * GIB, 3350 * GB, 900 * GB)),
+    (r"\bA100\b", Peaks(312e12, links=600 * GB)),  # 40 or 80 GB
+    (r"\bL4\b", Peaks(121e12, 24 * GIB, 300 * GB)),
 )
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """The peak of a `jax.Device.device_kind`; None if it is not known."""
-    return next((peak for kind, peak in PEAK_FLOPS if re.search(kind, device_kind)), None)
+def peaks(device_kind: str) -> Peaks:
+    """Of a `jax.Device.device_kind`; all None if it is not known."""
+    return next((found for kind, found in PEAKS if re.search(kind, device_kind)), Peaks(None))

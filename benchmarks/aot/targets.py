@@ -184,19 +184,25 @@ def tile_case() -> Case:
     return Case("tile", "window_attention", 1, 4 * TILE, 4 * TILE, 1, 1, 128, TILE)
 
 
-def environment(target: Target, folder: Path) -> dict[str, str]:
-    """What must be set before jax starts."""
+def environment(target: Target, folder: Path | None = None) -> dict[str, str]:
+    """What must be set before jax starts. folder: where the compiler writes what it makes of each
+    kernel; None: nowhere."""
     common = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "XLA_FLAGS": ""}
     if target.platform == "cuda":
-        return common | {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    return common | {
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
-        "TPU_ACCELERATOR_TYPE": target.accelerator,
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_MIN_LOG_LEVEL": "2",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+        dump = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        return common | (dump if folder else {})
+    dump = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"}
+    return (
+        common
+        | (dump if folder else {})
+        | {
+            "TPU_ACCELERATOR_TYPE": target.accelerator,
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_MIN_LOG_LEVEL": "2",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+    )
 
 
 def mesh(target: Target) -> Mesh:

@@ -73,7 +73,7 @@ def at_loops(name: str, count: int) -> str:
 
 def mfu(flops_per_s: float, device_kind: str, devices: int) -> float | None:
     """Model FLOP/s divided by the peak of all devices. None if the peak is unknown (a CPU)."""
-    peak = hardware.peak_flops(device_kind)
+    peak = hardware.peaks(device_kind).flops
     return None if peak is None else flops_per_s / (peak * devices)
 
 
