@@ -1,0 +1,147 @@
+"""Plans, with this machine's virtual CPU devices in place of a pod, and with texts of compilers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import plan as planning
+from tests import tiny
+from tests.test_sharding import config_on
+from yocou_jax import accounting, hardware
+from yocou_jax.errors import UserError
+
+
+def test_collectives_count_the_runs_of_loops_in_loops():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+    def body(x):
+        def inner(x, _):
+            return jax.lax.psum(x, "x") / 4, None
+
+        def outer(x, _):
+            x, _ = jax.lax.scan(inner, x, length=5)
+            return jax.lax.ppermute(x, "y", [(0, 1), (1, 0)]), None
+
+        return jax.lax.scan(outer, x, length=3)[0]
+
+    run = jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    )
+    text = run.lower(jax.ShapeDtypeStruct((400, 6), jnp.float32)).compile().as_text()
+    found = {one.kind: one for one in planning.collectives(text)}
+    part = 100 * 6 * 4
+    assert found["all-reduce"].times == 15
+    assert found["all-reduce"].sent == 2 * part * 3 / 4
+    assert found["collective-permute"].times == 3
+    assert found["collective-permute"].sent == part
+
+
+# Two fusions that run one gather beside other work, a gather that starts and ends, and a loop whose
+# limit only its condition has; names and fields as libtpu writes them.
+TPU = """HloModule jit_step, is_scheduled=true
+
+%fused.1 (p: bf16[2,16]) -> bf16[2,64] {
+  %p = bf16[2,16]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[2,64]{1,0:T(8,128)} all-gather(%p), channel_id=1, \
+replica_groups=mesh['fsdp'=2,'context'=4] {'context'}, frontend_attributes={chain_id="6"}
+}
+
+%fused.2 (p: bf16[2,16]) -> bf16[2,64] {
+  %p = bf16[2,16]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[2,64]{1,0:T(8,128)} all-gather(%p), channel_id=1, \
+replica_groups=mesh['fsdp'=2,'context'=4] {'context'}, frontend_attributes={chain_id="6"}
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %start = ((f32[2]{0}), (f32[8]{0}), u32[]) all-gather-start(%x), replica_groups=[2,4]<=[8]
+  %sum = f32[8]{0} reduce-scatter(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main (p: bf16[2,16]) -> bf16[2,64] {
+  %a = bf16[2,64] fusion(%p), kind=kLoop, calls=%fused.1
+  %b = bf16[2,64] fusion(%p), kind=kLoop, calls=%fused.2
+  %loop = (s32[], f32[8]) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+def test_collectives_of_a_tpu():
+    found = [(one.kind, one.axes, one.sent, one.times) for one in planning.collectives(TPU)]
+    assert found == [
+        ("all-gather", "context", 2 * 64 * 2 * 3 / 4, 1),
+        ("all-gather", "4 devices", 8 * 4 * 3 / 4, 7),
+        ("reduce-scatter", "2 devices", 8 * 4 * 2 / 2, 7),
+    ]
+
+
+def test_a_plan_has_the_bytes_of_each_device():
+    """float32 parameters and the two moments of AdamW, split eight ways where the mesh divides."""
+    config = config_on((1, 4, 1, 2))
+    found = planning.plan(config, "cpu:8", jax.devices())
+    total = 4 * accounting.parameters(config.model).total
+    assert total / 8 <= found["bytes"]["parameters"] < total / 6  # norm scales are whole
+    scalars = found["bytes"]["optimizer"] - 2 * found["bytes"]["parameters"]
+    assert 0 <= scalars < 100
+    assert found["bytes"]["peak"] >= 3 * found["bytes"]["parameters"]
+    assert found["mesh"] == {"fsdp": 4, "context": 2}
+    tokens = config.data.batch_size * config.data.sequence_length
+    assert found["flops"] == accounting.run_flops_per_token(config) * tokens / 8
+    assert found["bytes"]["sent"] == sum(row["sent"] for row in found["collectives"]) > 0
+    assert found["at_least"] == {"arithmetic": None, "links": None, "step": None, "mfu": None}
+    assert found["whole"] == []
+
+
+def test_what_is_not_split_is_listed():
+    found = planning.lower(config_on((2, 1, 4), d_ff=30), jax.devices())[0]
+    whole = planning.whole_dimensions(found, config_on((2, 1, 4), d_ff=30).model)
+    assert whole == [
+        "model.num_kv_heads=2 over tensor",
+        "model.d_ff or model.expert_width=30 over tensor",
+    ]
+
+
+def test_the_estimate_is_the_slower_of_arithmetic_and_links():
+    peaks = hardware.Peaks(flops=100.0, links=20.0)
+    assert planning._estimate(50.0, 4.0, peaks) == {
+        "at_least": {"arithmetic": 0.5, "links": 0.4, "step": 0.5, "mfu": 1.0}
+    }
+    slow = planning._estimate(50.0, 20.0, peaks)["at_least"]
+    assert (slow["step"], slow["mfu"]) == (2.0, 0.25)
+
+
+def test_too_large_is_a_sentence():
+    facts = {
+        "bytes": {"parameters": 2**30, "optimizer": 2**31},
+        **{"remat": "none", "mesh": {"fsdp": 4}, "batch_size": 8, "accumulation_steps": 1},
+    }
+    message = "RESOURCE_EXHAUSTED: Ran out of memory. Used 33.21G of 15.75G hbm. Exceeded"
+    assert planning._too_large(message, facts) == (
+        "A step needs 33.21G of 15.75G of a device's memory; parameters and optimizer are 3.0 GiB "
+        "of it. It would help, in this order: compute.remat=full, a larger "
+        "optimizer.accumulation_steps, a larger mesh.fsdp (state)."
+    )
+
+
+def test_candidates_fit_the_devices_and_the_batch():
+    config = tiny.config(data={"batch_size": 16, "sequence_length": 64})
+    found = list(planning.candidates(config, 8, None))
+    assert len(found) > 20
+    for one in found:
+        mesh = one.mesh
+        assert mesh.data * mesh.fsdp * mesh.tensor * mesh.context == 8
+        assert config.data.batch_size % (mesh.fsdp * one.optimizer.accumulation_steps) == 0
+    assert found[0].mesh.fsdp == 8
+    assert list(planning.candidates(config, 8, 100.0)) == []  # no memory for the state
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:", "v5e:16*16", "x:4", "a100:8", ""])
+def test_topologies_that_are_refused(topology):
+    with pytest.raises(UserError, match=r"must be a device and a shape, as v5e:16x16"):
+        planning.find_target(topology)
