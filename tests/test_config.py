@@ -14,6 +14,7 @@ import pytest
 from configs import base
 from pallas_kernels import api
 from tests import tiny
+from yocou_jax import accounting
 from yocou_jax.config import (
     ATTENTION,
     END,
@@ -64,6 +65,47 @@ def test_every_architecture_is_a_preset_of_the_small_config(architecture):
     assert config.model.architecture == architecture
     if not (architecture == "parscale" and config.data.packing):
         trace_a_step(config)
+
+
+@pytest.mark.parametrize("size", ["300m", "500m", "870m", "1.3b", "3.4b", "6.4b", "10.8b"])
+def test_the_sizes_of_table_7_have_the_parameters_of_their_names(size):
+    config = Config.from_dict(get_config("paper", size))
+    assert (
+        config.model.program
+        == Config.from_dict(get_config("paper", f"{size},yoco_u")).model.program
+    )
+    billions = accounting.parameters(config.model).non_embedding / 1e9
+    named = float(size[:-1]) / (1000 if size.endswith("m") else 1)
+    assert billions == pytest.approx(named, rel=0.05)
+    assert config.data.batch_size * config.data.sequence_length == 2**20
+    assert config.model.d_model == 128 * config.model.num_heads
+
+
+@pytest.mark.parametrize("preset", ["", "1b", "1.3b:yoco", "yoco_u", ",yoco_u"])
+def test_a_size_that_the_paper_does_not_have(preset):
+    with pytest.raises(UserError, match=r"is not one of: 300m, 500m, "):
+        get_config("paper", preset)
+
+
+def test_the_dial_sets_everything_from_the_depth():
+    """With the depth, everything grows but the learning rate."""
+    configs = [Config.from_dict(get_config("dial", f"d{depth}")) for depth in range(2, 34, 2)]
+    sizes = [accounting.parameters(config.model).non_embedding for config in configs]
+    assert sizes == sorted(sizes)
+    rates = [config.optimizer.learning_rate for config in configs]
+    assert rates == sorted(rates, reverse=True)
+    for size, config in zip(sizes, configs, strict=True):
+        tokens = config.run.steps * config.data.batch_size * config.data.sequence_length
+        assert tokens == pytest.approx(20 * size, rel=0.01)
+        assert config.data.sequence_length == 4 * config.model.window
+    other = Config.from_dict(get_config("dial", "d12,transformer")).model
+    assert (str(other.program), other.d_model) == ("full*12", 768)
+
+
+@pytest.mark.parametrize("preset", ["", "d", "d3", "12", "d0", "d66", "d-4", "d4.0", "D4"])
+def test_a_dial_that_is_not_a_depth(preset):
+    with pytest.raises(UserError, match="must be d and an even depth from 2 to 64, as d12"):
+        get_config("dial", preset)
 
 
 def test_the_paper_presets():
