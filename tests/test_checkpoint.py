@@ -19,6 +19,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from yocou_jax import checkpoint
 from yocou_jax.checkpoint import Checkpointer, load_params, params_sha256
 from yocou_jax.errors import UserError
 from yocou_jax.manifest import check_resume, describe, read, write
@@ -499,3 +500,15 @@ def test_params_sha256_sees_every_bit():
         {"layer": params["layer"], "embedding": params["embed"]},
     ):
         assert params_sha256(other) != digest
+
+
+@pytest.mark.parametrize("limit", [4, 100, 1000, 10_000])
+def test_params_sha256_reads_large_arrays_in_pieces(limit, monkeypatch):
+    """Of rows, or of parts of a row, whatever divides into what."""
+    params = {"stack": jnp.arange(2 * 3 * 50.0).reshape(2, 3, 50), "one": jnp.float32(1)}
+    whole = params_sha256(params)
+    monkeypatch.setattr("yocou_jax.checkpoint.HASHED_AT_ONCE", limit)
+    pieces = list(checkpoint._pieces(params["stack"]))
+    assert max(piece.nbytes for piece in pieces) <= limit
+    assert sum(piece.nbytes for piece in pieces) == params["stack"].nbytes
+    assert params_sha256(params) == whole

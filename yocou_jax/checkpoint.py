@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -30,9 +31,10 @@ from yocou_jax.files import write_atomically
 from yocou_jax.foreign import no_room
 from yocou_jax.progress import progress
 from yocou_jax.trees import check_arrays, named_leaves
-from yocou_jax.typing import PyTree
+from yocou_jax.typing import AnyArray, PyTree
 
 INVENTORY = "inventory.json"
+HASHED_AT_ONCE = 2**26
 UNFINISHED = "it was never finished"
 
 log = logging.getLogger(__name__)
@@ -311,14 +313,28 @@ def _reason(error: Exception) -> str:
 def params_sha256(params: PyTree) -> str:
     """A hash of names, types, shapes and bytes. Equal hashes mean equal parameters, bit for bit.
 
-    Every process must call it, because arrays that are split over processes are gathered.
+    Every process must call it, because arrays that are split over processes are gathered, in pieces
+    of at most HASHED_AT_ONCE bytes: the host of one process may not have room for a whole one.
     """
     digest = hashlib.sha256()
     with progress("Hashing the parameters"):
         for name, x in sorted(named_leaves(params), key=lambda pair: pair[0]):
-            if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-                x = multihost_utils.process_allgather(x, tiled=True)
-            array = np.asarray(x)
-            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            digest.update(array.tobytes())
+            digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
+            for piece in _pieces(x):
+                apart = isinstance(piece, jax.Array) and not piece.is_fully_addressable
+                if apart and not piece.is_fully_replicated:
+                    piece = multihost_utils.process_allgather(piece, tiled=True)
+                digest.update(np.asarray(piece).tobytes())
     return digest.hexdigest()
+
+
+def _pieces(x: AnyArray) -> Iterator[AnyArray]:
+    """x in consecutive pieces, in the order of its bytes."""
+    if x.nbytes <= HASHED_AT_ONCE or x.ndim == 0:
+        yield x
+    elif rows := HASHED_AT_ONCE // (x.nbytes // len(x)):
+        for first in range(0, len(x), rows):
+            yield x[first : first + rows]
+    else:
+        for row in range(len(x)):
+            yield from _pieces(x[row])
