@@ -110,6 +110,9 @@ def get_config() -> ConfigDict:
     d.validation_sequences = 64
     d.seed = 0  # for the order of the training sequences
     d.cache_dir = "runs/cache"  # tokenized corpora, trained tokenizers and compiled programs
+    # A start does not read files again that have the same paths, sizes and times as in an earlier
+    # one. True: it reads all of them, and so finds a change that left all these as they were.
+    d.verify = False
 
     # How devices share the work (yocou_jax/sharding.py). mesh.data is not the group `data` above.
     s = c.mesh = ConfigDict()

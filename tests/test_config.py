@@ -378,15 +378,8 @@ def test_fields_that_may_change_when_a_run_is_resumed():
     }
     assert set(resumable(FREE)) == {
         *("compute.attention", "compute.remat", "compute.scan", "compute.unroll"),
-        *(
-            "data.cache_dir",
-            "data.validation_sequences",
-            "mesh.data",
-            "mesh.fsdp",
-            "mesh.tensor",
-            "mesh.context",
-            "mesh.expert",
-        ),
+        *("data.cache_dir", "data.verify", "data.validation_sequences"),
+        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.expert"),
         *("optimizer.max_skipped_updates", "run.log_every", "run.eval_every", "run.sample_every"),
         *("run.sample_prompt", "run.sample_tokens", "run.checkpoint_every"),
         *("run.keep_checkpoints", "run.profile_steps", "run.analysis"),

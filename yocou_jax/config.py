@@ -318,6 +318,7 @@ class DataConfig:
     validation_sequences: int = number(1, MAX_INT32, resume=FREE)
     seed: int = number(0, MAX_INT32)  # parts of a mixture take the next ones, below 2^32
     cache_dir: str = text(resume=FREE)
+    verify: bool = truth(resume=FREE)
 
     def __post_init__(self):
         _check_fields(self)
@@ -455,6 +456,7 @@ class Config:
 ADDED = {
     "compute": {"unroll": 0},  # all stages were loops
     "optimizer": {"loop_loss": "", "backprop_loops": None},
+    "data": {"verify": False},
     "mesh": {"context": 1, "expert": 1},
     "run": {"analysis": False},
 }

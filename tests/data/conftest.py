@@ -39,6 +39,7 @@ def make_config(tmp_path, corpus):
             "validation_sequences": 10,
             "seed": 0,
             "cache_dir": str(tmp_path / "cache"),
+            "verify": False,
         }
         return SimpleNamespace(**(fields | changes))
 

@@ -324,6 +324,7 @@ def loaded(case: Case) -> tuple[list[str], int]:
         validation_sequences=4,
         seed=0,
         cache_dir=f"{case.folder}-cache",
+        verify=False,
     )
     bundle = load_data(config)
     documents = [d.text for d in open_corpus(case.source, "text", case.bad_rows).documents()]

@@ -20,6 +20,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from yocou_jax import progress
+from yocou_jax.data import corpus as corpus_module
 from yocou_jax.data import load_data, pipeline
 from yocou_jax.data.corpus import Split, is_held_out, open_corpus
 from yocou_jax.data.pipeline import Batches, Sequences
@@ -464,7 +465,7 @@ def test_long_work_reports_its_progress(make_config, corpus, monkeypatch, caplog
     load_data(make_config())
     assert not caplog.records
     monkeypatch.setattr(progress, "SECONDS", 0.0)
-    load_data(make_config(validation_fraction=0.3))
+    load_data(make_config(validation_fraction=0.3, verify=True))
     lines = [record.getMessage() for record in caplog.records]
     for what, of in (("Reading", ""), ("Tokenizing", r" of 0\.0 MB")):
         pattern = rf"{what} {re.escape(corpus.source)}: 0\.0 MB{of}\."
@@ -573,7 +574,8 @@ def test_a_kill_while_tokenizing_leaves_no_cache(make_config, tmp_path, sharding
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     cache = tmp_path / "cache"
-    (left,) = cache.iterdir()
+    left, known = sorted(cache.iterdir())
+    assert known.name.startswith("corpus-")
     assert left.name.startswith(".tmp-")
     assert take(load_data(config), sharding, 2)
     assert left.is_dir()  # another process may use it, so it is removed only when it is old
@@ -600,7 +602,8 @@ def test_two_builders_at_once(make_config, monkeypatch, tmp_path):
         thread.join()
     first, second = results
     assert same([first.stream[r] for r in range(20)], [second.stream[r] for r in range(20)])
-    assert [p.name[:7] for p in (tmp_path / "cache").iterdir()] == ["tokens-"]
+    names = sorted(p.name[:7] for p in (tmp_path / "cache").iterdir())
+    assert names == ["corpus-", "tokens-"]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
@@ -613,7 +616,8 @@ def test_disk_full_leaves_nothing(make_config, monkeypatch, tmp_path, tokenizer)
         patch.setattr(*target, full)
         with pytest.raises(UserError, match=r"cache'?: No space left on device.*data\.cache_dir"):
             load_data(make_config(tokenizer=tokenizer))
-        assert list((tmp_path / "cache").iterdir()) == []
+        left = [p.name for p in (tmp_path / "cache").iterdir()]
+        assert all(re.fullmatch(r"corpus-\w+\.npz", name) for name in left)
     assert load_data(make_config(tokenizer=tokenizer)).num_tokens
 
 
@@ -662,3 +666,70 @@ def test_the_built_in_source_loads(tmp_path, make_config):
     assert batch.tokens.shape == (16, 256)
     assert 0.99 < bundle.bytes_per_token < 1
     assert bundle.validation.num_sequences == 10
+
+
+# --- A start that reads nothing -------------------------------------------------------------------
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """The names of the files that are read."""
+    names, read = [], corpus_module.read_file
+
+    def counted(name, *args, **kwargs):
+        names.append(name)
+        return read(name, *args, **kwargs)
+
+    monkeypatch.setattr(corpus_module, "read_file", counted)
+    return names
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_second_start_reads_no_file(make_config, readings, tokenizer):
+    first = load_data(make_config(tokenizer=tokenizer))
+    assert readings
+    readings.clear()
+    second = load_data(make_config(tokenizer=tokenizer))
+    assert readings == []
+    assert second.fingerprint == first.fingerprint
+    for field in ("num_documents", "num_tokens", "num_bytes", "num_sequences", "num_duplicates"):
+        assert getattr(second, field) == getattr(first, field)
+    np.testing.assert_array_equal(first.stream[3].tokens, second.stream[3].tokens)
+    load_data(make_config(tokenizer=tokenizer, verify=True))
+    assert readings
+
+
+def test_mixtures_and_splits_of_known_files_read_nothing(make_config, corpus, readings):
+    """But for the tokens of another split."""
+    load_data(make_config())
+    readings.clear()
+    source = f"0.5*{corpus.source} + 0.5*{corpus.source}"
+    load_data(make_config(source=source, batch_size=4, seed=3))
+    assert readings == []
+    load_data(make_config(validation_fraction=0.3))
+    assert sorted(set(readings)) == sorted(readings)  # once, to tokenize
+
+
+def test_a_changed_file_is_read_even_if_its_size_and_its_time_are_those_of_before(
+    make_config, corpus, readings
+):
+    first = load_data(make_config())
+    path = corpus.folder / "00.txt"
+    before = path.stat()
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    readings.clear()
+    assert load_data(make_config()).fingerprint != first.fingerprint
+    assert readings
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x00" * 1000])
+def test_a_damaged_memory_of_a_corpus_is_made_again(make_config, tmp_path, readings, content):
+    first = load_data(make_config())
+    (path,) = (tmp_path / "cache").glob("corpus-*.npz")
+    path.write_bytes(content)
+    readings.clear()
+    assert load_data(make_config()).fingerprint == first.fingerprint
+    assert readings
+    assert path.stat().st_size > 1000

@@ -14,22 +14,28 @@ line ends into pieces of about 16 KiB, because the held-out split needs more tha
 `split_corpus` says what happens if there are still too few documents.
 """
 
+import contextlib
 import glob
 import hashlib
 import io
+import json
 import os
 import re
 import sysconfig
+import uuid
+import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from yocou_jax.data import formats
 from yocou_jax.data.formats import PIECE_BYTES, Raw, pieces, read_file, text_of
 from yocou_jax.data.synthetic import Hops, Needle, parse_task
 from yocou_jax.errors import UserError
@@ -79,12 +85,17 @@ class Corpus:
 
     Empty documents and exact copies of earlier documents are left out, so that training sees no
     held-out text under another name.
+
+    known: a folder that remembers what was read, if the source is made of files. The next time, if
+    all files have the same paths, sizes and times, they are not read to know the summary.
     """
 
     source: str
     read: Callable[[], Iterator[Raw]]
     bad_rows: str = "refuse"  # or "skip"
     piece_bytes: int | None = None  # size of the pieces of a document; None: documents stay whole
+    stamp: str | None = None  # what decides which documents are read, if that is known
+    known: Path | None = None
 
     def documents(self) -> Iterator[Document]:
         """Every document once, in order. Each call reads the source again.
@@ -132,6 +143,26 @@ class Corpus:
     @cached_property
     def _pass(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
         """The summary; and for each document, sorted by hash: the hash of its name; its bytes."""
+        if self.stamp is None or self.known is None:
+            return self._read_all()
+        key = sha256(f"{self.stamp} {self.bad_rows} {self.piece_bytes} {_code()}".encode())
+        path = self.known / f"corpus-{key.hexdigest()[:16]}.npz"
+        damaged = OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile
+        with contextlib.suppress(*damaged), np.load(path) as found:
+            summary = CorpusSummary(**json.loads(str(found["summary"])))
+            return summary, found["hashes"], found["sizes"]
+        summary, hashes, sizes = self._read_all()
+        with contextlib.suppress(OSError):  # it can be read again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_name(f".tmp-{uuid.uuid4().hex}.npz")
+            try:
+                np.savez(scratch, summary=json.dumps(summary._asdict()), hashes=hashes, sizes=sizes)
+                scratch.replace(path)
+            finally:
+                scratch.unlink(missing_ok=True)
+        return summary, hashes, sizes
+
+    def _read_all(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
         counts, total = Counter(duplicates=0, invalid=0, skipped=0), hashlib.sha256()
         hashes, sizes = array("d"), array("q")
         documents = self._documents(counts)
@@ -158,6 +189,15 @@ class Corpus:
     def sizes_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of the names [documents], ascending, and the sizes of these documents in bytes."""
         return self._pass[1:]
+
+
+@cache
+def _code() -> str:
+    """A hash of the code that reads files. What it remembers is not for another version of it."""
+    digest = sha256()
+    for module in (__file__, formats.__file__):
+        digest.update(Path(module).read_bytes())
+    return digest.hexdigest()
 
 
 def _add(total: Any, document: Document) -> None:
@@ -312,25 +352,45 @@ def _existing_files(source: str) -> list[Path]:
     return [Path(name) for name in names if os.path.isfile(name)]
 
 
-def open_corpus(source: str, text_field: str = "text", bad_rows: str = "refuse") -> Corpus:
-    """The corpus of one source without weights. Raises UserError if the source is unknown."""
+def open_corpus(
+    source: str, text_field: str = "text", bad_rows: str = "refuse", known: Path | None = None
+) -> Corpus:
+    """The corpus of one source without weights. known: see `Corpus`; None: all is read. Raises
+    UserError if the source is unknown."""
+    if source.startswith("hf:"):
+        return Corpus(source, partial(_read_hugging_face, source, text_field), bad_rows)
+    if task := parse_task(source):
+        return Corpus(source, partial(_read_task, task), bad_rows)
     if source == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
-        read = _files_reader(_python_files(root, STDLIB_SKIPPED), root, text_field)
+        paths = _python_files(root, STDLIB_SKIPPED)
     elif source == "site_packages":
         root = Path(sysconfig.get_paths()["purelib"])
-        read = _files_reader(_python_files(root, set()), root, text_field)
-    elif source.startswith("hf:"):
-        read = partial(_read_hugging_face, source, text_field)
-    elif task := parse_task(source):
-        read = partial(_read_task, task)
+        paths = _python_files(root, set())
     else:
         paths = _existing_files(source)
         if not paths:
             raise _no_files(source)
         root = Path(os.path.commonpath([path.parent for path in paths]))
-        read = _files_reader(paths, root, text_field)
-    return Corpus(source, read, bad_rows)
+    names = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    read = partial(_read_files, names, text_field)
+    stamp = _stamp(root, names, text_field) if known else None
+    return Corpus(source, read, bad_rows, stamp=stamp, known=known)
+
+
+def _stamp(root: Path, names: list[tuple[str, Path]], text_field: str) -> str | None:
+    """A hash of the paths, sizes and times of files. The time of the last change (ctime) is that of
+    the file system, and no program can set it, as it can the time of modification. None if a file
+    cannot be asked."""
+    digest = sha256(f"{root.resolve()} {text_field}".encode("utf-8", "surrogateescape"))
+    try:
+        for name, path in names:
+            s = path.stat()
+            facts = f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}\n"
+            digest.update(facts.encode("utf-8", "surrogateescape"))
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def _no_files(source: str) -> UserError:
@@ -352,14 +412,9 @@ def _python_files(root: Path, skipped: set[str]) -> list[Path]:
     return [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts[:-1])]
 
 
-def _files_reader(paths: list[Path], root: Path, text_field: str) -> Callable[[], Iterator[Raw]]:
-    names = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-
-    def read() -> Iterator[Raw]:
-        for name, path in names:
-            yield from read_file(name, path, text_field, alone=len(names) == 1)
-
-    return read
+def _read_files(names: list[tuple[str, Path]], text_field: str) -> Iterator[Raw]:
+    for name, path in names:
+        yield from read_file(name, path, text_field, alone=len(names) == 1)
 
 
 def _read_task(task: Hops | Needle) -> Iterator[Raw]:
