@@ -1,5 +1,7 @@
 """Sequences that a mesh splits: the loss and the gradients of one device, and how little moves."""
 
+import functools
+import math
 import re
 
 import jax
@@ -128,3 +130,37 @@ def test_lengths_that_cannot_be_split():
         UserError, match=r"sequence_length=24 must be a multiple of 16.* example 32"
     ):
         set_up(config)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def losses_of_20_steps(mesh, architecture, extra):
+    """The loss of each step, with AdamW."""
+    config = config_on(mesh, architecture, **dict(extra))
+    setup = set_up(config, jax.devices()[: math.prod(mesh)])
+    found = []
+    with jax.set_mesh(setup.mesh):
+        state = tiny.fresh_state(setup, tiny.params(config.model))
+        for step in range(20):
+            state, out = setup.step(state, tiny.batch(seed=step % 3))
+            found.append(float(out["loss"]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "architecture", "extra"),
+    [
+        ((1, 2, 1, 4), "yoco_u", {}),
+        ((2, 1, 2, 2), "transformer", {"num_loops": None}),
+        ((1, 2, 1, 2, 2), "window*1@2 | cross*1", tiny.MOE),
+    ],
+    ids=["context", "full", "experts"],
+)
+def test_twenty_steps_are_those_of_one_device(mesh, architecture, extra):
+    extra = tuple(extra.items())
+    found = losses_of_20_steps(mesh, architecture, extra)
+    np.testing.assert_allclose(found, losses_of_20_steps((1,) * 5, architecture, extra), rtol=1e-5)
+    assert found[-1] < found[0]

@@ -35,7 +35,7 @@ UNROLLED = (2, 2, 2)  # stages as in real runs on a CPU; on the other meshes and
 
 
 def config_on(mesh, architecture="yoco_u", **fields):
-    sizes = dict(zip(("data", "fsdp", "tensor", "context"), mesh, strict=False))
+    sizes = dict(zip(MESH_AXES, mesh, strict=False))
     return tiny.config(architecture, mesh=sizes, **({"num_layers": 2, "num_loops": 2} | fields))
 
 
