@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark_training [--json]
     python -m experiments.benchmark_training --peer[=PATH_OF_PYTHON] [--rounds=20]
+    python -m experiments.benchmark_training --scaling [--json]
 
 The first line compares the config with a large matrix product. For the config and for a transformer
 of the same sizes, a table has tokens/s, GFLOP/s (model FLOPs of `accounting`, without
@@ -15,17 +16,23 @@ With --peer, the same two models are compared with the same models in PyTorch in
 First the losses of both sides must agree. PyTorch runs in a process of its own, on as many cores,
 perhaps with the Python of another environment. A step of ours and a step of theirs take turns. The
 ratio is the median over all pairs, ours / theirs: below 1 ours is faster.
+
+With --scaling, a step is compiled for 1, 2, 4 and 8 virtual devices of this CPU, and nothing runs.
+A table has what each device sends and stores, with the same tokens for all devices together
+(strong) or for each (weak). experiments.plan does the same for real devices.
 """
 
 from pathlib import Path
 
+import jax
 from absl import flags
 from rich.console import Console
 
-from benchmarks import training
+from benchmarks import scaling, training
 from benchmarks.peers import training as peers
 from benchmarks.report import Grid, table
 from experiments import cli, peer, process
+from yocou_jax.config import Config
 from yocou_jax.files import to_json
 
 CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
@@ -37,6 +44,7 @@ ROUNDS = flags.DEFINE_integer(
     lower_bound=1,
 )
 STEPS = flags.DEFINE_integer("steps", 4, "Training steps in one measurement.", lower_bound=1)
+SCALING = flags.DEFINE_bool("scaling", False, "Bytes on 1 to 8 virtual devices, instead of times.")
 PEER = peer.flag("Compare with PyTorch. --peer=PATH: the Python of an environment that has it.")
 
 
@@ -66,7 +74,30 @@ def compare(python: str) -> None:
     peer.show(report, ["architecture"], notes, JSON.value)
 
 
+def scale() -> None:
+    jax.config.update("jax_num_cpu_devices", max(scaling.COUNTS))
+    jax.config.update("jax_platforms", "cpu")
+    rows = scaling.measure(Config.from_dict(CONFIG.value))
+    if JSON.value:
+        print(to_json({"config": name(), "rows": rows}))
+        return
+    columns = ["axis", "scaling", "devices", "tokens", "sent, MiB", "state, MiB"]
+    columns += ["temporary, MiB", "GFLOPs"]
+    cells = [
+        [
+            *(row["axis"], row["scaling"], str(row["devices"])),
+            f"{row['batch_size']} x {row['sequence_length']}",
+            *(f"{row[key] / 2**20:,.2f}" for key in ("sent", "state", "temporary")),
+            f"{row['flops'] / 1e9:,.1f}",
+        ]
+        for row in rows
+    ]
+    Console().print(table(Grid(f"{name()}: a step, per device", columns, cells, texts=2)))
+
+
 def main(_):
+    if SCALING.value:
+        return scale()
     process.keep_freed_memory()
     process.check_kernels(CONFIG.value.compute.attention)
     if PEER.value is not None:

@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import plan as planning
+from benchmarks import scaling
 from tests import tiny
 from tests.test_sharding import config_on
 from yocou_jax import accounting, hardware
@@ -145,3 +146,24 @@ def test_candidates_fit_the_devices_and_the_batch():
 def test_topologies_that_are_refused(topology):
     with pytest.raises(UserError, match=r"must be a device and a shape, as v5e:16x16"):
         planning.find_target(topology)
+
+
+def test_scaling_keeps_the_tokens_of_all_devices_or_of_each():
+    """Two devices: half of the state on each, and halos or parts of parameters are sent."""
+    rows = {
+        (row["axis"], row["scaling"], row["devices"]): row
+        for row in scaling.measure(config_on((1, 1, 1)), counts=(1, 2))
+    }
+    for axis, size in (("fsdp", "batch_size"), ("context", "sequence_length")):
+        one = rows[axis, "strong", 1]
+        strong, weak = rows[axis, "strong", 2], rows[axis, "weak", 2]
+        assert one["sent"] == 0 < min(strong["sent"], weak["sent"])
+        assert strong["state"] < 0.6 * one["state"]
+        assert (strong[size], weak[size]) == (one[size], 2 * one[size])
+        assert strong["flops"] == one["flops"] / 2
+    assert rows["fsdp", "weak", 2]["flops"] == rows["fsdp", "weak", 1]["flops"]
+
+
+def test_scaling_needs_devices():
+    with pytest.raises(UserError, match="--scaling needs 16 devices; there are 8"):
+        scaling.measure(config_on((1, 1, 1)), counts=(1, 16))
