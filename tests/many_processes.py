@@ -1,0 +1,165 @@
+"""Trains one small model in several processes, and stops, kills and slows some of them.
+
+    python -m tests.many_processes
+
+Processes are joined by jax.distributed on this machine, with gloo. Each scenario must end with the
+losses of a run of one process (relative 1e-5 at every step, validation too):
+
+* moved: two processes, one gets SIGTERM, and both must save and end with code 75; then four
+  processes (two parts of the batch and two of the positions) until one gets SIGTERM; then one.
+* killed: one of two gets SIGKILL. The other must end with an error within LIMIT seconds. Then two
+  processes resume.
+* slow: one of two is suspended for some seconds in the middle of the run.
+
+Prints a line for each, and exits with 1 if one fails.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests import kill_runs
+
+STEPS = 40
+FIELDS = kill_runs.FIELDS | {"data.tokenizer": "bytes", "model.vocab_size": 258, "run.steps": STEPS}
+STOPPED, LIMIT = 75, 180
+SUSPENDED = 15  # seconds
+Group = list[subprocess.Popen]
+
+
+def start(home: Path, name: str, count: int, **fields) -> Group:
+    """One run in `count` processes with one device each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = FIELDS | {"data.source": home / "text.txt", "data.cache_dir": home / "cache"}
+    settings |= {key.replace("__", "."): value for key, value in fields.items()}
+    words = [sys.executable, "-m", "experiments.train", "--config=configs/yocou_small.py"]
+    words += [f"--config.{key}={value}" for key, value in settings.items()]
+    words += [f"--workdir={home / name}"]
+    if count > 1:
+        words += ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return [
+        subprocess.Popen(
+            words + ([f"--process_id={rank}"] if count > 1 else []),
+            cwd=kill_runs.ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=kill_runs.as_in_a_terminal,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(group: Group, code: int | None = 0) -> list[str]:
+    """The outputs. All must end with `code`; None: any."""
+    outputs = []
+    for process in group:
+        try:
+            output, _ = process.communicate(timeout=600)
+        finally:
+            process.kill()
+        outputs.append(output)
+        assert code is None or process.returncode == code, f"{process.returncode}: {output}"
+    return outputs
+
+
+def losses(folder: Path) -> dict[int, dict[str, float]]:
+    found = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found[row["step"]] = {k: row[k] for k in ("loss", "grad_norm", "val_loss") if k in row}
+    return found
+
+
+def wait_for(group: Group, folder: Path, step: int) -> None:
+    while True:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            if max(losses(folder), default=0) >= step:
+                return
+        assert all(process.poll() is None for process in group), "A process ended too early."
+        time.sleep(0.02)
+
+
+def compare(home: Path, name: str) -> str:
+    """Every step once, with the values of the run of one process."""
+    expected, found, worst = losses(home / "whole"), losses(home / name), 0.0
+    assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
+    for step, values in expected.items():
+        assert values.keys() == found[step].keys(), step
+        for key, value in values.items():
+            worst = max(worst, abs(found[step][key] / value - 1))
+    assert worst <= 1e-5, f"{name} differs by {worst:.1e}"
+    return f"{STEPS} steps, largest difference {worst:.1e}"
+
+
+def moved(home: Path) -> str:
+    for count, step, rank, mesh in ((2, 8, 1, {}), (4, 20, 2, {"mesh__context": 2})):
+        group = start(home, "moved", count, **mesh)
+        wait_for(group, home / "moved", step)
+        group[rank].send_signal(signal.SIGTERM)
+        finish(group, STOPPED)
+    finish(start(home, "moved", 1))
+    return f"2, 4 and 1 processes: {compare(home, 'moved')}"
+
+
+def killed(home: Path) -> str:
+    group = start(home, "killed", 2)
+    wait_for(group, home / "killed", 15)
+    group[1].kill()
+    begin = time.monotonic()
+    outputs = finish(group, code=None)
+    seconds = time.monotonic() - begin
+    assert group[0].returncode not in (0, STOPPED), outputs[0]
+    assert seconds <= LIMIT, f"The other process ended after {seconds:.0f} s."
+    last = [line for line in outputs[0].splitlines() if line.strip()][-1]
+    finish(start(home, "killed", 2))
+    return (
+        f"the other ended after {seconds:.0f} s with code {group[0].returncode} ({last[:150]}); "
+        f"resumed: {compare(home, 'killed')}"
+    )
+
+
+def slow(home: Path) -> str:
+    group = start(home, "slow", 2)
+    wait_for(group, home / "slow", 10)
+    group[1].send_signal(signal.SIGSTOP)
+    time.sleep(SUSPENDED)
+    group[1].send_signal(signal.SIGCONT)
+    finish(group)
+    return f"suspended for {SUSPENDED} s: {compare(home, 'slow')}"
+
+
+def main() -> int:
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        rng, words = random.Random(0), "alpha beta gamma delta one two three def return if".split()
+        lines = (" ".join(rng.choices(words, k=12)) for _ in range(2500))
+        (home / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+        finish(start(home, "whole", 1))
+        for scenario in (moved, killed, slow):
+            begin = time.monotonic()
+            try:
+                words = scenario(home)
+            except AssertionError as error:
+                failed += 1
+                words = f"FAILED: {error}"
+            seconds = time.monotonic() - begin
+            print(f"{scenario.__name__}: {words} [{seconds:.0f} s]", flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
