@@ -7,22 +7,27 @@ what a step takes at least.
 """
 
 import dataclasses
+import itertools
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from benchmarks.aot.targets import H200, TARGETS, Target, environment, what_to_install
 from yocou_jax import accounting, hardware
-from yocou_jax.config import Config, ModelConfig
+from yocou_jax.config import Config, MeshConfig, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.errors import UserError
-from yocou_jax.sharding import batch_sharding
+from yocou_jax.model import abstract_params
+from yocou_jax.sharding import LOGICAL_AXES, SIZES, batch_sharding, split_over
 from yocou_jax.training.step import Setup, set_up
 from yocou_jax.typing import PyTree
 
@@ -84,15 +89,13 @@ class Collective(NamedTuple):
     name: str
 
 
-_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "f64": 8, "s64": 8}
-
-
 def _bytes(shapes: str) -> list[int]:
-    """The bytes of each array in the text of a type."""
-    return [
-        _WIDTHS.get(kind, 4) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
-        for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-    ]
+    """The bytes of each array in the text of a type, such as (bf16[2,8]{1,0}, u32[])."""
+    found = []
+    for kind, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shapes):
+        bits = 8 if kind == "pred" else int(re.search(r"\d+", kind).group())
+        found.append(math.prod(int(n) for n in dims.split(",") if n) * bits // 8)
+    return found
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, bool, list[str]]]:
@@ -101,17 +104,17 @@ def _computations(hlo: str) -> Iterator[tuple[str, bool, list[str]]]:
         yield found.group(2), found.group(1) is not None, found.group(3).splitlines()
 
 
-def _trips(line: str, condition: list[str]) -> int:
+def _trips(line: str, condition: list[str]) -> float:
     """How often the body of a `while` runs: what the compiler knows, or the limit with which the
-    condition compares its counter."""
+    condition compares its counter. NaN if the program decides it while it runs."""
     if known := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', line):
         return int(known.group(1))
     limits = [int(n) for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", "\n".join(condition))]
-    return max(limits, default=1)
+    return max(limits, default=math.nan)
 
 
-def _group(line: str) -> tuple[int, str]:
-    """How many devices exchange, and over which mesh axes if the program says so."""
+def _group(line: str, devices: int) -> tuple[int, str]:
+    """How many of the devices exchange, and over which mesh axes if the program says so."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
         sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
         axes = re.findall(r"'([^']+)'", mesh.group(2))
@@ -123,11 +126,18 @@ def _group(line: str) -> tuple[int, str]:
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         ways = len(listed.group(1).split(","))
         return ways, f"{ways} devices"
-    return 2, "neighbors" if "source_target_pairs" in line else "all devices"
+    return devices, "neighbors" if "source_target_pairs" in line else "all devices"
 
 
-def collectives(hlo: str) -> list[Collective]:
-    """All collectives of a compiled program, each with how often its loops run it."""
+CALLS = (
+    r"(?:calls|to_apply|branch_computations|called_computations|true_computation|false_computation)="
+    r"(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
+
+
+def collectives(hlo: str, devices: int) -> list[Collective]:
+    """All collectives of a compiled program for so many devices, each with how often its loops run
+    it. Of a conditional (`lax.cond`), all branches count: one of them is usually empty."""
     lines, calls, entry = {}, {}, ""
     for name, is_entry, body in _computations(hlo):
         lines[name] = body
@@ -139,13 +149,11 @@ def collectives(hlo: str) -> list[Collective]:
                 times = _trips(line, lines.get(loop.group(1), []))
                 calls[name].append((loop.group(2), times))
                 continue
-            for group in re.findall(
-                r"(?:calls|to_apply|branch_computations|called_computations)=\{?([^}\s]*)", line
-            ):
-                calls[name] += [(c, 1) for c in re.findall(r"%?([\w.\-]+)", group) if c in lines]
-    times: dict[str, int] = {}
+            for names in ("".join(groups) for groups in re.findall(CALLS, line)):
+                calls[name] += [(c, 1) for c in re.findall(r"[\w.\-]+", names) if c in lines]
+    times: dict[str, float] = {}
 
-    def visit(name: str, count: int) -> None:
+    def visit(name: str, count: float) -> None:
         times[name] = times.get(name, 0) + count
         for called, trips in calls[name]:
             visit(called, count * trips)
@@ -153,10 +161,12 @@ def collectives(hlo: str) -> list[Collective]:
     visit(entry, 1)
     found, seen = [], set()
     for name, body in lines.items():
-        for line in body if times.get(name) else ():
+        for line in body:
             made = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
             if not made:
                 continue
+            if math.isnan(times.get(name, math.nan)):
+                raise ValueError(f"How often does {name} run, which has {line.strip()[:99]}?")
             # On TPUs, a collective may run beside other work. It is then a chain of fusions, and
             # all of them contain it.
             if chain := re.search(r'chain_id="(\d+)"', line):
@@ -164,25 +174,28 @@ def collectives(hlo: str) -> list[Collective]:
                     continue
                 seen.add(chain.group(1))
             op = re.search(r'op_name="([^"]*)"', line)
-            sent, axes = _sent(made.group(2), made.group(3) is not None, made.group(1), line)
+            shapes = _result(made.group(2), made.group(3) is not None, made.group(1))
+            sent, axes = _sent(made.group(2), shapes, line, devices)
             found.append(
-                Collective(made.group(2), axes, sent, times[name], op.group(1) if op else "")
+                Collective(made.group(2), axes, sent, int(times[name]), op.group(1) if op else "")
             )
     return found
 
 
-def _sent(kind: str, start: bool, shapes: str, line: str) -> tuple[float, str]:
+def _result(kind: str, start: bool, shapes: str) -> int:
+    """Bytes of the result on one device. The start of an asynchronous collective returns a tuple of
+    its operands, its results and perhaps some u32[]; that of an all-reduce only its results."""
+    arrays = _bytes(re.sub(r"u32\[\]", "", shapes) if start else shapes)
+    return sum(arrays[len(arrays) // 2 :] if start and kind != "all-reduce" else arrays)
+
+
+def _sent(kind: str, result: int, line: str, devices: int) -> tuple[float, str]:
     """Bytes that each device sends, by the best algorithm of a ring; and over which axes."""
-    ways, axes = _group(line)
-    arrays, part = _bytes(re.sub(r"u32\[\]", "", shapes) if start else shapes), (ways - 1) / ways
-    total = sum(arrays)
+    ways, axes = _group(line, devices)
     if kind == "collective-permute":
-        return (total / 2 if start else total), axes
-    if kind == "all-gather":  # the start returns its operands too
-        return (total * ways / (ways + 1) if start else total) * part, axes
-    if kind == "reduce-scatter":
-        return total * ways * part, axes
-    return total * part * (2 if kind == "all-reduce" else 1), axes
+        return result, axes
+    times = {"reduce-scatter": ways, "all-reduce": 2}.get(kind, 1)
+    return times * result * (ways - 1) / ways, axes
 
 
 # --- The plan -------------------------------------------------------------------------------------
@@ -197,20 +210,23 @@ def _shard_bytes(tree: PyTree) -> int:
 
 
 def whole_dimensions(setup: Setup, model: ModelConfig) -> list[str]:
-    """The dimensions of parameters that a mesh axis would split, if it divided them."""
-    from yocou_jax.model import abstract_params
-    from yocou_jax.sharding import LOGICAL_AXES, SIZES, split_over
-
+    """The dimensions of parameters that mesh axes would split, if these divided them."""
     found = {}
-    for box in jax.tree.leaves(abstract_params(model), is_leaf=lambda x: hasattr(x, "names")):
+    boxes = jax.tree.leaves(
+        abstract_params(model), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )
+    for box in boxes:
         for name, size in zip(box.names, box.value.shape, strict=True):
-            axes = [a for a in LOGICAL_AXES.get(name, ()) if setup.mesh.shape[a] > 1]
-            if axes and not split_over(name, size, setup.mesh):
-                found[f"{SIZES.get(name, name)}={size} over {' * '.join(axes)}"] = None
+            used = split_over(name, size, setup.mesh)
+            left = [a for a in LOGICAL_AXES.get(name, ()) if setup.mesh.shape[a] > 1]
+            if left := [axis for axis in left if axis not in used]:
+                found[f"{SIZES.get(name, name)}={size} over {' * '.join(left)}"] = None
     return list(found)
 
 
-def _packed(config: Config, ints: jax.ShapeDtypeStruct) -> Batch:
+def _abstract_batch(config: Config, sharding: NamedSharding) -> Batch:
+    shape = config.data.batch_size, config.data.sequence_length
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     ids = ints if config.data.packing else None
     return Batch(ints, ints, None, ids, ids)
 
@@ -218,12 +234,11 @@ def _packed(config: Config, ints: jax.ShapeDtypeStruct) -> Batch:
 def lower(config: Config, devices: list) -> tuple[Setup, Callable[[], Any]]:
     """The setup of a run on the devices, and a function that lowers its training step."""
     setup = set_up(config, devices)
-    shape = config.data.batch_size, config.data.sequence_length
-    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(setup.mesh))
+    batch = _abstract_batch(config, batch_sharding(setup.mesh))
 
     def run():
         with jax.set_mesh(setup.mesh):
-            return setup.step.lower(setup.abstract_state, _packed(config, ints))
+            return setup.step.lower(setup.abstract_state, batch)
 
     return setup, run
 
@@ -264,13 +279,17 @@ def plan(config: Config, topology: str, devices: list) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return found | {"error": _too_large(str(error), found)}
+        sizes = re.search(r"Used ([\d.]+)G of ", str(error))  # libtpu counts in GiB
+        used = float(sizes.group(1)) * 2**30 if sizes else None
+        return found | {"error": too_large(used, found)}
     found["compile_seconds"] = time.perf_counter() - start
     memory = compiled.memory_analysis()
     both = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak = both - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     found["bytes"] |= {"temporary": memory.temp_size_in_bytes, "peak": peak}
-    moved = collectives(compiled.as_text())
+    if peaks.memory and peak > peaks.memory:  # only libtpu refuses to compile such a program
+        found["error"] = too_large(peak, found)
+    moved = collectives(compiled.as_text(), len(devices))
     found["collectives"] = _summary(moved)
     sent = sum(one.sent * one.times for one in moved)
     found["bytes"]["sent"] = sent
@@ -292,8 +311,7 @@ def _estimate(flops: float, sent: float, peaks: hardware.Peaks) -> dict[str, Any
     same time. MFU: the share of the peak that a step would then reach."""
     seconds = {
         "arithmetic": flops / peaks.flops if peaks.flops else None,
-        # Of the published sum of both directions, a device sends with half.
-        "links": 2 * sent / peaks.links if peaks.links else None,
+        "links": sent / peaks.links if peaks.links else None,
     }
     known = [x for x in seconds.values() if x is not None]
     least = max(known, default=None)
@@ -301,50 +319,56 @@ def _estimate(flops: float, sent: float, peaks: hardware.Peaks) -> dict[str, Any
     return {"at_least": seconds | {"step": least, "mfu": mfu}}
 
 
-def _too_large(message: str, found: dict[str, Any]) -> str:
-    """One sentence about memory: what is needed, what there is, and what would help, in order."""
-    sizes = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    fixed = found["bytes"]["parameters"] + found["bytes"]["optimizer"]
-    used = f"{sizes.group(1)} of {sizes.group(2)}" if sizes else "more than there is"
-    hints = []
-    if found["remat"] != "full":
-        hints.append("compute.remat=full")
-    ways = int(np.prod(list(found["mesh"].values()), dtype=np.int64))
-    rows = found["batch_size"] // found["accumulation_steps"]
-    if rows > ways // found["mesh"].get("context", 1) // found["mesh"].get("tensor", 1):
+def too_large(used: float | None, found: dict[str, Any]) -> str:
+    """One sentence about memory: what is needed, what there is, and what would help, in order.
+    used: bytes, if they are known."""
+    sizes, mesh = found["bytes"], found["mesh"]
+    fixed = sizes["parameters"] + sizes["optimizer"]
+    needed = "more" if used is None else f"{used / 2**30:.1f} GiB"
+    limit = "than a device has" if used is None else f"of {(sizes['memory'] or 0) / 2**30:.1f} GiB"
+    hints = [] if found["remat"] == "full" else ["compute.remat=full"]
+    ways = math.prod(mesh.get(axis, 1) for axis in LOGICAL_AXES["batch"])
+    if found["batch_size"] > ways * found["accumulation_steps"]:
         hints.append("a larger optimizer.accumulation_steps")
     hints += ["a larger mesh.fsdp (state)", "a larger mesh.context (activations)"]
     return (
-        f"A step needs {used} of a device's memory; parameters and optimizer are "
-        f"{fixed / 2**30:.1f} GiB of it. It would help, in this order: {', '.join(hints[:3])}."
+        f"A step needs {needed} {limit}; parameters and optimizer are {fixed / 2**30:.1f} GiB of "
+        f"it. It would help, in this order: {', '.join(hints[:3])}."
     )
 
 
-def candidates(config: Config, devices: int, memory: float | None) -> Iterator[Config]:
-    """Meshes x remat x microbatches that make sense for a model on so many devices, the most
-    promising first: little recomputation, few microbatches, no more communication than needed."""
+# remat and microbatches, the cheapest first: each next one needs less memory.
+OPTIONS = (("none", 1), ("attention", 1), ("attention", 4), ("full", 1), ("full", 4), ("full", 16))
+
+
+def meshes(config: Config, devices: int, memory: float | None) -> Iterator[list[Config]]:
+    """For each mesh that makes sense for a model on so many devices: the config on it with OPTIONS.
+    Meshes with little communication come first: fsdp alone, then with context, tensor or expert.
+
+    The state, 12 bytes for each parameter (it and two moments), must fit into 0.9 of the memory.
+    """
     model, rows = config.model, config.data.batch_size
-    state = accounting.parameters(model).total * 12  # float32: the parameter and two moments
+    state = 12 * accounting.parameters(model).total
+    experts = (1, 8) if model.num_experts and model.num_experts % 8 == 0 else (1,)
     found = []
-    for tensor in (1, 2, 4, 8):
-        for context in (1, 2, 4, 8, 16, 32, 64):
-            if devices % (tensor * context) or model.num_heads % tensor:
-                continue
-            if config.data.sequence_length % (2 * context):
-                continue
-            ways = devices // (tensor * context)
-            if rows % ways or ways < 1:
-                continue
-            for steps in (s for s in (1, 2, 4, 8, 16) if rows % (ways * s) == 0):
-                for level, remat in enumerate(("none", "attention", "full")):
-                    mesh = {"data": 1, "fsdp": ways, "tensor": tensor, "context": context}
-                    if memory and state / (ways * tensor * context) > 0.9 * memory:
-                        continue
-                    found.append(((tensor > 1) + (context > 1), level, steps, mesh, remat))
-    for _, _, steps, mesh, remat in sorted(found, key=lambda x: (x[0], x[1], x[2], *x[3].values())):
-        yield dataclasses.replace(
-            config,
-            mesh=dataclasses.replace(config.mesh, **mesh, expert=1),
-            compute=dataclasses.replace(config.compute, remat=remat),
-            optimizer=dataclasses.replace(config.optimizer, accumulation_steps=steps),
-        )
+    for tensor, context, expert in itertools.product(
+        (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), experts
+    ):
+        fsdp, rest = divmod(devices, tensor * context * expert)
+        whole = not rest and fsdp and rows % (fsdp * expert) == 0
+        fits = model.num_heads % tensor == 0 and config.data.sequence_length % (2 * context) == 0
+        if whole and fits and not (memory and state / devices > 0.9 * memory):
+            sizes = {"fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}
+            found.append(((tensor - 1) + (context - 1) / 8 + (expert - 1) / 8, sizes))
+    for _, sizes in sorted(found, key=lambda pair: pair[0]):
+        ways = rows // (sizes["fsdp"] * sizes["expert"])
+        yield [
+            dataclasses.replace(
+                config,
+                mesh=MeshConfig(**sizes),
+                compute=dataclasses.replace(config.compute, remat=remat),
+                optimizer=dataclasses.replace(config.optimizer, accumulation_steps=steps),
+            )
+            for remat, steps in OPTIONS
+            if ways % steps == 0
+        ]

@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=configs/paper.py:1.3b,yoco_u --config.mesh.fsdp=8
     python -m experiments.train --config=configs/paper.py:300m,transformer
-    python -m experiments.plan --config=configs/paper.py:10.8b --topology=v5p:4x4x4
+    python -m experiments.plan --config=configs/paper.py:10.8b --topology=v5p:4x4x4 \
+        --config.mesh.fsdp=64 --config.optimizer.accumulation_steps=2
 
 The preset is a size (300m, 500m, 870m, 1.3b, 3.4b, 6.4b, 10.8b) and an architecture (default:
 yoco_u). Widths, layers, heads, learning rates, length, tokens, weight decay and window are those

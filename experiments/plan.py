@@ -1,7 +1,7 @@
 """Plans a training run for devices that this machine does not have, before one pays for them.
 
     python -m experiments.plan --config=configs/yocou_1b.py --topology=v5e:16x16 \
-        --config.mesh.fsdp=64 --config.mesh.context=4
+        --config.mesh.fsdp=64 --config.mesh.context=4 --config.optimizer.accumulation_steps=2
     python -m experiments.plan --config=configs/yocou_1b.py --topology=v5p:4x4x4 --search
 
 It compiles the real training step for the topology (a device and a shape: v5e:16x16, v5p:4x4x4,
@@ -10,8 +10,10 @@ for a large model. It prints for each device: memory, what moves to other device
 a step takes at least. Memory and bytes are those of the compiled program. The time is an estimate:
 published peaks of arithmetic and links, both reached, at the same time. Nothing runs.
 
---search tries meshes, remat and microbatches, the most promising first, and ranks them. All
-settings of the config can be given as flags (--config.data.sequence_length=1048576).
+--search tries meshes, those with little communication first. On each, it takes the first remat and
+number of microbatches with which the step fits, and it ranks the meshes by the estimate. These
+settings of the config are replaced; all others stay. Any setting can be given as a flag
+(--config.data.sequence_length=1048576).
 Exit code 1: the step does not fit into the memory of a device.
 """
 
@@ -55,7 +57,7 @@ def _facts(found: dict) -> list[list[str]]:
         [
             "batch",
             f"{found['batch_size']} x {found['sequence_length']} tokens, in "
-            f"{found['accumulation_steps']} parts; remat {found['remat']}, {found['dtype']}",
+            f"{found['accumulation_steps']} microbatches; remat {found['remat']}, {found['dtype']}",
         ],
         ["not split, because it does not divide", "; ".join(found["whole"]) or "nothing"],
         ["parameters", _gib(sizes["parameters"])],
@@ -91,27 +93,35 @@ def _show(found: dict) -> None:
 
 
 def _search(config: Config, devices: list) -> list[dict]:
-    """Plans of the candidates, the best first."""
+    """The first plan that fits on each mesh, and those that do not, the best first."""
     memory = hardware.peaks(devices[0].device_kind).memory
     tried = []
-    for candidate in planning.candidates(config, len(devices), memory):
-        if len(tried) == TRIES.value:
-            break
-        try:
-            found = planning.plan(candidate, TOPOLOGY.value, devices)
-        except UserError:  # a mesh that does not fit the model
-            continue
-        tried.append(found)
-        if not JSON.value:
-            step = found.get("at_least", {}).get("step")
-            words = "does not fit" if "error" in found else f"at least {_seconds(step)}"
-            name = f"{_mesh(found)}, remat {found['remat']}, {found['accumulation_steps']} parts"
-            print(f"{name}: {words}", flush=True)
+    for options in planning.meshes(config, len(devices), memory):
+        for option in options:
+            if len(tried) == TRIES.value:
+                break
+            try:
+                found = planning.plan(option, TOPOLOGY.value, devices)
+            except UserError:  # a mesh that does not fit the model
+                break
+            tried.append(found)
+            if not JSON.value:
+                print(_line(found), flush=True)
+            if "error" not in found:
+                break
     if not tried:
         raise UserError(
-            f"No mesh fits {len(devices)} devices and data.batch_size={config.data.batch_size}."
+            f"No mesh of {len(devices)} devices fits data.batch_size={config.data.batch_size} and "
+            "the memory of a device."
         )
     return sorted(tried, key=lambda x: ("error" in x, x.get("at_least", {}).get("step") or 0))
+
+
+def _line(found: dict) -> str:
+    step = found.get("at_least", {}).get("step")
+    words = "does not fit" if "error" in found else f"at least {_seconds(step)}"
+    parts = found["accumulation_steps"]
+    return f"{_mesh(found)}, remat {found['remat']}, {parts} microbatches: {words}"
 
 
 def main(_):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Asks for a Cloud TPU pod slice as a queued resource, and starts a training run on all its hosts.
 #     bash launch/tpu_pod.sh create | start | log | delete
-# It needs gcloud, a project with TPU quota, and a bucket that the TPU may write.
+# It needs gcloud, a project with TPU quota, and a Filestore share (NFS) in the same network: a
+# bucket mounted with gcsfuse cannot rename folders, as checkpoints need it.
 set -euo pipefail
 
 # EDIT: where.
@@ -11,8 +12,12 @@ TYPE=v5litepod-256     # the plan's topology: v5e:16x16
 RUNTIME=v2-alpha-tpuv5-lite
 # EDIT: what. The workdir must be on storage that all hosts see.
 REPOSITORY=https://github.com/YOUR_NAME/yocou-jax
-MOUNT=gs-bucket-name   # mounted at /mnt/runs with gcsfuse
-TRAIN="--config=configs/yocou_1b.py --config.mesh.fsdp=64 --config.mesh.context=4 --config.optimizer.accumulation_steps=2"
+SHARE=10.0.0.2:/runs   # mounted at /mnt/runs
+PYTHON=python3.11      # the image may have an older one: install it first
+TRAIN="--config=configs/yocou_1b.py --config.data.source='/mnt/runs/text/*.jsonl.gz'
+  --config.data.cache_dir=/mnt/runs/cache
+  --config.mesh.fsdp=64 --config.mesh.context=4 --config.optimizer.accumulation_steps=2"
+TRAIN=$(echo $TRAIN)   # one line
 
 on_all_hosts() {
   gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
@@ -28,12 +33,12 @@ case "${1:-}" in
       set -e
       test -d yocou || git clone --quiet $REPOSITORY yocou
       cd yocou
-      make setup REQUIREMENTS=requirements-tpu.txt
-      sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || sudo gcsfuse --implicit-dirs -o allow_other $MOUNT /mnt/runs)
+      make setup PYTHON=$PYTHON REQUIREMENTS=requirements-tpu.txt
+      sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || sudo mount $SHARE /mnt/runs)
       nohup .venv/bin/python -m experiments.train --distributed $TRAIN \
         --workdir=/mnt/runs/$NAME > train.log 2>&1 &"
     ;;
   log) on_all_hosts "tail -n 5 yocou/train.log" ;;
   delete) gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force ;;
-  *) sed -n 2,4p "$0"; exit 2 ;;
+  *) sed -n 2,5p "$0"; exit 2 ;;
 esac

@@ -512,3 +512,6 @@ def test_params_sha256_reads_large_arrays_in_pieces(limit, monkeypatch):
     assert max(piece.nbytes for piece in pieces) <= limit
     assert sum(piece.nbytes for piece in pieces) == params["stack"].nbytes
     assert params_sha256(params) == whole
+    split = NamedSharding(mesh(2), PartitionSpec(None, None, "x"))
+    wide = {"stack": jnp.arange(4 * 3 * 8.0).reshape(4, 3, 8)}
+    assert params_sha256(jax.device_put(wide, split)) == params_sha256(wide)

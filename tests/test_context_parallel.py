@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.test_sharding import check, config_on, loss_and_gradients
+from tests.test_sharding import check, config_on, gradients, loss_and_gradients
 from yocou_jax.config import MeshConfig
 from yocou_jax.errors import UserError
 from yocou_jax.model import context_parallel
@@ -49,6 +49,33 @@ QUICK = ("packed over two neighbors", "full, packed", "streams")
 def test_options_give_the_gradients_of_one_device(name):
     mesh, options = CASES[name]
     check(mesh, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "mesh"),
+    [("full*2", (1, 1, 1, 8)), ("yoco_u", (1, 1, 1, 8)), ("window*1 | cross*1", (1, 1, 1, 2, 4))],
+    ids=["full", "yoco_u", "experts"],
+)
+def test_gradients_in_bfloat16_are_as_exact_as_on_one_device(architecture, mesh):
+    """Sums over devices are in float32: the error against float32 does not grow."""
+    fields = {"num_loops": None} if "@" not in architecture and architecture != "yoco_u" else {}
+    fields |= tiny.MOE if len(mesh) == 5 else {}
+
+    def found(mesh, dtype):
+        config = config_on(mesh, architecture, dtype=dtype, **fields)
+        devices = jax.devices()[: math.prod(mesh)]
+        return gradients(config, tiny.batch(), make_mesh(config.mesh, devices))[1]
+
+    exact = jax.tree.leaves(found((1,), "float32"))
+
+    def error(mesh):
+        rounded = jax.tree.leaves(found(mesh, "bfloat16"))
+        return np.mean(
+            [np.abs(a - b).mean() / np.abs(b).mean() for a, b in zip(rounded, exact, strict=True)]
+        )
+
+    assert error(mesh) <= 1.2 * error((1,))
 
 
 # --- How little moves -----------------------------------------------------------------------------
@@ -129,6 +156,12 @@ def test_lengths_that_cannot_be_split():
     with pytest.raises(
         UserError, match=r"sequence_length=24 must be a multiple of 16.* example 32"
     ):
+        set_up(config)
+
+
+def test_an_analysis_needs_whole_sequences():
+    config = config_on((1, 1, 1, 8), run={"analysis": True})
+    with pytest.raises(UserError, match=r"run.analysis=True cannot .* mesh.context=8: it looks at"):
         set_up(config)
 
 

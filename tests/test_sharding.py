@@ -200,7 +200,10 @@ def test_heads_that_do_not_divide_are_replicated():
     assert spec_for(axes, (16, 4, 8), mesh) == PartitionSpec(("fsdp", "context"), ("tensor",), None)
     rows = ("data", "fsdp", "expert")
     assert spec_for(("batch", "keys"), (6, 16), mesh) == PartitionSpec(rows, None)
-    assert spec_for(("batch", "keys"), (7, 16), mesh) == PartitionSpec(None, None)
+    assert spec_for(("batch", "keys"), (7, 16), mesh) == PartitionSpec(("data",), None)
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4))
+    assert spec_for(("embed",), (16,), mesh) == PartitionSpec(("fsdp", "context"))
+    assert spec_for(("embed",), (20,), mesh) == PartitionSpec(("fsdp",))
 
 
 def test_two_dimensions_cannot_use_the_same_mesh_axis():

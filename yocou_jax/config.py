@@ -66,7 +66,7 @@ def number(
     default: Any = dataclasses.MISSING,
 ) -> Any:
     """A field from `low` to `high`. `above` excludes `low` itself, and `below` excludes `high`.
-    default: only for Python code that makes the dataclass; a config has every field."""
+    default: for Python code that makes a mesh. A config always has every field."""
 
     def rule(value: float) -> str | None:
         if value != value:  # NaN; math.isnan cannot read large integers
@@ -337,9 +337,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = number(-1, MAX_SIZE, resume=FREE)
-    fsdp: int = number(-1, MAX_SIZE, resume=FREE)
-    tensor: int = number(-1, MAX_SIZE, resume=FREE)
+    data: int = number(-1, MAX_SIZE, resume=FREE, default=1)
+    fsdp: int = number(-1, MAX_SIZE, resume=FREE, default=1)
+    tensor: int = number(-1, MAX_SIZE, resume=FREE, default=1)
     context: int = number(-1, MAX_SIZE, resume=FREE, default=1)
     expert: int = number(-1, MAX_SIZE, resume=FREE, default=1)
 

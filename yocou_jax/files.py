@@ -16,11 +16,11 @@ def expand_path(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a new file and renames it. A kill or a full disk leaves the old file unchanged."""
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with new.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)

@@ -11,11 +11,13 @@ devices, and model/context_parallel.py fetches them. Token ids, targets and segm
 split: they are small, and the devices of a context group read the same rows.
 """
 
+import functools
 import logging
 import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Partition
@@ -136,7 +138,8 @@ def _is_split(box: nn.LogicallyPartitioned, mesh, axis: str) -> bool:
 def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes.
 
-    A dimension that its mesh axes do not divide is replicated, so 2 K/V heads work with tensor=4.
+    Mesh axes that do not divide a dimension do not split it (`split_over`), so 2 K/V heads work
+    with tensor=4.
     Raises ValueError if two dimensions of one array map to the same mesh axis, or if a name is not
     in the table. Both are mistakes in a module, not in a config.
     """
@@ -191,6 +194,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"], None))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(x: Array, axes: str | tuple[str, ...], dimension: int, dtype: jnp.dtype) -> Array:
+    """Inside a shard_map: x of all devices along mesh axes, joined along a dimension. It has the
+    type of x, but is sent in `dtype`. Its gradient is summed over the devices in the type of x."""
+    sent = jax.lax.all_gather(x.astype(dtype), axes, axis=dimension, tiled=True)
+    return sent.astype(x.dtype)
+
+
+def _gather_bwd(axes, dimension, dtype, _, g):
+    return (jax.lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True),)
+
+
+gather.defvjp(lambda x, *static: (gather(x, *static), None), _gather_bwd)
+
+
 def axes_of_one_device() -> tuple[str, ...]:
     """Mesh axes of size 1. A spec of a shard_map should name them somewhere: of an input without
     them, the gradient has an all-reduce over each, which XLA keeps."""
@@ -199,9 +217,12 @@ def axes_of_one_device() -> tuple[str, ...]:
 
 
 def split_over(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The mesh axes over which a dimension is split: none if they do not divide it."""
+    """The mesh axes over which a dimension is split. Axes at the end that do not divide it are left
+    out: the devices along such an axis have the same."""
     mesh_axes = LOGICAL_AXES[name] if name else ()
-    return mesh_axes if size % _ways(mesh_axes, mesh) == 0 else ()
+    while size % _ways(mesh_axes, mesh):
+        mesh_axes = mesh_axes[:-1]
+    return mesh_axes
 
 
 def _ways(mesh_axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
@@ -209,10 +230,11 @@ def _ways(mesh_axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in mesh_axes)
 
 
-def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Number of parts of the global batch on a mesh, by default on the mesh of the context."""
+def batch_ways(mesh: Mesh | AbstractMesh | None = None, batch: int = 0) -> int:
+    """Number of parts of the global batch on a mesh, by default on the mesh of the context. batch:
+    its rows, if they may be so many that not all axes divide them."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return _ways(LOGICAL_AXES["batch"], mesh)
+    return _ways(split_over("batch", batch, mesh), mesh)
 
 
 def length_ways(length: int) -> int:

@@ -31,7 +31,7 @@ def test_collectives_count_the_runs_of_loops_in_loops():
         jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
     )
     text = run.lower(jax.ShapeDtypeStruct((400, 6), jnp.float32)).compile().as_text()
-    found = {one.kind: one for one in planning.collectives(text)}
+    found = {one.kind: one for one in planning.collectives(text, 8)}
     part = 100 * 6 * 4
     assert found["all-reduce"].times == 15
     assert found["all-reduce"].sent == 2 * part * 3 / 4
@@ -74,7 +74,7 @@ ENTRY %main (p: bf16[2,16]) -> bf16[2,64] {
 
 
 def test_collectives_of_a_tpu():
-    found = [(one.kind, one.axes, one.sent, one.times) for one in planning.collectives(TPU)]
+    found = [(one.kind, one.axes, one.sent, one.times) for one in planning.collectives(TPU, 8)]
     assert found == [
         ("all-gather", "context", 2 * 64 * 2 * 3 / 4, 1),
         ("all-gather", "4 devices", 8 * 4 * 3 / 4, 7),
@@ -111,35 +111,98 @@ def test_what_is_not_split_is_listed():
 def test_the_estimate_is_the_slower_of_arithmetic_and_links():
     peaks = hardware.Peaks(flops=100.0, links=20.0)
     assert planning._estimate(50.0, 4.0, peaks) == {
-        "at_least": {"arithmetic": 0.5, "links": 0.4, "step": 0.5, "mfu": 1.0}
+        "at_least": {"arithmetic": 0.5, "links": 0.2, "step": 0.5, "mfu": 1.0}
     }
-    slow = planning._estimate(50.0, 20.0, peaks)["at_least"]
+    slow = planning._estimate(50.0, 40.0, peaks)["at_least"]
     assert (slow["step"], slow["mfu"]) == (2.0, 0.25)
 
 
 def test_too_large_is_a_sentence():
     facts = {
-        "bytes": {"parameters": 2**30, "optimizer": 2**31},
+        "bytes": {"parameters": 2**30, "optimizer": 2**31, "memory": 2**34},
         **{"remat": "none", "mesh": {"fsdp": 4}, "batch_size": 8, "accumulation_steps": 1},
     }
-    message = "RESOURCE_EXHAUSTED: Ran out of memory. Used 33.21G of 15.75G hbm. Exceeded"
-    assert planning._too_large(message, facts) == (
-        "A step needs 33.21G of 15.75G of a device's memory; parameters and optimizer are 3.0 GiB "
-        "of it. It would help, in this order: compute.remat=full, a larger "
-        "optimizer.accumulation_steps, a larger mesh.fsdp (state)."
+    assert planning.too_large(33.25 * 2**30, facts) == (
+        "A step needs 33.2 GiB of 16.0 GiB; parameters and optimizer are 3.0 GiB of it. It would "
+        "help, in this order: compute.remat=full, a larger optimizer.accumulation_steps, a larger "
+        "mesh.fsdp (state)."
     )
+    least = facts | {"remat": "full", "accumulation_steps": 2}
+    assert planning.too_large(None, least).startswith("A step needs more than a device has; ")
+    assert "in this order: a larger mesh.fsdp (state), a larger" in planning.too_large(None, least)
 
 
-def test_candidates_fit_the_devices_and_the_batch():
+def test_a_plan_that_is_larger_than_the_memory_says_so(monkeypatch):
+    """Also if its compiler does not refuse it, as those of a CPU and of a GPU."""
+    peaks = hardware.Peaks(flops=1e12, memory=1000.0, links=1e9)
+    monkeypatch.setattr(hardware, "peaks", lambda kind: peaks)
+    found = planning.plan(config_on((1, 4, 1, 2)), "cpu:8", jax.devices())
+    assert "A step needs 0.0 GiB of 0.0 GiB" in found["error"]
+    assert found["at_least"]["links"] == found["bytes"]["sent"] / 1e9
+
+
+def test_collectives_of_all_branches_count():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def body(x):
+        return jax.lax.cond(x.sum() > 0, lambda x: jax.lax.psum(x, "x"), lambda x: 8 * x, x)
+
+    specs = {"in_specs": P("x"), "out_specs": P("x"), "check_vma": False}
+    run = jax.jit(jax.shard_map(body, mesh=mesh, **specs))
+    text = run.lower(jax.ShapeDtypeStruct((80,), jnp.float32)).compile().as_text()
+    assert [one.kind for one in planning.collectives(text, 8)] == ["all-reduce"]
+
+
+LISTED = "replica_groups={{0,1,2,3},{4,5,6,7}}"
+IOTA = "replica_groups=[2,4]<=[8]"
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        (f"((f32[8]{{0}}), f32[2]{{0}}) reduce-scatter-start(%x), {IOTA}", 24),
+        (f"f32[2]{{0}} reduce-scatter(%x), {LISTED}", 24),
+        (f"((f32[8]{{0}}), f32[8]{{0}}) all-to-all-start(%x), {IOTA}", 24),
+        (f"f32[8]{{0}} all-to-all(%x), {IOTA}", 24),
+        (f"(f32[2]{{0}}, f32[8]{{0}}, u32[]{{:S(2)}}) all-gather-start(%x), {IOTA}", 24),
+        (f"f32[8]{{0}} all-reduce-start(%x), {IOTA}", 48),
+        ("(f32[8]{0}, bf16[4]{0}) all-reduce(%x, %y), replica_groups={}", 2 * (32 + 8) * 7 / 8),
+        ("(bf16[8], bf16[8], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}", 16),
+        (f"f8e4m3fn[8]{{0}} all-gather(%x), {IOTA}", 6),
+        (f"pred[8]{{0}} all-gather(%x), {IOTA}", 6),
+        (f"s4[8]{{0}} all-gather(%x), {IOTA}", 3),
+    ],
+)
+def test_what_each_form_of_a_collective_sends(line, sent):
+    text = f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %y = {line}\n}}\n"
+    (one,) = planning.collectives(text, 8)
+    assert one.sent == sent
+
+
+def test_a_program_that_is_not_understood_is_an_error():
+    lost = "%other (p: f32[8]) -> f32[8] {\n  %y = f32[8] all-reduce(%p), replica_groups={}\n}\n"
+    with pytest.raises(ValueError, match="How often does other run, which has %y"):
+        planning.collectives(f"{lost}ENTRY %main (p: f32[8]) -> f32[8] {{\n  ROOT %p\n}}\n", 8)
+    endless = TPU.replace("constant(7)", "parameter(0)")
+    with pytest.raises(ValueError, match="How often does body run, which has %start"):
+        planning.collectives(endless, 8)
+
+
+def test_meshes_fit_the_devices_and_the_batch():
     config = tiny.config(data={"batch_size": 16, "sequence_length": 64})
-    found = list(planning.candidates(config, 8, None))
-    assert len(found) > 20
-    for one in found:
-        mesh = one.mesh
-        assert mesh.data * mesh.fsdp * mesh.tensor * mesh.context == 8
-        assert config.data.batch_size % (mesh.fsdp * one.optimizer.accumulation_steps) == 0
-    assert found[0].mesh.fsdp == 8
-    assert list(planning.candidates(config, 8, 100.0)) == []  # no memory for the state
+    found = list(planning.meshes(config, 8, None))
+    sizes = [(m.fsdp, m.tensor, m.context, m.expert) for m in (one[0].mesh for one in found)]
+    assert sizes[:3] == [(8, 1, 1, 1), (4, 1, 2, 1), (2, 1, 4, 1)]
+    assert len(set(sizes)) == len(sizes) > 6
+    for options in found:
+        assert (options[0].compute.remat, options[-1].compute.remat) == ("none", "full")
+        for one in options:
+            mesh = one.mesh
+            assert mesh.fsdp * mesh.tensor * mesh.context == 8
+            assert 16 % (mesh.fsdp * one.optimizer.accumulation_steps) == 0
+    assert list(planning.meshes(config, 8, 100.0)) == []  # no memory for the state
+    experts = tiny.config(**(tiny.MOE | {"num_experts": 8}))
+    assert {one[0].mesh.expert for one in planning.meshes(experts, 8, None)} == {1, 8}
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:", "v5e:16*16", "x:4", "a100:8", ""])

@@ -167,6 +167,18 @@ def test_all_tokens_may_choose_the_experts_of_one_device():
     tiny.assert_close(got, jax.device_get(expected), 1e-5)
 
 
+def test_rows_that_do_not_divide_are_on_every_device():
+    """As in generation with one row: all devices of a group have the tokens already."""
+    apply, params, boxed = layer()
+    x = X[:3]
+    expected = gradients(lambda p, x: apply(p, x)[0], params, x)
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(boxed, mesh))
+        got = jax.device_get(gradients(lambda p, x: apply(p, x)[0], placed, x))
+    tiny.assert_close(got, jax.device_get(expected), 1e-5)
+
+
 def test_a_device_has_its_own_experts_only():
     _, _, boxed = layer()
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=1, expert=4))

@@ -22,7 +22,7 @@ import json
 import os
 import re
 import sysconfig
-import uuid
+import time
 import zipfile
 from array import array
 from collections import Counter
@@ -39,7 +39,7 @@ from yocou_jax.data import formats
 from yocou_jax.data.formats import PIECE_BYTES, Raw, pieces, read_file, text_of
 from yocou_jax.data.synthetic import Hops, Needle, parse_task
 from yocou_jax.errors import UserError
-from yocou_jax.files import expand_path
+from yocou_jax.files import expand_path, write_atomically
 from yocou_jax.progress import with_progress
 
 # `split_corpus` cuts documents into pieces if a split of whole documents is not good enough.
@@ -48,6 +48,8 @@ MAX_EXCESS = 1 / 8  # a good split holds out at most this share of the text more
 ENOUGH = 0.9  # a good split gives both sides this share of the bytes that they can get
 # Tests of the standard library contain invalid encodings on purpose; lib2to3 has Python 2.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
+
+YOUNG = 2.0  # seconds
 
 SPELLED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others represent bytes
 WEIGHT = r"[-+]?(?:\d[\d.,_]*|\.\d[\d.]*|inf|infinity|nan)(?:e[-+]?\d+)?%?"
@@ -87,7 +89,8 @@ class Corpus:
     held-out text under another name.
 
     known: a folder that remembers what was read, if the source is made of files. The next time, if
-    all files have the same paths, sizes and times, they are not read to know the summary.
+    all files have the same paths, sizes and times, they are not read to know the summary. With
+    verify they are, and what was remembered is replaced.
     """
 
     source: str
@@ -96,6 +99,7 @@ class Corpus:
     piece_bytes: int | None = None  # size of the pieces of a document; None: documents stay whole
     stamp: str | None = None  # what decides which documents are read, if that is known
     known: Path | None = None
+    verify: bool = False
 
     def documents(self) -> Iterator[Document]:
         """Every document once, in order. Each call reads the source again.
@@ -107,6 +111,8 @@ class Corpus:
             _add(total, document)
             yield document
         if "_pass" in vars(self) and total.hexdigest() != self.summary.fingerprint:
+            if self._memory is not None:  # it may be wrong, and the next start must not trust it
+                self._memory.unlink(missing_ok=True)
             raise UserError(
                 f"The data source {self.source!r} has changed while it was read; start again when "
                 "it is complete."
@@ -143,24 +149,29 @@ class Corpus:
     @cached_property
     def _pass(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
         """The summary; and for each document, sorted by hash: the hash of its name; its bytes."""
-        if self.stamp is None or self.known is None:
+        path = self._memory
+        if path is None:
             return self._read_all()
-        key = sha256(f"{self.stamp} {self.bad_rows} {self.piece_bytes} {_code()}".encode())
-        path = self.known / f"corpus-{key.hexdigest()[:16]}.npz"
         damaged = OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile
-        with contextlib.suppress(*damaged), np.load(path) as found:
-            summary = CorpusSummary(**json.loads(str(found["summary"])))
-            return summary, found["hashes"], found["sizes"]
+        if not self.verify:
+            with contextlib.suppress(*damaged), np.load(path) as found:
+                summary = CorpusSummary(**json.loads(str(found["summary"])))
+                return summary, found["hashes"], found["sizes"]
         summary, hashes, sizes = self._read_all()
-        with contextlib.suppress(OSError):  # it can be read again
+        content = io.BytesIO()
+        np.savez(content, summary=json.dumps(summary._asdict()), hashes=hashes, sizes=sizes)
+        with contextlib.suppress(OSError):  # the files can be read again
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f".tmp-{uuid.uuid4().hex}.npz")
-            try:
-                np.savez(scratch, summary=json.dumps(summary._asdict()), hashes=hashes, sizes=sizes)
-                scratch.replace(path)
-            finally:
-                scratch.unlink(missing_ok=True)
+            write_atomically(path, content.getvalue())
         return summary, hashes, sizes
+
+    @property
+    def _memory(self) -> Path | None:
+        """The file that remembers what was read."""
+        if self.stamp is None or self.known is None:
+            return None
+        key = sha256(f"{self.stamp} {self.bad_rows} {self.piece_bytes} {_code()}".encode())
+        return self.known / f"corpus-{key.hexdigest()[:16]}.npz"
 
     def _read_all(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
         counts, total = Counter(duplicates=0, invalid=0, skipped=0), hashlib.sha256()
@@ -353,10 +364,14 @@ def _existing_files(source: str) -> list[Path]:
 
 
 def open_corpus(
-    source: str, text_field: str = "text", bad_rows: str = "refuse", known: Path | None = None
+    source: str,
+    text_field: str = "text",
+    bad_rows: str = "refuse",
+    known: Path | None = None,
+    verify: bool = False,
 ) -> Corpus:
-    """The corpus of one source without weights. known: see `Corpus`; None: all is read. Raises
-    UserError if the source is unknown."""
+    """The corpus of one source without weights. known, verify: see `Corpus`. Raises UserError if
+    the source is unknown."""
     if source.startswith("hf:"):
         return Corpus(source, partial(_read_hugging_face, source, text_field), bad_rows)
     if task := parse_task(source):
@@ -375,17 +390,20 @@ def open_corpus(
     names = sorted((path.relative_to(root).as_posix(), path) for path in paths)
     read = partial(_read_files, names, text_field)
     stamp = _stamp(root, names, text_field) if known else None
-    return Corpus(source, read, bad_rows, stamp=stamp, known=known)
+    return Corpus(source, read, bad_rows, stamp=stamp, known=known, verify=verify)
 
 
 def _stamp(root: Path, names: list[tuple[str, Path]], text_field: str) -> str | None:
     """A hash of the paths, sizes and times of files. The time of the last change (ctime) is that of
     the file system, and no program can set it, as it can the time of modification. None if a file
-    cannot be asked."""
+    cannot be asked, or has changed in the last YOUNG seconds: it may change again, and the clock of
+    its file system may be too coarse to show it (git does the same)."""
     digest = sha256(f"{root.resolve()} {text_field}".encode("utf-8", "surrogateescape"))
     try:
         for name, path in names:
             s = path.stat()
+            if time.time() - max(s.st_mtime, s.st_ctime) < YOUNG:
+                return None
             facts = f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}\n"
             digest.update(facts.encode("utf-8", "surrogateescape"))
     except OSError:

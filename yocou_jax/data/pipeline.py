@@ -339,9 +339,9 @@ def load_data(config: Any) -> DataBundle:
 def _parts(config: Any) -> list[tuple[float, Split]]:
     """Weight and split of each part of a mixture. A split needs a held-out sequence and a batch."""
     parts = []
-    known = None if config.verify else expand_path(config.cache_dir)
+    known = expand_path(config.cache_dir)
     for weight, name in parse_source(config.source):
-        corpus = open_corpus(name, config.text_field, config.bad_rows, known)
+        corpus = open_corpus(name, config.text_field, config.bad_rows, known, config.verify)
         rows, length = max(1, round(weight * config.batch_size)), config.sequence_length
         needs = [MOST_BYTES_PER_TOKEN * (count * length + 1) for count in (1, rows)]
         parts.append((weight, split_corpus(corpus, config.validation_fraction, *needs)))

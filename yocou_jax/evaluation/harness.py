@@ -96,7 +96,7 @@ class Scorer:
 
     def _likelihoods(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """sequences: ids, and how many at the end count. Long ones come first, so that memory runs
-        out early or never."""
+        out early or never: at most that of `rows_at_once` contexts, and of as many copies."""
         lengths = [len(ids) for ids, _ in sequences]
         endings: dict[tuple[int, ...], list[int]] = {}
         for i, (ids, count) in enumerate(sequences):
@@ -127,10 +127,10 @@ class Scorer:
     ) -> dict[int, tuple[float, bool]]:
         """The results of endings (row of the context, name of the result, ids), `size` at once."""
         found = {name: (0.0, True) for _, name, ids in endings if not ids}
-        endings = [ending for ending in endings if ending[2]]
+        endings = sorted((one for one in endings if one[2]), key=lambda one: -len(one[2]))
         if not endings:
             return found
-        longest = max(len(ids) for _, _, ids in endings)
+        longest = len(endings[0][2])
         memory, logits = prefill(self._model, *padded(contexts), new_tokens=longest)
         self.prefilled += len(set(contexts))
         for first in range(0, len(endings), size):

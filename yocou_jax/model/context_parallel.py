@@ -4,8 +4,8 @@ Every device has the queries, keys and values of N / C consecutive positions. Wh
 from the other devices:
 
 * A window layer needs the W - 1 positions before its own. The left neighbor sends them, with one
-  collective permute; further neighbors too, if they have fewer positions each. Meanwhile the device
-  attends to its own positions.
+  collective permute; further neighbors too, if W - 1 is more than the N / C positions of one
+  device. Meanwhile the device attends to its own positions.
 * The global K, V are gathered once for all cross layers (`share`). Their gradients are summed over
   the layers on each device in float32, and are then reduced over the devices once.
 * The last positions see the most keys, and have the most work in cross layers. So `deal` gives
@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import SegmentIds, api, join, sharding
 from pallas_kernels.attention.mask import MASKED
 from yocou_jax.model.memory import KeyValue
-from yocou_jax.sharding import LOGICAL_AXES, attention_partition, axes_of_one_device
+from yocou_jax.sharding import LOGICAL_AXES, attention_partition, axes_of_one_device, gather
 from yocou_jax.typing import Array, Float, Int
 
 (AXIS,) = LOGICAL_AXES["length"]
@@ -193,7 +193,7 @@ def full_attention(
 
     def local(q, kv, prefix, ids):
         kv = specs.mine(kv, q)
-        every = jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, axis=1, tiled=True), kv)
+        every = jax.tree.map(lambda x: gather(x.astype(jnp.float32), AXIS, 1, q.dtype), kv)
         starts = [jax.lax.axis_index(AXIS) * q.shape[1]]
         result = _causal(q, every, kv, starts, ids, options)
         if prefix is not None:
@@ -206,7 +206,8 @@ def full_attention(
         return result[0]
 
     run = specs.run(local, (specs.q, specs.kv, specs.whole_kv, specs.ids), specs.q)
-    return run(q, specs.sent(kv), specs.sent(prefix), segment_ids)
+    prefix = jax.tree.map(lambda x: x.astype(jnp.float32), prefix)  # all shards add to its gradient
+    return run(q, specs.sent(kv), prefix, segment_ids)
 
 
 # --- The global K, V ------------------------------------------------------------------------------
@@ -231,19 +232,6 @@ def _dealt_starts(n: int) -> list:
     return [2 * shard * half, (2 * (_ways() - 1 - shard) + 1) * half]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(x, dtype):
-    """All positions of x [B, n, ...], in its own type, but sent in `dtype`."""
-    return jax.lax.all_gather(x.astype(dtype), AXIS, axis=1, tiled=True).astype(x.dtype)
-
-
-def _gather_bwd(dtype, _, g):
-    return (jax.lax.psum_scatter(g, AXIS, scatter_dimension=1, tiled=True),)
-
-
-_gather.defvjp(lambda x, dtype: (_gather(x, dtype), None), _gather_bwd)
-
-
 def share(kv: KeyValue, num_heads: int, dtype: jnp.dtype) -> SharedKeyValue:
     """Gathers the global K, V, which are float32 with values that `dtype` can hold. num_heads: of
     the queries, which decide how heads are split.
@@ -254,7 +242,7 @@ def share(kv: KeyValue, num_heads: int, dtype: jnp.dtype) -> SharedKeyValue:
 
     def local(kv):
         n = kv.k.shape[1]
-        every = jax.tree.map(lambda x: _gather(x, dtype), kv)
+        every = jax.tree.map(lambda x: gather(x, AXIS, 1, dtype), kv)
         own = jax.tree.map(
             lambda x: jnp.concatenate(
                 [jax.lax.dynamic_slice_in_dim(x, start, n // 2, 1) for start in _dealt_starts(n)],

@@ -4,7 +4,7 @@ XLA would make a copy of the whole result on every device ("involuntary full rem
 the table is split over its width and its entries at the same time. Here every device reads its part
 of the width, for all tokens of the devices that have the other parts. Then these devices exchange
 the parts for their own tokens (all-to-all). So the table itself never moves, and its gradient is
-summed over the data axis only.
+summed only over the devices that have the same part.
 """
 
 import jax

@@ -23,8 +23,10 @@ from yocou_jax.config import ModelConfig
 from yocou_jax.sharding import constrain
 from yocou_jax.typing import Array, Float, Int
 
-# The logical axes of every array of keys or values (sharding.LOGICAL_AXES maps them to a mesh).
+# The logical axes of arrays of keys or values (sharding.LOGICAL_AXES maps them to a mesh): of new
+# positions, and of all positions that a memory stores, which every query may read.
 KV_AXES = ("batch", "length", "kv_heads", "head_dim")
+STORED_AXES = ("batch", "keys", "kv_heads", "head_dim")
 
 
 @flax.struct.dataclass
@@ -95,7 +97,7 @@ class KeyValue(flax.struct.PyTreeNode):
     def constrained(self):
         """Tells the compiler how to split the arrays over the mesh. Each program must return them
         as the next one takes them, or the next one is compiled twice."""
-        return self.replace(k=constrain(self.k, *KV_AXES), v=constrain(self.v, *KV_AXES))
+        return self.replace(k=constrain(self.k, *STORED_AXES), v=constrain(self.v, *STORED_AXES))
 
     def updated(self, put, new: "KeyValue"):
         """put(array, new array) for k and for v. The new array gets the type of the old one."""

@@ -5,10 +5,10 @@ so no token is dropped, and no expert is padded to a capacity.
 
 The mesh axis "tensor" splits the width of every expert, and "expert" splits the experts themselves.
 The devices of an expert group gather their tokens, each runs its own experts on all of them, and
-the sums go back to the devices of the tokens (reduce-scatter). That is exact, also if all tokens
-choose the experts of one device, and needs memory for the tokens of the whole group. If each token
-chooses at least as many experts as there are devices in the group, it also moves no more bytes than
-an all-to-all, which would send a token once for each of its experts.
+the sums go back to the devices of the tokens (reduce-scatter, in float32). That is exact, also if
+all tokens choose the experts of one device, and needs memory for all tokens of the group, each as
+often as it has experts. An all-to-all would send a token once for each of its experts. So if a
+token has k of them, this moves fewer bytes in a group of at most k / 1.5 devices.
 """
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
 from yocou_jax.model.layers import Linear, SwiGLU, fan_in_init, gated_silu
-from yocou_jax.sharding import spec_for, split_over
+from yocou_jax.sharding import gather, spec_for, split_over
 from yocou_jax.typing import Array, Float, Int
 
 
@@ -141,14 +141,15 @@ def _sharded_experts(x, weights, chosen, *kernels):
     into = spec_for(("experts", None, "mlp"), kernels[0].shape, mesh)
     out = spec_for(("experts", "mlp", None), kernels[-1].shape, mesh)
     group = split_over("experts", kernels[0].shape[0], mesh) if mesh.shape["expert"] > 1 else ()
-    gathered = group and split_over("batch", x.shape[0], mesh)
+    gathered = set(group) & set(split_over("batch", x.shape[0], mesh))
 
     def local(x, weights, chosen, *kernels):
         dtype = x.dtype
         if gathered:
-            x, weights, chosen = (
-                jax.lax.all_gather(array, group, axis=0, tiled=True)
-                for array in (x, weights, chosen)
+            chosen = jax.lax.all_gather(chosen, group, axis=0, tiled=True)
+            x, weights = (
+                gather(array.astype(jnp.float32), group, 0, dtype).astype(dtype)
+                for array in (x, weights)
             )
         if group:
             chosen = chosen - jax.lax.axis_index(group) * kernels[0].shape[0]
@@ -161,4 +162,6 @@ def _sharded_experts(x, weights, chosen, *kernels):
         return jax.lax.psum(y, out[1]) if out[1] else y
 
     specs = (tokens, tokens, tokens, into, into, out)
-    return jax.shard_map(local, in_specs=specs, out_specs=tokens)(x, weights, chosen, *kernels)
+    # With check_vma, jax 0.10.2 does not sum the gradient of x over the group if x is not gathered.
+    run = jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)
+    return run(x, weights, chosen, *kernels)

@@ -1,6 +1,7 @@
 """The facts of a run, which are shown before its first step."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from yocou_jax.data.pipeline import DataBundle
 from yocou_jax.errors import UserError
 from yocou_jax.mixers import MIXERS
 from yocou_jax.model import resolve_compute
+from yocou_jax.sharding import length_ways
 
 
 def banner(
@@ -63,16 +65,30 @@ def banner(
 def attention_choices(config: Config) -> dict[str, str]:
     """For the attention of each kind of layer: the kernel that runs in a training step, and why."""
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    shape = rows, config.data.sequence_length
-    choices = kernels(config.model, config.compute, shape, config.data.packing)
+    shape, packing = (rows, config.data.sequence_length), config.data.packing
+    parts = length_ways(config.data.sequence_length)
+    choices = kernels(config.model, config.compute, shape, packing, parts)
     return {f"{layers} attention": chosen for layers, chosen in choices.items()}
 
 
+def _facts_of_parts(parts: int, window: int | None, length: int) -> dict[str, Any]:
+    """What model/context_parallel.py asks of a kernel in addition."""
+    if parts == 1:
+        return {}
+    earlier = min(window - 1, length // parts) if window is not None else length
+    return {"return_lse": True, "lengths": window is None, "q_offset": earlier}
+
+
 def kernels(
-    model: ModelConfig, compute: ComputeConfig, shape: tuple[int, int], packing: bool
+    model: ModelConfig,
+    compute: ComputeConfig,
+    shape: tuple[int, int],
+    packing: bool,
+    parts: int = 1,
 ) -> dict[str, str]:
     """The attention kernel of each kind of layer, and why, in a forward pass over tokens of this
-    shape [B, N]. Raises UserError if the kernel that `compute` names cannot run it."""
+    shape [B, N], of which each device has one of so many parts of the positions. Raises UserError
+    if the kernel that `compute` names cannot run it."""
     (rows, length), layers, choices = shape, {}, {}  # kinds of layers may share a kernel
     for mixer in dict.fromkeys(stage.mixer for stage in model.program.stages):
         layers.setdefault(MIXERS[mixer].kernel(model), []).append(mixer)
@@ -82,12 +98,12 @@ def kernels(
             choice = api.choose_implementation(
                 kernel.operation,
                 implementation=compute.attention,
-                q_shape=(rows, length, model.num_heads, model.head_dim),
+                q_shape=(rows, length // parts, model.num_heads, model.head_dim),
                 k_shape=(rows, length + kernel.prefix, model.num_kv_heads, model.head_dim),
                 dtype=resolve_compute(compute).dtype,
                 window=kernel.window,
                 segments=packing,
-                q_offset=kernel.prefix,
+                **{"q_offset": kernel.prefix} | _facts_of_parts(parts, kernel.window, length),
             )
         except UnsupportedCall as error:
             raise UserError(f"compute.attention='{compute.attention}': {error}") from error

@@ -35,8 +35,7 @@ class LossSums:
 class Split(NamedTuple):
     """How the mesh of the context splits B sequences of N positions.
 
-    rows, columns: the number of parts of B and of N. Sequences that the mesh cannot split evenly
-    are not split, and neither are positions.
+    rows, columns: the number of parts of B and of N (`batch_ways`, `length_ways`).
     """
 
     batch: int
@@ -47,7 +46,7 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, shape: Sequence[int]) -> "Split":
         B, N = shape[:2]
-        return cls(B, N, 1 if B % batch_ways() else batch_ways(), length_ways(N))
+        return cls(B, N, batch_ways(batch=B), length_ways(N))
 
     def num_chunks(self, vocab: int, arrays: int = 1) -> int:
         """Number of chunks that split the positions of each device, if each chunk has `arrays` of

@@ -275,6 +275,11 @@ def set_up(config: Config, devices=None) -> Setup:
             f"optimizer.accumulation_steps={config.optimizer.accumulation_steps}."
         )
     check_length(config.data.sequence_length, mesh)
+    if config.run.analysis and mesh.shape["context"] > 1:
+        raise UserError(
+            f"run.analysis=True cannot be combined with mesh.context={mesh.shape['context']}: it "
+            "looks at whole sequences on each device."
+        )
     boxed = abstract_params(config.model)
     check_split(boxed, mesh)
     schedule = make_schedule(config.optimizer, config.run.steps)
