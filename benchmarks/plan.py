@@ -319,6 +319,10 @@ def _estimate(flops: float, sent: float, peaks: hardware.Peaks) -> dict[str, Any
     return {"at_least": seconds | {"step": least, "mfu": mfu}}
 
 
+# remat and microbatches, the cheapest first: each next one needs less memory.
+OPTIONS = (("none", 1), ("attention", 1), ("attention", 4), ("full", 1), ("full", 4), ("full", 16))
+
+
 def too_large(used: float | None, found: dict[str, Any]) -> str:
     """One sentence about memory: what is needed, what there is, and what would help, in order.
     used: bytes, if they are known."""
@@ -326,7 +330,8 @@ def too_large(used: float | None, found: dict[str, Any]) -> str:
     fixed = sizes["parameters"] + sizes["optimizer"]
     needed = "more" if used is None else f"{used / 2**30:.1f} GiB"
     limit = "than a device has" if used is None else f"of {(sizes['memory'] or 0) / 2**30:.1f} GiB"
-    hints = [] if found["remat"] == "full" else ["compute.remat=full"]
+    most_remat, _ = OPTIONS[-1]
+    hints = [] if found["remat"] == most_remat else [f"compute.remat={most_remat}"]
     ways = math.prod(mesh.get(axis, 1) for axis in LOGICAL_AXES["batch"])
     if found["batch_size"] > ways * found["accumulation_steps"]:
         hints.append("a larger optimizer.accumulation_steps")
@@ -335,10 +340,6 @@ def too_large(used: float | None, found: dict[str, Any]) -> str:
         f"A step needs {needed} {limit}; parameters and optimizer are {fixed / 2**30:.1f} GiB of "
         f"it. It would help, in this order: {', '.join(hints[:3])}."
     )
-
-
-# remat and microbatches, the cheapest first: each next one needs less memory.
-OPTIONS = (("none", 1), ("attention", 1), ("attention", 4), ("full", 1), ("full", 4), ("full", 16))
 
 
 def meshes(config: Config, devices: int, memory: float | None) -> Iterator[list[Config]]:
