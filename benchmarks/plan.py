@@ -92,7 +92,7 @@ class Collective(NamedTuple):
 def _bytes(shapes: str) -> list[int]:
     """The bytes of each array in the text of a type, such as (bf16[2,8]{1,0}, u32[])."""
     found = []
-    for kind, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shapes):
+    for kind, dims in re.findall(r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\]", shapes):
         bits = 8 if kind == "pred" else int(re.search(r"\d+", kind).group())
         found.append(math.prod(int(n) for n in dims.split(",") if n) * bits // 8)
     return found
@@ -174,11 +174,12 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                     continue
                 seen.add(chain.group(1))
             op = re.search(r'op_name="([^"]*)"', line)
-            shapes = _result(made.group(2), made.group(3) is not None, made.group(1))
-            sent, axes = _sent(made.group(2), shapes, line, devices)
-            found.append(
-                Collective(made.group(2), axes, sent, int(times[name]), op.group(1) if op else "")
-            )
+            kind = made.group(2)
+            result = _result(kind, made.group(3) is not None, made.group(1))
+            sent, axes = _sent(kind, result, line, devices)
+            if kind == "all-reduce" and _is_sliced(body):
+                kind, sent = "reduce-scatter", sent / 2
+            found.append(Collective(kind, axes, sent, int(times[name]), op.group(1) if op else ""))
     return found
 
 
@@ -187,6 +188,16 @@ def _result(kind: str, start: bool, shapes: str) -> int:
     its operands, its results and perhaps some u32[]; that of an all-reduce only its results."""
     arrays = _bytes(re.sub(r"u32\[\]", "", shapes) if start else shapes)
     return sum(arrays[len(arrays) // 2 :] if start and kind != "all-reduce" else arrays)
+
+
+def _is_sliced(body: list[str]) -> bool:
+    """Whether these lines return only a slice of an all-reduce: libtpu writes a reduce-scatter so,
+    as a fusion of two operations."""
+    root = next((line for line in body if line.strip().startswith("ROOT")), "")
+    sliced = re.search(r" dynamic-slice\(%?([\w.\-]+)", root)
+    return sliced is not None and any(
+        re.search(rf"%?{re.escape(sliced.group(1))} = .* all-reduce\(", line) for line in body
+    )
 
 
 def _sent(kind: str, result: int, line: str, devices: int) -> tuple[float, str]:
@@ -245,7 +256,7 @@ def lower(config: Config, devices: list) -> tuple[Setup, Callable[[], Any]]:
 
 def plan(config: Config, topology: str, devices: list) -> dict[str, Any]:
     """What one training step needs on each device of a topology. "error" says why a program does
-    not fit; the entries that only a compiled program has are then absent.
+    not fit. If the compiler refused it, the entries that only a compiled program has are absent.
 
     Raises UserError if the mesh does not fit the devices or the model.
     """
@@ -328,8 +339,8 @@ def too_large(used: float | None, found: dict[str, Any]) -> str:
     used: bytes, if they are known."""
     sizes, mesh = found["bytes"], found["mesh"]
     fixed = sizes["parameters"] + sizes["optimizer"]
-    needed = "more" if used is None else f"{used / 2**30:.1f} GiB"
-    limit = "than a device has" if used is None else f"of {(sizes['memory'] or 0) / 2**30:.1f} GiB"
+    needed = "more" if used is None else f"{used / 2**30:.2f} GiB, which is more"
+    limit = "than a device has"
     most_remat, _ = OPTIONS[-1]
     hints = [] if found["remat"] == most_remat else [f"compute.remat={most_remat}"]
     ways = math.prod(mesh.get(axis, 1) for axis in LOGICAL_AXES["batch"])
@@ -357,7 +368,8 @@ def meshes(config: Config, devices: int, memory: float | None) -> Iterator[list[
     ):
         fsdp, rest = divmod(devices, tensor * context * expert)
         whole = not rest and fsdp and rows % (fsdp * expert) == 0
-        fits = model.num_heads % tensor == 0 and config.data.sequence_length % (2 * context) == 0
+        whole_halves = context == 1 or config.data.sequence_length % (2 * context) == 0
+        fits = model.num_heads % tensor == 0 and whole_halves
         if whole and fits and not (memory and state / devices > 0.9 * memory):
             sizes = {"fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}
             found.append(((tensor - 1) + (context - 1) / 8 + (expert - 1) / 8, sizes))

@@ -10,12 +10,14 @@ for a large model. It prints for each device: memory, what moves to other device
 a step takes at least. Memory and bytes are those of the compiled program. The time is an estimate:
 published peaks of arithmetic and links, both reached, at the same time. Nothing runs.
 
---search tries meshes, those with little communication first. On each, it takes the first remat and
-number of microbatches with which the step fits, and it ranks the meshes by the estimate. These
+--search tries meshes, those with little communication first. On each, it looks for the least remat
+and the fewest microbatches with which the step fits, and it ranks all by the estimate. These
 settings of the config are replaced; all others stay. Any setting can be given as a flag
 (--config.data.sequence_length=1048576).
 Exit code 1: the step does not fit into the memory of a device.
 """
+
+import sys
 
 from absl import flags
 
@@ -93,26 +95,27 @@ def _show(found: dict) -> None:
 
 
 def _search(config: Config, devices: list) -> list[dict]:
-    """The first plan that fits on each mesh, and those that do not, the best first."""
+    """The cheapest plan that fits on each mesh, and those that do not fit, the best first. If the
+    option that needs the least memory does not fit on a mesh, no other one is tried there."""
     memory = hardware.peaks(devices[0].device_kind).memory
-    tried = []
-    for options in planning.meshes(config, len(devices), memory):
-        for option in options:
+    tried: list[dict] = []
+    for *others, least in planning.meshes(config, len(devices), memory):
+        for option in (least, *others):
             if len(tried) == TRIES.value:
                 break
             try:
-                found = planning.plan(option, TOPOLOGY.value, devices)
-            except UserError:  # a mesh that does not fit the model
+                tried.append(planning.plan(option, TOPOLOGY.value, devices))
+            except (UserError, ValueError) as error:
+                print(f"{option.mesh} was left out: {error}", file=sys.stderr)
                 break
-            tried.append(found)
             if not JSON.value:
-                print(_line(found), flush=True)
-            if "error" not in found:
+                print(_line(tried[-1]), flush=True)
+            if ("error" in tried[-1]) == (option is least):
                 break
     if not tried:
         raise UserError(
-            f"No mesh of {len(devices)} devices fits data.batch_size={config.data.batch_size} and "
-            "the memory of a device."
+            f"No mesh of {len(devices)} devices fits data.batch_size={config.data.batch_size}, the "
+            "model and the memory of a device."
         )
     return sorted(tried, key=lambda x: ("error" in x, x.get("at_least", {}).get("step") or 0))
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Asks for a Cloud TPU pod slice as a queued resource, and starts a training run on all its hosts.
 #     bash launch/tpu_pod.sh create | start | log | delete
-# It needs gcloud, a project with TPU quota, and a Filestore share (NFS) in the same network: a
-# bucket mounted with gcsfuse cannot rename folders, as checkpoints need it.
+# It needs gcloud, a project with TPU quota, and a Filestore share (NFS) in the same network.
+# (A bucket mounted with gcsfuse renames folders only with special settings; checkpoints need it.)
 set -euo pipefail
 
 # EDIT: where.
@@ -34,7 +34,8 @@ case "${1:-}" in
       test -d yocou || git clone --quiet $REPOSITORY yocou
       cd yocou
       make setup PYTHON=$PYTHON REQUIREMENTS=requirements-tpu.txt
-      sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || sudo mount $SHARE /mnt/runs)
+      sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || sudo mount -t nfs $SHARE /mnt/runs)
+      sudo chmod go+rw /mnt/runs
       nohup .venv/bin/python -m experiments.train --distributed $TRAIN \
         --workdir=/mnt/runs/$NAME > train.log 2>&1 &"
     ;;

@@ -33,6 +33,7 @@ FIELDS = kill_runs.FIELDS | {"data.tokenizer": "bytes", "model.vocab_size": 258,
 STOPPED, LIMIT = 75, 180
 SUSPENDED = 15  # seconds
 Group = list[subprocess.Popen]
+STARTED: Group = []
 
 
 def start(home: Path, name: str, count: int, **fields) -> Group:
@@ -48,7 +49,7 @@ def start(home: Path, name: str, count: int, **fields) -> Group:
     if count > 1:
         words += ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    return [
+    group = [
         subprocess.Popen(
             words + ([f"--process_id={rank}"] if count > 1 else []),
             cwd=kill_runs.ROOT,
@@ -60,6 +61,8 @@ def start(home: Path, name: str, count: int, **fields) -> Group:
         )
         for rank in range(count)
     ]
+    STARTED.extend(group)
+    return group
 
 
 def finish(group: Group, code: int | None = 0) -> list[str]:
@@ -84,12 +87,14 @@ def losses(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def wait_for(group: Group, folder: Path, step: int) -> None:
-    while True:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             if max(losses(folder), default=0) >= step:
                 return
         assert all(process.poll() is None for process in group), "A process ended too early."
         time.sleep(0.02)
+    raise AssertionError(f"The run did not reach step {step}.")
 
 
 def compare(home: Path, name: str) -> str:
@@ -99,8 +104,9 @@ def compare(home: Path, name: str) -> str:
     for step, values in expected.items():
         assert values.keys() == found[step].keys(), step
         for key, value in values.items():
-            worst = max(worst, abs(found[step][key] / value - 1))
-    assert worst <= 1e-5, f"{name} differs by {worst:.1e}"
+            difference = abs(found[step][key] / value - 1)
+            assert difference <= 1e-5, f"{name} differs by {difference:.1e} in step {step}: {key}"
+            worst = max(worst, difference)
     return f"{STEPS} steps, largest difference {worst:.1e}"
 
 
@@ -153,8 +159,10 @@ def main() -> int:
             begin = time.monotonic()
             try:
                 words = scenario(home)
-            except AssertionError as error:
+            except (AssertionError, subprocess.TimeoutExpired) as error:
                 failed += 1
+                for process in STARTED:
+                    process.kill()
                 words = f"FAILED: {error}"
             seconds = time.monotonic() - begin
             print(f"{scenario.__name__}: {words} [{seconds:.0f} s]", flush=True)

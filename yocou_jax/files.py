@@ -17,7 +17,8 @@ def expand_path(path: str | os.PathLike) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a new file and renames it. A kill or a full disk leaves the old file unchanged."""
+    """Writes a new file and renames it. A kill or a full disk leaves the old file unchanged. Only
+    one process may write a path at a time."""
     new = path.with_name(path.name + ".new")
     with new.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)

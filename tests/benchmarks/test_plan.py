@@ -123,9 +123,9 @@ def test_too_large_is_a_sentence():
         **{"remat": "none", "mesh": {"fsdp": 4}, "batch_size": 8, "accumulation_steps": 1},
     }
     assert planning.too_large(33.25 * 2**30, facts) == (
-        "A step needs 33.2 GiB of 16.0 GiB; parameters and optimizer are 3.0 GiB of it. It would "
-        "help, in this order: compute.remat=full, a larger optimizer.accumulation_steps, a larger "
-        "mesh.fsdp (state)."
+        "A step needs 33.25 GiB, which is more than a device has; parameters and optimizer are "
+        "3.0 GiB of it. It would help, in this order: compute.remat=full, a larger "
+        "optimizer.accumulation_steps, a larger mesh.fsdp (state)."
     )
     least = facts | {"remat": "full", "accumulation_steps": 2}
     assert planning.too_large(None, least).startswith("A step needs more than a device has; ")
@@ -137,7 +137,7 @@ def test_a_plan_that_is_larger_than_the_memory_says_so(monkeypatch):
     peaks = hardware.Peaks(flops=1e12, memory=1000.0, links=1e9)
     monkeypatch.setattr(hardware, "peaks", lambda kind: peaks)
     found = planning.plan(config_on((1, 4, 1, 2)), "cpu:8", jax.devices())
-    assert "A step needs 0.0 GiB of 0.0 GiB" in found["error"]
+    assert "A step needs 0.00 GiB, which is more than a device has" in found["error"]
     assert found["at_least"]["links"] == found["bytes"]["sent"] / 1e9
 
 
@@ -177,6 +177,23 @@ def test_what_each_form_of_a_collective_sends(line, sent):
     text = f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %y = {line}\n}}\n"
     (one,) = planning.collectives(text, 8)
     assert one.sent == sent
+
+
+def test_a_reduce_scatter_of_a_tpu_is_a_slice_of_an_all_reduce():
+    """Only if the slice is all that is returned; names as libtpu writes them."""
+    text = """%all-reduce-scatter (p: f32[8,4], i: s32[]) -> f32[2,4] {
+  %all-reduce.1 = f32[8,4]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %dynamic-slice.1 = f32[2,4]{1,0} dynamic-slice(%all-reduce.1, %i, %zero)
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[2,4] {
+  ROOT %fusion = f32[2,4]{1,0} fusion(%p, %i), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+    (one,) = planning.collectives(text, 8)
+    assert (one.kind, one.sent) == ("reduce-scatter", 8 * 4 * 4 * 3 / 4)
+    (other,) = planning.collectives(text.replace("dynamic-slice(", "negate("), 8)
+    assert (other.kind, other.sent) == ("all-reduce", 2 * 8 * 4 * 4 * 3 / 4)
 
 
 def test_a_program_that_is_not_understood_is_an_error():

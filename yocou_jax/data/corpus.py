@@ -23,6 +23,7 @@ import os
 import re
 import sysconfig
 import time
+import uuid
 import zipfile
 from array import array
 from collections import Counter
@@ -112,7 +113,8 @@ class Corpus:
             yield document
         if "_pass" in vars(self) and total.hexdigest() != self.summary.fingerprint:
             if self._memory is not None:  # it may be wrong, and the next start must not trust it
-                self._memory.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self._memory.unlink()
             raise UserError(
                 f"The data source {self.source!r} has changed while it was read; start again when "
                 "it is complete."
@@ -162,7 +164,10 @@ class Corpus:
         np.savez(content, summary=json.dumps(summary._asdict()), hashes=hashes, sizes=sizes)
         with contextlib.suppress(OSError):  # the files can be read again
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, content.getvalue())
+            # Many processes may share the folder, so each writes a file of its own name.
+            scratch = path.with_name(f".tmp-{uuid.uuid4().hex}")
+            write_atomically(scratch, content.getvalue())
+            scratch.replace(path)
         return summary, hashes, sizes
 
     @property

@@ -423,7 +423,7 @@ def _complete_or_absent(directory: Path) -> Iterator[Path]:
         for old in directory.parent.glob(".tmp-*"):
             with suppress(OSError):  # its owner may rename or remove it now
                 if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                    shutil.rmtree(old)
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
         yield scratch
         try:
             os.rename(scratch, directory)

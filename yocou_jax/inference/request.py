@@ -60,8 +60,7 @@ def default_sizes(
     """(capacity, chunk) for a batch of prompts of at most `longest` positions, and `new_tokens`
     after them. Given values stay. Requests with the same sizes share their compiled programs."""
     if chunk is None:
-        ways = batch_ways()
-        rows = batch if batch % ways else batch // ways  # on each device
+        rows = batch // batch_ways(batch=batch)  # on each device
         share = max(CHUNK_OF_ALL_ROWS // max(rows, 1) // 128, 1) * 128
         chunk = min(CHUNK, share, bucket(longest))
     if chunk < 1:
