@@ -502,7 +502,8 @@ def test_the_chunk_shrinks_with_the_batch_and_the_cache_has_room_for_whole_chunk
         assert inference.default_sizes(batch, 10_000)[1] == chunk
     with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))):
         assert inference.default_sizes(64, 10_000)[1] == 2048  # 8 rows on each device
-        assert inference.default_sizes(100, 10_000)[1] == 128  # 8 does not divide it: 100 on each
+        assert inference.default_sizes(100, 10_000)[1] == 640  # only data divides it: 25 on each
+        assert inference.default_sizes(101, 10_000)[1] == 128  # nothing divides it: 101 on each
     assert inference.default_sizes(1, 5000, 64) == (6144, 2048)  # without chunks it would be 5120
     assert inference.default_sizes(4, 90, 20) == (112, 96)
     assert inference.default_sizes(4, 90, 20, capacity=111, chunk=7) == (111, 7)
