@@ -1,7 +1,8 @@
 """Plans a training run for devices that this machine does not have, before one pays for them.
 
     python -m experiments.plan --config=configs/yocou_1b.py --topology=v5e:16x16 \
-        --config.mesh.fsdp=64 --config.mesh.context=4 --config.optimizer.accumulation_steps=2
+        --config.mesh.data=4 --config.mesh.fsdp=16 --config.mesh.context=4 \
+        --config.optimizer.accumulation_steps=2
     python -m experiments.plan --config=configs/yocou_1b.py --topology=v5p:4x4x4 --search
 
 It compiles the real training step for the topology (a device and a shape: v5e:16x16, v5p:4x4x4,

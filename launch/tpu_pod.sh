@@ -16,7 +16,8 @@ SHARE=10.0.0.2:/runs   # mounted at /mnt/runs
 PYTHON=python3.11      # the image may have an older one: install it first
 TRAIN="--config=configs/yocou_1b.py --config.data.source='/mnt/runs/text/*.jsonl.gz'
   --config.data.cache_dir=/mnt/runs/cache
-  --config.mesh.fsdp=64 --config.mesh.context=4 --config.optimizer.accumulation_steps=2"
+  --config.mesh.data=4 --config.mesh.fsdp=16 --config.mesh.context=4
+  --config.optimizer.accumulation_steps=2"
 TRAIN=$(echo $TRAIN)   # one line
 
 on_all_hosts() {
