@@ -18,7 +18,7 @@ of the paper. Ours are:
 Expected cost: see `experiments.account`; 21B tokens for each size. None of them ran here so far.
 """
 
-from configs import base
+from configs import yocou_1b
 from yocou_jax.errors import UserError
 
 # Layers, D, query heads, learning rate: Table 7.
@@ -38,26 +38,13 @@ def get_config(preset: str = "1.3b"):
     if size not in SIZES:
         raise UserError(f"The size {size!r} is not one of: {', '.join(SIZES)}.")
     layers, width, heads, rate = SIZES[size]
-    c = base.get_config()
+    c = yocou_1b.get_config(architecture or "yoco_u")
     c.model.update(
-        architecture=architecture or "yoco_u",
         num_layers=layers,
-        vocab_size=32_768,
         d_model=width,
         num_heads=heads,
         num_kv_heads=3 if heads % 4 else 4,
-        head_dim=128,
         d_ff=round(width * 8 / 3 / 256) * 256,
-        window=512,
     )
-    c.compute.remat = "attention"
-    c.optimizer.update(
-        learning_rate=rate, schedule="constant", warmup_steps=0, accumulation_steps=8
-    )
-    c.data.update(
-        source="hf:HuggingFaceFW/fineweb-edu/sample-100BT",
-        batch_size=128,
-        sequence_length=8192,
-    )
-    c.run.update(steps=20_000, eval_every=1000, sample_every=1000, checkpoint_every=1000)
+    c.optimizer.learning_rate = rate
     return c

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.test_sharding import check, config_on, gradients, loss_and_gradients
+from tests.test_sharding import check, config_on, loss_and_gradients
 from yocou_jax.config import MeshConfig
 from yocou_jax.errors import UserError
 from yocou_jax.model import context_parallel
@@ -51,36 +51,9 @@ def test_options_give_the_gradients_of_one_device(name):
     check(mesh, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "mesh"),
-    [("full*2", (1, 1, 1, 8)), ("yoco_u", (1, 1, 1, 8)), ("window*1 | cross*1", (1, 1, 1, 2, 4))],
-    ids=["full", "yoco_u", "experts"],
-)
-def test_gradients_in_bfloat16_are_as_exact_as_on_one_device(architecture, mesh):
-    """The error against float32 does not grow. (XLA's CPU backend sums in float32 whatever it is
-    told; the types of the sums are tested below.)"""
-    fields = {"num_loops": None} if "@" not in architecture and architecture != "yoco_u" else {}
-    fields |= tiny.MOE if len(mesh) == 5 else {}
-
-    def found(mesh, dtype):
-        config = config_on(mesh, architecture, dtype=dtype, **fields)
-        devices = jax.devices()[: math.prod(mesh)]
-        return gradients(config, tiny.batch(), make_mesh(config.mesh, devices))[1]
-
-    exact = jax.tree.leaves(found((1,), "float32"))
-
-    def error(mesh):
-        rounded = jax.tree.leaves(found(mesh, "bfloat16"))
-        return np.mean(
-            [np.abs(a - b).mean() / np.abs(b).mean() for a, b in zip(rounded, exact, strict=True)]
-        )
-
-    assert error(mesh) <= 1.2 * error((1,))
-
-
 def test_sums_over_parts_of_a_sequence_are_in_float32():
-    """Of the keys and values of a full layer, in the program before XLA changes it."""
+    """Of the keys and values of a full layer, in the program before XLA changes it. (XLA's CPU
+    backend sums in float32 whatever it is told, so values would show nothing.)"""
     config = config_on((1, 1, 1, 8), "full*1, streams=2", num_loops=None, dtype="bfloat16")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):

@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import hlo, scaling
 from benchmarks import plan as planning
-from benchmarks import scaling
 from tests import tiny
 from tests.test_sharding import config_on
 from yocou_jax import accounting, hardware
@@ -31,7 +31,7 @@ def test_collectives_count_the_runs_of_loops_in_loops():
         jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
     )
     text = run.lower(jax.ShapeDtypeStruct((400, 6), jnp.float32)).compile().as_text()
-    found = {one.kind: one for one in planning.collectives(text, 8)}
+    found = {one.kind: one for one in hlo.collectives(text, 8)}
     part = 100 * 6 * 4
     assert found["all-reduce"].times == 15
     assert found["all-reduce"].sent == 2 * part * 3 / 4
@@ -74,7 +74,7 @@ ENTRY %main (p: bf16[2,16]) -> bf16[2,64] {
 
 
 def test_collectives_of_a_tpu():
-    found = [(one.kind, one.axes, one.sent, one.times) for one in planning.collectives(TPU, 8)]
+    found = [(one.kind, one.axes, one.sent, one.times) for one in hlo.collectives(TPU, 8)]
     assert found == [
         ("all-gather", "context", 2 * 64 * 2 * 3 / 4, 1),
         ("all-gather", "4 devices", 8 * 4 * 3 / 4, 7),
@@ -150,7 +150,7 @@ def test_collectives_of_all_branches_count():
     specs = {"in_specs": P("x"), "out_specs": P("x"), "check_vma": False}
     run = jax.jit(jax.shard_map(body, mesh=mesh, **specs))
     text = run.lower(jax.ShapeDtypeStruct((80,), jnp.float32)).compile().as_text()
-    assert [one.kind for one in planning.collectives(text, 8)] == ["all-reduce"]
+    assert [one.kind for one in hlo.collectives(text, 8)] == ["all-reduce"]
 
 
 LISTED = "replica_groups={{0,1,2,3},{4,5,6,7}}"
@@ -175,7 +175,7 @@ IOTA = "replica_groups=[2,4]<=[8]"
 )
 def test_what_each_form_of_a_collective_sends(line, sent):
     text = f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %y = {line}\n}}\n"
-    (one,) = planning.collectives(text, 8)
+    (one,) = hlo.collectives(text, 8)
     assert one.sent == sent
 
 
@@ -190,19 +190,19 @@ ENTRY %main (p: f32[8,4]) -> f32[2,4] {
   ROOT %fusion = f32[2,4]{1,0} fusion(%p, %i), kind=kCustom, calls=%all-reduce-scatter
 }
 """
-    (one,) = planning.collectives(text, 8)
+    (one,) = hlo.collectives(text, 8)
     assert (one.kind, one.sent) == ("reduce-scatter", 8 * 4 * 4 * 3 / 4)
-    (other,) = planning.collectives(text.replace("dynamic-slice(", "negate("), 8)
+    (other,) = hlo.collectives(text.replace("dynamic-slice(", "negate("), 8)
     assert (other.kind, other.sent) == ("all-reduce", 2 * 8 * 4 * 4 * 3 / 4)
 
 
 def test_a_program_that_is_not_understood_is_an_error():
     lost = "%other (p: f32[8]) -> f32[8] {\n  %y = f32[8] all-reduce(%p), replica_groups={}\n}\n"
     with pytest.raises(ValueError, match="How often does other run, which has %y"):
-        planning.collectives(f"{lost}ENTRY %main (p: f32[8]) -> f32[8] {{\n  ROOT %p\n}}\n", 8)
+        hlo.collectives(f"{lost}ENTRY %main (p: f32[8]) -> f32[8] {{\n  ROOT %p\n}}\n", 8)
     endless = TPU.replace("constant(7)", "parameter(0)")
     with pytest.raises(ValueError, match="How often does body run, which has %start"):
-        planning.collectives(endless, 8)
+        hlo.collectives(endless, 8)
 
 
 def test_meshes_fit_the_devices_and_the_batch():
@@ -240,8 +240,6 @@ def test_scaling_keeps_the_tokens_of_all_devices_or_of_each():
         assert one["sent"] == 0 < min(strong["sent"], weak["sent"])
         assert strong["state"] < 0.6 * one["state"]
         assert (strong[size], weak[size]) == (one[size], 2 * one[size])
-        assert strong["flops"] == one["flops"] / 2
-    assert rows["fsdp", "weak", 2]["flops"] == rows["fsdp", "weak", 1]["flops"]
 
 
 def test_scaling_needs_devices():
