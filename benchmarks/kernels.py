@@ -178,7 +178,7 @@ def measure_errors(sizes: Sizes) -> list[dict]:
 def _dense(case: Case, q, k, v, lengths=None):
     scale = case.H**-0.5
     if case.decodes:
-        return reference.decode(q, k, v, lengths, scale=scale)
+        return reference.decode(q, k, v, lengths, scale=scale)[0]
     return reference.attention(q, k, v, Mask(case.window), scale=scale)[0]
 
 

@@ -8,7 +8,6 @@ what a step takes at least.
 
 import dataclasses
 import itertools
-import math
 import os
 import re
 import time
@@ -26,9 +25,11 @@ from benchmarks.hlo import Collective, collectives
 from yocou_jax import accounting, hardware
 from yocou_jax.config import Config, MeshConfig, ModelConfig
 from yocou_jax.data.pipeline import Batch
+from yocou_jax.device_memory import training_hints
 from yocou_jax.errors import UserError
+from yocou_jax.foreign import asked_bytes
 from yocou_jax.model import abstract_params
-from yocou_jax.sharding import LOGICAL_AXES, SIZES, batch_sharding, split_over
+from yocou_jax.sharding import LOGICAL_AXES, SIZES, batch_sharding, batch_ways, split_over
 from yocou_jax.training.step import Setup, set_up
 from yocou_jax.typing import PyTree
 
@@ -76,7 +77,7 @@ def devices_of(topology: str) -> list:
 # --- The plan -------------------------------------------------------------------------------------
 
 
-def _shard_bytes(tree: PyTree) -> int:
+def shard_bytes(tree: PyTree) -> int:
     """Bytes of one device's part of abstract arrays with shardings."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
@@ -142,33 +143,47 @@ def plan(config: Config, topology: str, devices: list) -> dict[str, Any]:
         "dtype": setup.compute.dtype.name,
         "whole": whole_dimensions(setup, config.model),
         "bytes": {
-            "parameters": _shard_bytes(state.params),
-            "optimizer": _shard_bytes(state.opt_state),
+            "parameters": shard_bytes(state.params),
+            "optimizer": shard_bytes(state.opt_state),
             "memory": peaks.memory,
         },
         "flops": flops,
     }
+    compiled, used = compile_for(run, devices)
+    if used is not None:
+        hints = training_hints(config, len(devices), batch_ways(setup.mesh))
+        found["error"] = too_large(used or None, found["bytes"], hints)
+    if compiled is None:
+        return found
+    found["bytes"] |= compiled.pop("bytes")
+    return found | compiled | estimate(flops, found["bytes"]["sent"], peaks)
+
+
+def compile_for(
+    lower: Callable[[], Any], devices: list
+) -> tuple[dict[str, Any] | None, float | None]:
+    """What a compiled program needs on each device, or None if the compiler refused it. Also the
+    bytes that it would use, if a device does not have so many (0: it is not known how many)."""
     start = time.perf_counter()
     try:
-        compiled = run().compile()
+        compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sizes = re.search(r"Used ([\d.]+)G of ", str(error))  # libtpu counts in GiB
-        used = float(sizes.group(1)) * 2**30 if sizes else None
-        return found | {"error": too_large(used, found)}
-    found["compile_seconds"] = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+        return None, asked_bytes(error) or 0.0
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     both = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak = both - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    found["bytes"] |= {"temporary": memory.temp_size_in_bytes, "peak": peak}
-    if peaks.memory and peak > peaks.memory:  # only libtpu refuses to compile such a program
-        found["error"] = too_large(peak, found)
     moved = collectives(compiled.as_text(), len(devices))
-    found["collectives"] = _summary(moved)
     sent = sum(one.sent * one.times for one in moved)
-    found["bytes"]["sent"] = sent
-    return found | _estimate(flops, sent, peaks)
+    limit = hardware.peaks(devices[0].device_kind).memory
+    found = {
+        "bytes": {"temporary": memory.temp_size_in_bytes, "peak": peak, "sent": sent},
+        "collectives": _summary(moved),
+        "compile_seconds": seconds,
+    }
+    # Only libtpu refuses to compile a program that is too large.
+    return found, peak if limit and peak > limit else None
 
 
 def _summary(moved: list[Collective]) -> list[dict[str, Any]]:
@@ -181,13 +196,18 @@ def _summary(moved: list[Collective]) -> list[dict[str, Any]]:
     return [{"kind": kind, "axes": axes, **row} for (kind, axes), row in ordered]
 
 
-def _estimate(flops: float, sent: float, peaks: hardware.Peaks) -> dict[str, Any]:
+def estimate(
+    flops: float, sent: float, peaks: hardware.Peaks, reading: float | None = None
+) -> dict[str, Any]:
     """The time that arithmetic and links need at least, if both run at their published peaks at the
-    same time. MFU: the share of the peak that a step would then reach."""
+    same time, and so does the memory. MFU: the share of the peak that a step would then reach.
+    reading: the seconds that it takes to read what a step must read, if these are not few."""
     seconds = {
         "arithmetic": flops / peaks.flops if peaks.flops else None,
         "links": sent / peaks.links if peaks.links else None,
     }
+    if reading is not None:
+        seconds["reading"] = reading
     known = [x for x in seconds.values() if x is not None]
     least = max(known, default=None)
     mfu = None if least is None or seconds["arithmetic"] is None else seconds["arithmetic"] / least
@@ -198,22 +218,14 @@ def _estimate(flops: float, sent: float, peaks: hardware.Peaks) -> dict[str, Any
 OPTIONS = (("none", 1), ("attention", 1), ("attention", 4), ("full", 1), ("full", 4), ("full", 16))
 
 
-def too_large(used: float | None, found: dict[str, Any]) -> str:
+def too_large(used: float | None, sizes: dict[str, Any], hints: list[str]) -> str:
     """One sentence about memory: what is needed, what there is, and what would help, in order.
     used: bytes, if they are known."""
-    sizes, mesh = found["bytes"], found["mesh"]
     fixed = sizes["parameters"] + sizes["optimizer"]
     needed = "more" if used is None else f"{used / 2**30:.2f} GiB, which is more"
-    limit = "than a device has"
-    most_remat, _ = OPTIONS[-1]
-    hints = [] if found["remat"] == most_remat else [f"compute.remat={most_remat}"]
-    ways = math.prod(mesh.get(axis, 1) for axis in LOGICAL_AXES["batch"])
-    if found["batch_size"] > ways * found["accumulation_steps"]:
-        hints.append("a larger optimizer.accumulation_steps")
-    hints += ["a larger mesh.fsdp (state)", "a larger mesh.context (activations)"]
     return (
-        f"A step needs {needed} {limit}; parameters and optimizer are {fixed / 2**30:.1f} GiB of "
-        f"it. It would help, in this order: {', '.join(hints[:3])}."
+        f"A step needs {needed} than a device has; parameters and optimizer are "
+        f"{fixed / 2**30:.1f} GiB of it. It would help, in this order: {', '.join(hints[:3])}."
     )
 
 

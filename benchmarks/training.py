@@ -14,6 +14,7 @@ from pallas_kernels import api
 from yocou_jax import accounting
 from yocou_jax.config import Config
 from yocou_jax.data.pipeline import Batch, load_data
+from yocou_jax.device_memory import memory_errors, training_hints
 from yocou_jax.sharding import batch_sharding
 from yocou_jax.training.step import set_up
 
@@ -71,10 +72,12 @@ def measure_training(fields: ConfigDict, rounds: int, steps: int) -> dict[str, A
     x = jax.random.normal(jax.random.key(0), (n, n))
     product = jax.jit(jnp.dot)
     seconds(product, x, x)
-    trainers = {name: Trainer(config, steps) for name, config in compared(fields).items()}
+    hints = training_hints(Config.from_dict(fields), jax.device_count(), 1)
+    with memory_errors("A training step", hints):
+        trainers = {name: Trainer(config, steps) for name, config in compared(fields).items()}
+        for trainer in trainers.values():
+            seconds(trainer.device_only)  # compiles
     device, training, matmul = {n: [] for n in trainers}, {n: [] for n in trainers}, []
-    for trainer in trainers.values():
-        seconds(trainer.device_only)  # compiles
     for _ in range(rounds):
         matmul.append(seconds(product, x, x))
         for name, trainer in trainers.items():

@@ -13,6 +13,7 @@ token, after --max_new_tokens, or before a --stop text. In bash, --stop=$'\\n\\n
 """  # noqa: E501
 
 import contextlib
+import math
 
 import jax
 from absl import flags
@@ -67,6 +68,9 @@ CHUNK = flags.DEFINE_integer(
 TENSOR = flags.DEFINE_integer(
     "tensor", 1, "Devices that share each matrix of the model.", lower_bound=1
 )
+CONTEXT = flags.DEFINE_integer(
+    "context", 1, "Devices that share the positions of each text, if it is long.", lower_bound=1
+)
 flags.mark_flag_as_required("workdir")
 
 
@@ -83,24 +87,26 @@ def stops() -> list[str]:
     return [checked("--stop", text) for text in STOP.value]
 
 
-def tensor_mesh() -> jax.sharding.Mesh | None:
+def mesh_of_flags() -> jax.sharding.Mesh | None:
     from yocou_jax.config import MeshConfig
     from yocou_jax.sharding import make_mesh
 
-    if TENSOR.value == 1:
+    sizes = {flag.name: flag.value for flag in (TENSOR, CONTEXT) if flag.value > 1}
+    devices = math.prod(sizes.values())
+    if not sizes:
         return None
-    if TENSOR.value > jax.device_count():
+    if devices > jax.device_count():
+        asked = " ".join(f"--{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"--tensor={TENSOR.value} needs {TENSOR.value} devices, but jax finds "
-            f"{jax.device_count()} here."
+            f"{asked} needs {devices} devices, but jax finds {jax.device_count()} here."
         )
-    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=TENSOR.value), jax.devices()[: TENSOR.value])
+    return make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:devices])
 
 
 def main(_):
     cli.refuse_empty(WORKDIR)
     process.check_kernels(ATTENTION.value)
-    texts, ends, mesh = prompts(), stops(), tensor_mesh()
+    texts, ends, mesh = prompts(), stops(), mesh_of_flags()
     # These imports take seconds, so they come after the checks.
     from experiments.writer import Options, Writer
     from yocou_jax.inference import Sampling

@@ -15,7 +15,9 @@ published peaks of arithmetic and links, both reached, at the same time. Nothing
 and the fewest microbatches with which the step fits, and it ranks all by the estimate. These
 settings of the config are replaced; all others stay. Any setting can be given as a flag
 (--config.data.sequence_length=1048576).
-Exit code 1: the step does not fit into the memory of a device.
+
+--inference plans prefill, a chunk at a time, and one step of decode instead.
+Exit code 1: a program does not fit into the memory of a device.
 """
 
 import sys
@@ -23,6 +25,9 @@ import sys
 from absl import flags
 
 from benchmarks import plan as planning
+from benchmarks import plan_report
+from benchmarks.plan_inference import plan_inference
+from benchmarks.plan_report import in_seconds, mesh_of
 from benchmarks.report import Grid, console, table
 from experiments import cli
 from yocou_jax import hardware
@@ -34,65 +39,10 @@ CONFIG = cli.config_file("configs/yocou_1b.py", "What to train.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Device and shape, as v5e:16x16.", required=True)
 SEARCH = flags.DEFINE_bool("search", False, "Try several meshes, remat and microbatches.")
 TRIES = flags.DEFINE_integer("tries", 6, "How many --search compiles.", lower_bound=1)
+INFERENCE = flags.DEFINE_bool(
+    "inference", False, "Plan prefill and decode of data.batch_size rows of data.sequence_length."
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
-
-GIB = 2**30
-
-
-def _gib(size: float | None) -> str:
-    return "not known" if size is None else f"{size / GIB:.3g} GiB"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "not known" if seconds is None else f"{seconds:.3g} s"
-
-
-def _mesh(found: dict) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "data=1"
-
-
-def _facts(found: dict) -> list[list[str]]:
-    sizes = found["bytes"]
-    rows = [
-        ["devices", f"{found['devices']} x {found['device_kind']}"],
-        ["mesh", _mesh(found)],
-        ["program", found["program"]],
-        [
-            "batch",
-            f"{found['batch_size']} x {found['sequence_length']} tokens, in "
-            f"{found['accumulation_steps']} microbatches; remat {found['remat']}, {found['dtype']}",
-        ],
-        ["not split, because it does not divide", "; ".join(found["whole"]) or "nothing"],
-        ["parameters", _gib(sizes["parameters"])],
-        ["optimizer", _gib(sizes["optimizer"])],
-    ]
-    if "error" in found:
-        return [*rows, ["does not fit", found["error"]]]
-    room = None if sizes["memory"] is None else sizes["memory"] - sizes["peak"]
-    least = found["at_least"]
-    return [
-        *rows,
-        ["gradients, activations and the rest", _gib(sizes["temporary"])],
-        ["peak", f"{_gib(sizes['peak'])} of {_gib(sizes['memory'])}; {_gib(room)} are left"],
-        ["FLOPs of a step", f"{found['flops']:.4g}"],
-        ["sent in a step", _gib(sizes["sent"])],
-        ["arithmetic (estimate)", f"at least {_seconds(least['arithmetic'])}"],
-        ["links (estimate)", f"at least {_seconds(least['links'])}"],
-        [
-            "step (estimate)",
-            f"at least {_seconds(least['step'])}"
-            + (f", MFU at most {least['mfu']:.0%}" if least["mfu"] is not None else ""),
-        ],
-        ["compiled in", f"{found['compile_seconds']:.0f} s"],
-    ]
-
-
-def _show(found: dict) -> None:
-    out = console(120)
-    out.print(table(Grid(f"Plan for {found['topology']}, per device", ["", ""], _facts(found))))
-    if moved := found.get("collectives"):
-        rows = [[m["kind"], m["axes"], f"{m['runs']:,}", _gib(m["sent"])] for m in moved]
-        out.print(table(Grid("What moves in a step", ["kind", "over", "runs", "sent"], rows, 2)))
 
 
 def _search(config: Config, devices: list) -> list[dict]:
@@ -123,27 +73,36 @@ def _search(config: Config, devices: list) -> list[dict]:
 
 def _line(found: dict) -> str:
     step = found.get("at_least", {}).get("step")
-    words = "does not fit" if "error" in found else f"at least {_seconds(step)}"
+    words = "does not fit" if "error" in found else f"at least {in_seconds(step)}"
     parts = found["accumulation_steps"]
-    return f"{_mesh(found)}, remat {found['remat']}, {parts} microbatches: {words}"
+    return f"{mesh_of(found)}, remat {found['remat']}, {parts} microbatches: {words}"
+
+
+def _show(grids: list[Grid]) -> None:
+    out = console(120)
+    for grid in grids:
+        out.print(table(grid))
 
 
 def main(_):
     config = Config.from_dict(CONFIG.value)
+    if INFERENCE.value and SEARCH.value:
+        raise UserError("--search tries meshes for training: leave out --inference.")
     devices = planning.devices_of(TOPOLOGY.value)
-    if SEARCH.value:
-        found = _search(config, devices)
-        if JSON.value:
-            print(to_json({"plans": found}))
-            return 0 if "error" not in found[0] else 1
-        best = found[0]
+    if INFERENCE.value:
+        shown = found = plan_inference(config, TOPOLOGY.value, devices)
+        grids = plan_report.inference(found)
+        fits = all("error" not in row for row in found["programs"].values())
     else:
-        best = planning.plan(config, TOPOLOGY.value, devices)
-        if JSON.value:
-            print(to_json(best))
-            return 1 if "error" in best else 0
-    _show(best)
-    return 1 if "error" in best else 0
+        plans = _search(config, devices) if SEARCH.value else None
+        found = plans[0] if plans else planning.plan(config, TOPOLOGY.value, devices)
+        shown = {"plans": plans} if plans else found
+        grids, fits = plan_report.training(found), "error" not in found
+    if JSON.value:
+        print(to_json(shown))
+    else:
+        _show(grids)
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

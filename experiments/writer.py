@@ -11,11 +11,17 @@ from experiments.terminal import Printer, note
 from pallas_kernels import OPERATIONS, UnsupportedCall, choose_implementation
 from yocou_jax import inference, pretrained
 from yocou_jax.config import ModelConfig
+from yocou_jax.device_memory import memory_errors
 from yocou_jax.errors import UserError
-from yocou_jax.foreign import out_of_memory
 from yocou_jax.inference import Generation, Sampling
 from yocou_jax.inference.sampling import check as check_sampling
 from yocou_jax.inference.text import TextRow
+
+HINTS = (  # if the memory is used up
+    "a smaller --max_new_tokens or --num_samples",
+    "a smaller --chunk (for long prompts)",
+    "more devices with --tensor or --context",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +61,15 @@ class Writer:
 
     def __call__(self, texts: list[str]) -> None:
         options = self.options
+        what = (
+            f"A batch of {len(texts)} prompts with {options.num_samples} samples of up to "
+            f"{options.max_new_tokens:,} new tokens"
+        )
         try:
-            self._continue(texts)
+            with memory_errors(what, HINTS):
+                self._continue(texts)
         except UnsupportedCall as error:  # the kernel does not support these sizes
             raise UserError(f"--attention={options.attention}: {error}") from error
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise UserError(
-                f"{len(texts)} prompts with {options.num_samples} samples of up to "
-                f"{options.max_new_tokens:,} new tokens do not fit into the memory of the device."
-            ) from error
 
     def _continue(self, texts: list[str]) -> None:
         options, tokenizer = self.options, self.tokenizer

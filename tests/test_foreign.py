@@ -51,8 +51,25 @@ def test_xla_says_when_memory_is_used_up():
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
         jnp.zeros(2**50).block_until_ready()  # 32 times what a process can address
     assert foreign.out_of_memory(error.value)
+    assert foreign.asked_bytes(error.value) == 2**52
     assert foreign.out_of_memory(MemoryError())
     assert not foreign.out_of_memory(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes."))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.50GiB.", 1.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4096 bytes.", 4096),
+        ("RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 8.00G. That "
+         "was not possible. There are 5.2G free.", 2**33),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.25G of 15.75G hbm. "
+         "Exceeded hbm capacity by 17.50G.", 33.25 * 2**30),
+        ("RESOURCE_EXHAUSTED", None),
+    ],
+)  # fmt: skip
+def test_how_much_memory_was_asked_for_as_accelerators_say_it(text, size):
+    assert foreign.asked_bytes(RuntimeError(text)) == size
 
 
 def test_what_the_system_says_is_found_in_a_long_text():

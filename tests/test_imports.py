@@ -25,7 +25,10 @@ LEVELS = (
         "configs",
     },
     {"pallas_kernels", "yocou_jax.hardware"},
-    {"yocou_jax.trees", "yocou_jax.sharding", "yocou_jax.manifest", "yocou_jax.checkpoint"},
+    {
+        *("yocou_jax.trees", "yocou_jax.sharding", "yocou_jax.manifest", "yocou_jax.checkpoint"),
+        "yocou_jax.device_memory",
+    },
     {"yocou_jax.model", "yocou_jax.data"},
     {"yocou_jax.inference", "yocou_jax.pretrained"},
     {"yocou_jax.training", "yocou_jax.analysis"},

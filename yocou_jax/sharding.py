@@ -34,7 +34,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),  # the positions of an activation
-    "keys": (),  # the positions of keys that queries of all positions read
+    "keys": ("context",),  # the positions of a cache
     "activation": (),  # the model width of an activation
     # parameters
     "embed": ("fsdp", "context"),  # the model width of a matrix of parameters
@@ -237,11 +237,46 @@ def batch_ways(mesh: Mesh | AbstractMesh | None = None, batch: int = 0) -> int:
     return _ways(split_over("batch", batch, mesh), mesh)
 
 
+def context_ways() -> int:
+    """Number of devices that share the positions of a sequence, on the mesh of the context."""
+    return _ways(LOGICAL_AXES["length"], jax.sharding.get_abstract_mesh())
+
+
 def length_ways(length: int) -> int:
     """Number of parts into which the mesh of the context splits so many positions. 1 if it cannot
     give every device two equal halves, which cross layers need (model/context_parallel.py)."""
-    ways = _ways(LOGICAL_AXES["length"], jax.sharding.get_abstract_mesh())
+    ways = context_ways()
     return 1 if length % (2 * ways) else ways
+
+
+def keys_ways(slots: int) -> int:
+    """Number of parts of a cache with so many slots on the mesh of the context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _ways(split_over("keys", slots, mesh), mesh)
+
+
+def take(x: Array, index: Array, *axes: str | None) -> Array:
+    """x[b, index[b, m]] for x [B, N, ...] and index [B, M]. axes: the logical axes of x.
+
+    If the mesh splits the N positions, each device takes those that it has, and the results, in
+    which all others are 0, are added: M positions move, and not N.
+    """
+    mesh, N = jax.sharding.get_abstract_mesh(), x.shape[1]
+    spread = (..., *[None] * (x.ndim - 2))
+    if length_ways(N) == 1:
+        return jnp.take_along_axis(x, index[spread], axis=1)
+    split = spec_for(axes, x.shape, mesh)
+    rows, axis, *others = split
+
+    def local(x, index):
+        n = x.shape[1]
+        index -= jax.lax.axis_index(axis) * n
+        here = (index >= 0) & (index < n)
+        found = jnp.take_along_axis(x, jnp.clip(index, 0, n - 1)[spread], axis=1)
+        return jax.lax.psum(jnp.where(here[spread], found, 0), axis)
+
+    specs = (split, PartitionSpec(rows, None)), PartitionSpec(rows, None, *others)
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)(x, index)
 
 
 def vocab_ways(vocab: int) -> int:

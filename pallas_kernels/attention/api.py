@@ -334,13 +334,21 @@ def cross_attention(
     return _attention("cross_attention", q, k, v, mask, *how)
 
 
-def _decode(operation, q, k, v, lengths, scale, implementation, partition):
+def _decode(operation, q, k, v, lengths, scale, return_lse, implementation, partition):
     _require(q.ndim == 3, f"{operation} needs q as [B, Q, H], one query per row; got {q.shape}.")
     _check_heads(operation, q, k, v)
     _check_rows(operation, "lengths", lengths, q.shape[0])
-    call = Call(operation, target_device(q), q_shape=q.shape, k_shape=k.shape, dtype=q.dtype)
+    call = Call(
+        operation,
+        target_device(q),
+        q_shape=q.shape,
+        k_shape=k.shape,
+        dtype=q.dtype,
+        return_lse=return_lse,
+    )
     run, lengths = _select(implementation, call).decode, _clipped(lengths, k.shape[1])
-    return run(q, k, v, lengths, scale=_scale(scale, q), partition=partition)
+    out, lse = run(q, k, v, lengths, scale=_scale(scale, q), partition=partition)
+    return (out, lse) if return_lse else out
 
 
 def decode_window(
@@ -360,7 +368,8 @@ def decode_window(
     valid. Their order does not matter: a softmax has no order, and RoPE is applied to a key before
     it is stored. A row of length 0 gives 0.
     """
-    return _decode("decode_window", q, k_ring, v_ring, lengths, scale, implementation, partition)
+    how = scale, False, implementation, partition
+    return _decode("decode_window", q, k_ring, v_ring, lengths, *how)
 
 
 def decode_cross(
@@ -370,9 +379,14 @@ def decode_cross(
     lengths: Int[Array, " B"],
     *,
     scale: float | None = None,
+    return_lse: bool = False,
     implementation: str = "auto",
     partition: Partition | None = None,
-) -> Float[Array, "B Q H"]:
+):
     """One query per row over the first lengths[b] keys of a cache, the query's own included: of the
-    global cache in a cross layer, of its own cache in a full layer. A row of length 0 gives 0."""
-    return _decode("decode_cross", q, k_cache, v_cache, lengths, scale, implementation, partition)
+    global cache in a cross layer, of its own cache in a full layer.
+
+    Returns [B, Q, H]; with return_lse also the lse, fp32 [B, Q], as `window_attention`. A row of
+    length 0 gives 0 and MASKED."""
+    how = scale, return_lse, implementation, partition
+    return _decode("decode_cross", q, k_cache, v_cache, lengths, *how)

@@ -47,6 +47,8 @@ def unsupported_reason(call: Call) -> str | None:
                 f"cuDNN's attention takes heads of a width up to {longest}, a multiple of 8, on "
                 f"{device.kind}; got {H}."
             )
+    if call.return_lse:
+        return "jax.nn rounds cuDNN's lse to the dtype of q and does not differentiate it."
     if call.decodes:
         return None
     if call.segments:
@@ -57,8 +59,6 @@ def unsupported_reason(call: Call) -> str | None:
         N, S = call.q_shape[1], call.k_shape[1]
         if N != S:
             return f"cuDNN's causal mask is used for N == S only; got {N} queries and {S} keys."
-    if call.return_lse:
-        return "jax.nn rounds cuDNN's lse to the dtype of q and does not differentiate it."
     return None
 
 
@@ -78,8 +78,9 @@ def attention(q, k, v, mask: Mask, *, scale, partition=None):
 
 
 def decode(q, k, v, valid, *, scale, partition=None):
-    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]."""
-    return _attend(q[:, None], k, v, valid, scale)[:, 0]
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H], except that lse is
+    None."""
+    return _attend(q[:, None], k, v, valid, scale)[:, 0], None
 
 
 def _attend(q, k, v, lengths, scale, **options):

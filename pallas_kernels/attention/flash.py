@@ -183,7 +183,7 @@ def attention(kernels: Kernels, q, k, v, mask: Mask, *, scale, partition=None, h
 
 def decode(kernel: Callable, q, k, v, valid, *, scale, partition=None, opaque=True):
     """Computes what `reference.decode` computes, by the kernel given, under the mesh in use.
-    q [B Q H], k and v [B S K H]; valid [B]: how many slots count. Returns [B Q H]."""
+    q [B Q H], k and v [B S K H]; valid [B]: how many slots count. Returns [B Q H], [B Q]."""
     where = sharding.layout(partition, q.shape[0], q.shape[1], k.shape[2])
     _check_context(opaque, q, where)
     if where is None:
@@ -194,5 +194,5 @@ def decode(kernel: Callable, q, k, v, valid, *, scale, partition=None, opaque=Tr
         return kernel(q, k, v, valid, scale=scale)
 
     in_specs = where.specs("bq.", "b.k.", "b.k.", "b")
-    (out_spec,) = where.specs("bq.")
-    return sharding.on_each_device(body, where, in_specs, out_spec)(q, k, v, valid)
+    out_specs = where.specs("bq.", "bq")
+    return sharding.on_each_device(body, where, in_specs, out_specs)(q, k, v, valid)

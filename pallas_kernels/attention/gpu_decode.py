@@ -132,7 +132,7 @@ def _merge(mine: Softmax, out_smem, top_smem, total_smem):
 
 
 def decode(q, k, v, valid, *, scale):
-    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]."""
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H], [B Q]."""
     B, Q, H = q.shape
     K = k.shape[2]
     G = Q // K
@@ -168,5 +168,5 @@ def decode(q, k, v, valid, *, scale):
         },
         cost=(4 * B * Q * S * H, B * Q * S),
     )
-    out = join_splits(out[:, :, :, :G], lse2[:, :, :, :G], axis=2)
-    return out.reshape(q.shape).astype(q.dtype)
+    out, lse = join_splits(out[:, :, :, :G], lse2[:, :, :, :G], axis=2)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(B, Q)

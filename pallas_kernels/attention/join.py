@@ -4,9 +4,13 @@ out = sum_i exp(lse_i - lse) out_i, where lse is the log of the sum of exponenti
 part in which a row sees nothing (out 0, lse MASKED) counts for nothing.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pallas_kernels.attention.mask import MASKED
 
 # out [..., H], and lse [...] in fp32: what attention with return_lse returns.
 Part = tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]
@@ -26,8 +30,12 @@ def join(first: Part, *others: Part) -> Part:
 
 def join_splits(
     out: Float[Array, "..."], lse2: Float[Array, "..."], axis: int
-) -> Float[Array, "..."]:
-    """Joins the parts along `axis` that one kernel returned in fp32, with lse in base 2. A row that
-    sees nothing in any part gives 0."""
-    weights = jnp.exp2(lse2 - lse2.max(axis, keepdims=True))
-    return (out * weights[..., None]).sum(axis) / weights.sum(axis)[..., None]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Joins the parts along `axis` that one kernel returned in fp32, with lse in base 2. Returns
+    the result and its lse, a natural log. A row that sees nothing in any part gives 0 and MASKED.
+    """
+    top = lse2.max(axis)
+    weights = jnp.exp2(lse2 - jnp.expand_dims(top, axis))
+    total = weights.sum(axis)
+    lse = jnp.where(top <= MASKED, MASKED, top * math.log(2) + jnp.log(total))
+    return (out * weights[..., None]).sum(axis) / total[..., None], lse

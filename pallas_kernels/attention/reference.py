@@ -59,13 +59,14 @@ def decode(
     *,
     scale: float,
     partition=None,
-) -> Float[Array, "B Q H"]:
-    """One query per row over the first `valid` slots, which may be in any order."""
+) -> tuple[Float[Array, "B Q H"], Float[Array, "B Q"]]:
+    """One query per row over the first `valid` slots, which may be in any order. Returns the result
+    and its lse, as `attention`."""
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     k, v = (_as_read(x, q.dtype) for x in (k, v))
     seen = (jnp.arange(S)[None] < valid[:, None])[:, None, None, :]
     grouped = q.astype(jnp.float32).reshape(B, K, Q // K, H)
     scores = jnp.einsum("bkgh,bskh->bkgs", grouped, k) * scale
-    out, _ = _softmax_average(scores, seen, v, "bkgs,bskh->bkgh")
-    return out.reshape(q.shape).astype(q.dtype)
+    out, lse = _softmax_average(scores, seen, v, "bkgs,bskh->bkgh")
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(B, Q)

@@ -26,7 +26,7 @@ from pallas_kernels.attention.tpu_kernels import NN, NT, dot, lanes
 _SUBLANES = 8  # rows of a register
 
 
-def _softmax(step, valid, out_ref, top, total, acc):
+def _softmax(step, valid, out_ref, lse2_ref, top, total, acc):
     """Runs a running softmax over the grid steps. step() returns masked scores [Q, slots], in base
     2, and a function from their exponentials to the sums of values [Q, width] that these weigh. It
     runs if the step has valid slots."""
@@ -51,8 +51,10 @@ def _softmax(step, valid, out_ref, top, total, acc):
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
         sums = total[...]
-        sums = jnp.where(sums == 0, 1.0, sums)
+        empty = sums == 0
+        sums = jnp.where(empty, 1.0, sums)
         out_ref[...] = (acc[...] / lanes(sums, acc.shape[1])).astype(out_ref.dtype)
+        lse2_ref[...] = jnp.where(empty, masks.MASKED, top[...] + jnp.log2(sums))
 
 
 def _existing(v, axis, valid):
@@ -61,7 +63,7 @@ def _existing(v, axis, valid):
     return jnp.where(exists, v, jnp.zeros((), v.dtype))
 
 
-def _columns_kernel(scale, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, acc):
+def _columns_kernel(scale, valid_ref, q_ref, k_ref, v_ref, *outputs_and_sums):
     """k and v are [K * H, slots]. Row h of q [Q, K * H] is the query of head h in the columns of
     its K/V head, and 0 in the others. The result is the mean of the values of all K/V heads: those
     of the other heads are not used."""
@@ -73,10 +75,10 @@ def _columns_kernel(scale, valid_ref, q_ref, k_ref, v_ref, out_ref, top, total, 
         s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < valid, s, masks.MASKED)
         return s, lambda p: dot(p.astype(v_ref.dtype), _existing(v_ref[...], 1, valid), NT)
 
-    _softmax(step, valid, out_ref, top, total, acc)
+    _softmax(step, valid, *outputs_and_sums)
 
 
-def _rows_kernel(scale, K, together, parts, valid_ref, q_ref, k_ref, v_ref, out_ref, *sums):
+def _rows_kernel(scale, K, together, parts, valid_ref, q_ref, k_ref, v_ref, *outputs_and_sums):
     """k and v are [rows, width]. A row is one of the `parts` of a K/V head in a slot. For each
     slot and each block of `together` heads come the rows of the first part, then those of the
     second, and so on. q and the result are [Q, parts * width].
@@ -112,12 +114,13 @@ def _rows_kernel(scale, K, together, parts, valid_ref, q_ref, k_ref, v_ref, out_
 
         return s, weigh
 
-    _softmax(step, valid, out_ref, *sums)
+    _softmax(step, valid, *outputs_and_sums)
 
 
 def _call(kernel, slots, block, positions, valid, q, k, v, cost):
     """Starts a kernel that reads `slots` slots of k and v per grid step, a block of this shape.
-    positions: the axis of the block that is cut into such blocks."""
+    positions: the axis of the block that is cut into such blocks. Returns the result in the shape
+    of q, and its lse [B, Q]."""
     B, Q, width = q.shape
 
     def kv_index(b, j, valid_ref):
@@ -125,16 +128,21 @@ def _call(kernel, slots, block, positions, valid, q, k, v, cost):
         j = jnp.minimum(j, jnp.maximum(valid_ref[b] - 1, 0) // slots)
         return (b, j, 0) if positions == 0 else (b, 0, j)
 
-    q_spec = pl.BlockSpec((pl.squeezed, Q, width), lambda b, j, valid_ref: (b, 0, 0))
+    def q_spec(width):
+        return pl.BlockSpec((pl.squeezed, Q, width), lambda b, j, valid_ref: (b, 0, 0))
+
     kv_spec = pl.BlockSpec((pl.squeezed, *block), kv_index)
     steps = pl.cdiv(k.shape[1 + positions], block[positions])
-    return call_kernel(
+    out, lse2 = call_kernel(
         kernel,
         kernel_name("decode", "pallas_tpu"),
         (B, steps),
-        (q_spec, kv_spec, kv_spec),
-        q_spec,
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        (q_spec(width), kv_spec, kv_spec),
+        (q_spec(width), q_spec(TPU_LANES)),
+        (
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((B, Q, TPU_LANES), jnp.float32),  # equal in all lanes
+        ),
         [(Q, TPU_LANES), (Q, TPU_LANES), (Q, width)],
         cost,
         (valid,),
@@ -142,6 +150,8 @@ def _call(kernel, slots, block, positions, valid, q, k, v, cost):
         k,
         v,
     )
+    lse2 = lse2[..., 0]
+    return out, jnp.where(lse2 <= masks.MASKED, masks.MASKED, lse2 / LOG2E)
 
 
 def _slots(S: int, K: int, H: int, multiple: int) -> int:
@@ -151,9 +161,9 @@ def _slots(S: int, K: int, H: int, multiple: int) -> int:
 
 
 def decode(q, k, v, valid, *, scale):
-    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]. Its time is that
-    of reading the cache: each valid slot is read once for all heads, and no block after the last
-    valid one."""
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H], [B Q]. Its time is
+    that of reading the cache: each valid slot is read once for all heads, and no block after the
+    last valid one."""
     (B, Q, H), (S, K) = q.shape, k.shape[1:3]
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     cost = pl.CostEstimate(
@@ -167,8 +177,8 @@ def decode(q, k, v, valid, *, scale):
         mine = (jnp.arange(Q)[:, None] // (Q // K) == jnp.arange(K)[None])[..., None]
         q = jnp.where(mine[None], q[:, :, None], 0).reshape(B, Q, K * H)
         kernel = functools.partial(_columns_kernel, scale)
-        out = _call(kernel, slots, (K * H, slots), 1, valid, q, k, v, cost)
-        return jnp.where(mine[None], out.reshape(B, Q, K, H), 0).sum(2)
+        out, lse = _call(kernel, slots, (K * H, slots), 1, valid, q, k, v, cost)
+        return jnp.where(mine[None], out.reshape(B, Q, K, H), 0).sum(2), lse
     parts = H // TPU_LANES if H % TPU_LANES == 0 and K > 1 else 1
     together = _SUBLANES if K % _SUBLANES == 0 else K
     slots, rows = _slots(S, K, H, 16), K * parts

@@ -292,8 +292,8 @@ def _decode_constants(blocks, Q, K, H, scale, parts) -> dict:
 
 
 def decode(q, k, v, valid, *, scale):
-    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]. Each program
-    handles a part of the cache. XLA then joins the results of the parts (`join_splits`)."""
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H], [B Q]. Each
+    program handles a part of the cache. XLA then joins the results (`join_splits`)."""
     (B, Q, H), (S, K) = q.shape, k.shape[1:3]
     device = target_device(q)
     blocks = _blocks("decode", H, False, device)
@@ -314,7 +314,8 @@ def decode(q, k, v, valid, *, scale):
     )
     arrays = [q, k.astype(q.dtype), v.astype(q.dtype), valid.astype(jnp.int32)]
     out, lse2 = _launch(what, arrays, device)
-    return join_splits(out, lse2, axis=1).astype(q.dtype)
+    out, lse = join_splits(out, lse2, axis=1)
+    return out.astype(q.dtype), lse
 
 
 # --- What the compiler reports --------------------------------------------------------------------

@@ -200,8 +200,8 @@ def backward(spec: Spec, q, k, v, mask: Mask, lse2, delta, d_out):
 
 @jax.named_scope(kernel_name("decode", "xla"))
 def decode(q, k, v, valid, *, scale):
-    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H]. It has a running
-    softmax over chunks of keys, and reads no chunk after the end of the longest row.
+    """As `reference.decode`: q [B Q H], k and v [B S K H], valid [B] -> [B Q H], [B Q]. It has a
+    running softmax over chunks of keys, and reads no chunk after the end of the longest row.
 
     The cache is read as it is stored, [S, K H]. Each query is written into K H numbers that are
     zero outside its own K/V head. These are K times as many multiplications, but the cache is not
@@ -233,7 +233,10 @@ def decode(q, k, v, valid, *, scale):
 
     top = jnp.full_like(q[..., 0], masks.MASKED, jnp.float32)
     state = top, jnp.zeros_like(top), jnp.zeros_like(spread, jnp.float32)
-    _, total, acc = lax.fori_loop(0, (valid.max() + bk - 1) // bk, chunk, state)
-    out = acc / jnp.where(total == 0, 1.0, total)[..., None]
+    top, total, acc = lax.fori_loop(0, (valid.max() + bk - 1) // bk, chunk, state)
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)
+    out = acc / total[..., None]
     out = _einsum("bkgjh,kj->bkgh", out.reshape(B, K, Q // K, K, H), own.astype(jnp.float32))
-    return out.reshape(q.shape).astype(q.dtype)
+    lse = jnp.where(empty, masks.MASKED, top / LOG2E + jnp.log(total))
+    return out.reshape(q.shape).astype(q.dtype), lse

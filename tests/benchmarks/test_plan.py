@@ -6,11 +6,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import hlo, scaling
+from benchmarks import hlo, plan_report, scaling
 from benchmarks import plan as planning
+from benchmarks.plan_inference import plan_inference
 from tests import tiny
 from tests.test_sharding import config_on
 from yocou_jax import accounting, hardware
+from yocou_jax.device_memory import training_hints
 from yocou_jax.errors import UserError
 
 
@@ -110,26 +112,27 @@ def test_what_is_not_split_is_listed():
 
 def test_the_estimate_is_the_slower_of_arithmetic_and_links():
     peaks = hardware.Peaks(flops=100.0, links=20.0)
-    assert planning._estimate(50.0, 4.0, peaks) == {
+    assert planning.estimate(50.0, 4.0, peaks) == {
         "at_least": {"arithmetic": 0.5, "links": 0.2, "step": 0.5, "mfu": 1.0}
     }
-    slow = planning._estimate(50.0, 40.0, peaks)["at_least"]
+    slow = planning.estimate(50.0, 40.0, peaks)["at_least"]
     assert (slow["step"], slow["mfu"]) == (2.0, 0.25)
 
 
 def test_too_large_is_a_sentence():
-    facts = {
-        "bytes": {"parameters": 2**30, "optimizer": 2**31, "memory": 2**34},
-        **{"remat": "none", "mesh": {"fsdp": 4}, "batch_size": 8, "accumulation_steps": 1},
-    }
-    assert planning.too_large(33.25 * 2**30, facts) == (
+    sizes = {"parameters": 2**30, "optimizer": 2**31, "memory": 2**34}
+    hints = training_hints(tiny.config(), devices=8, batch_ways=4)
+    assert planning.too_large(33.25 * 2**30, sizes, hints) == (
         "A step needs 33.25 GiB, which is more than a device has; parameters and optimizer are "
         "3.0 GiB of it. It would help, in this order: compute.remat=full, a larger "
         "optimizer.accumulation_steps, a larger mesh.fsdp (state)."
     )
-    least = facts | {"remat": "full", "accumulation_steps": 2}
-    assert planning.too_large(None, least).startswith("A step needs more than a device has; ")
-    assert "in this order: a larger mesh.fsdp (state), a larger" in planning.too_large(None, least)
+    hints = training_hints(tiny.config(remat="full", optimizer={"accumulation_steps": 2}), 8, 4)
+    sentence = planning.too_large(None, sizes, hints)
+    assert sentence.startswith("A step needs more than a device has; ")
+    assert "in this order: a larger mesh.fsdp (state), a larger" in sentence
+    one = training_hints(tiny.config(remat="full", data={"batch_size": 1}), 1, 1)
+    assert one == ["a shorter data.sequence_length", "a smaller model"]
 
 
 def test_a_plan_that_is_larger_than_the_memory_says_so(monkeypatch):
@@ -226,6 +229,31 @@ def test_meshes_fit_the_devices_and_the_batch():
 def test_topologies_that_are_refused(topology):
     with pytest.raises(UserError, match=r"must be a device and a shape, as v5e:16x16"):
         planning.find_target(topology)
+
+
+def test_a_plan_of_inference(monkeypatch):
+    """Two K/V heads and four parts of 16 slots: each device has an eighth of the global cache. The
+    self-decoder has two loops of one layer, with rings whose positions are not split."""
+    monkeypatch.setattr(hardware, "peaks", lambda kind: hardware.Peaks(1e12, 2**30, 1e9, 1e9))
+    data = {"batch_size": 1, "sequence_length": 60}
+    config = config_on((1, 1, 2, 4), "window*1@2 | cross*1", data=data, num_loops=None)
+    found = plan_inference(config, "cpu:8", jax.devices())
+    heads = 2 * 8 * 4  # bytes of a key and a value of one head of width 8
+    assert found["bytes"]["caches"] == heads * (64 / 4 + 2 * config.model.window)
+    step = found["programs"]["decode_step"]
+    assert step["flops"] == accounting.decode_flops_per_token(config.model, 61) / 8
+    read = accounting.decode_bytes_per_step(config.model, 1, 61, 4)
+    assert step["at_least"]["reading"] == read / 8 / 1e9
+    assert step["bytes"]["peak"] > found["bytes"]["caches"] + found["bytes"]["parameters"]
+    assert found["programs"]["prefill_chunk"]["bytes"]["sent"] > 0
+    (facts, *moved) = plan_report.inference(found)
+    assert "decode_step: peak" in [name for name, _ in facts.rows]
+    assert len(moved) == 2
+    monkeypatch.setattr(hardware, "peaks", lambda kind: hardware.Peaks(1e12, 1000.0, 1e9, 1e9))
+    small = plan_inference(config, "cpu:8", jax.devices())["programs"]["decode_step"]
+    assert (
+        "than a device has. It would help, in this order: a larger mesh.context" in small["error"]
+    )
 
 
 def test_scaling_keeps_the_tokens_of_all_devices_or_of_each():

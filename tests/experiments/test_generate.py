@@ -263,6 +263,7 @@ VALUES = {
     "attention": ["", "x", "pallas_tpu", "cudnn", "auto", "reference"],
     "chunk": ["0", "-1", "7", str(10**12), "x"],
     "tensor": ["0", "-1", "3", "1000", str(10**12), "x"],
+    "context": ["0", "-1", "3", "1000", str(10**12), "x"],
     "workdir": ["", "/", "~no-such-user", "missing", "x\udcff"],
     "interactive": ["true", "maybe"],
 }
@@ -272,7 +273,7 @@ WORKED = [  # these are not mistakes
     *("prompt=", "prompt=a", "prompt=\0", "prompt_file=/dev/null", "stop=a", "stop=\n", "step=3"),
     *("max_new_tokens=2", "num_samples=2", "temperature=1e-50", "temperature=0"),
     *("top_k=0", "top_k=1", f"top_k={10**12}", "min_p=0.99", f"seed={2**31}"),
-    *("attention=auto", "attention=reference", "chunk=7", "tensor=3"),
+    *("attention=auto", "attention=reference", "chunk=7", "tensor=3", "context=3"),
 ]
 
 

@@ -43,6 +43,12 @@ def inputs(shape: Shape, dtype=jnp.float32):
     return [x.astype(dtype) for x in arrays[:4]] + arrays[4:]
 
 
+def assert_equal_leaves(got, want):
+    """An output, or an output and its lse."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
 def operation(shape: Shape, **options) -> Callable:
     options = {"q_offset": shape.q_offset, **options}
     if shape.window is None:

@@ -31,12 +31,13 @@ def wrong_gradient(q, k, v, mask, **options):
 
 def not_a_number(q, k, v, lengths, **options):
     """Where a row sees no key."""
-    out = reference.decode(q, k, v, lengths, **options)
-    return jax.numpy.where((lengths == 0)[:, None, None], jax.numpy.nan, out)
+    out, lse = reference.decode(q, k, v, lengths, **options)
+    return jax.numpy.where((lengths == 0)[:, None, None], jax.numpy.nan, out), lse
 
 
 def wrong_decode(q, k, v, lengths, **options):
-    return 1.02 * reference.decode(q, k, v, lengths, **options)
+    out, lse = reference.decode(q, k, v, lengths, **options)
+    return 1.02 * out, lse
 
 
 def fake(attention=reference.attention, decode=reference.decode) -> api.Implementation:

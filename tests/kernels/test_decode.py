@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cross_attention, decode_cross, decode_window, window_attention
+from pallas_kernels import cross_attention, decode_cross, decode_window, join, window_attention
 from tests.kernels.cases import Shape, inputs
 
 W = 8
@@ -50,6 +50,24 @@ def test_decode_over_many_chunks_of_keys():
     want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
     got = decode_cross(q[:, 0], k, v, lengths, implementation="xla")
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_parts_of_a_cache_join(implementation):
+    """By their lse. The first row has no key, and the second one has none in the second part."""
+    q, k, v, *_ = inputs(Shape(1, 24, Q=4, B=3))
+    lengths, half = jnp.array([0, 9, 20]), 12
+    how = {"return_lse": True, "implementation": implementation}
+    whole = decode_cross(q[:, 0], k, v, lengths, **how)
+    first = decode_cross(q[:, 0], k[:, :half], v[:, :half], lengths, **how)
+    second = decode_cross(q[:, 0], k[:, half:], v[:, half:], lengths - half, **how)
+    got = join(first, second)
+    np.testing.assert_allclose(got[0], whole[0], atol=1e-5)
+    np.testing.assert_allclose(got[1], whole[1], rtol=1e-5)
+    _, lse = cross_attention(
+        *(q, k, v), q_offset=24, kv_lengths=lengths, return_lse=True, implementation="reference"
+    )
+    np.testing.assert_allclose(whole[1], lse[:, 0], rtol=1e-5)
 
 
 def test_xla_reads_no_further_than_the_longest_row():

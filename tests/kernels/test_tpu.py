@@ -216,12 +216,14 @@ def test_decode(G, K, H):
     """Lengths of 0, 1, exactly a block, and all slots. No slot after the length is read."""
     lengths = jnp.array([0, 1, 128, 300])
     q, k, v, *_ = inputs(Shape(1, 300, Q=K * G, K=K, H=H, B=4))
-    want = decode_cross(q[:, 0], k, v, lengths, implementation="reference")
+    options = {"lengths": lengths, "return_lse": True}
+    want, lse = decode_cross(q[:, 0], k, v, **options, implementation="reference")
     beyond = (jnp.arange(300)[None] >= lengths[:, None])[:, :, None, None]
     k, v = (jnp.where(beyond, jnp.nan, x) for x in (k, v))
     with interpret(), block_sizes(tpu_decode_rows=lambda H: 256):
-        got = decode_cross(q[:, 0], k, v, lengths, implementation="pallas_tpu")
+        got, got_lse = decode_cross(q[:, 0], k, v, **options, implementation="pallas_tpu")
     np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(got_lse, lse, rtol=1e-5)
     assert not got[0].any()
 
 

@@ -30,6 +30,7 @@ from pallas_kernels.attention.blocks import TritonBlocks
 from pallas_kernels.device import Device
 from tests.kernels.cases import (
     Shape,
+    assert_equal_leaves,
     assert_matches_reference,
     documents,
     empty_rows,
@@ -255,13 +256,13 @@ def test_decode(small_blocks):
     q, k, v, *_ = inputs(Shape(1, 27, Q=3, K=1, H=8, B=4))
     k, v = (x.at[0].set(jnp.nan).at[1, 1:].set(jnp.nan) for x in (k, v))  # never read
     lengths = jnp.array([0, 1, 8, 27])
-    for decode in (decode_window, decode_cross):
+    for decode, options in ((decode_window, {}), (decode_cross, {"return_lse": True})):
         clean = [jnp.nan_to_num(x) for x in (k, v)]
-        want = decode(q[:, 0], *clean, lengths, implementation="reference")
+        want = decode(q[:, 0], *clean, lengths, **options, implementation="reference")
         with pallas_kernels.interpret():
-            got = decode(q[:, 0], k, v, lengths, implementation="triton")
-        np.testing.assert_allclose(got, want, atol=1e-5)
-        assert not got[0].any()
+            got = decode(q[:, 0], k, v, lengths, **options, implementation="triton")
+        assert_equal_leaves(got, want)
+        assert not jax.tree.leaves(got)[0][0].any()
 
 
 def test_the_interpreter_does_not_round_to_bf16():

@@ -10,6 +10,7 @@ import pytest
 import rich.console
 
 from tests import tiny
+from tests.test_device_memory import too_much
 from yocou_jax import pretrained
 from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.config import PROFILE_FROM
@@ -196,6 +197,13 @@ def test_init_from_does_not_change_the_parameters(make_run, tmp_path):
         state = run._fresh({}, [])
     assert params_sha256(state.params) == params_sha256(wanted)
     assert int(state.step) == 0
+
+
+def test_a_step_that_is_too_large_is_a_sentence(make_run, monkeypatch):
+    run = make_run(steps=2)
+    monkeypatch.setattr(run, "_loop", too_much)
+    with pytest.raises(UserError, match=r"A training step does not fit into .* order: compute.rem"):
+        run.train()
 
 
 @pytest.mark.slow

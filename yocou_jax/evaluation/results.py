@@ -9,12 +9,12 @@ import jax
 from jax.sharding import Mesh
 
 from yocou_jax import manifest, pretrained
+from yocou_jax.device_memory import memory_errors
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation.options import Options, trained_counts
 from yocou_jax.evaluation.tasks import TASKS
 from yocou_jax.evaluation.text import LENGTH
 from yocou_jax.files import to_json, write_atomically
-from yocou_jax.foreign import out_of_memory
 from yocou_jax.model import resolve_compute
 from yocou_jax.training.banner import kernels
 from yocou_jax.training.events import Events
@@ -36,19 +36,12 @@ def evaluate(
         raise UserError(f"--task={task} is not one of {', '.join(TASKS)}.")
     _check_options(task, options)
     loaded = pretrained.load(options.folder, mesh, step)
-    try:
-        with jax.set_mesh(mesh):
-            found = TASKS[task].run(loaded, mesh, options)
-            shape, packing = (1, found.get("length", LENGTH)), found.get("packing", False)
-            attention = kernels(loaded.config, loaded.compute, shape, packing)
-            dtype = resolve_compute(loaded.compute).dtype.name
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(
-            "The task does not fit into the memory of the device: give shorter --lengths, or more "
-            "devices with --tensor=."
-        ) from error
+    hints = ("shorter --lengths", "more devices with --tensor=", "a smaller model")
+    with memory_errors(f"The task {task}", hints), jax.set_mesh(mesh):
+        found = TASKS[task].run(loaded, mesh, options)
+        shape, packing = (1, found.get("length", LENGTH)), found.get("packing", False)
+        attention = kernels(loaded.config, loaded.compute, shape, packing)
+        dtype = resolve_compute(loaded.compute).dtype.name
     config = {group: dataclasses.asdict(getattr(loaded, group)) for group in ("config", "compute")}
     config["model"] = config.pop("config")
     about = manifest.describe(

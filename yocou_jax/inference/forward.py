@@ -24,7 +24,7 @@ from yocou_jax.model import Block, empty_memory, to_logits
 from yocou_jax.model.attention import MODULES, Context
 from yocou_jax.model.memory import Memory, NewPositions
 from yocou_jax.program import Visit
-from yocou_jax.sharding import constrain
+from yocou_jax.sharding import constrain, take
 from yocou_jax.typing import AnyArray, Array, Bool, Float, Int, WholeNumbers
 
 RESIDUAL = ("batch", "length", "activation")  # logical axes of the residual stream
@@ -127,9 +127,9 @@ def cross_decoder(
 def _last(x, last, count: Int[Array, " B"]):
     """x [PB, C, D] at the last new position of each row: [PB, 1, D]. A row without a new position
     gets its entry of `last`."""
-    tiled = jnp.tile(count, x.shape[0] // count.shape[0])[:, None, None]
-    picked = jnp.take_along_axis(x, jnp.maximum(tiled - 1, 0), axis=1)
-    return jnp.where(tiled > 0, picked, last)
+    tiled = jnp.tile(count, x.shape[0] // count.shape[0])[:, None]
+    picked = take(x, jnp.maximum(tiled - 1, 0), *RESIDUAL)
+    return jnp.where(tiled[..., None] > 0, picked, last)
 
 
 @functools.partial(jax.jit, donate_argnames=("memory", "last"), static_argnames="fits")
@@ -359,6 +359,17 @@ def decode_step(
     return memory, jnp.where(good[:, None], logits, jnp.nan)
 
 
+def described(make: Callable, model: PreparedModel):
+    """Shapes and types of make(model), and, on several devices, how its arrays are split."""
+    shapes, mesh = jax.eval_shape(make, model), jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return shapes
+    splits = jax.jit(make).lower(model).compile().output_shardings
+    return jax.tree.map(
+        lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes, splits
+    )
+
+
 def programs(
     model: PreparedModel, batch: int, capacity: int, chunk: int
 ) -> dict[str, Callable[[], jax.stages.Lowered]]:
@@ -369,9 +380,9 @@ def programs(
     def i32(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    memory = jax.eval_shape(functools.partial(new_memory, batch=batch, capacity=capacity), model)
-    last = jax.eval_shape(functools.partial(_no_residual, batch=batch), model)
-    logits = jax.eval_shape(functools.partial(_no_logits, batch=batch), model)
+    memory = described(functools.partial(new_memory, batch=batch, capacity=capacity), model)
+    last = described(functools.partial(_no_residual, batch=batch), model)
+    logits = described(functools.partial(_no_logits, batch=batch), model)
     new = (i32(batch, chunk), i32(batch), i32())
     return {
         "prefill_chunk": lambda: prefill_chunk.lower(model, memory, last, *new, fits=True),

@@ -14,7 +14,7 @@ from yocou_jax.inference.sampling import check as check_sampling
 from yocou_jax.inference.weights import PreparedModel
 from yocou_jax.model import Compute, empty_memory
 from yocou_jax.model.memory import Memory
-from yocou_jax.sharding import batch_ways
+from yocou_jax.sharding import batch_ways, context_ways
 from yocou_jax.typing import WholeNumbers
 
 # Positions of a chunk: enough to fill the matrix unit of a device.
@@ -49,6 +49,10 @@ def bucket(n: int, least: int = 16) -> int:
     return -(-n // quarter) * quarter
 
 
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 def default_sizes(
     batch: int,
     longest: int,
@@ -58,15 +62,19 @@ def default_sizes(
     chunk: int | None = None,
 ) -> tuple[int, int]:
     """(capacity, chunk) for a batch of prompts of at most `longest` positions, and `new_tokens`
-    after them. Given values stay. Requests with the same sizes share their compiled programs."""
+    after them. Given values stay. Requests with the same sizes share their compiled programs. If
+    the mesh splits positions, the devices share a chunk, and both sizes are such that it can be
+    split."""
+    ways = context_ways()
     if chunk is None:
         rows = batch // batch_ways(batch=batch)  # on each device
         share = max(CHUNK_OF_ALL_ROWS // max(rows, 1) // 128, 1) * 128
-        chunk = min(CHUNK, share, bucket(longest))
+        chunk = min(CHUNK * ways, share * ways, round_up(bucket(longest), 2 * ways))
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1 position.")
     if capacity is None:  # room for whole chunks, so that the last one is written in one piece
-        capacity = max(bucket(longest + new_tokens), -(-longest // chunk) * chunk)
+        capacity = max(bucket(longest + new_tokens), round_up(longest, chunk))
+        capacity = round_up(capacity, ways)
     return capacity, chunk
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from yocou_jax.config import ComputeConfig, ModelConfig
 from yocou_jax.model import Compute, LanguageModel, abstract_params, head_matrix, resolve_compute
 from yocou_jax.model.layers import ExactPartitioned
+from yocou_jax.sharding import tree_shardings
 from yocou_jax.typing import PyTree
 
 
@@ -41,6 +42,21 @@ def prepare(params: PyTree, config: ModelConfig, compute: Compute | ComputeConfi
     """
     compute = compute if isinstance(compute, Compute) else resolve_compute(compute)
     return PreparedModel(_prepared(params, config, compute.dtype), config, compute)
+
+
+def abstract_model(config: ModelConfig, compute: Compute) -> PreparedModel:
+    """Shapes of a prepared model, split over the mesh of the context, which may be of devices that
+    this machine does not have. It compiles `prepare`, to know how its arrays are split."""
+    boxed = abstract_params(config)
+    mesh = jax.sharding.get_mesh()
+
+    def described(x, split):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
+
+    params = jax.tree.map(described, nn.unbox(boxed), tree_shardings(boxed, mesh))
+    lowered = _prepared.lower(params, config, compute.dtype)
+    shapes, splits = lowered.out_info, lowered.compile().output_shardings
+    return PreparedModel(jax.tree.map(described, shapes, splits), config, compute)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

@@ -16,7 +16,7 @@ from yocou_jax.model.compute import Compute
 from yocou_jax.model.context_parallel import SharedKeyValue
 from yocou_jax.model.layers import Linear, RMSNorm, rope
 from yocou_jax.model.memory import KV_AXES, Cache, KeyValue, NewPositions, Ring
-from yocou_jax.sharding import attention_partition, constrain, length_ways
+from yocou_jax.sharding import attention_partition, constrain, keys_ways, length_ways
 from yocou_jax.typing import Array, Float, Int
 
 
@@ -102,6 +102,9 @@ def attend_to_ring(
         # A local copy, for this call only. `_layer` in inference/forward.py commits to the memory.
         ring = ring.commit(new, at)
         return api.decode_window(q[:, 0], ring.k, ring.v, at.end, **options)[:, None]
+    if length_ways(q.shape[1]) > 1:
+        before = ring.before(at)
+        return context_parallel.window_attention(q, new, window=W, before=before, **options)
     seen, exists = ring.peek(new, at)
     segments = SegmentIds(jnp.ones(q.shape[:2], jnp.int32), exists)
     return api.window_attention(
@@ -119,16 +122,24 @@ def attend_to_cache(
     combines the two results. So a chunk needs no static offset, and rows may have different
     lengths.
     """
-    at = cache.slots(at)
+    at, (B, S) = cache.slots(at), cache.k.shape[:2]
+    split = keys_ways(S) > 1
     if q.shape[1] == 1:
+        if split:
+            return context_parallel.attend_to_cache(q, cache, at.end, **options)[0]
         return api.decode_cross(q[:, 0], cache.k, cache.v, at.end, **options)[:, None]
-    B, S = cache.k.shape[:2]
     before = jnp.broadcast_to(at.start, (B,))
-    old = api.cross_attention(
-        q, cache.k, cache.v, q_offset=S, kv_lengths=before, return_lse=True, **options
-    )
+    if split:
+        old = context_parallel.attend_to_cache(q, cache, before, **options)
+    else:
+        old = api.cross_attention(
+            q, cache.k, cache.v, q_offset=S, kv_lengths=before, return_lse=True, **options
+        )
     new = jax.tree.map(lambda x: x.astype(cache.k.dtype), new)
-    own = api.cross_attention(q, new.k, new.v, return_lse=True, **options)
+    if length_ways(q.shape[1]) > 1:
+        own = context_parallel.full_attention(q, new, None, **options)
+    else:
+        own = api.cross_attention(q, new.k, new.v, return_lse=True, **options)
     return join(old, own)[0]
 
 
@@ -217,7 +228,7 @@ class FullAttention(SelfAttention):
         options["segment_ids"] = context.segment_ids
         first = self._prefix(kv.k.shape[0]) if prefix else None
         if length_ways(q.shape[1]) > 1:
-            return context_parallel.full_attention(q, kv, first, **options)
+            return context_parallel.full_attention(q, kv, first, **options)[0]
         if first is not None:
             kv = jax.tree.map(lambda p, x: jnp.concatenate([p, x], axis=1), first, kv)
         # Queries come after the prefix, so each query sees all of it.

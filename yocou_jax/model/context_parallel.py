@@ -13,6 +13,10 @@ from the other devices:
   mirror image from the end. All devices then see equally many keys. `deal` again restores the
   order.
 * A full layer gathers the keys and values of its own. Its rows are not dealt.
+* In inference, the chunks of a prompt are split like sequences of training, and the ring of a
+  window layer has the positions before a chunk. Each device stores a part of the slots of a cache.
+  It attends to these, and the results are joined by their lse: a decode step moves outputs of one
+  position, and no keys.
 
 A kernel needs to know at compile time which keys its queries may see, but the devices run one
 program and have different positions. So each attention has two parts with fixed masks: keys before
@@ -21,6 +25,7 @@ the keys of the shard. `join` combines them.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import flax.struct
@@ -31,7 +36,13 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import SegmentIds, api, join, sharding
 from pallas_kernels.attention.mask import MASKED
 from yocou_jax.model.memory import KeyValue
-from yocou_jax.sharding import LOGICAL_AXES, attention_partition, axes_of_one_device, gather
+from yocou_jax.sharding import (
+    LOGICAL_AXES,
+    attention_partition,
+    axes_of_one_device,
+    gather,
+    length_ways,
+)
 from yocou_jax.typing import Array, Float, Int
 
 (AXIS,) = LOGICAL_AXES["length"]
@@ -105,14 +116,16 @@ def window_attention(
     kv: KeyValue,
     *,
     window: int,
-    segment_ids: Int[Array, "B N"] | None,
+    segment_ids: Int[Array, "B N"] | None = None,
+    before: tuple[KeyValue, Int[Array, "B W"]] | None = None,
     **options,
 ) -> Float[Array, "B N Q H"]:
-    """`api.window_attention` with split positions; segment_ids are whole."""
+    """`api.window_attention` with split positions; segment_ids are whole. before: in inference, the
+    W positions before the first one, and whether each exists (then there are no segment_ids)."""
 
     specs = _Specs(q.shape[0], q.shape[2], kv.k.shape[2])
 
-    def local(q, kv, ids):
+    def local(q, kv, ids, before):
         kv = specs.mine(kv, q)
         k, v, n, shard = kv.k, kv.v, q.shape[1], jax.lax.axis_index(AXIS)
         first = shard * n
@@ -120,7 +133,10 @@ def window_attention(
         run = functools.partial(api.window_attention, window=window, return_lse=True, **options)
         result = run(q, k, v, segment_ids=_pair(mine, mine))
         both, left = jnp.concatenate([k, v], axis=2), window - 1
-        for hops in range(1, _ways()):
+        if before is not None:
+            earlier = specs.mine(before[0], q)
+            before = jnp.concatenate([earlier.k, earlier.v], axis=2), before[1]
+        for hops in range(1, _ways()) if before is None else itertools.count(1):
             if left <= 0:
                 break
             # The last positions of a neighbor, and the first queries of this shard: no other query
@@ -128,13 +144,17 @@ def window_attention(
             size = min(n, left)
             left -= size
             pairs = [(i, i + hops) for i in range(_ways() - hops)]
-            k, v = jnp.split(jax.lax.ppermute(both[:, n - size :], AXIS, pairs), 2, axis=2)
-            exists = shard >= hops
-            before = _ids(ids, jnp.maximum(first - (hops - 1) * n - size, 0), size)
-            ids_of_part = None if ids is None else _pair(mine[:, :size], before)
+            last = both[:, n - size :]
+            received = jax.lax.ppermute(last, AXIS, pairs) if pairs else jnp.zeros_like(last)
+            exists, end, pair = shard >= hops, first - (hops - 1) * n, None
+            if before is not None:
+                received, pair = _from_ring(received, exists, before, end, size)
+            elif ids is not None:
+                pair = _pair(mine[:, :size], _ids(ids, jnp.maximum(end - size, 0), size))
+            k, v = jnp.split(received, 2, axis=2)
             offset = (hops - 1) * n + size
-            out, lse = run(q[:, :size], k, v, q_offset=offset, segment_ids=ids_of_part)
-            part = out, jnp.where(exists, lse, MASKED)
+            out, lse = run(q[:, :size], k, v, q_offset=offset, segment_ids=pair)
+            part = out, jnp.where(exists | (before is not None), lse, MASKED)
             head = join(*(tuple(x[:, :size] for x in result), part))
             result = tuple(
                 jnp.concatenate([new, old[:, size:]], axis=1)
@@ -142,8 +162,20 @@ def window_attention(
             )
         return result[0]
 
-    run_all = specs.run(local, (specs.q, specs.kv, specs.ids), specs.q)
-    return run_all(q, specs.sent(kv), segment_ids)
+    ring = P() if before is None else (specs.whole_kv, specs.ids)
+    run_all = specs.run(local, (specs.q, specs.kv, specs.ids, ring), specs.q)
+    return run_all(q, specs.sent(kv), segment_ids, before)
+
+
+def _from_ring(received, has_neighbor, before, end, size: int):
+    """The `size` keys and values before position `end` of the chunk, and their SegmentIds: what the
+    neighbor sent, or, if there is none, positions before the chunk."""
+    both, exists = before
+    W = both.shape[1]
+    at = jnp.clip(W + end - size, 0, W - size)
+    earlier, exists = (jax.lax.dynamic_slice_in_dim(x, at, size, 1) for x in (both, exists))
+    exists = jnp.where(has_neighbor, 1, exists)
+    return jnp.where(has_neighbor, received, earlier), _pair(jnp.ones_like(exists), exists)
 
 
 # --- All keys -------------------------------------------------------------------------------------
@@ -183,11 +215,11 @@ def full_attention(
     kv: KeyValue,
     prefix: KeyValue | None,
     *,
-    segment_ids: Int[Array, "B N"] | None,
+    segment_ids: Int[Array, "B N"] | None = None,
     **options,
-) -> Float[Array, "B N Q H"]:
-    """Causal attention to keys that are split too. prefix: learned keys and values, which every
-    query sees."""
+) -> tuple[Float[Array, "B N Q H"], Float[Array, "B N Q"]]:
+    """Causal attention to keys that are split too, and its lse. prefix: learned keys and values,
+    which every query sees."""
 
     specs = _Specs(q.shape[0], q.shape[2], kv.k.shape[2])
 
@@ -203,11 +235,53 @@ def full_attention(
                 *(q, prefix.k, prefix.v), q_offset=size, return_lse=True, **options
             )
             result = join(result, seen)
-        return result[0]
+        return result
 
-    run = specs.run(local, (specs.q, specs.kv, specs.whole_kv, specs.ids), specs.q)
+    in_specs = specs.q, specs.kv, specs.whole_kv, specs.ids
+    run = specs.run(local, in_specs, (specs.q, specs.q))
     prefix = jax.tree.map(lambda x: x.astype(jnp.float32), prefix)  # all shards add to its gradient
     return run(q, specs.sent(kv), prefix, segment_ids)
+
+
+# --- A cache --------------------------------------------------------------------------------------
+
+
+def attend_to_cache(
+    q: Float[Array, "B N Q H"], cache: KeyValue, lengths: Int[Array, " B"], **options
+) -> tuple[Float[Array, "B N Q H"], Float[Array, "B N Q"]]:
+    """Attention of N queries of each row to the first `lengths` slots of a cache, whose slots are
+    split; and its lse. If the queries are split, each device gets all of them."""
+    N, specs = q.shape[1], _Specs(q.shape[0], q.shape[2], cache.k.shape[2])
+    split = length_ways(N) > 1
+
+    def local(q, kv, lengths):
+        if split:
+            q = jax.lax.all_gather(q, AXIS, axis=1, tiled=True)
+        kv = specs.mine(kv, q)
+        k, v, slots = kv.k, kv.v, kv.k.shape[1]
+        here = lengths - jax.lax.axis_index(AXIS) * slots
+        if N == 1:
+            found = api.decode_cross(q[:, 0], k, v, here, return_lse=True, **options)
+            out, lse = (x[:, None] for x in found)
+        else:  # so late that every query sees all keys that kv_lengths leaves
+            out, lse = api.cross_attention(
+                q, k, v, q_offset=slots, kv_lengths=here, return_lse=True, **options
+            )
+        top = jax.lax.pmax(lse, AXIS)
+        weight = jnp.exp(lse - top)
+        sums = [weight[..., None] * out, weight]
+        if split:
+            add = functools.partial(jax.lax.psum_scatter, scatter_dimension=1, tiled=True)
+            n = N // _ways()
+            top = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(AXIS) * n, n, 1)
+        else:
+            add = jax.lax.psum
+        out, total = (add(x, AXIS) for x in sums)
+        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    mine = specs.q if split else P(specs.q[0], None, specs.q[2])
+    run = specs.run(local, (mine, specs.kv, specs.ids), (mine, mine))
+    return run(q, cache, lengths)
 
 
 # --- The global K, V ------------------------------------------------------------------------------

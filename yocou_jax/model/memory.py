@@ -17,16 +17,18 @@ which writes the positions that count. The memory of a new kind of layer is a fl
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.device import target_device
 from yocou_jax.config import ModelConfig
-from yocou_jax.sharding import constrain
+from yocou_jax.sharding import constrain, keys_ways, spec_for, take
 from yocou_jax.typing import Array, Float, Int
 
 # The logical axes of arrays of keys or values (sharding.LOGICAL_AXES maps them to a mesh): of new
-# positions, and of all positions that a memory stores, which every query may read.
+# positions, of all positions of a cache, and of positions that every device needs.
 KV_AXES = ("batch", "length", "kv_heads", "head_dim")
-STORED_AXES = ("batch", "keys", "kv_heads", "head_dim")
+CACHE_AXES = ("batch", "keys", "kv_heads", "head_dim")
+WHOLE_AXES = ("batch", None, "kv_heads", "head_dim")
 
 
 @flax.struct.dataclass
@@ -63,10 +65,24 @@ def _scatter_copies(x: Float[Array, "B S K H"]) -> bool:
     """Whether XLA would copy x before and after a scatter. On a TPU it stores arrays with heads of
     less than 128 so that S is the last axis, which its scatter does not support. A decode step then
     accesses 10 times the bytes of its cache, and 1.00 times with `_row_by_row` (compiled for v6e).
-    On several devices, a loop over rows would make the devices communicate."""
+    On several devices, a loop over rows would make the devices communicate, except in a
+    shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.empty or mesh.size == 1
-    return alone and x.shape[-1] < 128 and target_device(x).platform == "tpu"
+    manual = all(kind == AxisType.Manual for kind in mesh.axis_types)
+    return (mesh.size == 1 or manual) and x.shape[-1] < 128 and target_device(x).platform == "tpu"
+
+
+def _put(
+    x: Float[Array, "B S K H"], new: Float[Array, "B N K H"], start: Int[Array, ""]
+) -> Float[Array, "B S K H"]:
+    """x with new[:, i] in slot start + i, which may be outside of x: then it is dropped. N <= S."""
+    S, N = x.shape[1], new.shape[1]
+    at = jnp.clip(start, 0, S - N)
+    index = jnp.arange(N) + at - start
+    inside = ((index >= 0) & (index < N))[:, None, None]
+    old = jax.lax.dynamic_slice_in_dim(x, at, N, 1)
+    new = jnp.where(inside, jnp.roll(new, start - at, axis=1), old)
+    return jax.lax.dynamic_update_slice_in_dim(x, new, at, 1)
 
 
 def _row_by_row(
@@ -97,7 +113,7 @@ class KeyValue(flax.struct.PyTreeNode):
     def constrained(self):
         """Tells the compiler how to split the arrays over the mesh. Each program must return them
         as the next one takes them, or the next one is compiled twice."""
-        return self.replace(k=constrain(self.k, *STORED_AXES), v=constrain(self.v, *STORED_AXES))
+        return self.replace(k=constrain(self.k, *WHOLE_AXES), v=constrain(self.v, *WHOLE_AXES))
 
     def updated(self, put, new: "KeyValue"):
         """put(array, new array) for k and for v. The new array gets the type of the old one."""
@@ -127,15 +143,41 @@ class Cache(KeyValue):
         """The slots of the new positions."""
         return at.replace(start=at.start + self.prefix)
 
+    def constrained(self) -> "Cache":
+        """If the mesh splits the positions, each device stores a part of the slots."""
+        return self.replace(k=constrain(self.k, *CACHE_AXES), v=constrain(self.v, *CACHE_AXES))
+
     def commit(self, new: KeyValue, at: NewPositions) -> "Cache":
         """The cache with `new` [B, N, K, H] after the positions that each row has."""
-        at, N = self.slots(at), new.k.shape[1]
-        if jnp.ndim(at.start) == 0 and at.fits:
-            return self.updated(
-                lambda x, n: jax.lax.dynamic_update_slice_in_dim(x, n, at.start, 1), new
-            )
-        exists = jnp.arange(N)[None] < at.count[:, None]
-        return self._scatter(new, jnp.where(exists, at.positions(N), self.k.shape[1]))
+        at = self.slots(at)
+        if keys_ways(self.k.shape[1]) == 1:
+            return self._commit(new, at)
+        # Every device gets the new positions, and writes those whose slots it has.
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = spec_for(CACHE_AXES, self.k.shape, mesh)
+        rows, axis, *_ = parts
+        each = at.replace(
+            start=PartitionSpec(*[rows] * jnp.ndim(at.start)), count=PartitionSpec(rows)
+        )
+
+        def local(cache, new, at):
+            first = jax.lax.axis_index(axis) * cache.k.shape[1]
+            return cache._commit(new, at.replace(start=at.start - first))
+
+        return jax.shard_map(
+            local,
+            in_specs=(parts, spec_for(WHOLE_AXES, new.k.shape, mesh), each),
+            out_specs=parts,
+            check_vma=False,
+        )(self, new, at)
+
+    def _commit(self, new: KeyValue, slots: NewPositions) -> "Cache":
+        """Writes `new` to these slots, and drops those outside of the cache."""
+        (S, N), start = (self.k.shape[1], new.k.shape[1]), slots.start
+        if jnp.ndim(start) == 0 and slots.fits and N <= S:
+            return self.updated(lambda x, n: _put(x, n, start), new)
+        here, exists = slots.positions(N), jnp.arange(N)[None] < slots.count[:, None]
+        return self._scatter(new, jnp.where(exists & (here >= 0), here, S))
 
 
 class Ring(KeyValue):
@@ -147,22 +189,25 @@ class Ring(KeyValue):
         """None: a ring is never full."""
         return None
 
-    def peek(self, new: KeyValue, at: NewPositions) -> tuple[KeyValue, Int[Array, "B S"]]:
-        """What N new positions see: the last W positions before them and then `new`, in order; and
-        1 for each position that exists, else 0. New positions after `count` have a 1 too: no
-        earlier query sees them."""
-        W, (B, N) = self.k.shape[1], new.k.shape[:2]
+    def before(self, at: NewPositions) -> tuple[KeyValue, Int[Array, "B W"]]:
+        """The W positions before the new ones, in order; and 1 for each that exists, else 0."""
+        B, W = self.k.shape[:2]
 
         def in_order(x):
             if jnp.ndim(at.start) == 0:
                 return jnp.roll(x, -at.start, axis=1)
             return jax.vmap(lambda row, start: jnp.roll(row, -start, axis=0))(x, at.start)
 
-        joined = self.updated(lambda x, n: jnp.concatenate([in_order(x), n], axis=1), new)
         start = jnp.broadcast_to(at.start, (B,))[:, None]
-        before = start - W + jnp.arange(W)[None] >= 0
-        exists = jnp.concatenate([before, jnp.ones((B, N), bool)], axis=1)
-        return KeyValue(joined.k, joined.v), exists.astype(jnp.int32)
+        exists = start - W + jnp.arange(W)[None] >= 0
+        return KeyValue(in_order(self.k), in_order(self.v)), exists.astype(jnp.int32)
+
+    def peek(self, new: KeyValue, at: NewPositions) -> tuple[KeyValue, Int[Array, "B S"]]:
+        """What N new positions see: `before` and then `new`. New positions after `count` have a 1
+        too: no earlier query sees them."""
+        earlier, exists = self.before(at)
+        joined = earlier.updated(lambda x, n: jnp.concatenate([x, n], axis=1), new)
+        return joined, jnp.pad(exists, ((0, 0), (0, new.k.shape[1])), constant_values=1)
 
     def commit(self, new: KeyValue, at: NewPositions) -> "Ring":
         """The ring, in which `new` [B, N, K, H] replaces the oldest positions."""
@@ -170,13 +215,13 @@ class Ring(KeyValue):
         if new.k.shape[1] == 1:
             slots = jnp.where(at.count > 0, at.start % W, W)
             return self._scatter(new, slots[:, None])
-        joined, _ = self.peek(new, at)
-        start = jnp.broadcast_to(at.start, at.count.shape)[:, None]
-        # Slot s gets the newest position p with p mod W = s. In `joined` it is at p - start + W.
+        # Slot s gets the newest position p with p mod W = s. An earlier one is there already.
         newest = at.end[:, None] - 1
         position = newest - (newest - jnp.arange(W)[None]) % W
-        picked = (position - start + W)[..., None, None]
-        return self.updated(lambda _, x: jnp.take_along_axis(x, picked, axis=1), joined)
+        index = position - jnp.broadcast_to(at.start, at.count.shape)[:, None]
+        is_new = (index >= 0)[..., None, None]
+        index = jnp.maximum(index, 0)
+        return self.updated(lambda old, x: jnp.where(is_new, take(x, index, *KV_AXES), old), new)
 
 
 @flax.struct.dataclass

@@ -21,12 +21,13 @@ from yocou_jax import accounting
 from yocou_jax.checkpoint import Checkpointer, params_sha256
 from yocou_jax.config import PROFILE_FROM, Config
 from yocou_jax.data.pipeline import DataBundle, load_data
+from yocou_jax.device_memory import memory_errors, training_hints
 from yocou_jax.errors import UserError
 from yocou_jax.files import expand_path, write_atomically
 from yocou_jax.manifest import CODE, check_resume, describe
 from yocou_jax.manifest import read as read_manifest
 from yocou_jax.manifest import write as write_manifest
-from yocou_jax.sharding import batch_sharding
+from yocou_jax.sharding import batch_sharding, batch_ways
 from yocou_jax.training import metrics
 from yocou_jax.training.banner import attention_choices, banner
 from yocou_jax.training.evaluators import Analysis, Evaluator, Sample, Validation
@@ -123,7 +124,9 @@ class Run:
         Raises UserError for a mistake that the user can correct. Older checkpoints stay intact.
         """
         run = self.config.run
+        hints = training_hints(self.config, self.setup.mesh.size, batch_ways(self.setup.mesh))
         with (
+            memory_errors("A training step", hints),
             WorkdirLock(self.workdir) as self.lock,
             jax.set_mesh(self.setup.mesh),
             Checkpointer(self.workdir / "checkpoints", keep=run.keep_checkpoints) as checkpointer,
