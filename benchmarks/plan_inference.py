@@ -16,7 +16,7 @@ from yocou_jax.inference import default_sizes, new_memory, programs
 from yocou_jax.inference.forward import described
 from yocou_jax.inference.weights import PreparedModel, abstract_model
 from yocou_jax.model import resolve_compute
-from yocou_jax.sharding import make_mesh
+from yocou_jax.sharding import batch_ways, make_mesh
 
 HINTS = (
     "It would help, in this order: a larger mesh.context (caches), a smaller data.batch_size, a "
@@ -72,12 +72,13 @@ def _work(model: PreparedModel, batch: int, length: int, chunk: int) -> tuple[di
         "prefill_chunk": accounting.prefill_flops_per_token(c, length) * batch * chunk,
         "decode_step": accounting.decode_flops_per_token(c, length + 1) * batch,
     }
-    step = accounting.decode_bytes_per_step(c, batch, length + 1, value)
-    return flops, {"prefill_chunk": 0.0, "decode_step": step}
+    groups = batch_ways(batch=batch)  # each reads all matrices, and the caches of its rows
+    step = groups * accounting.decode_bytes_per_step(c, batch // groups, length + 1, value)
+    return flops, {"prefill_chunk": None, "decode_step": step}
 
 
-def _program(lower, flops: float, read: float, devices: list) -> dict[str, Any]:
-    """flops: of each device. read: bytes of all devices together."""
+def _program(lower, flops: float, read: float | None, devices: list) -> dict[str, Any]:
+    """flops: of each device. read: bytes of all devices together, if they are not few."""
     compiled, used = compile_for(lower, devices)
     row: dict[str, Any] = {"flops": flops}
     if used is not None:
@@ -86,5 +87,5 @@ def _program(lower, flops: float, read: float, devices: list) -> dict[str, Any]:
     if compiled is None:
         return row
     peaks = hardware.peaks(devices[0].device_kind)
-    reading = read / len(devices) / peaks.bandwidth if peaks.bandwidth else None
+    reading = read / len(devices) / peaks.bandwidth if read and peaks.bandwidth else None
     return row | compiled | estimate(flops, compiled["bytes"]["sent"], peaks, reading)

@@ -193,6 +193,28 @@ def test_every_matrix_is_split_over_fsdp_and_tensor():
     assert matrices > 20
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a TPU's torus, as `jax.make_mesh` sees it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+
+def test_a_mesh_that_splits_an_axis_of_a_torus(caplog):
+    """A torus of 4 x 4 x 4 chips has no axis of 8: jax.make_mesh refuses two of them."""
+    chips = [Chip(i, (i % 4, i // 4 % 4, i // 16)) for i in range(64)]
+    found = make_mesh(MeshConfig(data=8, context=8), chips).devices
+    assert found.shape == (8, 1, 1, 8, 1)
+    assert sorted(chip.id for chip in found.reshape(-1)) == list(range(64))
+    assert "The mesh data=8, context=8 splits an axis of the torus" in caplog.text
+
+
 def test_heads_that_do_not_divide_are_replicated():
     mesh = make_mesh(MeshConfig(1, 2, 4))
     axes = ("embed", "kv_heads", "head_dim")

@@ -18,6 +18,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Partition
@@ -72,12 +73,18 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         raise UserError(_does_not_fit(sizes, named, len(devices)))
     for axis in rest:
         sizes[axis] = len(devices) // named
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+    shape, kinds = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # no axis of a TPU's torus may be split, but one must be
+        asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        log.warning(
+            "The mesh %s splits an axis of the torus of these devices, so neighbors in the mesh "
+            "may be far apart. Sizes that are products of those of the torus have faster links.",
+            asked,
+        )
+        found = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(found, MESH_AXES, axis_types=kinds)
 
 
 def _does_not_fit(sizes: dict[str, int], named: int, devices: int) -> str:

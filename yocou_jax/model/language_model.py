@@ -320,11 +320,11 @@ def abstract_params(config: ModelConfig) -> PyTree:
 
 @functools.cache  # a trace takes a tenth of a second, and a start needs it several times
 def _traced_params(config: ModelConfig) -> PyTree:
-    tokens = jnp.zeros((1, 2), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     # Parameters do not depend on how the model runs.
     compute = Compute(jnp.dtype("float32"), "auto", "none", unroll=0, scan=True)
     model = LanguageModel(config, compute)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
+    return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens), tokens)["params"]
 
 
 def empty_memory(config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16) -> Memory:
