@@ -5,6 +5,7 @@ import json
 import operator
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from yocou_jax import progress
 from yocou_jax.data import corpus as corpus_module
 from yocou_jax.data import load_data, pipeline
+from yocou_jax.data import tokens as token_cache
 from yocou_jax.data.corpus import Split, is_held_out, open_corpus
 from yocou_jax.data.pipeline import Batches, Sequences
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -250,8 +252,10 @@ WORKER = """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from yocou_jax.data import load_data
+    from yocou_jax.data import load_data, tokens as token_cache
     from yocou_jax.errors import UserError
+    token_cache.PIECE_BYTES, made, write = 500, [], token_cache._write_piece
+    token_cache._write_piece = lambda path, *args: (made.append(path.name), write(path, *args))
     mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     bundle = load_data(SimpleNamespace(**fields))
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -266,7 +270,7 @@ WORKER = """
         mismatch = "none"
     except UserError as error:
         mismatch = str(error)
-    print("RESULT", json.dumps([rows, int(total), mismatch]), flush=True)
+    print("RESULT", json.dumps([rows, int(total), mismatch, sorted(set(made))]), flush=True)
 """
 
 
@@ -293,14 +297,18 @@ def test_two_real_processes(make_config, sharding):
     finally:
         for worker in workers:
             worker.kill()
-    rows, totals = {}, []
+    rows, totals, made = {}, [], []
     for rank, (out, err) in enumerate(outputs):
         line = next((x for x in out.splitlines() if x.startswith("RESULT ")), None)
         assert line, err[-3000:]
-        shards, total, mismatch = json.loads(line.removeprefix("RESULT "))
+        shards, total, mismatch, pieces = json.loads(line.removeprefix("RESULT "))
+        made.append(pieces)
         rows |= {int(start): data for start, data in shards.items()}
         totals.append(total)
         assert f"Process {rank} reads other data" in mismatch
+    # Each has made half of the pieces, because they share the folder of the cache.
+    numbers = [[int(name[:6]) for name in pieces] for pieces in made]
+    assert numbers == [list(range(rank, sum(map(len, made)), 2)) for rank in range(2)]
     (expected,) = take(load_data(config), sharding, 1, start_step=3)
     assert np.array_equal(np.concatenate([rows[start] for start in sorted(rows)]), expected.tokens)
     assert totals == [int((expected.tokens * expected.positions).sum())] * 2
@@ -444,17 +452,17 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, make_config, monkeypat
     path = tmp_path / "x.txt"
     text = "".join(f"line {i}\n" for i in range(3000))
     path.write_text(text)
-    write = pipeline._write_tokens
+    make = token_cache._make_pieces
 
     def swap(*args):
         path.write_text(text.replace("line", "poison"))
-        write(*args)
+        return make(*args)
 
-    monkeypatch.setattr(pipeline, "_write_tokens", swap)
+    monkeypatch.setattr(token_cache, "_make_pieces", swap)
     config = make_config(source=str(path))
     with pytest.raises(UserError, match="has changed while it was read"):
         load_data(config)
-    monkeypatch.setattr(pipeline, "_write_tokens", write)
+    monkeypatch.setattr(token_cache, "_make_pieces", make)
     path.write_text(text)
     batch = load_data(config).stream[0]
     assert "poison" not in bytes(x for x in batch.tokens if x < 256).decode()
@@ -524,7 +532,7 @@ def test_bpe_is_trained_on_the_training_split_only(make_config, corpus, monkeypa
 def test_second_load_tokenizes_nothing(make_config, corpus, monkeypatch):
     first = load_data(make_config())
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_tokens", lambda *_: pytest.fail("tokenized again"))
+        patch.setattr(token_cache, "_make_pieces", lambda *_: pytest.fail("tokenized again"))
         assert load_data(make_config(seed=5)).fingerprint == first.fingerprint
         # Another sequence length or packing reads the same cache.
         assert load_data(make_config(sequence_length=8, packing=True)).num_tokens
@@ -544,54 +552,118 @@ def test_token_width_follows_the_vocabulary(tmp_path, corpus):
     tokenizer = load_tokenizer("bytes")
     for vocab_size, dtype in ((2**16, "uint16"), (2**16 + 1, "uint32")):
         wide = Tokenizer(None, vocab_size, vocab_size - 1, tokenizer.pad_id)
-        folder = tmp_path / dtype
-        folder.mkdir()
-        pipeline._write_tokens(Split(open_corpus(corpus.source), 0.2), wide, False, folder)
-        tokens = np.fromfile(folder / "train.bin", dtype)
-        assert tokens[0] == vocab_size - 1
-        assert (tokens > 255).sum() == len(np.load(folder / "train.starts.npy"))
+        split = Split(open_corpus(corpus.source), 0.2)
+        folder, meta = token_cache.tokenized(split, wide, tmp_path / dtype, False)
+        ids = np.fromfile(folder / "train.bin", dtype)
+        assert meta["dtype"] == dtype
+        assert ids[0] == vocab_size - 1
+        assert (ids > 255).sum() == len(np.load(folder / "train.starts.npy"))
 
 
 KILLED = """
     import json, os, signal, sys
     from types import SimpleNamespace
-    from yocou_jax.data import load_data, pipeline
-    pipeline.ENCODE_BYTES = 500
-    chunks = pipeline._chunks
-    def killed(documents):
-        for i, chunk in enumerate(chunks(documents)):
-            if i == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield chunk
-    pipeline._chunks = killed
+    from yocou_jax.data import load_data, tokens as token_cache
+    token_cache.PIECE_BYTES = 500
+    write = token_cache._write_piece
+    def killed(path, *args):
+        if path.name.startswith("000003"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, *args)
+    token_cache._write_piece = killed
     load_data(SimpleNamespace(**json.loads(sys.argv[1])))
 """
 
 
-def test_a_kill_while_tokenizing_leaves_no_cache(make_config, tmp_path, sharding):
+def cache_files(folder):
+    (found,) = folder.glob("tokens-*")
+    return {path.name: path.read_bytes() for path in found.iterdir()}
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The numbers of the pieces that are written, of 500 bytes of text."""
+    numbers, write = [], token_cache._write_piece
+
+    def noted(path, *args):
+        numbers.append(int(path.name[:6]))
+        write(path, *args)
+
+    monkeypatch.setattr(token_cache, "PIECE_BYTES", 500)
+    monkeypatch.setattr(token_cache, "_write_piece", noted)
+    return numbers
+
+
+def test_a_kill_while_tokenizing_loses_one_piece(make_config, tmp_path, written):
     config = make_config()
     command = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(vars(config))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    cache = tmp_path / "cache"
-    (left,) = cache.glob(".tmp-*")
-    assert left.name.startswith(".tmp-")
-    assert take(load_data(config), sharding, 2)
-    assert left.is_dir()  # another process may use it, so it is removed only when it is old
-    os.utime(left, (0, 0))
+    load_data(config)
+    assert written == list(range(3, 3 + len(written)))
+    resumed, written[:] = list(written), []
+    load_data(make_config(cache_dir=str(tmp_path / "other")))
+    assert written == [0, 1, 2, *resumed]
+    assert cache_files(tmp_path / "cache") == cache_files(tmp_path / "other")
+    token_cache.PIECE_BYTES = 10**6  # the size of the pieces changes nothing
+    load_data(make_config(cache_dir=str(tmp_path / "one")))
+    assert cache_files(tmp_path / "one") == cache_files(tmp_path / "other")
+
+
+def test_a_piece_is_used_only_for_its_documents(make_config, corpus, tmp_path, written):
+    """Also if the source was another one for some time, and its first reading is remembered."""
+    load_data(make_config())
+    want, count = cache_files(tmp_path / "cache"), len(written)
+    (folder,) = (tmp_path / "cache").glob("tokens-*")
+    shutil.rmtree(folder)
+    pieces = folder.with_name(f"{folder.name}.pieces")
+    pieces.mkdir()
+    (pieces / "000000-0123456789abcdef.npz").write_bytes(b"of other documents")
+    written.clear()
+    load_data(make_config())
+    assert len(written) == count
+    assert cache_files(tmp_path / "cache") == want
+    assert not pieces.exists()
+
+
+def test_a_damaged_piece_is_made_again(make_config, tmp_path, written, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            token_cache, "_join_pieces", lambda *_: (_ for _ in ()).throw(UserError("stop"))
+        )
+        with pytest.raises(UserError, match="stop"):
+            load_data(make_config())
+    (piece, *_) = sorted((tmp_path / "cache").glob("tokens-*.pieces/*.npz"))
+    piece.write_bytes(piece.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"000000-\w+.npz' of the data cache was damaged and is de"):
+        load_data(make_config())
+    written.clear()
+    assert load_data(make_config()).num_tokens
+    assert written == [0]
+
+
+def test_what_killed_processes_have_left_is_removed_when_it_is_old(make_config, tmp_path):
+    left = [tmp_path / "cache" / name for name in (".tmp-1", "tokens-1.pieces")]
+    for path in left:
+        path.mkdir(parents=True)
+    load_data(make_config())
+    assert all(path.is_dir() for path in left)  # another process may use them
+    for path in left:
+        os.utime(path, (0, 0))
     load_data(make_config(tokenizer="bpe"))
-    assert not left.is_dir()
+    assert not any(path.is_dir() for path in left)
 
 
 def test_two_builders_at_once(make_config, monkeypatch, tmp_path):
-    barrier, write, results = threading.Barrier(2), pipeline._write_tokens, []
+    barrier, make, results = threading.Barrier(2), token_cache._make_pieces, []
 
     def both_at_once(*arguments):
         barrier.wait(timeout=20)
-        write(*arguments)
+        paths = make(*arguments)
         barrier.wait(timeout=20)
+        return paths
 
-    monkeypatch.setattr(pipeline, "_write_tokens", both_at_once)
+    monkeypatch.setattr(token_cache, "_make_pieces", both_at_once)
     threads = [
         threading.Thread(target=lambda: results.append(load_data(make_config()))) for _ in range(2)
     ]
@@ -610,13 +682,13 @@ def test_disk_full_leaves_nothing(make_config, monkeypatch, tmp_path, tokenizer)
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    target = (pipeline.np, "save") if tokenizer == "bytes" else (os, "replace")
+    target = (token_cache.np, "savez") if tokenizer == "bytes" else (os, "replace")
     with monkeypatch.context() as patch:
         patch.setattr(*target, full)
         with pytest.raises(UserError, match=r"cache'?: No space left on device.*data\.cache_dir"):
             load_data(make_config(tokenizer=tokenizer))
-        left = [p.name for p in (tmp_path / "cache").iterdir()]
-        assert all(re.fullmatch(r"corpus-\w+\.npz", name) for name in left)
+        left = [p for p in (tmp_path / "cache").rglob("*") if not p.is_dir()]
+        assert all(re.fullmatch(r"corpus-\w+\.npz", path.name) for path in left)
     assert load_data(make_config(tokenizer=tokenizer)).num_tokens
 
 

@@ -109,7 +109,7 @@ class Corpus:
         """
         total = hashlib.sha256()
         for document in self._documents(Counter()):
-            _add(total, document)
+            hash_document(total, document)
             yield document
         if "_pass" in vars(self) and total.hexdigest() != self.summary.fingerprint:
             if self._memory is not None:  # it may be wrong, and the next start must not trust it
@@ -183,7 +183,7 @@ class Corpus:
         hashes, sizes = array("d"), array("q")
         documents = self._documents(counts)
         for document in with_progress(documents, f"Reading {self.source}", text_bytes):
-            _add(total, document)
+            hash_document(total, document)
             hashes.append(hash_fraction(document.name))
             sizes.append(text_bytes(document))
         if not hashes:
@@ -216,8 +216,8 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _add(total: Any, document: Document) -> None:
-    """Adds a document to the hash of a corpus."""
+def hash_document(total: Any, document: Document) -> None:
+    """Adds a document to a hash of several."""
     for part in document:
         total.update(hashlib.sha256(part.encode("utf-8", "replace")).digest())
 

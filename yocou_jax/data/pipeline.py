@@ -12,14 +12,8 @@ only on the corpus, the seed and r. So the state of the iterator is one integer,
 batches do not depend on the number of processes. docs/using.md has the way from there to the loss.
 """
 
-import json
-import os
-import shutil
 import sys
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -39,20 +33,15 @@ from yocou_jax.data.corpus import (
     open_corpus,
     parse_source,
     split_corpus,
-    text_bytes,
 )
-from yocou_jax.data.tokenizer import Tokenizer, cache_error, cached_bpe, load_tokenizer
+from yocou_jax.data.tokenizer import Tokenizer, cached_bpe, load_tokenizer
+from yocou_jax.data.tokens import SPLITS, tokenized
 from yocou_jax.errors import UserError
 from yocou_jax.files import expand_path
-from yocou_jax.progress import with_progress
 from yocou_jax.typing import Array, Float, Int
 
-FORMAT = 3  # part of the cache key; raise it if the files of the cache change their meaning
-SPLITS = ("train", "held_out")
 BPE_SAMPLE_BYTES = 32 * 1024**2  # enough text for tens of thousands of merges, about 15 s
-ENCODE_BYTES = 4 * 1024**2  # text encoded at once: limits memory, and keeps every core busy
 MOST_BYTES_PER_TOKEN = 8  # assumed of every tokenizer, on average, to say how large a split must be
-STALE_SECONDS = 7 * 24 * 3600  # an older scratch directory is from a killed process
 
 
 @jax.tree_util.register_dataclass
@@ -303,7 +292,7 @@ def load_data(config: Any) -> DataBundle:
 
     train, held_out, counts = [], [], {"documents": 0, "tokens": 0, "bytes": 0}
     for weight, split in parts:
-        directory, meta = _tokenized(split, tokenizer, cache_dir, config.allow_lossy_tokenizer)
+        directory, meta = tokenized(split, tokenizer, cache_dir, config.allow_lossy_tokenizer)
         _require_sequences(split.corpus, meta, config.sequence_length)
         train.append((weight, _open_sequences(directory, meta, "train", config)))
         held_out.append((weight, _open_sequences(directory, meta, "held_out", config)))
@@ -393,96 +382,6 @@ def _require_same_everywhere(fingerprint: str) -> None:
             f"Process {jax.process_index()} reads other data or another tokenizer than the "
             f"processes {others}; a source such as 'python' needs the same Python everywhere."
         )
-
-
-# --- The token cache: a directory that is complete or absent ----------------------------------
-
-
-def _tokenized(
-    split: Split, tokenizer: Tokenizer, cache_dir: Path, allow_lossy: bool
-) -> tuple[Path, dict[str, Any]]:
-    """The cache directory of a corpus, and its meta.json. Makes the cache if it is absent."""
-    fingerprint = split.corpus.summary.fingerprint
-    key = f"{FORMAT} {fingerprint} {tokenizer.fingerprint} {split.threshold!r} {allow_lossy}"
-    directory = cache_dir / f"tokens-{sha256(key.encode()).hexdigest()[:16]}"
-    if not os.path.isdir(directory):
-        with _complete_or_absent(directory) as scratch:
-            _write_tokens(split, tokenizer, allow_lossy, scratch)
-    return directory, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-
-
-@contextmanager
-def _complete_or_absent(directory: Path) -> Iterator[Path]:
-    """A scratch directory. At the end of the block, one rename makes it `directory`.
-
-    If another process was faster, its result stays. Both have the same bytes.
-    """
-    scratch = directory.parent / f".tmp-{uuid.uuid4().hex}"
-    try:
-        scratch.mkdir(parents=True)
-        for old in directory.parent.glob(".tmp-*"):
-            with suppress(OSError):  # its owner may rename or remove it now
-                if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-        yield scratch
-        try:
-            os.rename(scratch, directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-    except OSError as error:
-        raise cache_error(directory.parent, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _write_tokens(split: Split, tokenizer: Tokenizer, allow_lossy: bool, out: Path) -> None:
-    corpus, threshold = split
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    meta: dict[str, Any] = {
-        "source": corpus.source,
-        **corpus.summary._asdict(),
-        "tokenizer": tokenizer.fingerprint,
-        "dtype": np.dtype(dtype).name,
-    }
-    starts: dict[str, list[int]] = {which: [] for which in SPLITS}
-    counts = {which: {"documents": 0, "tokens": 0, "bytes": 0} for which in SPLITS}
-    with open(out / "train.bin", "wb") as train, open(out / "held_out.bin", "wb") as held_out:
-        files = dict(zip(SPLITS, (train, held_out), strict=True))
-        what, total = f"Tokenizing {corpus.source}", corpus.summary.bytes
-        reported = with_progress(corpus.documents(), what, text_bytes, total)
-        for documents in _chunks(reported):
-            for (name, text), ids in zip(
-                documents, tokenizer.encode_batch([d.text for d in documents]), strict=True
-            ):
-                size = tokenizer.num_bytes(ids)
-                if not allow_lossy and size != len(text.encode()):  # no probe has shown this
-                    raise UserError(
-                        f"The tokenizer does not give back the exact text of the document {name!r} "
-                        f"of {corpus.source!r}: {len(text.encode())} bytes become {size}. Use "
-                        "another tokenizer, or set data.allow_lossy_tokenizer=True."
-                    )
-                which = SPLITS[is_held_out(name, threshold)]
-                starts[which].append(counts[which]["tokens"])
-                files[which].write(np.insert(ids, 0, tokenizer.eot_id).astype(dtype).tobytes())
-                counts[which]["documents"] += 1
-                counts[which]["tokens"] += 1 + len(ids)
-                counts[which]["bytes"] += size
-    for which in SPLITS:
-        np.save(out / f"{which}.starts.npy", np.array(starts[which], np.int64))
-    (out / "meta.json").write_text(json.dumps(meta | counts, indent=2) + "\n", encoding="utf-8")
-
-
-def _chunks(documents: Iterable[Any]) -> Iterator[list[Any]]:
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.text)
-        if size >= ENCODE_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _open_sequences(directory: Path, meta: dict[str, Any], split: str, config: Any) -> Sequences:
