@@ -9,6 +9,7 @@ run. On several hosts, start the command once on each host, with --distributed. 
 all; elsewhere, --coordinator, --num_processes and --process_id are needed too.
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -61,6 +62,9 @@ def main(_):
     process.keep_freed_memory()
     process.check_kernels(CONFIG.value.compute.attention)
     if DISTRIBUTED.value:
+        # If another process dies, jax's runtime aborts this one. Its last words say so, and a dump
+        # of Python's stacks would hide them.
+        faulthandler.disable()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only CPUs read it
         try:
             jax.distributed.initialize(

@@ -2,13 +2,14 @@
 
     python -m tests.many_processes
 
-Processes are joined by jax.distributed on this machine, with gloo. Each scenario must end with the
-losses of a run of one process (relative 1e-5 at every step, validation too):
+Processes are joined by jax.distributed on this machine, with gloo. The data is a mixture of two
+sources, with packed documents. Each scenario must end with the losses of a run of one process
+(relative 1e-5 at every step, validation too):
 
 * moved: two processes, one gets SIGTERM, and both must save and end with code 75; then four
   processes (two parts of the batch and two of the positions) until one gets SIGTERM; then one.
-* killed: one of two gets SIGKILL. The other must end with an error within LIMIT seconds. Then two
-  processes resume.
+* killed: one of two gets SIGKILL. The other must end within LIMIT seconds, and say that another
+  task died. Then two processes resume.
 * slow: one of two is suspended for some seconds in the middle of the run.
 
 Prints a line for each, and exits with 1 if one fails.
@@ -29,8 +30,14 @@ from pathlib import Path
 from tests import kill_runs
 
 STEPS = 40
-FIELDS = kill_runs.FIELDS | {"data.tokenizer": "bytes", "model.vocab_size": 258, "run.steps": STEPS}
+FIELDS = kill_runs.FIELDS | {
+    "data.tokenizer": "bytes",
+    "data.packing": True,
+    "model.vocab_size": 258,
+    "run.steps": STEPS,
+}
 STOPPED, LIMIT = 75, 180
+DIED = "another task died"  # jax's words
 SUSPENDED = 15  # seconds
 Group = list[subprocess.Popen]
 STARTED: Group = []
@@ -41,7 +48,8 @@ def start(home: Path, name: str, count: int, **fields) -> Group:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = FIELDS | {"data.source": home / "text.txt", "data.cache_dir": home / "cache"}
+    mixture = f"0.7*{home}/first.jsonl + 0.3*{home}/second.jsonl"
+    settings = FIELDS | {"data.source": mixture, "data.cache_dir": home / "cache"}
     settings |= {key.replace("__", "."): value for key, value in fields.items()}
     words = [sys.executable, "-m", "experiments.train", "--config=configs/yocou_small.py"]
     words += [f"--config.{key}={value}" for key, value in settings.items()]
@@ -129,11 +137,12 @@ def killed(home: Path) -> str:
     seconds = time.monotonic() - begin
     assert group[0].returncode not in (0, STOPPED), outputs[0]
     assert seconds <= LIMIT, f"The other process ended after {seconds:.0f} s."
-    last = [line for line in outputs[0].splitlines() if line.strip()][-1]
+    lines = [line for line in outputs[0].splitlines() if line.strip()]
+    assert DIED in "\n".join(lines[-3:]), "\n".join(lines[-30:])
     finish(start(home, "killed", 2))
     return (
-        f"the other ended after {seconds:.0f} s with code {group[0].returncode} ({last[:150]}); "
-        f"resumed: {compare(home, 'killed')}"
+        f"the other ended after {seconds:.0f} s with code {group[0].returncode}, and the last line "
+        f"{lines[-1][:200]!r}; resumed: {compare(home, 'killed')}"
     )
 
 
@@ -152,8 +161,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         rng, words = random.Random(0), ["alpha", "beta", "gamma", "one", "two", "def", "if"]
-        lines = (" ".join(rng.choices(words, k=12)) for _ in range(2500))
-        (home / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+        for name, count in (("first", 900), ("second", 500)):
+            texts = (" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(count))
+            rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (home / f"{name}.jsonl").write_text(rows, encoding="utf-8")
         finish(start(home, "whole", 1))
         for scenario in (moved, killed, slow):
             begin = time.monotonic()
