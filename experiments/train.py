@@ -13,6 +13,7 @@ import faulthandler
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -37,6 +38,12 @@ flags.mark_flag_as_required("config")
 
 # Seconds to wait for the other hosts. One with accelerators may still check its kernels.
 JOIN_S, JOIN_CHECKED_S = 300, 3600
+
+
+LOST = (
+    "This process stops, because another one died, cannot be reached or failed in the same way. "
+    "Start all of them again with the same command: the run resumes from its last checkpoint."
+)
 
 
 def default_workdir(config_file: str) -> Path:
@@ -82,7 +89,13 @@ def main(_):
     workdir = expand_path(WORKDIR.value or default_workdir(config_file))
     # Only process 0 prints, because the others would print the same.
     with Console(Terminal(quiet=jax.process_index() > 0)) as console:
-        summary = Run(config, workdir, console, init_from=INIT_FROM.value).train()
+        try:
+            summary = Run(config, workdir, console, init_from=INIT_FROM.value).train()
+        except jax.errors.JaxRuntimeError:
+            if jax.process_count() == 1:
+                raise
+            traceback.print_exc()
+            process.end_alone(LOST)
         if summary is None:
             return EXIT_PREEMPTED
         # The path of this Python, because `python` may be another one or missing on PATH.

@@ -1,15 +1,15 @@
 """Trains one small model in several processes, and stops, kills and slows some of them.
 
-    python -m tests.many_processes
+    python -m tests.many_processes [moved] [killed] [slow]
 
 Processes are joined by jax.distributed on this machine, with gloo. The data is a mixture of two
-sources, with packed documents. Each scenario must end with the losses of a run of one process
+sources with packed documents. Each scenario must end with the losses of a run of one process
 (relative 1e-5 at every step, validation too):
 
 * moved: two processes, one gets SIGTERM, and both must save and end with code 75; then four
   processes (two parts of the batch and two of the positions) until one gets SIGTERM; then one.
-* killed: one of two gets SIGKILL. The other must end within LIMIT seconds, and say that another
-  task died. Then two processes resume.
+* killed: one of two gets SIGKILL. The other must end within LIMIT seconds with code 69, and say
+  what to do. Then two processes resume.
 * slow: one of two is suspended for some seconds in the middle of the run.
 
 Prints a line for each, and exits with 1 if one fails.
@@ -36,8 +36,7 @@ FIELDS = kill_runs.FIELDS | {
     "model.vocab_size": 258,
     "run.steps": STEPS,
 }
-STOPPED, LIMIT = 75, 180
-DIED = "another task died"  # jax's words
+STOPPED, LOST, LIMIT = 75, 69, 60
 SUSPENDED = 15  # seconds
 Group = list[subprocess.Popen]
 STARTED: Group = []
@@ -95,7 +94,7 @@ def losses(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def wait_for(group: Group, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             if max(losses(folder), default=0) >= step:
@@ -135,14 +134,14 @@ def killed(home: Path) -> str:
     begin = time.monotonic()
     outputs = finish(group, code=None)
     seconds = time.monotonic() - begin
-    assert group[0].returncode not in (0, STOPPED), outputs[0]
+    assert group[0].returncode == LOST, outputs[0]
     assert seconds <= LIMIT, f"The other process ended after {seconds:.0f} s."
     lines = [line for line in outputs[0].splitlines() if line.strip()]
-    assert DIED in "\n".join(lines[-3:]), "\n".join(lines[-30:])
+    assert "another one died" in lines[-1], outputs[0]
     finish(start(home, "killed", 2))
     return (
-        f"the other ended after {seconds:.0f} s with code {group[0].returncode}, and the last line "
-        f"{lines[-1][:200]!r}; resumed: {compare(home, 'killed')}"
+        f"the other ended after {seconds:.0f} s with code {LOST}: {lines[-1]} "
+        f"Resumed: {compare(home, 'killed')}"
     )
 
 
@@ -166,7 +165,8 @@ def main() -> int:
             rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
             (home / f"{name}.jsonl").write_text(rows, encoding="utf-8")
         finish(start(home, "whole", 1))
-        for scenario in (moved, killed, slow):
+        asked = [globals()[name] for name in sys.argv[1:]] or (moved, killed, slow)
+        for scenario in asked:
             begin = time.monotonic()
             try:
                 words = scenario(home)

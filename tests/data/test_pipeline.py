@@ -25,7 +25,7 @@ from yocou_jax.data import corpus as corpus_module
 from yocou_jax.data import load_data, pipeline
 from yocou_jax.data import tokens as token_cache
 from yocou_jax.data.corpus import Split, is_held_out, open_corpus
-from yocou_jax.data.pipeline import Batches, Sequences
+from yocou_jax.data.pipeline import Batches, Sequences, spread
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
 from yocou_jax.errors import UserError
 
@@ -502,7 +502,22 @@ def test_validation_batches_hold_each_sequence_once(make_config, sharding):
     assert [b.loss_weights.sum() for b in first] == [8 * 16, 2 * 16]  # the rest is padding
     rows = np.concatenate([b.tokens for b in first])[:10]
     assert same(list(rows), [w[i].tokens for w, i in bundle.validation.rows])
-    assert [i for _, i in bundle.validation.rows] == list(range(10))
+
+
+@pytest.mark.parametrize("count", [3, 7, 20, 1000])
+def test_validation_has_about_as_much_of_each_document(count):
+    """Documents of 1, 50, 3, 9 and 4 sequences of 10 tokens, with an <eot> in front of each."""
+    sizes = np.array([1, 50, 3, 9, 4])
+    starts = np.cumsum([0, *10 * sizes[:-1]])
+    sequences = Sequences(np.zeros(10 * sizes.sum() + 1, np.uint16), starts, 10, packing=False)
+    chosen = spread(sequences, count)
+    assert list(chosen) == sorted(set(chosen))
+    each = np.bincount(np.searchsorted(starts, 10 * chosen, side="right") - 1, minlength=5)
+    assert each.sum() == min(count, sizes.sum())
+    assert each.max() - np.where(each == sizes, each.max(), each).min() <= 1
+    if count == 20:  # of the long document, not only its beginning
+        gaps = np.diff(chosen[(chosen >= 1) & (chosen < 51)])
+        assert gaps.max() < 2.7 * 50 / each[1]
 
 
 def test_validation_is_shorter_when_the_split_is(make_config):

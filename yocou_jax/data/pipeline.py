@@ -41,6 +41,7 @@ from yocou_jax.files import expand_path
 from yocou_jax.typing import Array, Float, Int
 
 BPE_SAMPLE_BYTES = 32 * 1024**2  # enough text for tens of thousands of merges, about 15 s
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 MOST_BYTES_PER_TOKEN = 8  # assumed of every tokenizer, on average, to say how large a split must be
 
 
@@ -178,9 +179,31 @@ class TrainIterator:
         self.close()
 
 
+def spread(sequences: Sequences, count: int) -> np.ndarray:
+    """The numbers of `count` sequences, or of all, ascending: one of each document, then a second
+    one of each, and so on, at places that are spread over the document. A sequence belongs to the
+    document of its first token.
+
+    So a sample has about as much of every document. The first sequences would be those of a few
+    documents, and of the whole split, one long document may be more than half.
+    """
+    numbers = np.arange(len(sequences))
+    begins = numbers * sequences.sequence_length
+    document = np.searchsorted(sequences.starts, begins, side="right")
+    first = np.searchsorted(document, document)  # the first sequence of the same document
+
+    def scattered(n: np.ndarray) -> np.ndarray:  # neighbors are far apart, evenly
+        return n * GOLDEN_RATIO % 1
+
+    by_place = np.lexsort((scattered(numbers - first), document))
+    turn = np.empty_like(numbers)
+    turn[by_place] = numbers - first
+    return np.sort(np.lexsort((scattered(document), turn))[:count])
+
+
 @dataclass(frozen=True)
 class Validation:
-    """The first sequences of the held-out split: the same rows in every call.
+    """Sequences of the held-out split, about as many of each document: the same in every call.
 
     num_tokens is the number of targets, and num_bytes is the number of their UTF-8 bytes, so
     bits per byte = (mean nats per token) * num_tokens / (ln 2 * num_bytes).
@@ -199,12 +222,12 @@ class Validation:
         batch_size: int,
         tokenizer: Tokenizer,
     ) -> "Validation":
-        """About `count` sequences, the first ones of each part of a mixture. Each part has `weight`
-        of them, or fewer if it is too small."""
+        """About `count` sequences. Each part of a mixture has `weight` of them (`spread`), or fewer
+        if it is too small."""
         rows = []
         for weight, sequences in parts:
-            wanted = max(1, round(weight * count))
-            rows += [(sequences, i) for i in range(min(wanted, len(sequences)))]
+            chosen = spread(sequences, max(1, round(weight * count)))
+            rows += [(sequences, int(i)) for i in chosen]
         num_tokens = num_bytes = 0
         for sequences, i in rows:
             targets = sequences[i].targets
