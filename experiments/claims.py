@@ -4,11 +4,12 @@
     python -m experiments.claims check
     python -m experiments.claims run language.yoco_u_below_yoco
 
-`table` writes CLAIMS.md and the line of the README that has the headline, from the results of
-experiments.compare in results/. `check` exits with 1 and shows the difference if they are not what
-`table` would write, or if the README quotes a figure (bits/byte, tokens/s and so on) that no file
-in results/ has, those of studies aside. `run` repeats one claim: it trains its entries in
-runs/claims/, and shows what results/ has and what came. It can be killed; the same command goes on.
+`table` writes CLAIMS.md, the line of the README that has the headline, and the figures, from the
+results of experiments.compare in results/. `check` exits with 1 and shows the difference if they
+are not what `table` would write, or if the README quotes a figure (bits/byte, tokens/s and so on)
+that no file in results/ has, those of studies aside. `run` repeats one claim: it trains its entries
+in runs/claims/, and shows what results/ has and what came. It can be killed; the same command goes
+on.
 """
 
 import difflib
@@ -21,30 +22,35 @@ import sys
 from pathlib import Path
 
 import configs.studies
+from benchmarks import paper_claims
 from benchmarks.report import Grid, page
 from experiments import cli
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation import claims
+from yocou_jax.evaluation import claims, figure
 from yocou_jax.files import write_atomically
 from yocou_jax.study import Study
 
 README, RESULTS = Path("README.md"), Path("results")
 HEADLINE = re.compile("(?<=<!-- headline -->).*?(?=<!-- end of the headline -->)", re.DOTALL)
+CAVEATS: tuple[str, ...] = ()
 INTRODUCTION = (
     "`python -m experiments.claims table` writes this file from results/. Do not edit it. "
     f"`{claims.COMMAND} NAME` repeats one claim, with the name in its row.",
     "A claim is that one entry of a study has a lower value of a metric than another; without "
     "the name of a metric, it is the validation loss in bits/byte. *Ours* are the two means, of"
     " the lower entry first. *Found* is their difference, paired by seed: above 0, the claim "
-    "holds in these runs. The *smallest effect* is the true difference that this many seeds "
-    "would find with 80% probability. The minutes are those of all runs of the entries, with "
-    "their sweep of the learning rate.",
-    "A claim is *reproduced* (*holds*, if it is not in the paper) if the whole 95% interval is "
-    "above 0, and *not at this scale* if all of it is below the smallest difference that would "
-    "matter. It is otherwise *inconclusive*, and also with fewer than 3 seeds, if a seed has no"
+    "holds in these runs; *outside*: not in the range that was expected. The *smallest effect* is "
+    "the true difference that this many seeds would find with 80% probability. The minutes are "
+    "those of all runs of the entries, with their sweep of the learning rate. (Two runs may have "
+    "shared a machine, one on each core.)",
+    "A claim is *not at this scale* if the whole 95% interval is below the smallest difference "
+    "that would matter; *the reverse holds* if it is even below 0. Otherwise it is *reproduced* "
+    "(*holds*, if it is not in the paper) if the whole interval is above 0. "
+    "It is *inconclusive* in all other cases, and also with fewer than 3 seeds, if a seed has no"
     " value, or if no entry has learned the task or all have. The intervals are about seeds "
     "only. They are not corrected for the number of claims: of 20 claims without any effect, "
     "one is expected to have an interval without 0.",
+    *CAVEATS,
 )
 
 
@@ -57,12 +63,19 @@ def studies() -> dict[str, Study]:
 def documents(found: dict[str, Study], results: list[claims.Result]) -> dict[Path, str]:
     """The files as they should be."""
     grids = [Grid(*table) for table in claims.tables(found, results)]
-    said = claims.sentences(claims.HEADLINE, found, results)
-    claim, _ = claims.find(claims.HEADLINE, found, results)
-    line = " ".join(said) or f"`{claim.lower}` below `{claim.higher}`: not run yet."
+    said = []
+    for name in claims.HEADLINES:
+        claim, _ = claims.find(name, found, results)
+        said += claims.sentences(name, found, results) or [
+            f"`{claim.lower}` below `{claim.higher}`: not run yet."
+        ]
+    line = " ".join(said)
     readme, count = HEADLINE.subn(lambda _: line, README.read_text(encoding="utf-8"))
     if count != 1:
         raise UserError("README.md must have `<!-- headline -->` and its end once.")
+    grids.append(
+        Grid("Claims of the paper without a study", paper_claims.COLUMNS, paper_claims.rows())
+    )
     return {Path("CLAIMS.md"): page("Claims", INTRODUCTION, grids, ()), README: readme}
 
 
@@ -76,8 +89,8 @@ def check(wanted: dict[Path, str]) -> int:
             print(f"{path} is not what results/ gives: run `python -m experiments.claims table`.")
             code = 1
     readme = HEADLINE.sub("", README.read_text(encoding="utf-8"))
-    for figure in claims.unknown_figures(readme, RESULTS):
-        print(f"README.md says {figure!r}, but no file in results/ has this number.")
+    for words in claims.unknown_figures(readme, RESULTS):
+        print(f"README.md says {words!r}, but no file in results/ has this number.")
         code = 1
     return code
 
@@ -100,6 +113,9 @@ def main(words: list[str]) -> int | None:
             for path, text in documents(found, results).items():
                 write_atomically(path, text)
                 print(f"Wrote {path}")
+            for result in results:
+                if figure.draw(result.report, picture := result.path.with_suffix(".png")):
+                    print(f"Wrote {picture}")
         case ["check"]:
             return check(documents(found, results))
         case ["run", name]:

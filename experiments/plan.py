@@ -85,9 +85,11 @@ def _show(grids: list[Grid]) -> None:
 
 
 def main(_):
-    config = Config.from_dict(CONFIG.value)
     if INFERENCE.value and SEARCH.value:
         raise UserError("--search tries meshes for training: leave out --inference.")
+    if INFERENCE.value:
+        CONFIG.value.optimizer.accumulation_steps = 1  # it would have to divide the batch
+    config = Config.from_dict(CONFIG.value)
     devices = planning.devices_of(TOPOLOGY.value)
     if INFERENCE.value:
         shown = found = plan_inference(config, TOPOLOGY.value, devices)

@@ -52,6 +52,28 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / (Path(path).stem + (f"-{preset}" if preset else ""))
 
 
+def join() -> None:
+    """Joins the other processes of the run."""
+    import jax
+
+    from pallas_kernels import verdicts
+
+    # If another process dies, jax's runtime aborts this one. Its last words say so, and a dump of
+    # Python's stacks would hide them.
+    faulthandler.disable()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only CPUs read it
+    try:
+        jax.distributed.initialize(
+            *(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+            initialization_timeout=JOIN_CHECKED_S if verdicts.accelerators() else JOIN_S,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            "--distributed could not join the other processes; outside a TPU pod or a cluster "
+            f"give --coordinator, --num_processes and --process_id too ({error})."
+        ) from error
+
+
 def main(_):
     cli.refuse_empty(WORKDIR, INIT_FROM)
     # Before training begins, there is nothing to save, so Ctrl-C ends the process as SIGTERM does.
@@ -61,7 +83,6 @@ def main(_):
     import jax
 
     from experiments import process
-    from pallas_kernels import verdicts
     from yocou_jax.training.console import Console, duration
     from yocou_jax.training.loop import Run
     from yocou_jax.training.preemption import EXIT_PREEMPTED
@@ -69,20 +90,7 @@ def main(_):
     process.keep_freed_memory()
     process.check_kernels(CONFIG.value.compute.attention)
     if DISTRIBUTED.value:
-        # If another process dies, jax's runtime aborts this one. Its last words say so, and a dump
-        # of Python's stacks would hide them.
-        faulthandler.disable()
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only CPUs read it
-        try:
-            jax.distributed.initialize(
-                *(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
-                initialization_timeout=JOIN_CHECKED_S if verdicts.accelerators() else JOIN_S,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                "--distributed could not join the other processes; outside a TPU pod or a cluster "
-                f"give --coordinator, --num_processes and --process_id too ({error})."
-            ) from error
+        join()
     config = Config.from_dict(CONFIG.value)
     process.keep_compiled_programs(config.data.cache_dir)
     config_file = flags.FLAGS["config"].config_filename

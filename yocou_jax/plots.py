@@ -21,23 +21,34 @@ STYLES = {
     "upper_loop_unshared": ("#CC79A7", "X"),
     "parscale": ("#777777", "*"),
 }
+# Entries of the studies that are a program of STYLES with other sizes or another budget.
+VARIANTS = {
+    "yoco_deep": (STYLES["yoco"][0], "s", "--"),
+    "yoco_equal_flops": (STYLES["yoco"][0], "<", "--"),
+    "yoco_equal_layers": (STYLES["yoco"][0], ">", ":"),
+    "yoco_u_deep": (STYLES["yoco_u"][0], "o", "--"),
+    "rins_late": (STYLES["rins"][0], "v", "--"),
+}
+# Of all other names: no marker of STYLES, so that none of them is taken for one of its programs.
+OTHERS = (("p", "-"), ("d", "--"), ("h", ":"))
 SETTINGS = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """`color`, `marker`, `linestyle` and `markersize` of each name, all different. A name that
-    STYLES does not have gets one that is left over, and if none is, a dashed or a dotted line.
+    neither STYLES nor VARIANTS has gets a color with a marker that no program has.
 
     Raises:
       ValueError: there are more names than styles.
     """
     names = list(dict.fromkeys(names))
     chosen = {name: (*STYLES[name], "-") for name in names if name in STYLES}
-    every = [(*style, line) for line in ("-", "--", ":") for style in STYLES.values()]
-    left = [style for style in every if style not in chosen.values()]
-    others = [name for name in names if name not in STYLES]
+    chosen |= {name: VARIANTS[name] for name in names if name in VARIANTS}
+    colors = [color for color, _ in STYLES.values()]
+    left = [(color, marker, line) for marker, line in OTHERS for color in colors]
+    others = [name for name in names if name not in chosen]
     if len(others) > len(left):
-        raise ValueError(f"There are only {len(every)} styles, and {len(names)} names.")
+        raise ValueError(f"There are only {len(left)} styles for {len(others)} other names.")
     chosen |= dict(zip(others, left, strict=False))
     keys = ("color", "marker", "linestyle")
     return {name: dict(zip(keys, chosen[name], strict=True), markersize=4) for name in names}

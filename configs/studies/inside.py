@@ -53,6 +53,7 @@ def loops(entry: str) -> list[Claim]:
         below(entry, "distance_loop_2", "distance_loop_1", (0.05, 0.2)),
         below(entry, "distance_loop_3", "distance_loop_2", (0.0, 0.05)),
         below(entry, "distance_before_hand_over", "distance_hand_over", (0.01, 0.1)),
+        below(entry, "distance_after_hand_over", "distance_hand_over", (0.01, 0.1)),
         below(entry, "loss_loop_2", "loss_loop_1", (0.1, 1.0), NOT_IN_PAPER),
         below(entry, "loss_loop_3", "loss_loop_2", (0.01, 0.2), NOT_IN_PAPER),
     ]
@@ -66,10 +67,9 @@ STUDY = Study(
     },
     evaluations={"inside": ("--samples=16",)},
     claims=(
+        # A spike is above the layer before it and above the layer after it. In yoco_u, the layer
+        # after the hand-over is the last of the model. Last layers often turn the stream far.
         *loops("yoco_u"),
         *loops("yoco_u_deep"),
-        # In yoco_u, the layer after the hand-over is the last of the model. Last layers often turn
-        # the residual stream far, whatever came before.
-        below("yoco_u_deep", "distance_after_hand_over", "distance_hand_over", (0.01, 0.1)),
     ),
 )

@@ -12,6 +12,7 @@ from tests import tiny
 from tests.studies import BASE, REVISION, STUDY, about, pretend, train
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
+from yocou_jax.evaluation import figure
 from yocou_jax.evaluation import report as reports
 from yocou_jax.evaluation.compare import Comparison, RunFailed, overrides
 from yocou_jax.evaluation.findings import report
@@ -160,7 +161,9 @@ def test_an_evaluation_that_is_missing_is_made_without_a_new_training(tmp_path):
                 Comparison(dataclasses.replace(study, claims=(claim,)), BASE, tmp_path)
     # One entry alone has no curve against tokens, but it has a depth curve.
     found = report(comparison)
-    assert reports.panels(found) == {"loops": {"a": [(1, 2.0), (2, 1.5)]}}
+    ((kind, panel),) = figure.panels(found).items()
+    assert kind.title == "validation, by loops"
+    assert panel.curves == {"a": [[(1, 2.0), (2, 1.5)]]}
     assert found["claims"][0]["difference"]["mean"] == 0.25
     claims = next(table for table in reports.tables(found) if table.title == "Claims")
     assert claims.rows[0][0].endswith("scalars.nats_2 below evaluation.loops.scalars.nats_1")

@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch, found) -> Path:
     """A repository with a README and the results of one of two studies."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "studies", lambda: {"one": STUDY, "two": OTHER})
-    monkeypatch.setattr(claims, "HEADLINE", "one.b_below_a")
+    monkeypatch.setattr(claims, "HEADLINES", ("one.b_below_a", "two.c_below_d"))
     Path("README.md").write_text(README)
     Path("results/cpu/studies").mkdir(parents=True)
     Path("results/cpu/studies/one.json").write_text(to_json(found))
@@ -48,7 +48,7 @@ def test_the_table_has_every_claim(place, capsys):
     assert (
         "| `b` below `a`, at equal parameters, tokens | Table 3: 1.5 and 2.5 | +0 to +0.5 | "
         "1.2400 and 1.5200 | +0.2800 | +0.2552 to +0.3048 | 3 | 0.0326 | 0.005 | reproduced | "
-        "2.74K parameters, 2.56K tokens | 11 | `one.b_below_a` | "
+        "2.74K parameters without embeddings, 2.56K tokens | 11 | `one.b_below_a` | "
         "the best learning rate of b is at the edge of those tried |"
     ) in page
     assert "| 11 | 11 | `python -m experiments.compare --config=configs/studies/one.py" in page
@@ -57,9 +57,9 @@ def test_the_table_has_every_claim(place, capsys):
     line = "| `c` below `d`, at equal parameters, tokens | Figure 6 | +0 to +1 | `two.c_below_d` |"
     assert line in page
     headline = (
-        "What came: <!-- headline -->`b` below `a`: reproduced. The difference is +0.2800 "
-        "bits/byte (95% interval: +0.2552 to +0.3048; above 0, the claim holds; 3 seeds; 2.74K "
-        "parameters, 2.56K tokens; cpu).<!-- end"
+        "What came: <!-- headline -->At equal parameters and tokens, `b` has 0.2800 bits/byte less "
+        "than `a` (95% interval 0.2552 to 0.3048; 3 seeds; 2.74K parameters without embeddings, "
+        "2.56K tokens; cpu). The claim that it has less: reproduced. `c` below `d`: not run yet.<!"
     )
     assert Path("README.md").read_text().startswith(headline)
     capsys.readouterr()
@@ -81,7 +81,39 @@ def test_without_results_every_claim_is_listed_as_not_run(place):
     command.main(["", "table"])
     assert command.main(["", "check"]) == 0
     assert "## one: not run" in Path("CLAIMS.md").read_text()
-    assert "-->`b` below `a`: not run yet.<!--" in Path("README.md").read_text()
+    assert "-->`b` below `a`: not run yet. `c` below `d`: not run yet.<!--" in (
+        Path("README.md").read_text()
+    )
+
+
+def changed(found: dict, **difference) -> dict:
+    (claim,) = (c for c in found["claims"] if c["name"] == "b_below_a")
+    claim = claim | {"difference": claim["difference"] | difference}
+    return found | {"claims": [claim, *found["claims"][1:]]}
+
+
+def test_what_was_not_expected_is_marked_and_said(place, found):
+    other = changed(found, mean=-0.3, low=-0.4, high=-0.2)
+    Path("results/cpu/studies/one.json").write_text(to_json(other))
+    command.main(["", "table"])
+    page = Path("CLAIMS.md").read_text()
+    assert "| -0.3000 (outside) | -0.4000 to -0.2000 |" in page
+    assert "reproduced (the reverse holds) |" in page  # the verdict of the file was left as it was
+    assert (
+        "`b` has 0.3000 bits/byte more than `a` (95% interval 0.2000 to 0.4000; 3 seeds;"
+        in Path("README.md").read_text()
+    )
+    Path("results/cpu/studies/one.json").write_text(to_json(changed(found, mean=-0.1, low=-0.2)))
+    command.main(["", "table"])
+    assert "more than `a` (95% interval -0.3048 to 0.2000" in Path("README.md").read_text()
+
+
+def test_claims_without_a_study_are_listed(place):
+    command.main(["", "table"])
+    page = Path("CLAIMS.md").read_text()
+    assert "| Table 10: bytes of the KV cache at 8K to 256K |" in page
+    assert "| exact in 24 of 24 cells |" in page
+    assert "not run: needs an H100" in page
 
 
 def test_a_figure_without_a_result_is_found(place):
@@ -119,7 +151,8 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, monkeypatch, caps
             *("--workdir=runs/claims/two", "--out=runs/claims/two.json"),
         ],
     ]
-    assert "So far: `b` below `a`: reproduced. The difference is +0.2800" in capsys.readouterr().out
+    said = "So far: At equal parameters and tokens, `b` has 0.2800 bits/byte less than `a`"
+    assert said in capsys.readouterr().out
     for words, error in ((["run", "one.x"], "no claim 'one.x'"), ([], "Say `table`")):
         with pytest.raises(UserError, match=error):
             command.main(["", *words])

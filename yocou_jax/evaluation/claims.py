@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 from yocou_jax.errors import UserError, shown
 from yocou_jax.evaluation.findings import short_revision
 from yocou_jax.evaluation.report import Table
+from yocou_jax.evaluation.statistics import PAIRS
 from yocou_jax.study import Claim, Study
 
-HEADLINE = "language.yoco_u_below_yoco"  # what the README says first
+HEADLINES = (  # what the README says first
+    "language.yoco_u_below_yoco",
+    "language.yoco_u_below_yoco_equal_flops",
+)
 COMMAND = "python -m experiments.claims run"
 COLUMNS = (
     *("claim", "the paper", "expected: lower by", "ours", "found: lower by", "95% interval"),
@@ -134,16 +138,18 @@ def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]
 
 def _cells(claim: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     """What was found, from the two means to the minutes, and the remarks."""
-    found = claim["difference"]
+    found, (low, high) = claim["difference"], claim["expected"]
+    outside = "" if low <= found["mean"] <= high else " (outside)"
+    reverse = found["n"] >= PAIRS and found["high"] is not None and found["high"] < 0
     sizes = [_sizes(report["entries"][claim[side]]["amounts"]) for side in ("lower", "higher")]
     return [
         " and ".join(f"{side['mean']:.4f}" for side in claim["means"]),
-        f"{found['mean']:+.4f}",
+        f"{found['mean']:+.4f}{outside}",
         _interval(found),
         str(found["n"]),
         "-" if found["smallest_effect"] is None else f"{found['smallest_effect']:.4f}",
         f"{claim['least']:g}",
-        claim["verdict"],
+        claim["verdict"] + (" (the reverse holds)" if reverse else ""),
         "; ".join(dict.fromkeys(sizes)),
         f"{claim['minutes']:.0f}",
         "; ".join(claim["remarks"]),
@@ -155,7 +161,8 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 
 def _sizes(amounts: Mapping[str, float]) -> str:
-    return f"{_short(amounts['parameters'])} parameters, {_short(amounts['tokens'])} tokens"
+    parameters, tokens = _short(amounts["parameters"]), _short(amounts["tokens"])
+    return f"{parameters} parameters without embeddings, {tokens} tokens"
 
 
 def _short(number: float) -> str:
@@ -226,12 +233,20 @@ def sentences(name: str, studies: Mapping[str, Study], results: Sequence[Result]
     for result in having:
         found = next((c for c in result.report["claims"] if c["name"] == claim.name), None)
         if found is not None and found["difference"] is not None:
-            _, mean, bounds, seeds, _, _, word, sizes, *_ = _cells(found, result.report)
-            unit = "bits/byte" if found["metric"] == "summary.val_bpb" else found["metric"]
+            *_, seeds, _, _, word, sizes, _, _ = _cells(found, result.report)
+            unit = "bits/byte" if found["metric"] == "summary.val_bpb" else f"in {found['metric']}"
+            equal = f"At equal {' and '.join(found['match'])}, " if len(claim.entries) > 1 else ""
+            mean, low, high = (found["difference"][x] for x in ("mean", "low", "high"))
+            bounds = "no interval"
+            if low is not None:
+                low, high = sorted((low, high) if mean >= 0 else (-low, -high))
+                bounds = f"95% interval {low:.4f} to {high:.4f}"
+            than = f"`{claim.higher}`"
+            than += "" if claim.against is None else f" has in {claim.against}"
             said.append(
-                f"`{claim.lower}` below `{claim.higher}`: {word}. The difference is {mean} {unit} "
-                f"(95% interval: {bounds}; above 0, the claim holds; {seeds} seeds; {sizes}; "
-                f"{result.device})."
+                f"{equal}`{claim.lower}` has {abs(mean):.4f} {unit} "
+                f"{'less' if mean >= 0 else 'more'} than {than} ({bounds}; {seeds} seeds; {sizes}; "
+                f"{result.device}). The claim that it has less: {word}."
             )
     return said
 

@@ -1,4 +1,4 @@
-"""Tables, the figure and the page of a comparison. All but `plan` need its report alone.
+"""Tables and the page of a comparison. All but `plan` need its report alone.
 
 Every difference has the sign of a claim: above 0, the entry is lower than the other one.
 """
@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from yocou_jax.evaluation import figure
 from yocou_jax.evaluation.compare import Comparison
 from yocou_jax.files import to_json, write_atomically
 from yocou_jax.study import AXES
 from yocou_jax.training.events import Events
 
-# Axes that can be the x axis of a figure, and the words there.
-PANELS = {"tokens": "training tokens", "flops": "training FLOPs"}
 TAG = "study/figure"  # in TensorBoard
 
 
@@ -138,73 +137,6 @@ def _sizes(report: Mapping[str, Any]) -> Table:
     return Table(title, ["entry", *(axis.words for axis in AXES.values()), "fields"], rows)
 
 
-# --- The figure -----------------------------------------------------------------------------------
-
-Points = list[Sequence[float]]
-
-
-def _mean(curves: list[Points]) -> Points:
-    """The mean of several curves, at the x that all of them have."""
-    found: dict[float, list[float]] = {}
-    for x, y in (point for curve in curves for point in curve):
-        found.setdefault(x, []).append(y)
-    full = {x: values for x, values in sorted(found.items()) if len(values) == len(curves)}
-    return [(x, sum(values) / len(values)) for x, values in full.items()]
-
-
-def _runs(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The runs at the learning rate of the entry."""
-    return [run for run in entry["runs"] if run["learning_rate"] == entry["learning_rate"]]
-
-
-def panels(report: Mapping[str, Any]) -> dict[str, dict[str, Points]]:
-    """The curves of each panel of the figure, by the names of entries; means over seeds.
-
-    Validation loss against tokens, and against FLOPs (Figure 2 of the paper). Each has the entries
-    that match the reference on its axis, if there are at least two: others would have another
-    budget, and their schedules would end elsewhere. If the study has the task `loops`, also the
-    loss against the loop count (the axis of Figure 6).
-    """
-    found: dict[str, dict[str, Points]] = {axis: {} for axis in PANELS}
-    for name, entry in report["entries"].items():
-        curve = _mean([run["curve"] for run in _runs(entry)])
-        for axis in PANELS.keys() & set(entry["matched"]) if curve else ():
-            scale = entry["amounts"][axis] / entry["amounts"]["tokens"]
-            found[axis][name] = [(tokens * scale, loss) for tokens, loss in curve]
-    found = {axis: curves for axis, curves in found.items() if len(curves) > 1}
-    depths = {}
-    for name, entry in report["entries"].items():
-        tasks = [run["evaluation"]["loops"] for run in _runs(entry) if "loops" in run["evaluation"]]
-        rows = [next(iter(task["tables"].values())) for task in tasks]
-        if rows:
-            depths[name] = _mean([[(r["loops"], r["bits_per_byte"]) for r in t] for t in rows])
-    return found | ({"loops": depths} if depths else {})
-
-
-def draw(report: Mapping[str, Any], path: Path) -> bool:
-    """Writes the figure as a PNG. False: there is nothing to draw, and no file. Needs
-    matplotlib."""
-    from yocou_jax import plots
-
-    if not (found := panels(report)):
-        return False
-    figure, axes = plots.subplots(len(found), width=5.6, height=4.2)
-    styles = plots.styles(report["entries"])
-    for (axis, curves), at in zip(found.items(), axes if len(found) > 1 else [axes], strict=True):
-        for name, points in curves.items():
-            at.plot(*zip(*points, strict=True), label=name, **styles[name])
-        if axis in PANELS:
-            # The first points are so high that the last ones could not be told apart.
-            ends = [points[-1][1] for points in curves.values()]
-            room = max(max(ends) - min(ends), 0.02)
-            at.set_ylim(min(ends) - 0.2 * room, max(ends) + 4 * room)
-            at.set_title(f"equal {axis}")
-        at.set(xlabel=PANELS.get(axis, axis), ylabel="validation, bits/byte")
-        at.legend(fontsize=7)
-    plots.save(figure, path)
-    return True
-
-
 # --- The page -------------------------------------------------------------------------------------
 
 STYLE = """
@@ -242,7 +174,7 @@ def page(report: Mapping[str, Any], png: bytes | None) -> str:
         parts.append(f"<p><b>Note: {html.escape('; '.join(report['remarks']))}.</b></p>")
     if png is not None:
         data = base64.b64encode(png).decode()
-        parts.append(f'<img alt="validation loss" src="data:image/png;base64,{data}">')
+        parts.append(f'<img alt="what was measured" src="data:image/png;base64,{data}">')
     parts.append(f"<p>{SIGNS}</p>")
     parts += [_html_table(table) for table in tables(report)]
     commands = [[name, command] for name, command in report["commands"].items()]
@@ -273,7 +205,7 @@ def write(report: Mapping[str, Any], out: Path, folder: Path, events: Events) ->
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, to_json(report, indent=1) + "\n")
     picture = None
-    if draw(report, out.with_suffix(".png")):
+    if figure.draw(report, out.with_suffix(".png")):
         picture = out.with_suffix(".png").read_bytes()
         events.picture(TAG, picture, sum(len(e["runs"]) for e in report["entries"].values()))
     write_atomically(folder / "report.html", page(report, picture))

@@ -1,0 +1,63 @@
+"""Claims of the paper that no study is about, for CLAIMS.md."""
+
+from benchmarks import paper
+from configs import yocou_1b
+from yocou_jax import accounting
+from yocou_jax.config import Config
+
+COLUMNS = ("claim", "the paper", "here", "command")
+NOT_RUN = (
+    (
+        "Table 1: memory and time by the length of the text",
+        "KV memory L N D for a transformer, (N + W T L) D for YOCO-U",
+        "counted exactly by the accounting, and tested against the arrays of inference",
+        "python -m experiments.account --config=configs/yocou_1b.py",
+    ),
+    (
+        "Tables 8 and 9: speed of prefill and decode on one H100",
+        "yoco_u 10.2 times and 2.2 times the transformer at 256K",
+        "not run: needs an H100",
+        "python -m experiments.profile_inference --config=configs/yocou_1b.py",
+    ),
+    (
+        "Table 2 and Figure 2: experts, 10B parameters, 300B tokens",
+        "average 41.78 for YOCO and 46.23 for YOCO-U at equal FLOPs; 62% fewer tokens",
+        "not run: needs a pod",
+        "python -m experiments.train --config=configs/yocou_10b_moe.py",
+    ),
+    (
+        "Figure 5: seven sizes",
+        "YOCO-U as good as YOCO with 50% fewer parameters up to 6.4B; nearly a tie at 10B",
+        "not run: needs a pod",
+        "python -m experiments.train --config=configs/paper.py:1.3b,yoco_u",
+    ),
+    (
+        "Tables 3 and 5: averages over downstream tasks",
+        "yoco_u 48.3, yoco 47.0, transformer 47.1 (Table 3, 1.3B parameters)",
+        "not run: needs a model of that size",
+        "python -m experiments.evaluate --task=harness",
+    ),
+    (
+        "Appendix B: fine-tuning on mathematics",
+        "average of 11 benchmarks 42.7 for YOCO and 67.1 for YOCO-U",
+        "not run: needs a trained model of that size",
+        "-",
+    ),
+)
+
+
+def rows() -> list[list[str]]:
+    """Claims that no study is about. Table 10 is computed here, to the last digit that it has."""
+    cells = right = 0
+    for architecture, row in paper.TABLES["kv"].items():
+        model = Config.from_dict(yocou_1b.get_config(architecture)).model
+        for length, mib in zip(paper.LENGTHS, row, strict=True):
+            cells += 1
+            right += round(accounting.kv_bytes(model, length) / 2**20) == mib
+    exact = [
+        "Table 10: bytes of the KV cache at 8K to 256K",
+        "18.9 times less than the transformer at 256K",
+        f"exact in {right} of {cells} cells",
+        "python -m experiments.account --config=configs/yocou_1b.py",
+    ]
+    return [[*row[:3], "-" if row[3] == "-" else f"`{row[3]}`"] for row in (exact, *NOT_RUN)]
