@@ -41,7 +41,7 @@ def _trips(line: str, condition: list[str]) -> float:
     condition compares its counter. NaN if the program decides it while it runs."""
     if known := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', line):
         return int(known.group(1))
-    limits = [int(n) for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", "\n".join(condition))]
+    limits = [int(n) for n in re.findall(r"[su]32\[\][^=]*constant\((\d+)\)", "\n".join(condition))]
     return max(limits, default=math.nan)
 
 

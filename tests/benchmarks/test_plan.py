@@ -84,6 +84,12 @@ def test_collectives_of_a_tpu():
     ]
 
 
+def test_a_loop_may_count_without_a_sign():
+    text = TPU.replace("%limit = s32[]{:T(128)} constant(7)", "%limit = u32[]{:T(128)} constant(7)")
+    assert text != TPU
+    assert hlo.collectives(text, 8) == hlo.collectives(TPU, 8)
+
+
 def test_a_plan_has_the_bytes_of_each_device():
     """float32 parameters and the two moments of AdamW, split eight ways where the mesh divides."""
     config = config_on((1, 4, 1, 2))

@@ -25,6 +25,25 @@ def test_a_position_is_written_row_by_row_as_by_a_scatter(kind, monkeypatch):
     assert (np.asarray(got[True].k) != 0).sum() == 6 * (2 if kind is Cache else 3)
 
 
+@pytest.mark.parametrize("fits", [False, True])
+@pytest.mark.parametrize("start", [-5, -4, -3, -1, 0, 2, 4, 5, 9])
+def test_slots_outside_of_a_part_of_a_cache_are_dropped(start, fits):
+    """Before it too: they do not wrap around. Rows may begin elsewhere if it is not known that all
+    positions fit."""
+    old, new = jnp.zeros((2, 5, 2, 3)), jnp.arange(1.0, 49).reshape(2, 4, 2, 3)
+    starts = np.array([start, start] if fits else [start, start + 1])
+    at = NewPositions(start if fits else jnp.array(starts), jnp.array([4, 4]), fits)
+    at = at.replace(start=jnp.asarray(at.start))
+    got = Cache(old, old)._commit(KeyValue(new, -new), at)
+    want = np.zeros(old.shape)
+    for row in range(2):
+        for i in range(4):
+            if 0 <= starts[row] + i < 5:
+                want[row, starts[row] + i] = new[row, i]
+    np.testing.assert_array_equal(got.k, want)
+    np.testing.assert_array_equal(got.v, -want)
+
+
 def test_only_a_tpu_writes_narrow_heads_row_by_row():
     def found(kind, platform, H, devices=1):
         x = jnp.zeros((2, 8, 2, H))
