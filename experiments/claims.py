@@ -14,8 +14,10 @@ on.
 
 import difflib
 import importlib
+import importlib.metadata
 import os
 import pkgutil
+import platform
 import re
 import shlex
 import sys
@@ -99,6 +101,15 @@ def run(name: str, found: dict[str, Study], results: list[claims.Result]) -> Non
     words = claims.compare_flags(name, found, results)
     for sentence in claims.sentences(name, found, results) or ["results/ does not have it."]:
         print(f"So far: {sentence}")
+    here = platform.python_version(), importlib.metadata.version("jax")
+    for result in claims.find(name, found, results)[1]:
+        there = result.report["environments"][0]
+        there = there["python"], there["packages"]["jax"]
+        if here != there:
+            print(
+                f"Note: {result.path} is of Python {there[0]} and jax {there[1]}, and here are "
+                f"{here[0]} and {here[1]}. The source `python` is then another text."
+            )
     command = ["-m", "experiments.compare", *words]
     print(shlex.join(["python", *command]), flush=True)
     Path("runs/claims").mkdir(parents=True, exist_ok=True)

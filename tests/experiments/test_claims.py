@@ -1,6 +1,8 @@
 """CLAIMS.md says what the results give, and nothing else."""
 
+import importlib.metadata
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -151,8 +153,13 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, monkeypatch, caps
             *("--workdir=runs/claims/two", "--out=runs/claims/two.json"),
         ],
     ]
+    real = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{real(name)}.1")
+    command.main(["", "run", "one.b_below_a"])
+    said = f"one.json is of Python {platform.python_version()} and"
+    assert said in (printed := capsys.readouterr().out)
     said = "So far: At equal parameters and tokens, `b` has 0.2800 bits/byte less than `a`"
-    assert said in capsys.readouterr().out
+    assert said in printed
     for words, error in ((["run", "one.x"], "no claim 'one.x'"), ([], "Say `table`")):
         with pytest.raises(UserError, match=error):
             command.main(["", *words])
