@@ -51,17 +51,32 @@ def test_options_give_the_gradients_of_one_device(name):
     check(mesh, **options)
 
 
-def test_sums_over_parts_of_a_sequence_are_in_float32():
-    """Of the keys and values of a full layer, in the program before XLA changes it. (XLA's CPU
-    backend sums in float32 whatever it is told, so values would show nothing.)"""
-    config = config_on((1, 1, 1, 8), "full*1, streams=2", num_loops=None, dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("mesh", "architecture", "kinds"),
+    [
+        ((1, 1, 1, 8), "full*1, streams=2", 2),  # keys of the text, and learned ones
+        ((1, 1, 4, 2), "window*1@2 | cross*1", 2),  # every device has both K/V heads
+        ((2, 1, 1, 1, 4), "full*1", 1),  # sums of experts
+    ],
+    ids=str,
+)
+def test_sums_over_devices_are_in_float32(mesh, architecture, kinds):
+    """Of keys, values and experts, in the program before XLA changes it. (XLA's CPU backend sums in
+    float32 whatever it is told, so values would show nothing.)"""
+    experts = tiny.MOE if len(mesh) > 4 else {}
+    config = config_on(mesh, architecture, num_loops=None, dtype="bfloat16", **experts)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = loss_and_gradients(config, batch := tiny.batch(), mesh)
         text = run.lower(tiny.params(config.model), batch).as_text()
-    ends = re.findall(r"stablehlo\.reduce_scatter.*?\}\) : \((.*?)\) ->", text, re.S)
-    assert ends
-    assert all("bf16" not in types for types in ends)
+    found = set()
+    for kind in ("reduce_scatter", "all_reduce"):
+        for types in re.findall(rf"stablehlo\.{kind}.*?\}}\) : \((.*?)\) ->", text, re.S):
+            # Residual streams and the gradients of matrices have fewer axes; these are all-reduced.
+            if kind == "reduce_scatter" or types.count("x") >= 4:
+                assert "bf16" not in types
+                found.add(kind)
+    assert len(found) == kinds
 
 
 # --- How little moves -----------------------------------------------------------------------------
