@@ -1,5 +1,7 @@
 """Memory that is used up is one sentence in every command."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -26,6 +28,17 @@ def test_one_sentence_says_what_was_asked_what_there_is_and_what_helps():
         memory_errors("", []),
     ):
         raise MemoryError  # of the host, which does not say how much was asked for
+
+
+@pytest.mark.parametrize(
+    ("stats", "size"),
+    [({"bytes_limit": 7 * 2**30, "bytes_in_use": 2**30}, 7 * 2**30), ({}, None), (None, None)],
+)
+def test_the_memory_of_an_accelerator(stats, size):
+    device = SimpleNamespace(platform="gpu", device_kind="x", memory_stats=lambda: stats)
+    assert memory_of(device) == size
+    h200 = SimpleNamespace(**vars(device) | {"device_kind": "NVIDIA H200"})
+    assert memory_of(h200) == (size or 141 * 2**30)
 
 
 def test_other_errors_pass():

@@ -37,6 +37,8 @@ def test_a_draw_depends_on_the_seed_and_the_step_only():
     drawn = [first.draw(0, step) for step in range(1, 101)]
     assert [second.draw(0, step) for step in range(100, 0, -1)] == drawn[::-1]
     assert [second.draw(1, step) for step in range(1, 101)] != drawn
+    # 1 and 10 to 19 are other digits than 11 and 0 to 9 only if something is between them.
+    assert [first.draw(1, step) for step in range(10, 20)] != [first.draw(11, n) for n in range(10)]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ GIB = 2**30
 MOST_REMAT = "full"
 
 
-def memory_of(device: jax.Device) -> float | None:
-    """Bytes that programs can use on a device, if they are known. For a CPU: of the machine."""
+def memory_of(device) -> float | None:
+    """Bytes that programs can use on a `jax.Device`, if they are known. For a CPU: of the machine."""
     if device.platform == "cpu":
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -1,6 +1,7 @@
 """Inside a model: hand-made parameters with known values, the numpy oracle, explicit matrices."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from yocou_jax import analysis
 from yocou_jax.analysis.jacobian import _eigenvalues
 from yocou_jax.model import head_matrix, to_logits
 from yocou_jax.model.language_model import StageStack
+
+# In the package, the name is that of the function.
+inside = importlib.import_module("yocou_jax.analysis.inside")
 
 CONFIG = tiny.model("window*2@3 | cross*1", window=2, **tiny.MOE)
 COMPUTE = tiny.compute()
@@ -36,7 +40,10 @@ def mean(values):
 # --- The walk -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("program", ["window*1@2 | full*1 | cross*1@2", "full*1@2, streams=2"])
+@pytest.mark.parametrize(
+    "program",
+    ["window*1@2 | full*1 | cross*1@2", "window*1@2 | cross*1 | cross*1@2", "full*1@2, streams=2"],
+)
 def test_a_walk_is_the_forward_pass(program):
     config, tokens = tiny.model(program), tiny.tokens(2, 6)
     params = tiny.params(config)
@@ -67,6 +74,26 @@ def test_layers_that_add_nothing():
         assert loop.overlap in (None, (1, 1))
         assert loop.loss == found.loops[0].loss
         np.testing.assert_allclose([loop.radius, loop.radius_max], 1, rtol=1e-6)
+
+
+def test_the_weight_of_a_token_is_that_of_all_its_streams():
+    """The rows of two streams are stream-major."""
+    x, weights = np.zeros((4, 3, 2)), np.array([[1.0, 0, 0], [0, 1, 0]])
+    y = np.arange(12.0).reshape(4, 3)
+    found = inside._mean(lambda a, b: y, x, x, weights)
+    assert found == np.mean([y[0, 0], y[1, 1], y[2, 0], y[3, 1]])
+
+
+def test_jacobians_are_taken_at_the_last_position_of_each_share(monkeypatch):
+    asked = []
+    real = inside.loop_radius
+    monkeypatch.setattr(
+        inside, "loop_radius", lambda *args: (asked.append(args[-1]), real(*args))[1]
+    )
+    analysis.inside(*MODEL, BATCH)
+    B, N = BATCH.tokens.shape
+    assert all(list(at) == [(row + 1) * N // B - 1 for row in range(B)] for at in asked)
+    assert asked
 
 
 def test_angles_that_are_small_or_large():

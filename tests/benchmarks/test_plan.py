@@ -84,6 +84,15 @@ def test_collectives_of_a_tpu():
     ]
 
 
+def test_a_computation_that_is_called_twice_runs_twice():
+    text = TPU.replace(
+        "%loop = (s32[]", "%again = bf16[2,64] fusion(%p), calls=%body\n  %loop = (s32[]"
+    )
+    assert text != TPU
+    found = [one.times for one in hlo.collectives(text, 8)]
+    assert found == [1, 8, 8]
+
+
 def test_a_loop_may_count_without_a_sign():
     text = TPU.replace("%limit = s32[]{:T(128)} constant(7)", "%limit = u32[]{:T(128)} constant(7)")
     assert text != TPU

@@ -797,6 +797,22 @@ def test_mixtures_and_splits_of_known_files_read_nothing(make_config, corpus, re
     assert sorted(set(readings)) == sorted(readings)  # once, to tokenize
 
 
+def test_what_is_known_depends_on_how_rows_are_read(make_config, tmp_path, readings):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"text {i} " * 20, "other": f"another {i} " * 20} for i in range(40)]
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"text": None, "other": "x"}])
+    )
+    config = {"source": str(path), "bad_rows": "skip"}
+    first = load_data(make_config(**config))
+    for changes in ({"text_field": "other"}, {"bad_rows": "refuse", "text_field": "other"}):
+        readings.clear()
+        assert load_data(make_config(**config | changes)).fingerprint != first.fingerprint
+        assert readings
+    with pytest.raises(UserError, match=r"rows\.jsonl"):  # although its skipped row is remembered
+        load_data(make_config(**config | {"bad_rows": "refuse"}))
+
+
 def test_a_changed_file_is_read_even_if_its_size_and_its_time_are_those_of_before(
     make_config, corpus, readings
 ):

@@ -12,7 +12,7 @@ import pytest
 from tests import oracle, trained
 from yocou_jax import manifest
 from yocou_jax.config import MeshConfig
-from yocou_jax.data.synthetic import NOISE, Hops, Needle, Quiz, follow, lines_of
+from yocou_jax.data.synthetic import EVALUATION, NOISE, Hops, Needle, Quiz, follow, lines_of
 from yocou_jax.data.tokenizer import train_bpe
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import answers, hops, needle
@@ -86,6 +86,12 @@ def test_the_distance_is_that_of_the_letter_of_the_answer():
     found = hops.views(Hops(1, length=16), follow(x, 1), nll, right)["by_distance"]
     (part,) = found
     assert (part["first"], part["last"], part["answers"]) == (2, 6, 4)
+
+
+def test_texts_of_an_evaluation_are_not_those_of_training():
+    task = Hops(2, length=64)
+    training, evaluation = ({*task.texts(task.draw(range(50), *of))} for of in ((), (EVALUATION,)))
+    assert not training & evaluation
 
 
 def test_what_is_right_by_chance():

@@ -84,6 +84,10 @@ def test_a_greedy_continuation_and_one_that_is_not(one, mesh):
     scorer = harness.Scorer(one, mesh)
     found = scorer._likelihoods([([*ids, best], 1), ([*ids, other], 1), ([*ids, other, best], 2)])
     assert [greedy for _, greedy in found] == [True, False, False]
+    # The first token is the likeliest one, and the second is not.
+    logits, _ = oracle.logits(params, one.config, np.array([[*ids, best]]))
+    worst = int(logits[0, -1].argmin())
+    assert scorer._likelihoods([([*ids, best, worst], 2)])[0][1] is False
 
 
 def test_a_context_is_run_once_for_all_its_continuations(one, mesh, monkeypatch):
@@ -131,6 +135,21 @@ def test_generated_texts(one, mesh):
     assert scorer.generate_until(requests) == [texts[0][: texts[0].index(stop)], texts[1]]
     with pytest.raises(UserError, match="The task asks for 'num_beams', but"):
         scorer.generate_until([("", {"num_beams": 3})])
+
+
+def test_settings_of_a_task_reach_the_sampler(one, mesh, monkeypatch):
+    asked = []
+
+    def generate(*args, sampling, **options):
+        asked.append(sampling)
+        raise UserError("stop")
+
+    monkeypatch.setattr(harness, "generate", generate)
+    settings = {"until": [], "do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.25}
+    with pytest.raises(UserError, match="stop"):
+        harness.Scorer(one, mesh).generate_until([("hello", settings | {"max_gen_toks": 3})])
+    (sampling,) = asked
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 5, 0.25)
 
 
 def test_the_package_is_needed(one, mesh, tmp_path, monkeypatch):

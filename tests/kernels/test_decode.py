@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cross_attention, decode_cross, decode_window, join, window_attention
+from pallas_kernels import (
+    MASKED,
+    cross_attention,
+    decode_cross,
+    decode_window,
+    join,
+    window_attention,
+)
+from pallas_kernels.attention.join import join_splits
 from tests.kernels.cases import Shape, inputs
 
 W = 8
@@ -68,6 +76,21 @@ def test_parts_of_a_cache_join(implementation):
         *(q, k, v), q_offset=24, kv_lengths=lengths, return_lse=True, implementation="reference"
     )
     np.testing.assert_allclose(whole[1], lse[:, 0], rtol=1e-5)
+
+
+def test_splits_of_one_kernel_join():
+    """With lse in base 2, as kernels return it. The last row sees nothing."""
+    rng = np.random.default_rng(0)
+    scores, values = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 3, 5, 4))
+    weights = np.exp(scores)
+    total = weights.sum(-1)
+    out = np.einsum("bsk,bskh->bsh", weights, values) / total[..., None]
+    lse2 = np.log2(total)
+    out, lse2 = np.append(out, 0 * out[:1], 0), np.append(lse2, np.full((1, 3), MASKED), 0)
+    got, lse = join_splits(jnp.asarray(out), jnp.asarray(lse2), axis=1)
+    want = np.einsum("bsk,bskh->bh", weights, values) / total.sum(1)[:, None]
+    np.testing.assert_allclose(got, np.append(want, np.zeros((1, 4)), 0), atol=1e-6)
+    np.testing.assert_allclose(lse, np.append(np.log(total.sum(1)), np.float32(MASKED)), rtol=1e-6)
 
 
 def test_xla_reads_no_further_than_the_longest_row():
