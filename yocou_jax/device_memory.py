@@ -16,7 +16,7 @@ MOST_REMAT = "full"
 
 
 def memory_of(device) -> float | None:
-    """Bytes that programs can use on a jax.Device, if they are known. A CPU: those of the machine."""
+    """Bytes that programs can use on a jax.Device, if known. Of a CPU: those of the machine."""
     if device.platform == "cpu":
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -795,6 +796,17 @@ def test_mixtures_and_splits_of_known_files_read_nothing(make_config, corpus, re
     assert readings == []
     load_data(make_config(validation_fraction=0.3))
     assert sorted(set(readings)) == sorted(readings)  # once, to tokenize
+
+
+def test_a_file_is_known_by_its_size_and_both_times(monkeypatch, tmp_path):
+    facts = {"st_size": 1, "st_mtime_ns": 2, "st_ctime_ns": 3, "st_mtime": 0, "st_ctime": 0}
+    stamps = set()
+    for changed in ({}, {"st_size": 9}, {"st_mtime_ns": 9}, {"st_ctime_ns": 9}):
+        with monkeypatch.context() as patch:
+            one = SimpleNamespace(**facts | changed)
+            patch.setattr(corpus_module.Path, "stat", lambda path, one=one: one)
+            stamps.add(corpus_module._stamp(tmp_path, [("a", tmp_path / "a")], "text"))
+    assert len(stamps) == 4
 
 
 def test_what_is_known_depends_on_how_rows_are_read(make_config, tmp_path, readings):

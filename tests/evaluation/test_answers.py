@@ -88,6 +88,17 @@ def test_the_distance_is_that_of_the_letter_of_the_answer():
     assert (part["first"], part["last"], part["answers"]) == (2, 6, 4)
 
 
+def test_quantiles_of_distances_are_in_tokens(options, monkeypatch):
+    monkeypatch.setattr(hops, "LEAST", 1)  # each distance is a bin
+    given = options(source="hops(p=1)", lengths=(48,), samples=12)
+    (row,) = run(hops, trained.model("window*1@2 | cross*1"), given)["results"]
+    parts = row["by_distance"]
+    middles = [(part["first"] + part["last"]) / 2 for part in parts]
+    values = np.repeat(middles, [part["answers"] for part in parts])
+    for share in ("0.5", "0.9"):
+        assert row["distances"][share] == pytest.approx(np.quantile(values, float(share)), rel=0.25)
+
+
 def test_texts_of_an_evaluation_are_not_those_of_training():
     task = Hops(2, length=64)
     training, evaluation = ({*task.texts(task.draw(range(50), *of))} for of in ((), (EVALUATION,)))
