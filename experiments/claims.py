@@ -36,9 +36,9 @@ README, RESULTS = Path("README.md"), Path("results")
 HEADLINE = re.compile("(?<=<!-- headline -->).*?(?=<!-- end of the headline -->)", re.DOTALL)
 CAVEATS = (
     "**`inside` and `long_text` are to be run again.** Much of the text on which they measure "
-    "losses (36% in `long_text`) is tables of character codes, of which the training text has near-copies "
-    "(LOG.md, 2026-11-27). The same was so in the first runs of `language`; its rows here are of a "
-    "better text, and those that were not run again yet say so.",
+    "losses (36% in `long_text`) is tables of character codes, of which the training text has "
+    "near-copies (LOG.md, 2026-11-27). The same was so in the first runs of `language`; its rows "
+    "here are of a better text, and those that were not run again yet say so.",
 )
 INTRODUCTION = (
     "`python -m experiments.claims table` writes this file from results/. Do not edit it. "
