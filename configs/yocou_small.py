@@ -10,7 +10,8 @@ AdamW at 0.004 gave 2.45; 1,024 tokens per step instead of 2,048 gave 2.16; d_mo
 FLOPs (64 steps) gave 2.28; embeddings scaled to unit variance gave 1.99, and with qk_norm too 1.99.
 The width was chosen by whole runs: 640 steps with 160 gave 1.4163 and 700 gave 1.3953; 600 steps
 with 192 gave 1.4216, and a step took 1.5 times as long on the same machine. Each is one run with
-one seed. Nothing was tuned for another architecture.
+one seed. Nothing was tuned for another architecture. All these figures are of the validation text
+of before 2026-11-27 (LOG.md).
 """
 
 from configs import base
