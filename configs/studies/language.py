@@ -22,7 +22,7 @@ character codes, of which the training text has near-copies (LOG.md, 2026-11-27)
 source `python` has no such tables, validation takes about as much of each document, the rate 0.005
 is tried too, and the claims about rins (against yoco_u) and upper_loop (against yoco) are new.
 
-Expected, written before the first runs. yoco_u is below yoco by 0.01 to 0.03 bits/byte at equal
+Expected, written before the first run. yoco_u is below yoco by 0.01 to 0.03 bits/byte at equal
 parameters and tokens: the paper's 22.25 and 21.01 perplexity are 0.02 bits/byte. At equal FLOPs it
 ties or loses, as small dense looped models do in the literature. A transformer is at best a little
 better than yoco: 256 tokens give its full attention little to see. Three seeds will decide the
