@@ -113,7 +113,8 @@ def run(name: str, found: dict[str, Study], results: list[claims.Result]) -> Non
         if here != there:
             print(
                 f"Note: {result.path} is of Python {there[0]} and jax {there[1]}, and here are "
-                f"{here[0]} and {here[1]}. The source `python` is then another text."
+                f"{here[0]} and {here[1]}."
+                + (" The source `python` is then another text." if here[0] != there[0] else "")
             )
     command = ["-m", "experiments.compare", *words]
     print(shlex.join(["python", *command]), flush=True)

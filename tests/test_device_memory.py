@@ -24,7 +24,7 @@ def test_one_sentence_says_what_was_asked_what_there_is_and_what_helps():
         "4.19e+06 GiB). It would help, in this order: this, that, more."
     )
     with (
-        pytest.raises(UserError, match=r"of the device \([\d.]+ GiB\)\. It"),
+        pytest.raises(UserError, match=r"memory of this machine\. It would"),
         memory_errors("", []),
     ):
         raise MemoryError  # of the host, which does not say how much was asked for

@@ -61,6 +61,7 @@ def test_xla_says_when_memory_is_used_up():
     [
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.50GiB.", 1.5 * 2**30),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4096 bytes.", 4096),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.50TiB.", 1.5 * 2**40),
         ("RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 8.00G. That "
          "was not possible. There are 5.2G free.", 2**33),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.25G of 15.75G hbm. "

@@ -43,12 +43,13 @@ def memory_errors(what: str, hints: Sequence[str]) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        asked, there = asked_bytes(error), memory_of(jax.local_devices()[0])
+        host = isinstance(error, MemoryError)
+        asked, there = asked_bytes(error), None if host else memory_of(jax.local_devices()[0])
         facts = [] if there is None else [f"{there / GIB:.3g} GiB"]
         if asked is not None:
             facts.append(f"no room for {asked / GIB:.3g} GiB")
         size = f" ({', '.join(facts)})" if facts else ""
         raise UserError(
-            f"{what} does not fit into the memory of the device{size}. It would help, in this "
-            f"order: {', '.join(hints[:3])}."
+            f"{what} does not fit into the memory of {'this machine' if host else 'the device'}"
+            f"{size}. It would help, in this order: {', '.join(hints[:3])}."
         ) from error

@@ -27,10 +27,12 @@ def no_room(error: BaseException) -> str | None:
     return next((words for words in NO_ROOM if words in str(error)), None)
 
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # XLA, by platform: "Out of memory allocating 80 bytes" (CPU), "... trying to allocate 1.50GiB"
 # (GPU), "Attempting to allocate 8.00G" and, while it compiles, "Used 33.25G of 15.75G hbm" (TPU).
-_ASKED = re.compile(r"(?:allocat\w+|Used) ([\d.]+) ?([KMG]?)(?:i?B|ytes| bytes|\b)")
+_ASKED = re.compile(
+    r"(?:allocat\w+|Used) (\d+(?:\.\d+)?)(?![\d.]*\d) ?([KMGT]?)(?:i?B|ytes| bytes|\b)"
+)
 
 
 def asked_bytes(error: BaseException) -> float | None:

@@ -202,7 +202,7 @@ def test_init_from_does_not_change_the_parameters(make_run, tmp_path):
 def test_a_step_that_is_too_large_is_a_sentence(make_run, monkeypatch):
     run = make_run(steps=2)
     monkeypatch.setattr(run, "_loop", too_much)
-    with pytest.raises(UserError, match=r"A training step does not fit into .* order: compute.rem"):
+    with pytest.raises(UserError, match=r"Training does not fit into .* order: compute.remat="):
         run.train()
 
 

@@ -50,7 +50,10 @@ def tokenized(
     if any(_of_all_processes(missing)):
         pieces, paths = directory.with_name(f"{directory.name}.pieces"), []
         with _all_or_none(), _unless_made(directory):
-            index, count = _share(pieces, missing)
+            if missing:
+                _prepare(pieces)
+        index, count = _share(pieces)
+        with _all_or_none(), _unless_made(directory):
             if missing:
                 paths = _make_pieces(split, tokenizer, allow_lossy, pieces, index, count)
         with _all_or_none(), _unless_made(directory):
@@ -61,7 +64,8 @@ def tokenized(
                 with _complete_or_absent(directory) as scratch:
                     _join_pieces(paths, split, tokenizer, scratch)
                 shutil.rmtree(pieces, ignore_errors=True)
-        _wait_for(directory)
+        with _all_or_none():
+            _wait_for(directory)
     return directory, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
@@ -91,20 +95,22 @@ def _all_or_none() -> Iterator[None]:
         )
 
 
-def _share(pieces: Path, missing: bool) -> tuple[int, int]:
+def _prepare(pieces: Path) -> None:
+    """Makes the folder. A file in it shows the other processes that this one sees it."""
+    pieces.mkdir(parents=True, exist_ok=True)
+    os.utime(pieces)  # in use: it is not stale, although all pieces may exist
+    if jax.process_count() > 1:
+        (pieces / f"process-{jax.process_index()}-of-{jax.process_count()}").touch()
+
+
+def _share(pieces: Path) -> tuple[int, int]:
     """(index, count): this process makes the pieces k with k mod count = index. If the processes do
-    not share the folder, each makes all of them. Makes the folder."""
-    count = jax.process_count()
-    if missing:
-        pieces.mkdir(parents=True, exist_ok=True)
-    if count == 1:
-        return 0, 1
-    if missing:
-        (pieces / f"process-{jax.process_index()}-of-{count}").touch()
-    _of_all_processes(True)  # all have written their files
-    seen = len(list(pieces.glob(f"process-*-of-{count}")))
+    not share the folder, each makes all of them. All have called `_prepare`."""
+    count, seen = jax.process_count(), 0
+    with suppress(OSError):
+        seen = len(list(pieces.glob(f"process-*-of-{count}")))
     shared = all(_of_all_processes(seen == count))
-    return (jax.process_index(), count) if shared else (0, 1)
+    return (jax.process_index(), count) if shared and count > 1 else (0, 1)
 
 
 def _wait_for(directory: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from yocou_jax.errors import UserError, shown
 from yocou_jax.evaluation.findings import short_revision
 from yocou_jax.evaluation.report import Table
-from yocou_jax.evaluation.statistics import PAIRS
+from yocou_jax.evaluation.statistics import NOT_HERE
 from yocou_jax.study import Claim, Study
 
 HEADLINES = (  # what the README says first
@@ -140,7 +140,7 @@ def _cells(claim: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     """What was found, from the two means to the minutes, and the remarks."""
     found, (low, high) = claim["difference"], claim["expected"]
     outside = "" if low <= found["mean"] <= high else " (outside)"
-    reverse = found["n"] >= PAIRS and found["high"] is not None and found["high"] < 0
+    reverse = claim["verdict"] == NOT_HERE and found["high"] < 0
     sizes = [_sizes(report["entries"][claim[side]]["amounts"]) for side in ("lower", "higher")]
     return [
         " and ".join(f"{side['mean']:.4f}" for side in claim["means"]),
