@@ -19,12 +19,18 @@ def mesh_of(found: dict) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "data=1"
 
 
-def _training_facts(found: dict) -> list[list[str]]:
-    sizes = found["bytes"]
-    rows = [
+def _setup(found: dict) -> list[list[str]]:
+    return [
         ["devices", f"{found['devices']} x {found['device_kind']}"],
         ["mesh", mesh_of(found)],
         ["program", found["program"]],
+    ]
+
+
+def _training_facts(found: dict) -> list[list[str]]:
+    sizes = found["bytes"]
+    rows = [
+        *_setup(found),
         [
             "batch",
             f"{found['batch_size']} x {found['sequence_length']} tokens, in "
@@ -73,9 +79,7 @@ def inference(found: dict[str, Any]) -> list[Grid]:
     """Of a result of `plan_inference.plan_inference`."""
     sizes = found["bytes"]
     rows = [
-        ["devices", f"{found['devices']} x {found['device_kind']}"],
-        ["mesh", mesh_of(found)],
-        ["program", found["program"]],
+        *_setup(found),
         [
             "prompts",
             f"{found['batch_size']} x {found['sequence_length']} positions, in chunks of "
