@@ -16,7 +16,7 @@ inside      What happens inside the model and its loops: how far each layer turn
             --samples sequences are one batch (default: 8).
 hops        p-hop induction: the share of right answers, and by how far back an answer is.
 needle      Needles in haystacks (RULER): the share of numbers that are found, by depth and length.
-harness     Tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval), --harness=arc_easy,piqa.
+harness     Tasks of EleutherAI's lm-evaluation-harness (pip install -r requirements/harness.txt), --harness=arc_easy,piqa.
             python_docs is one of our own, which needs no network: which sentence describes this
             function of Python's standard library?
 

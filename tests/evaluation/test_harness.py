@@ -191,6 +191,21 @@ def test_the_report(one, mesh, tmp_path, monkeypatch):
         harness.run(one, mesh, Options(tmp_path, harness=("z", "x", "y")))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of other packages
+def test_the_real_package(one, mesh, tmp_path):
+    """Its accuracy is the share of questions whose answer is the likeliest continuation."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    report = harness.run(one, mesh, Options(tmp_path, samples=6, harness=("python_docs",)))
+    asked = python_docs.questions(seed=0)[:6]
+    pairs = [(question["question"], end) for question in asked for end in question["choices"]]
+    found = harness.Scorer(one, mesh).loglikelihood(pairs)
+    best = np.array([logp for logp, _ in found]).reshape(6, 4).argmax(1)
+    expected = np.mean(best == [question["answer"] for question in asked])
+    assert report["scalars"]["python_docs/acc"] == pytest.approx(expected)
+    assert report["tables"]["lm-evaluation-harness"][0]["stderr"] > 0 or expected in (0, 1)
+
+
 def test_questions_about_the_documentation():
     lines, asked = python_docs.described(), python_docs.questions(seed=0)
     assert len(asked) == len(lines) > 100

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (EleutherAI) with our models: `pip install lm_eval`.
+"""lm-evaluation-harness (EleutherAI) with our models: the package lm_eval.
 
 `Scorer` answers the three kinds of requests that the harness has, and does not need the package.
 """
@@ -27,6 +27,8 @@ from yocou_jax.sharding import batch_ways
 
 NEW_TOKENS = 256  # of a text without max_gen_toks, as in the harness
 ROWS = 16  # texts that are generated at the same time
+# The package encodes both texts together, and cuts the ids where those of the context alone end.
+SPLIT = "context and continuation are encoded together; each alone if a token has letters of both"
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
@@ -266,6 +268,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
         "loops": loaded.config.program.loop_counts,
         "end_of_text_prefix": options.end_of_text,
         "few_shot": found["n-shot"],
+        "split": SPLIT,
         "template": None,  # of a chat; those of the questions are in "configs"
         "configs": json.loads(json.dumps(found["configs"], default=str)),
         "task_versions": found["versions"],
