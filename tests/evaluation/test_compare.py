@@ -10,6 +10,7 @@ from configs.studies import language
 from experiments import cli
 from tests import tiny
 from tests.studies import BASE, REVISION, STUDY, about, pretend, train
+from yocou_jax import accounting
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import figure
@@ -199,6 +200,20 @@ def test_runs_of_other_code_devices_and_versions_are_remarked(tmp_path):
         f"2 versions of jax: 0.1, {before['packages']['jax']}",
     ]
     assert found["remarks"] == found["claims"][0]["remarks"][1:]
+
+
+def test_other_totals_at_equal_parameters_are_remarked(tmp_path):
+    """A narrower twin has as many parameters outside of its embeddings, and fewer inside."""
+    narrow = {"model.num_layers": 2 * BASE.model.num_layers, "model.d_model": 24}
+    entries = {"a": Entry(), "b": Entry(narrow, match=("parameters",))}
+    study = dataclasses.replace(STUDY, entries=entries, learning_rates=(), match=("parameters",))
+    comparison = Comparison(study, BASE, tmp_path)
+    for seed in (0, 1, 2):
+        pretend(comparison.spec("a", 0.1, seed))
+        pretend(comparison.spec("b", 0.1, seed))
+    totals = [accounting.parameters(comparison.twins[name].model).total for name in "ba"]
+    expected = f"with embeddings they have {totals[0]:,} and {totals[1]:,} parameters"
+    assert expected in report(comparison)["claims"][0]["remarks"]
 
 
 def test_a_workdir_with_other_settings_is_refused(tmp_path):

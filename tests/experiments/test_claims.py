@@ -59,7 +59,8 @@ def test_the_table_has_every_claim(place, capsys):
     line = "| `c` below `d`, at equal parameters, tokens | Figure 6 | +0 to +1 | `two.c_below_d` |"
     assert line in page
     headline = (
-        "What came: <!-- headline -->At equal parameters and tokens, `b` has 0.2800 bits/byte less "
+        "What came: <!-- headline -->At equal parameters without embeddings and training tokens, "
+        "`b` has 0.2800 bits/byte less "
         "than `a` (95% interval 0.2552 to 0.3048; 3 seeds; 2.74K parameters without embeddings, "
         "2.56K tokens; cpu). The claim that it has less: reproduced. `c` below `d`: not run yet.<!"
     )
@@ -159,7 +160,8 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, monkeypatch, caps
     command.main(["", "run", "one.b_below_a"])
     said = f"one.json is of Python {platform.python_version()} and"
     assert said in (printed := capsys.readouterr().out)
-    said = "So far: At equal parameters and tokens, `b` has 0.2800 bits/byte less than `a`"
+    said = "So far: At equal parameters without embeddings and training tokens, `b` has 0.2800 "
+    said += "bits/byte less than `a`"
     assert said in printed
     for words, error in ((["run", "one.x"], "no claim 'one.x'"), ([], "Say `table`")):
         with pytest.raises(UserError, match=error):

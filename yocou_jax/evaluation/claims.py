@@ -16,7 +16,7 @@ from yocou_jax.errors import UserError, shown
 from yocou_jax.evaluation.findings import short_revision
 from yocou_jax.evaluation.report import Table
 from yocou_jax.evaluation.statistics import NOT_HERE
-from yocou_jax.study import Claim, Study
+from yocou_jax.study import AXES, Claim, Study
 
 HEADLINES = (  # what the README says first
     "language.yoco_u_below_yoco",
@@ -235,7 +235,8 @@ def sentences(name: str, studies: Mapping[str, Study], results: Sequence[Result]
         if found is not None and found["difference"] is not None:
             *_, seeds, _, _, word, sizes, _, _ = _cells(found, result.report)
             unit = "bits/byte" if found["metric"] == "summary.val_bpb" else f"in {found['metric']}"
-            equal = f"At equal {' and '.join(found['match'])}, " if len(claim.entries) > 1 else ""
+            axes = " and ".join(AXES[name].words for name in found["match"])
+            equal = f"At equal {axes}, " if len(claim.entries) > 1 else ""
             mean, low, high = (found["difference"][x] for x in ("mean", "low", "high"))
             bounds = "no interval"
             if low is not None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from yocou_jax import accounting
 from yocou_jax.evaluation.compare import SWEEP, Comparison, distinct
 from yocou_jax.evaluation.statistics import (
     HOLDS,
@@ -17,7 +18,7 @@ from yocou_jax.evaluation.statistics import (
     smallest_effect,
     verdict,
 )
-from yocou_jax.study import AXES, NOT_IN_PAPER, Claim, matched, ratios
+from yocou_jax.study import AXES, NOT_IN_PAPER, TOLERANCE, Claim, matched, ratios
 from yocou_jax.trees import flat
 
 
@@ -130,7 +131,12 @@ def _remarks(comparison: Comparison, claim: Claim) -> list[str]:
         remarks.append("learning rates not swept")
     edges = [name for name in claim.entries if comparison.at_edge(name)]
     remarks += [f"the best learning rate of {name} is at the edge of those tried" for name in edges]
-    if comparison.twins[claim.lower].data != comparison.twins[claim.higher].data:
+    lower, higher = (comparison.twins[name] for name in (claim.lower, claim.higher))
+    # In small models, embeddings are much of a model. Entries of one width have the same.
+    totals = [accounting.parameters(config.model).total for config in (lower, higher)]
+    if abs(totals[1] / totals[0] - 1) > TOLERANCE:
+        remarks.append(f"with embeddings they have {totals[0]:,} and {totals[1]:,} parameters")
+    if lower.data != higher.data:
         remarks.append("the two entries see different batches")
     records = _records(comparison, *claim.entries)
     if without := sum(not record["clock"] for record in records):
