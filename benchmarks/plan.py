@@ -231,26 +231,30 @@ def too_large(used: float | None, sizes: dict[str, Any], hints: list[str]) -> st
 
 def meshes(config: Config, devices: int, memory: float | None) -> Iterator[list[Config]]:
     """For each mesh that makes sense for a model on so many devices: the config on it with OPTIONS.
-    Meshes with little communication come first: fsdp alone, then with context, tensor or expert.
+    Meshes with little communication come first: fsdp alone, with copies of the state (data), then
+    with context, tensor or expert.
 
     The state, 12 bytes for each parameter (it and two moments), must fit into 0.9 of the memory.
+    Copies make its shards larger: those of few rows are slow to gather (docs/scale.md).
     """
     model, rows = config.model, config.data.batch_size
     state = 12 * accounting.parameters(model).total
     experts = (1, 8) if model.num_experts and model.num_experts % 8 == 0 else (1,)
     found = []
-    for tensor, context, expert in itertools.product(
-        (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), experts
+    for data, tensor, context, expert in itertools.product(
+        (1, 4, 16), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), experts
     ):
-        fsdp, rest = divmod(devices, tensor * context * expert)
-        whole = not rest and fsdp and rows % (fsdp * expert) == 0
+        fsdp, rest = divmod(devices, data * tensor * context * expert)
+        whole = not rest and fsdp and rows % (data * fsdp * expert) == 0
         whole_halves = context == 1 or config.data.sequence_length % (2 * context) == 0
         fits = model.num_heads % tensor == 0 and whole_halves
-        if whole and fits and not (memory and state / devices > 0.9 * memory):
-            sizes = {"fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}
-            found.append(((tensor - 1) + (context - 1) / 8 + (expert - 1) / 8, sizes))
+        if whole and fits and not (memory and data * state / devices > 0.9 * memory):
+            sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+            sizes |= {"context": context, "expert": expert}
+            cost = tensor - 1 + (context - 1) / 8 + (expert - 1) / 8 + (data - 1) / 64
+            found.append((cost, sizes))
     for _, sizes in sorted(found, key=lambda pair: pair[0]):
-        ways = rows // (sizes["fsdp"] * sizes["expert"])
+        ways = rows // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
         yield [
             dataclasses.replace(
                 config,

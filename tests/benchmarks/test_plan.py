@@ -1,5 +1,7 @@
 """Plans, with this machine's virtual CPU devices in place of a pod, and with texts of compilers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -226,16 +228,19 @@ def test_a_program_that_is_not_understood_is_an_error():
 def test_meshes_fit_the_devices_and_the_batch():
     config = tiny.config(data={"batch_size": 16, "sequence_length": 64})
     found = list(planning.meshes(config, 8, None))
-    sizes = [(m.fsdp, m.tensor, m.context, m.expert) for m in (one[0].mesh for one in found)]
-    assert sizes[:3] == [(8, 1, 1, 1), (4, 1, 2, 1), (2, 1, 4, 1)]
+    sizes = [dataclasses.astuple(one[0].mesh) for one in found]
+    assert sizes[:3] == [(1, 8, 1, 1, 1), (4, 2, 1, 1, 1), (1, 4, 1, 2, 1)]
     assert len(set(sizes)) == len(sizes) > 6
     for options in found:
         assert (options[0].compute.remat, options[-1].compute.remat) == ("none", "full")
         for one in options:
             mesh = one.mesh
-            assert mesh.fsdp * mesh.tensor * mesh.context == 8
-            assert 16 % (mesh.fsdp * one.optimizer.accumulation_steps) == 0
+            assert mesh.data * mesh.fsdp * mesh.tensor * mesh.context == 8
+            assert 16 % (mesh.data * mesh.fsdp * one.optimizer.accumulation_steps) == 0
     assert list(planning.meshes(config, 8, 100.0)) == []  # no memory for the state
+    state = 12 * accounting.parameters(config.model).total
+    some = planning.meshes(config, 8, 0.5 * state)  # for shards of it, but not for four copies
+    assert {options[0].mesh.data for options in some} == {1}
     experts = tiny.config(**(tiny.MOE | {"num_experts": 8}))
     assert {one[0].mesh.expert for one in planning.meshes(experts, 8, None)} == {1, 8}
 
