@@ -309,6 +309,11 @@ def test_a_mesh_axis_that_splits_only_a_part_gives_a_warning(caplog):
     assert "mesh.tensor=8 leaves 49% of the parameters whole on every device" in caplog.text
     assert "8 does not divide 2 (model.num_kv_heads), 4 (model.num_heads)." in caplog.text
     caplog.clear()
+    # All devices of a context group have whole parameters, but they share the positions.
+    set_up(config_on((1, 2, 1, 4), d_model=12))
+    assert "mesh.context=4 leaves 100% of the parameters whole on every device" in caplog.text
+    assert "8 does not divide 12 (model.d_model)." in caplog.text
+    caplog.clear()
     set_up(config_on((1, 8, 1)))
     set_up(config_on((2, 2, 2)))
     assert not caplog.text

@@ -113,19 +113,22 @@ def check_length(length: int, mesh: Mesh | AbstractMesh) -> None:
 
 def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError if a mesh axis splits no parameter: its devices would do the same work.
+    (Those of `context` share the positions in any case.)
 
     If it splits only some parameters, every device stores the others as a whole. If their share is
     more than REPLICATED_SHARE, a warning says so. boxed: parameters with their logical axes.
     """
     boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-    for axis in (axis for axis in ("fsdp", "tensor", "expert") if mesh.shape[axis] > 1):
+    for axis in (axis for axis in MESH_AXES[1:] if mesh.shape[axis] > 1):
         ways, whole = mesh.shape[axis], [box for box in boxes if not _is_split(box, mesh, axis)]
         sizes = [pair for box in whole for pair in zip(box.names, box.value.shape, strict=True)]
         uneven = dict.fromkeys(
             f"{size} ({SIZES.get(n, n)})" for n, size in sizes if axis in LOGICAL_AXES.get(n, ())
         )
-        reason = f"{ways} does not divide {', '.join(uneven)}"
-        if len(whole) == len(boxes):
+        # Only what fsdp has split is split over context.
+        parts = ways * mesh.shape["fsdp"] if axis == "context" else ways
+        reason = f"{parts} does not divide {', '.join(uneven)}"
+        if len(whole) == len(boxes) and axis != "context":
             raise UserError(
                 f"mesh.{axis}={ways} would split no parameter: {reason}. Choose another mesh, "
                 f"such as mesh.{axis}=1 and more in mesh.data, or other sizes of the model."
