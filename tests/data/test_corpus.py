@@ -116,6 +116,29 @@ def test_hugging_face_name_and_config(monkeypatch):
         texts(open_corpus("hf:org/name", "body"))
 
 
+def test_hugging_face_rows_are_read_once(monkeypatch, tmp_path):
+    """As long as the fingerprint of the data set is the same."""
+    reads = []
+
+    class Rows(list):
+        _fingerprint = "f"
+
+        def __iter__(self):
+            reads.append(self._fingerprint)
+            return super().__iter__()
+
+    rows = Rows({"text": t} for t in TEXTS)
+    datasets = SimpleNamespace(load_dataset=lambda *_, **__: rows)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    first = open_corpus("hf:org/name", known=tmp_path).summary
+    assert open_corpus("hf:org/name", known=tmp_path).summary == first
+    assert reads == ["f"]
+    assert open_corpus("hf:org/name", known=tmp_path, verify=True).summary == first
+    rows._fingerprint = "g"
+    assert open_corpus("hf:org/name", known=tmp_path).summary == first
+    assert reads == ["f", "f", "g"]
+
+
 def test_hugging_face_rows_without_text(monkeypatch):
     rows = [{"text": "a"}, {"text": None}, {"text": 5}, {"other": 1}, {"text": "b" * 100}]
     datasets = SimpleNamespace(load_dataset=lambda *_, **__: rows)

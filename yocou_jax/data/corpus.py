@@ -383,7 +383,9 @@ def open_corpus(
     """The corpus of one source without weights. known, verify: see `Corpus`. Raises UserError if
     the source is unknown."""
     if source.startswith("hf:"):
-        return Corpus(source, partial(_read_hugging_face, source, text_field), bad_rows)
+        stamp = _hugging_face_stamp(source, text_field) if known else None
+        read = partial(_read_hugging_face, source, text_field)
+        return Corpus(source, read, bad_rows, stamp=stamp, known=known, verify=verify)
     if task := parse_task(source):
         return Corpus(source, partial(_read_task, task), bad_rows)
     if source == "python":
@@ -450,7 +452,21 @@ def _read_task(task: Hops | Needle) -> Iterator[Raw]:
     yield from task.read(document.text for document in documents)
 
 
+def _hugging_face_stamp(source: str, text_field: str) -> str | None:
+    """The fingerprint that the package gives to the data, which depends on its files."""
+    fingerprint = getattr(_hugging_face(source)[1], "_fingerprint", None)
+    return fingerprint and sha256(f"{source} {fingerprint} {text_field}".encode()).hexdigest()
+
+
 def _read_hugging_face(source: str, text_field: str) -> Iterator[Raw]:
+    name, rows = _hugging_face(source)
+    for number, record in enumerate(rows):
+        where = f"Row {number + 1} of the data set {name!r}"
+        yield f"{name}:{number + 1}", text_of(record, text_field, where)
+
+
+def _hugging_face(source: str) -> tuple[str, Any]:
+    """The name of a data set, and its rows."""
     try:
         import datasets
     except ImportError as error:
@@ -460,13 +476,10 @@ def _read_hugging_face(source: str, text_field: str) -> Iterator[Raw]:
     parts = source.removeprefix("hf:").split("/", 2)
     name, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
     try:
-        rows = datasets.load_dataset(name, config, split="train")
+        return name, datasets.load_dataset(name, config, split="train")
     except Exception as error:  # the errors of the hub have no common base class
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"The Hugging Face data set {name!r} (config {config!r}, split 'train') could not be "
             f"loaded: {reason}. Check the name and the network."
         ) from error
-    for number, record in enumerate(rows):
-        where = f"Row {number + 1} of the data set {name!r}"
-        yield f"{name}:{number + 1}", text_of(record, text_field, where)
