@@ -21,16 +21,22 @@ STYLES = {
     "upper_loop_unshared": ("#CC79A7", "X"),
     "parscale": ("#777777", "*"),
 }
+# loops_N of several studies: a color and a marker for each number of loops.
+LOOPS = (
+    *(("1", "yoco", "1"), ("2", "universal_transformer", "2"), ("3", "yoco_u", "3")),
+    *(("4", "upper_loop", "4"), ("5", "upper_loop_unshared", "4"), ("random", "transformer", "d")),
+)
 # Entries of the studies that are a program of STYLES with other sizes or another budget.
 VARIANTS = {
-    "yoco_deep": (STYLES["yoco"][0], "s", "--"),
+    "yoco_deep": (STYLES["yoco"][0], "p", "--"),
     "yoco_equal_flops": (STYLES["yoco"][0], "<", "--"),
     "yoco_equal_layers": (STYLES["yoco"][0], ">", ":"),
-    "yoco_u_deep": (STYLES["yoco_u"][0], "o", "--"),
-    "rins_late": (STYLES["rins"][0], "v", "--"),
+    "yoco_u_deep": (STYLES["yoco_u"][0], "p", "--"),
+    "rins_late": (STYLES["rins"][0], "<", "--"),
+    **{f"loops_{n}": (STYLES[like][0], marker, "-") for n, like, marker in LOOPS},
 }
 # Of all other names: no marker of STYLES, so that none of them is taken for one of its programs.
-OTHERS = (("p", "-"), ("d", "--"), ("h", ":"))
+OTHERS = (("H", "-"), ("d", "--"), ("h", ":"))
 SETTINGS = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 

@@ -95,20 +95,22 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The entry `lower` has a lower value of a metric than the entry `higher`.
+    """The entry `better` has a lower value of a metric than the entry `worse`, or a higher one.
 
-    source: the table or figure of the paper. expected: the range of the difference (`higher` minus
-    `lower`) that was expected before the first run. least: a smaller difference would not matter.
-    match: axes on which the two entries must match, and metric: its path in the record of a run
-    (compare.py); None: those of the study. paper: the two values in the paper, of `lower` first, as
-    words. Empty: it has none. against: the path of the value of `higher`, if it is another one: so
-    a claim can compare two numbers of one run. within: the range in which a metric says something.
-    If both entries are at or below its start (they have learned nothing), or at or above its end
-    (the task is too easy), their difference decides nothing.
+    source: the table or figure of the paper. expected: the range of the difference that was
+    expected before the first run; above 0, the claim holds. least: a smaller difference would not
+    matter. match: axes on which the two entries must match, and metric: its path in the record of a
+    run (compare.py); None: those of the study. paper: the two values in the paper, of `better`
+    first, as words. Empty: it has none. against: the path of the value of `worse`, if it is another
+    one: so a claim can compare two numbers of one run. within: the range in which a metric says
+    something. If both entries are at or below its start (they have learned nothing), or at or above
+    its end (the task is too easy), their difference decides nothing. more: a higher value is
+    better. effect: the difference in the paper, in the unit of the metric, if that is known. added:
+    the claim was written when results were known, so its expectation is none.
     """
 
-    lower: str
-    higher: str
+    better: str
+    worse: str
     source: str
     expected: tuple[float, float]
     least: float = 0.005
@@ -117,20 +119,28 @@ class Claim:
     paper: str = ""
     against: str | None = None
     within: tuple[float, float] | None = None
+    more: bool = False
+    effect: float | None = None
+    added: bool = False
+
+    @property
+    def relation(self) -> str:
+        """Where the value of `better` is, as seen from that of `worse`."""
+        return "above" if self.more else "below"
 
     @property
     def name(self) -> str:
         """What users type: the two entries, and the end of the path of its own metric; or the
         entry, and the ends of the two paths."""
         end = "" if self.metric is None else f".{self.metric.rpartition('.')[2]}"
-        if self.against is not None and self.lower == self.higher:
-            return f"{self.lower}{end}_below_{self.against.rpartition('.')[2]}"
-        return f"{self.lower}_below_{self.higher}{end}"
+        if self.against is not None and self.better == self.worse:
+            return f"{self.better}{end}_{self.relation}_{self.against.rpartition('.')[2]}"
+        return f"{self.better}_{self.relation}_{self.worse}{end}"
 
     @property
     def entries(self) -> tuple[str, ...]:
         """The two entries, or the one entry."""
-        return tuple(dict.fromkeys((self.lower, self.higher)))
+        return tuple(dict.fromkeys((self.better, self.worse)))
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -143,8 +153,9 @@ class Study:
     """What is trained, and what is claimed.
 
     entries: by name; the first is the reference. match: axes (keys of AXES). seeds: how many runs
-    of each entry count. learning_rates: tried with one more seed; the seeds that count take the
-    best one. Empty: the rate of the config. metric: path in the record of a run; less is better,
+    of each entry count. learning_rates: tried with one more seed, from the middle one to both sides
+    until the best one has worse neighbors; the seeds that count take the best one. Empty: the rate
+    of the config. metric: path in the record of a run; less is better,
     and it chooses the rate. evaluations: tasks of experiments.evaluate, each with its flags, for
     every run.
     """
@@ -184,7 +195,7 @@ class Study:
 
     def _check_claims(self) -> None:
         for claim in self.claims:
-            for name in (claim.lower, claim.higher):
+            for name in (claim.better, claim.worse):
                 if name not in self.entries:
                     raise UserError(
                         f"A claim names {shown(name)}, which is no entry of the study; the entries "
@@ -283,7 +294,7 @@ def twins(study: Study, base: Config) -> dict[str, Config]:
         found[name] = config
     for claim in study.claims:
         match = study.match if claim.match is None else claim.match
-        _check_match(claim.lower, found[claim.lower], claim.higher, found[claim.higher], match)
+        _check_match(claim.better, found[claim.better], claim.worse, found[claim.worse], match)
     return found
 
 

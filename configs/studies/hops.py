@@ -14,8 +14,8 @@ a window of W tokens reach back by 2 (W - 1) tokens, one loop by W - 1: window_1
 and about the reach of window_8.
 
 Match: all entries have the same parameters, and all of a claim the same tokens; more loops cost
-more FLOPs. The accuracy is that of new texts. A claim is that one entry has a lower accuracy than
-another. Muon at 0.01, as in configs/studies/language.py; no other rate was tried.
+more FLOPs. The accuracy is that of new texts. Muon at 0.01, as in configs/studies/language.py; no
+other rate was tried.
 
 Cost: 27 runs of 1 to 2 minutes on 2 idle CPU cores, about 38 minutes in all. This is an estimate
 before any whole run: 3.4e13 FLOPs at 30 GFLOP/s, and 40 seconds to start, to validate and to
@@ -29,7 +29,8 @@ hops, from 2 to 3 loops by 2 to 15 points at three hops, and from 3 to 4 loops b
 four hops: three seeds will hardly decide the last step. A window of 16 tokens is better than one of
 8 by 5 to 30 points, and one of 32 than one of 16 by 1 to 15 points. With a window of 8 or 16
 tokens, two loops are better than one by 5 to 30 points, and two loops of 8 better than one of 16,
-because the second loop also computes. No window entry was tried before.
+because the second loop also computes. No window entry was tried before. The claims about one loop
+against three and four were added when the results were known.
 """
 
 from configs import base
@@ -81,13 +82,12 @@ def window(width: int, loops: int = 2) -> Entry:
     return Entry(fields | {"model.num_loops": loops, "model.window": width}, match=("parameters",))
 
 
-def more(lower: str, higher: str, hops: int, low: float, high: float) -> Claim:
-    """That one entry has fewer right answers than another."""
+def above(better: str, worse: str, hops: int, low: float, high: float, added=False) -> Claim:
+    """That one entry has more right answers than another."""
     # Below, it is about the best guess, which has 51% at 1 and 2 hops and 35% at 3 and 4.
     within = (0.55 if hops < 3 else 0.4, 0.98)
-    return Claim(
-        lower, higher, NOT_IN_PAPER, (low, high), 0.02, metric=accuracy(hops), within=within
-    )
+    words = {"metric": accuracy(hops), "within": within, "more": True, "added": added}
+    return Claim(better, worse, NOT_IN_PAPER, (low, high), 0.02, **words)
 
 
 STUDY = Study(
@@ -100,13 +100,15 @@ STUDY = Study(
     },
     evaluations={"hops": (f"--lengths={LENGTH}",)},
     claims=(
-        more("loops_1", "loops_2", 2, 0.05, 0.3),
-        more("loops_2", "loops_3", 3, 0.02, 0.15),
-        more("loops_3", "loops_4", 4, -0.02, 0.1),
-        more("window_8", "window_16", 2, 0.05, 0.3),
-        more("window_16", "window_32", 2, 0.01, 0.15),
-        more("window_8_once", "window_8", 2, 0.05, 0.3),
-        more("window_16_once", "window_16", 2, 0.05, 0.3),
-        more("window_16_once", "window_8", 2, 0.0, 0.2),
+        above("loops_2", "loops_1", 2, 0.05, 0.3),
+        above("loops_3", "loops_2", 3, 0.02, 0.15),
+        above("loops_4", "loops_3", 4, -0.02, 0.1),
+        above("loops_3", "loops_1", 3, 0.0, 0.3, added=True),
+        above("loops_4", "loops_1", 4, 0.0, 0.3, added=True),
+        above("window_16", "window_8", 2, 0.05, 0.3),
+        above("window_32", "window_16", 2, 0.01, 0.15),
+        above("window_8", "window_8_once", 2, 0.05, 0.3),
+        above("window_16", "window_16_once", 2, 0.05, 0.3),
+        above("window_8", "window_16_once", 2, 0.0, 0.2),
     ),
 )

@@ -9,7 +9,7 @@ from absl import flags
 from configs.studies import language
 from experiments import cli
 from tests import tiny
-from tests.studies import BASE, REVISION, STUDY, about, pretend, train
+from tests.studies import BASE, LOSSES, REVISION, STUDY, about, pretend, train
 from yocou_jax import accounting
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
@@ -40,8 +40,8 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     again.spec("a", 0.2, 3).clock.unlink()
     found = report(Comparison(STUDY, BASE, tmp_path))
     a, b = found["entries"]["a"], found["entries"]["b"]
-    assert (a["learning_rate"], a["rate_at_edge"], a["swept"]) == (0.2, False, True)
-    assert (b["learning_rate"], b["rate_at_edge"], b["swept"]) == (0.1, True, True)
+    assert (a["learning_rate"], a["rate_at_edge"], a["swept"]) == (0.2, None, True)
+    assert (b["learning_rate"], b["rate_at_edge"], b["swept"]) == (0.1, "lowest", True)
     assert b["sweep"] == {"0.1": 1.2, "0.2": 1.9, "0.3": None}
     assert b["failures"] == {"b lr=0.3 seed=0": "the gradient was not finite"}
     assert len(a["runs"]) == 6
@@ -53,7 +53,7 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
     assert claim["verdict"] == "reproduced"
     assert [side["mean"] for side in claim["means"]] == pytest.approx([1.24, 1.52])
     assert claim["remarks"] == [
-        "the best learning rate of b is at the edge of those tried",
+        "the best learning rate of b is the lowest of those tried",
         "runs whose minutes are only those of their last process: 1",
     ]
     assert b["difference"]["mean"] == pytest.approx(0.28)
@@ -65,6 +65,33 @@ def test_the_sweep_comes_first_and_then_the_other_seeds_at_the_best_rate(tmp_pat
         20 * 8 * 16 / 50,
         pytest.approx(2.0 + (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4),
     )
+
+
+def test_the_sweep_goes_on_until_the_best_rate_has_worse_neighbors(tmp_path, monkeypatch):
+    """It begins in the middle. A run that failed is worse than all others."""
+    losses = {0.1: 2.0, 0.2: 1.5, 0.3: 1.7, 0.4: 1.4, 0.5: 1.0, 0.6: None, 0.7: 3.0}
+    monkeypatch.setitem(LOSSES, "a", losses)
+    monkeypatch.setitem(LOSSES, "b", {rate: rate for rate in losses})
+    study = dataclasses.replace(STUDY, learning_rates=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6), seeds=1)
+
+    def tried(name, comparison):
+        made = train(comparison, only=[name])
+        return [float(words.split()[1].removeprefix("lr=")) for words in made[:-1]]
+
+    comparison = Comparison(study, BASE, tmp_path)
+    assert not comparison.swept("a")
+    assert tried("a", comparison) == [0.2, 0.3, 0.4, 0.5, 0.6]
+    assert (comparison.best_rate("a"), comparison.at_edge("a")) == (0.5, None)
+    assert comparison.swept("a")
+    assert tried("b", comparison) == [0.2, 0.3, 0.4, 0.1]
+    assert (comparison.best_rate("b"), comparison.at_edge("b")) == (0.1, "lowest")
+    # Rates at the end of the old ones are tried if they may be better.
+    wider = dataclasses.replace(study, learning_rates=(0.05, *study.learning_rates))
+    monkeypatch.setitem(LOSSES["b"], 0.05, 9.0)
+    assert train(Comparison(wider, BASE, tmp_path), only=["a", "b"]) == [
+        "a lr=0.6 seed=0",
+        "b lr=0.05 seed=0",
+    ]
 
 
 def test_what_makes_a_difference_decide_nothing(tmp_path):

@@ -49,6 +49,9 @@ def test_the_report_and_its_figure(architecture, loops, tmp_path, monkeypatch):
     assert report["loops"] == ([loops] if loops else [])
     around = [report["scalars"][f"distance_{at}hand_over"] for at in ("before_", "", "after_")]
     assert around == [(runs - 1) / 10, runs / 10, (runs + 1) / 10]
+    assert report["scalars"]["distance_beside_hand_over"] == (runs + 1) / 10
+    ends = [report["scalars"].get(f"distance_{end}_loop_2") for end in ("first", "last")]
+    assert ends == ([0.2, 0.3] if loops else [None, None])
     assert [[row["loss"] for row in table] for table in tables] == ([[3, 2]] if loops else [])
     overlaps = [row["overlap"] for table in tables for row in table]
     np.testing.assert_allclose(overlaps, [np.nan, 0.4] if loops else [])

@@ -1,9 +1,13 @@
 """CLAIMS.md says what the results give, and nothing else."""
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import platform
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -35,7 +39,7 @@ def place(tmp_path, monkeypatch, found) -> Path:
     """A repository with a README and the results of one of two studies."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "studies", lambda: {"one": STUDY, "two": OTHER})
-    monkeypatch.setattr(claims, "HEADLINES", ("one.b_below_a", "two.c_below_d"))
+    monkeypatch.setattr(claims, "HEADLINES", {"one.b_below_a": "longer", "two.c_below_d": ""})
     Path("README.md").write_text(README)
     Path("results/cpu/studies").mkdir(parents=True)
     Path("results/cpu/studies/one.json").write_text(to_json(found))
@@ -50,8 +54,8 @@ def test_the_table_has_every_claim(place, capsys):
     assert (
         "| `b` below `a`, at equal parameters, tokens | Table 3: 1.5 and 2.5 | +0 to +0.5 | "
         "1.2400 and 1.5200 | +0.2800 | +0.2552 to +0.3048 | 3 | 0.0326 | 0.005 | reproduced | "
-        "2.74K parameters without embeddings, 2.56K tokens | 11 | `one.b_below_a` | "
-        "the best learning rate of b is at the edge of those tried |"
+        "2.74K parameters without embeddings, 2.56K tokens (0.94 per parameter) | 11 | "
+        "`one.b_below_a` | the best learning rate of b is the lowest of those tried |"
     ) in page
     assert "| 11 | 11 | `python -m experiments.compare --config=configs/studies/one.py" in page
     assert "## one with --seeds=3, on cpu" in page
@@ -60,9 +64,9 @@ def test_the_table_has_every_claim(place, capsys):
     assert line in page
     headline = (
         "What came: <!-- headline -->At equal parameters without embeddings and training tokens, "
-        "`b` has 0.2800 bits/byte less "
-        "than `a` (95% interval 0.2552 to 0.3048; 3 seeds; 2.74K parameters without embeddings, "
-        "2.56K tokens; cpu). The claim that it has less: reproduced. `c` below `d`: not run yet.<!"
+        "`b` has 0.2800 bits/byte less than `a` (longer) (95% interval 0.2552 to 0.3048; 3 seeds; "
+        "2.74K parameters without embeddings, 2.56K tokens (0.94 per parameter); cpu). The claim that "
+        "it has less: reproduced. `c` below `d`: not run yet.<!"
     )
     assert Path("README.md").read_text().startswith(headline)
     capsys.readouterr()
@@ -104,12 +108,55 @@ def test_what_was_not_expected_is_marked_and_said(place, found):
     assert "| -0.3000 (outside) | -0.4000 to -0.2000 |" in page
     assert "not at this scale (the reverse holds) |" in page
     assert (
-        "`b` has 0.3000 bits/byte more than `a` (95% interval 0.2000 to 0.4000; 3 seeds;"
+        "`b` has 0.3000 bits/byte more than `a` (longer) (95% interval 0.2000 to 0.4000; 3 seeds;"
         in Path("README.md").read_text()
     )
     Path("results/cpu/studies/one.json").write_text(to_json(changed(found, mean=-0.1, low=-0.2)))
     command.main(["", "table"])
-    assert "more than `a` (95% interval -0.3048 to 0.2000" in Path("README.md").read_text()
+    readme = Path("README.md").read_text()
+    assert "more than `a` (longer) (95% interval -0.3048 to 0.2000" in readme
+
+
+def test_what_the_paper_has_and_what_was_added_later(place, found, monkeypatch):
+    """The interval is 0.2552 to 0.3048."""
+    for effect, words in (
+        (0.26, ""),
+        (0.2, "the difference in the paper, +0.200, is outside of the interval; "),
+    ):
+        claim = dataclasses.replace(STUDY.claims[0], effect=effect, added=True)
+        study = dataclasses.replace(STUDY, claims=(claim,))
+        monkeypatch.setattr(command, "studies", lambda study=study: {"one": study, "two": OTHER})
+        command.main(["", "table"])
+        page = Path("CLAIMS.md").read_text()
+        assert f"| `one.b_below_a` | {words}the best learning rate" in page
+        assert "| Table 3: 1.5 and 2.5 | added later |" in page
+        assert ("is outside" in Path("README.md").read_text()) == bool(words)
+
+
+def test_a_claim_that_more_is_better(place, found, monkeypatch):
+    """`update` writes the claims again: from the runs that the file has."""
+    more = Claim("a", "b", "Table 3", (0.0, 0.5), more=True)
+    study = dataclasses.replace(STUDY, claims=(more,))
+    monkeypatch.setattr(command, "studies", lambda: {"one": study, "two": OTHER})
+    monkeypatch.setattr(claims, "HEADLINES", {"one.a_above_b": ""})
+    module = types.ModuleType("one", "What it asks.\n")
+    module.get_config = BASE.to_dict
+    monkeypatch.setitem(sys.modules, "configs.studies.one", module)
+    path = Path("results/cpu/studies/one.json")
+    with pytest.raises(UserError, match="has other settings than its study"):
+        command.main(["", "update", str(path)])
+    path.write_text(to_json(found | {"changed": []}))
+    command.main(["", "update", str(path)])
+    new = json.loads(path.read_text())
+    assert new["text"] == "What it asks."
+    for part in found.keys() - {"claims", "changed"}:
+        assert new[part] == found[part]
+    command.main(["", "table"])
+    page = Path("CLAIMS.md").read_text()
+    assert "| `a` above `b`, at equal" in page
+    assert "| 1.5200 and 1.2400 | +0.2800 | +0.2552 to +0.3048 |" in page
+    assert "`a` has 0.2800 bits/byte more than `b`" in (readme := Path("README.md").read_text())
+    assert "The claim that it has more: reproduced." in readme
 
 
 def test_claims_without_a_study_are_listed(place):
@@ -140,9 +187,21 @@ def test_results_of_another_study_or_another_version(place, found):
     command.main(["", "check"])
 
 
-def test_one_claim_is_run_with_the_flags_of_its_results(place, monkeypatch, capsys):
+def test_one_claim_is_run_with_the_flags_of_its_results(place, found, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr("os.execv", lambda program, words: started.append(words[3:]))
+    now = changed(found, mean=0.27)
+    now["environments"] = [found["environments"][0] | {"corpus": "other", "git": "new"}]
+
+    class Compare(contextlib.nullcontext):
+        """It ends at once with such results."""
+
+        def __init__(self, words):
+            started.append(words[3:])
+            Path(words[-1].removeprefix("--out=")).write_text(to_json(now))
+            self.enter_result, self.returncode = self, len(started) > 3
+
+    monkeypatch.setattr("subprocess.Popen", Compare)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     for name in ("one.b_below_a", "two.c_below_d"):
         command.main(["", "run", name])
     assert started == [
@@ -157,12 +216,16 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, monkeypatch, caps
     ]
     real = importlib.metadata.version
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{real(name)}.1")
-    command.main(["", "run", "one.b_below_a"])
+    capsys.readouterr()
+    assert command.main(["", "run", "one.b_below_a"]) == 0
     said = f"one.json is of Python {platform.python_version()} and"
     assert said in (printed := capsys.readouterr().out)
-    said = "So far: At equal parameters without embeddings and training tokens, `b` has 0.2800 "
-    said += "bits/byte less than `a`"
-    assert said in printed
+    start = "At equal parameters without embeddings and training tokens, `b` has 0.2{}00 bits/byte"
+    assert printed.count(f"So far: {start.format(8)} less than `a`") == 2
+    assert f"Now: {start.format(7)} less than `a`" in printed
+    assert "one.json is of another text and another revision of the code." in printed
+    assert command.main(["", "run", "one.b_below_a"]) == 1
+    assert "Now:" not in capsys.readouterr().out
     for words, error in ((["run", "one.x"], "no claim 'one.x'"), ([], "Say `table`")):
         with pytest.raises(UserError, match=error):
             command.main(["", *words])

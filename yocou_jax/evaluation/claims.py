@@ -18,13 +18,14 @@ from yocou_jax.evaluation.report import Table
 from yocou_jax.evaluation.statistics import NOT_HERE
 from yocou_jax.study import AXES, Claim, Study
 
-HEADLINES = (  # what the README says first
-    "language.yoco_u_below_yoco",
-    "language.yoco_u_below_yoco_equal_flops",
-)
+# What the README says first, and what its reader does not know about the two entries.
+HEADLINES = {
+    "language.yoco_u_below_yoco": "",
+    "language.yoco_u_below_yoco_equal_flops": "`yoco` trained for as many FLOPs",
+}
 COMMAND = "python -m experiments.claims run"
 COLUMNS = (
-    *("claim", "the paper", "expected: lower by", "ours", "found: lower by", "95% interval"),
+    *("claim", "the paper", "expected: better by", "ours", "found: better by", "95% interval"),
     *("seeds", "smallest effect", "matters from", "verdict", "sizes", "minutes"),
     *(f"`{COMMAND}`", "remarks"),
 )
@@ -67,8 +68,8 @@ def _check_claims(result: Result, study: Study) -> None:
     """What was expected before the runs stays as it was. Only words about the paper may change."""
 
     def fixed(claim: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("lower", "higher", "metric", "against", "match", "expected", "least", "within")
-        return {name: claim.get(name) for name in names}
+        names = ("better", "worse", "more", "metric", "against", "match", "expected", "least")
+        return {name: claim.get(name) for name in (*names, "within")}
 
     ours = {}
     for c in study.claims:
@@ -118,30 +119,33 @@ def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]
     for claim in study.claims:
         low, high = claim.expected
         metric = "" if claim.metric is None else f" in `{claim.metric}`"
-        words = f"`{claim.lower}` below `{claim.higher}`{metric}"
+        words = f"`{claim.better}` {claim.relation} `{claim.worse}`{metric}"
         if claim.against is not None:
-            words = f"`{claim.lower}`{metric} below `{claim.higher}` in `{claim.against}`"
+            words = f"`{claim.better}`{metric} {claim.relation} `{claim.worse}`"
+            words += f" in `{claim.against}`"
         equal = "" if len(claim.entries) == 1 else f", at equal {', '.join(_match(study, claim))}"
         first = [
             f"{words}{equal}",
             f"{claim.source}: {claim.paper}" if claim.paper else claim.source,
-            f"{low:+g} to {high:+g}",
+            "added later" if claim.added else f"{low:+g} to {high:+g}",
         ]
         command = f"`{result.name if result else name}.{claim.name}`"
         if result is None or found.get(claim.name, {}).get("difference") is None:
             rows.append([*first, *["-"] * 6, "not run", "-", "-", command, ""])
         else:
-            cells = _cells(found[claim.name], result.report)
+            cells = _cells(claim, found[claim.name], result.report)
             rows.append([*first, *cells[:-1], command, cells[-1]])
     return rows
 
 
-def _cells(claim: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
-    """What was found, from the two means to the minutes, and the remarks."""
+def _cells(made: Claim, claim: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    """What was found, from the two means to the minutes, and the remarks. made: the claim of the
+    study, and claim: that of the results."""
     found, (low, high) = claim["difference"], claim["expected"]
-    outside = "" if low <= found["mean"] <= high else " (outside)"
+    outside = "" if made.added or low <= found["mean"] <= high else " (outside)"
     reverse = claim["verdict"] == NOT_HERE and found["high"] < 0
-    sizes = [_sizes(report["entries"][claim[side]]["amounts"]) for side in ("lower", "higher")]
+    sizes = [_sizes(report["entries"][claim[side]]["amounts"]) for side in ("better", "worse")]
+    excluded = [words] if (words := _excluded(made, found)) else []
     return [
         " and ".join(f"{side['mean']:.4f}" for side in claim["means"]),
         f"{found['mean']:+.4f}{outside}",
@@ -152,8 +156,15 @@ def _cells(claim: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
         claim["verdict"] + (" (the reverse holds)" if reverse else ""),
         "; ".join(dict.fromkeys(sizes)),
         f"{claim['minutes']:.0f}",
-        "; ".join(claim["remarks"]),
+        "; ".join([*excluded, *claim["remarks"]]),
     ]
+
+
+def _excluded(made: Claim, found: Mapping[str, Any]) -> str:
+    """That the difference in the paper is not in the interval."""
+    if made.effect is None or found["low"] is None or found["low"] <= made.effect <= found["high"]:
+        return ""
+    return f"the difference in the paper, {made.effect:+.3f}, is outside of the interval"
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -162,7 +173,8 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 def _sizes(amounts: Mapping[str, float]) -> str:
     parameters, tokens = _short(amounts["parameters"]), _short(amounts["tokens"])
-    return f"{parameters} parameters without embeddings, {tokens} tokens"
+    each = amounts["tokens"] / amounts["parameters"]
+    return f"{parameters} parameters without embeddings, {tokens} tokens ({each:.2g} per parameter)"
 
 
 def _short(number: float) -> str:
@@ -226,14 +238,17 @@ def compare_flags(name: str, studies: Mapping[str, Study], results: Sequence[Res
     return [*words, only, f"--workdir={folder}", f"--out={folder}.json"]
 
 
-def sentences(name: str, studies: Mapping[str, Study], results: Sequence[Result]) -> list[str]:
-    """What the results say about a claim: one sentence for each file that has an answer."""
+def sentences(
+    name: str, studies: Mapping[str, Study], results: Sequence[Result], note: str = ""
+) -> list[str]:
+    """What the results say about a claim: one sentence for each file that has an answer. note: what
+    `worse` is."""
     claim, having = find(name, studies, results)
     said = []
     for result in having:
         found = next((c for c in result.report["claims"] if c["name"] == claim.name), None)
         if found is not None and found["difference"] is not None:
-            *_, seeds, _, _, word, sizes, _, _ = _cells(found, result.report)
+            *_, seeds, _, _, word, sizes, _, _ = _cells(claim, found, result.report)
             unit = "bits/byte" if found["metric"] == "summary.val_bpb" else f"in {found['metric']}"
             axes = " and ".join(AXES[name].words for name in found["match"])
             equal = f"At equal {axes}, " if len(claim.entries) > 1 else ""
@@ -242,12 +257,15 @@ def sentences(name: str, studies: Mapping[str, Study], results: Sequence[Result]
             if low is not None:
                 low, high = sorted((low, high) if mean >= 0 else (-low, -high))
                 bounds = f"95% interval {low:.4f} to {high:.4f}"
-            than = f"`{claim.higher}`"
+            than = f"`{claim.worse}`{f' ({note})' if note else ''}"
             than += "" if claim.against is None else f" has in {claim.against}"
+            better, worse = ("more", "less") if claim.more else ("less", "more")
+            excluded = _excluded(claim, found["difference"])
             said.append(
-                f"{equal}`{claim.lower}` has {abs(mean):.4f} {unit} "
-                f"{'less' if mean >= 0 else 'more'} than {than} ({bounds}; {seeds} seeds; {sizes}; "
-                f"{result.device}). The claim that it has less: {word}."
+                f"{equal}`{claim.better}` has {abs(mean):.4f} {unit} "
+                f"{better if mean >= 0 else worse} than {than} ({bounds}; {seeds} seeds; {sizes}; "
+                f"{result.device}). The claim that it has {better}: {word}"
+                f"{f'; {excluded}' if excluded else ''}."
             )
     return said
 

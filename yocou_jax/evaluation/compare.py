@@ -174,7 +174,7 @@ class Comparison:
         """Raises UserError if the path of a metric that is asked of the run leads to no number."""
         if self._missing(record):
             return
-        claims = [c for c in self.study.claims if spec.entry in (c.lower, c.higher)]
+        claims = [c for c in self.study.claims if spec.entry in c.entries]
         for metric in {self.study.metric, *(path for claim in claims for path in claim.metrics)}:
             try:
                 found = look_up(record, metric)
@@ -205,15 +205,37 @@ class Comparison:
         return {seed: value for seed, value in found.items() if value is not None}
 
     def sweep(self, entry: str) -> dict[float, float | None]:
-        """The metric of each learning rate, if there are several."""
-        rates = self.rates if len(self.rates) > 1 else ()
-        return {rate: self.value(self.spec(entry, rate, SWEEP)) for rate in rates}
+        """The metric of each learning rate that must be tried, if there are several.
+
+        The first ones are the middle one and its neighbors. When all have ended, and the best of
+        them is the last on its side, the next one on this side must be tried too.
+        """
+        if len(self.rates) == 1:
+            return {}
+        middle = (len(self.rates) - 1) // 2
+        low, high = max(middle - 1, 0), min(middle + 1, len(self.rates) - 1)
+        while True:
+            rates = self.rates[low : high + 1]
+            found = {rate: self.value(self.spec(entry, rate, SWEEP)) for rate in rates}
+            ended = all(self._tried(entry, rate) for rate in rates)
+            values = {rate: value for rate, value in found.items() if value is not None}
+            best = min(values, key=lambda rate: values[rate]) if ended and values else None
+            if best == rates[0] and low > 0:
+                low -= 1
+            elif best == rates[-1] and high < len(self.rates) - 1:
+                high += 1
+            else:
+                return found
+
+    def _tried(self, entry: str, rate: float) -> bool:
+        """Whether the run of the sweep has ended, or has failed."""
+        spec = self.spec(entry, rate, SWEEP)
+        return self.record(spec) is not None or spec.failure.exists()
 
     def swept(self, entry: str) -> bool:
-        """Whether several learning rates were tried, each to its end or until it failed."""
-        specs = [self.spec(entry, rate, SWEEP) for rate in self.rates]
-        tried = all(self.record(spec) is not None or spec.failure.exists() for spec in specs)
-        return len(specs) > 1 and tried
+        """Whether all rates were tried that must be, each to its end or until it failed."""
+        rates = self.sweep(entry)
+        return bool(rates) and all(self._tried(entry, rate) for rate in rates)
 
     def best_rate(self, entry: str) -> float | None:
         """The best learning rate of those that have a result, or the only one."""
@@ -222,10 +244,13 @@ class Comparison:
         found = {rate: value for rate, value in self.sweep(entry).items() if value is not None}
         return min(found, key=lambda rate: found[rate]) if found else None
 
-    def at_edge(self, entry: str) -> bool:
-        """Whether the best of several learning rates is the lowest or the highest: another one, not
-        tried, may be better."""
-        return len(self.rates) > 1 and self.best_rate(entry) in (self.rates[0], self.rates[-1])
+    def at_edge(self, entry: str) -> str | None:
+        """ "lowest" or "highest", if the best of several learning rates is one of these: another
+        one, not tried, may be better."""
+        if len(self.rates) == 1:
+            return None
+        ends = {self.rates[0]: "lowest", self.rates[-1]: "highest"}
+        return ends.get(self.best_rate(entry) or math.nan)
 
     def first(self, entry: str) -> Spec:
         """The run of the first seed that counts at the best rate, or at the lowest one if none has
@@ -237,8 +262,10 @@ class Comparison:
         the runs are looked up one by one. An entry of which no rate has a result has none."""
         entries = list(only) or list(self.twins)
         for entry in entries:
-            for rate in self.sweep(entry):
-                yield self.spec(entry, rate, SWEEP)
+            done: set[float] = set()
+            while left := [rate for rate in self.sweep(entry) if rate not in done]:
+                done.add(left[0])
+                yield self.spec(entry, left[0], SWEEP)
         for seed in self.seeds:
             for entry in entries:
                 if (rate := self.best_rate(entry)) is not None:

@@ -109,9 +109,11 @@ TASKS = {
 }
 
 
-def runs(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The runs at the learning rate of the entry."""
-    return [run for run in entry["runs"] if run["learning_rate"] == entry["learning_rate"]]
+def runs(report: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs that count: those of the seeds of the study, at the learning rate of the entry. The
+    seed of the sweep, which has chosen the rate, is none of them."""
+    chosen = (run for run in entry["runs"] if run["learning_rate"] == entry["learning_rate"])
+    return [run for run in chosen if run["seed"] in report["seeds"]]
 
 
 def panels(report: Mapping[str, Any]) -> dict[Kind, Panel]:
@@ -125,14 +127,14 @@ def panels(report: Mapping[str, Any]) -> dict[Kind, Panel]:
     for axis, words in BUDGETS.items():
         panel = Panel({}, {})
         for name, entry in report["entries"].items():
-            curves = [run["curve"] for run in runs(entry) if run["curve"]]
+            curves = [run["curve"] for run in runs(report, entry) if run["curve"]]
             if axis in entry["matched"] and curves:
                 scale = entry["amounts"][axis] / entry["amounts"]["tokens"]
                 panel.curves[name] = [[(x * scale, y) for x, y in curve] for curve in curves]
         if len(panel.curves) > 1:
             found[Kind(f"validation, equal {axis}", words, "bits/byte", ends=True)] = panel
     for name, entry in report["entries"].items():
-        for run in runs(entry):
+        for run in runs(report, entry):
             for task, record in run["evaluation"].items():
                 for kind, points, mark in TASKS[task](record) if task in TASKS else ():
                     panel = found.setdefault(kind, Panel({}, {}))
@@ -174,7 +176,7 @@ def _draw(at, kind: Kind, panel: Panel, styles: Mapping[str, Mapping[str, Any]])
         if name in panel.marks:
             at.axvline(panel.marks[name], color=color, linewidth=0.8, linestyle=":")
     if kind.ends:
-        ends = [mean(curves)[-1][1] for curves in panel.curves.values()]
+        ends = [points[-1][1] for curves in panel.curves.values() for points in curves]
         room = max(max(ends) - min(ends), 0.02)
         at.set_ylim(min(ends) - 0.2 * room, max(ends) + 4 * room)
     at.set(title=kind.title, xlabel=kind.x, ylabel=kind.y)

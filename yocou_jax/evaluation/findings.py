@@ -2,10 +2,13 @@
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from yocou_jax import accounting
+from yocou_jax.config import Config
 from yocou_jax.evaluation.compare import SWEEP, Comparison, distinct
 from yocou_jax.evaluation.statistics import (
     HOLDS,
@@ -18,7 +21,7 @@ from yocou_jax.evaluation.statistics import (
     smallest_effect,
     verdict,
 )
-from yocou_jax.study import AXES, NOT_IN_PAPER, TOLERANCE, Claim, matched, ratios
+from yocou_jax.study import AXES, NOT_IN_PAPER, TOLERANCE, Claim, Study, matched, ratios
 from yocou_jax.trees import flat
 
 
@@ -42,6 +45,22 @@ def report(comparison: Comparison) -> dict[str, Any]:
         "remarks": _origin(records),
         "config": twins[study.reference].to_dict(),
     }
+
+
+def again(study: Study, base: Config, old: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of the runs of an older one, with the claims that the study has now. base: the
+    settings of the study's reference."""
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison(study, base, Path(folder), len(old["seeds"]))
+        for name, entry in old["entries"].items():
+            for run in entry["runs"]:
+                spec = comparison.spec(name, run["learning_rate"], run["seed"])
+                comparison.records[spec.workdir] = run
+            for spec in comparison.runs([name]):
+                if spec.name in entry["failures"]:
+                    spec.failure.parent.mkdir(parents=True, exist_ok=True)
+                    spec.failure.write_text(entry["failures"][spec.name], encoding="utf-8")
+        return dict(old) | report(comparison)
 
 
 def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
@@ -80,16 +99,17 @@ def _records(comparison: Comparison, *entries: str) -> list[dict]:
 
 def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
     paths = (claim.metric, claim.against or claim.metric)
-    values = [*map(comparison.values, (claim.lower, claim.higher), paths)]
-    found = paired(*values)
+    values = [*map(comparison.values, (claim.better, claim.worse), paths)]
+    found = paired(*(reversed(values) if claim.more else values))
     doubts = _doubts(comparison, claim, values)
     word = verdict(found, claim.least)
     if word == REPRODUCED and claim.source == NOT_IN_PAPER:
         word = HOLDS
     return {
         "name": claim.name,
-        "lower": claim.lower,
-        "higher": claim.higher,
+        "better": claim.better,
+        "worse": claim.worse,
+        "more": claim.more,
         "source": claim.source,
         "paper": claim.paper,
         "metric": claim.metric or comparison.study.metric,
@@ -98,9 +118,9 @@ def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
         "expected": list(claim.expected),
         "least": claim.least,
         "within": claim.within and list(claim.within),
-        # Of `lower` and `higher`.
+        # Of `better` and `worse`.
         "means": [_numbers(interval([*side.values()])) if side else None for side in values],
-        "difference": _numbers(found),  # `higher` minus `lower`
+        "difference": _numbers(found),  # above 0: `better` is better
         "verdict": INCONCLUSIVE if doubts else word,
         "minutes": sum(record["minutes"] for record in _records(comparison, *claim.entries)),
         "remarks": ["not run"] if found is None else doubts + _remarks(comparison, claim),
@@ -112,7 +132,7 @@ def _doubts(comparison: Comparison, claim: Claim, values: list[dict[int, float]]
     pairs = len(values[0].keys() & values[1].keys())
     doubts = [f"fewer than {PAIRS} seeds"] if pairs < PAIRS else []
     # A run that failed is evidence too, so the others alone must not decide.
-    for name, side in zip(dict.fromkeys((claim.lower, claim.higher)), values, strict=False):
+    for name, side in zip(claim.entries, values, strict=False):
         if missing := [str(seed) for seed in comparison.seeds if seed not in side]:
             doubts.append(f"{name} has no value with seed {', '.join(missing)}")
     if claim.within is not None and all(values):
@@ -129,14 +149,15 @@ def _remarks(comparison: Comparison, claim: Claim) -> list[str]:
     remarks = []
     if not all(comparison.swept(name) for name in claim.entries):
         remarks.append("learning rates not swept")
-    edges = [name for name in claim.entries if comparison.at_edge(name)]
-    remarks += [f"the best learning rate of {name} is at the edge of those tried" for name in edges]
-    lower, higher = (comparison.twins[name] for name in (claim.lower, claim.higher))
+    for name in claim.entries:
+        if (edge := comparison.at_edge(name)) is not None:
+            remarks.append(f"the best learning rate of {name} is the {edge} of those tried")
+    better, worse = (comparison.twins[name] for name in (claim.better, claim.worse))
     # In small models, embeddings are much of a model. Entries of one width have the same.
-    totals = [accounting.parameters(config.model).total for config in (lower, higher)]
+    totals = [accounting.parameters(config.model).total for config in (better, worse)]
     if abs(totals[1] / totals[0] - 1) > TOLERANCE:
         remarks.append(f"with embeddings they have {totals[0]:,} and {totals[1]:,} parameters")
-    if lower.data != higher.data:
+    if better.data != worse.data:
         remarks.append("the two entries see different batches")
     records = _records(comparison, *claim.entries)
     if without := sum(not record["clock"] for record in records):

@@ -47,23 +47,33 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
         "hand_over": None if found.hand_over is None else found.hand_over + 1,  # as "run"
         "receptive_field": found.receptive_field,
         "overlap_by_layer": [loop.overlap for loop in found.loops],
-        "scalars": found.scalars() | _neighbors(found),
+        "scalars": found.scalars() | _ends(found) | _neighbors(found),
         "tables": tables,
     }
 
 
+def _ends(found: analysis.Inside) -> dict[str, float]:
+    """The distances of the first and of the last layer of each loop. In Figure 8 of the paper, they
+    fall inside each loop."""
+    ends = {}
+    for loop in found.loops:
+        run = [a for a in found.applications if (a.stage, a.loop) == (loop.stage, loop.loop)]
+        ends[f"distance_first_loop_{loop.number}"] = run[0].distance
+        ends[f"distance_last_loop_{loop.number}"] = run[-1].distance
+    return ends
+
+
 def _neighbors(found: analysis.Inside) -> dict[str, float]:
     """The distances of the last layer before the hand-over (layer 30 of 40 with three loops, in
-    Figure 8 of the paper), and of the first one after it."""
+    Figure 8 of the paper), of the first one after it, and the larger one of both ("beside"), which
+    a spike is above."""
     if (at := found.hand_over) is None:
         return {}
     places = {"before": at - 1, "after": at + 1}
     layers = found.applications
-    return {
-        f"distance_{name}_hand_over": layers[i].distance
-        for name, i in places.items()
-        if i < len(layers)
-    }
+    near = {name: layers[i].distance for name, i in places.items() if i < len(layers)}
+    near["beside"] = max(near.values())
+    return {f"distance_{name}_hand_over": distance for name, distance in near.items()}
 
 
 def _loops(found: analysis.Inside) -> list[dict]:

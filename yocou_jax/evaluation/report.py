@@ -1,6 +1,7 @@
 """Tables and the page of a comparison. All but `plan` need its report alone.
 
-Every difference has the sign of a claim: above 0, the entry is lower than the other one.
+A difference is above 0 if the entry is better than the other one: lower, or higher where a claim
+says so.
 """
 
 import base64
@@ -92,8 +93,9 @@ def _claims(report: Mapping[str, Any]) -> Table:
     for claim in report["claims"]:
         low, high = claim["expected"]
         other = claim["metric"] != report["metric"]
-        below = "" if claim["against"] is None else f" below {claim['against']}"
-        words = f"{claim['lower']} below {claim['higher']} ({claim['source']})"
+        relation = "above" if claim["more"] else "below"
+        below = "" if claim["against"] is None else f" {relation} {claim['against']}"
+        words = f"{claim['better']} {relation} {claim['worse']} ({claim['source']})"
         rows.append(
             [
                 (f"{words}, {claim['metric']}" if other else words) + below,
@@ -106,7 +108,7 @@ def _claims(report: Mapping[str, Any]) -> Table:
             ]
         )
     columns = [
-        *("claim", "at equal", "expected: lower by", "found: lower by", "smallest effect"),
+        *("claim", "at equal", "expected: better by", "found: better by", "smallest effect"),
         *("verdict", "remarks"),
     ]
     return Table("Claims", columns, rows)
@@ -119,7 +121,7 @@ def _rates(report: Mapping[str, Any]) -> Table:
             name,
             *(_number(entry["sweep"].get(rate)) for rate in rates),
             _number(entry["learning_rate"], "g"),
-            "the best rate is at the edge" if entry["rate_at_edge"] else "",
+            f"the {edge} of those tried" if (edge := entry["rate_at_edge"]) else "",
         ]
         for name, entry in report["entries"].items()
     ]
@@ -157,7 +159,7 @@ def _html_table(table: Table) -> str:
 
 
 SIGNS = (
-    "Differences are paired by seed. Above 0, the entry is lower than the other one. The smallest "
+    "Differences are paired by seed. Above 0, the entry is better than the other one. The smallest "
     "effect is the true difference that this many seeds would find with 80% probability."
 )
 
