@@ -39,36 +39,6 @@ from yocou_jax.study import Study
 
 README, RESULTS = Path("README.md"), Path("results")
 HEADLINE = re.compile("(?<=<!-- headline -->).*?(?=<!-- end of the headline -->)", re.DOTALL)
-CAVEATS = (
-    "**`inside` and `long_text` are to be run again.** Much of the text on which they measure "
-    "losses (36% in `long_text`) is tables of character codes, of which the training text has "
-    "near-copies (LOG.md, 2026-11-27). The same was so in the first runs of `language`; its rows "
-    "here are of a better text, and those that were not run again yet say so.",
-)
-# What two files of results may differ in, by the names in their environments.
-FACTS = {"corpus": "text", "tokenizer": "tokenizer", "git": "revision of the code"}
-INTRODUCTION = (
-    "`python -m experiments.claims table` writes this file from results/. Do not edit it. "
-    f"`{claims.COMMAND} NAME` repeats one claim, with the name in its row.",
-    "A claim is that one entry of a study has a better value of a metric than another; without "
-    "the name of a metric, it is the validation loss in bits/byte. *Ours* are the two means, of"
-    " the better entry first. *Found* is their difference, paired by seed: above 0, the claim "
-    "holds in these runs; *outside*: not in the range that was expected. A claim that was *added "
-    "later*, when the results were known, has no expectation. The *smallest effect* is "
-    "the true difference that this many seeds would find with 80% probability. The minutes are "
-    "those of all runs of the entries, with their sweep of the learning rate. (Two runs may have "
-    "shared a machine, one on each core.)",
-    "A claim is *not at this scale* if the whole 95% interval is below the smallest difference "
-    "that would matter; *the reverse holds* if it is even below 0. Otherwise it is *reproduced* "
-    "(*holds*, if it is not in the paper) if the whole interval is above 0. "
-    "It is *inconclusive* in all other cases, and also with fewer than 3 seeds, if a seed has no"
-    " value, or if no entry has learned the task or all have. The intervals are about seeds "
-    "only, and not about the text on which a loss is measured. They are not corrected for the "
-    "number of claims: of 20 claims without any effect, one is expected to have an interval "
-    "without 0. The models of the paper read 15 tokens for each parameter (Table 3), those here "
-    "about one: then more text is worth much, and more computation little.",
-    *CAVEATS,
-)
 
 
 def studies() -> dict[str, Study]:
@@ -86,14 +56,11 @@ def documents(found: dict[str, Study], results: list[claims.Result]) -> dict[Pat
         said += claims.sentences(name, found, results, note) or [
             f"`{claim.better}` {claim.relation} `{claim.worse}`: not run yet."
         ]
-    line = " ".join(said)
-    readme, count = HEADLINE.subn(lambda _: line, README.read_text(encoding="utf-8"))
+    readme, count = HEADLINE.subn(lambda _: " ".join(said), README.read_text(encoding="utf-8"))
     if count != 1:
         raise UserError("README.md must have `<!-- headline -->` and its end once.")
-    grids.append(
-        Grid("Claims of the paper without a study", paper_claims.COLUMNS, paper_claims.rows())
-    )
-    return {Path("CLAIMS.md"): page("Claims", INTRODUCTION, grids, ()), README: readme}
+    grids.append(Grid(paper_claims.TITLE, paper_claims.COLUMNS, paper_claims.rows()))
+    return {Path("CLAIMS.md"): page("Claims", claims.INTRODUCTION, grids, ()), README: readme}
 
 
 def check(wanted: dict[Path, str]) -> int:
@@ -153,9 +120,8 @@ def run(name: str, found: dict[str, Study], results: list[claims.Result]) -> int
     print(*(f"So far: {sentence}" for sentence in so_far), sep="\n")
     print(*(f"Now: {sentence}" for sentence in claims.sentences(name, found, [now])), sep="\n")
     for result in before:
-        then, since = result.report["environments"][0], report["environments"][0]
-        if changed := [what for key, what in FACTS.items() if then[key] != since[key]]:
-            print(f"Note: {result.path} is of another {' and another '.join(changed)}.")
+        for what in claims.changed(result, now):
+            print(f"Note: {result.path} is of another {what}.")
     return 0
 
 

@@ -139,6 +139,24 @@ def test_the_report_of_both_tasks(mesh, text_file, tmp_path):
     assert two["difference_stderr"] == pytest.approx(more.std(ddof=1) / math.sqrt(COUNT), rel=1e-3)
 
 
+def test_the_text_before_the_last_tokens_is_of_their_document(mesh, tmp_path):
+    assert [perplexity.in_one_document(sequences(), i) for i in range(COUNT)] == [
+        *(True, False, True, False, True)
+    ]
+    texts = [bytes(97 + i % 7 for i in range(30)), bytes(104 + i % 5 for i in range(40))]
+    for name, text in zip("ab", texts, strict=True):
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    ids = np.array([BYTES.eot_id, *texts[0], BYTES.eot_id, *texts[1]])
+    one, whole = model(), Sequences(ids, np.array([0, 31]), LENGTH, False)
+    options = Options(tmp_path, source=f"{tmp_path}/*.txt", lengths=(3, LENGTH), samples=COUNT)
+    with jax.set_mesh(mesh):
+        report = perplexity.run(one, mesh, options)
+    assert (report["sequences"], report["sequences_of_last"]) == (COUNT, 4)  # not the third
+    for row in list(report["tables"].values())[2]:
+        rows = [perplexity.tail(whole, i, row["length"]) for i in (0, 1, 3, 4)]
+        assert row["nats"] == pytest.approx(by_oracle(one, rows)[:, -3:].mean(), rel=1e-5)
+
+
 def test_loop_counts_that_are_not_possible(mesh, tmp_path):
     for task, one, given, sentence in (
         (loops, model("yoco"), None, "has no loop, so it has no depth curve"),

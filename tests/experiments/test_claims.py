@@ -65,8 +65,8 @@ def test_the_table_has_every_claim(place, capsys):
     headline = (
         "What came: <!-- headline -->At equal parameters without embeddings and training tokens, "
         "`b` has 0.2800 bits/byte less than `a` (longer) (95% interval 0.2552 to 0.3048; 3 seeds; "
-        "2.74K parameters without embeddings, 2.56K tokens (0.94 per parameter); cpu). The claim that "
-        "it has less: reproduced. `c` below `d`: not run yet.<!"
+        "2.74K parameters without embeddings, 2.56K tokens (0.94 per parameter); cpu). The claim "
+        "that it has less: reproduced. `c` below `d`: not run yet.<!"
     )
     assert Path("README.md").read_text().startswith(headline)
     capsys.readouterr()
@@ -223,7 +223,9 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, found, monkeypatc
     start = "At equal parameters without embeddings and training tokens, `b` has 0.2{}00 bits/byte"
     assert printed.count(f"So far: {start.format(8)} less than `a`") == 2
     assert f"Now: {start.format(7)} less than `a`" in printed
-    assert "one.json is of another text and another revision of the code." in printed
+    assert "one.json is of another text.\n" in printed
+    assert "one.json is of another revision of the code.\n" in printed
+    assert "another tokenizer" not in printed
     assert command.main(["", "run", "one.b_below_a"]) == 1
     assert "Now:" not in capsys.readouterr().out
     for words, error in ((["run", "one.x"], "no claim 'one.x'"), ([], "Say `table`")):

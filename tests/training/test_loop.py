@@ -19,7 +19,7 @@ from yocou_jax.manifest import CODE
 from yocou_jax.training import metrics
 from yocou_jax.training.console import Console
 from yocou_jax.training.evaluators import Sample, Validation
-from yocou_jax.training.loop import Run
+from yocou_jax.training.loop import Run, facts
 from yocou_jax.training.resume import compare_starts, new_end
 
 
@@ -28,6 +28,16 @@ def config(steps, schedule, **optimizer):
         optimizer={"schedule": schedule, "warmup_steps": 2, "decay_fraction": 0.5} | optimizer,
         run={"steps": steps},
     )
+
+
+def test_runs_of_a_sweep_differ_in_the_first_columns():
+    """TensorBoard shows the first five."""
+    config = tiny.config(num_loops="1,2")
+    first = sorted(facts(config))[:5]
+    assert {"1 program", "2 loops", "3 learning rate", "4 FLOPs", "5 tokens"} == set(first)
+    assert facts(config)["2 loops"] == "1,2"
+    assert facts(tiny.config(num_loops=2))["2 loops"] == 2
+    assert facts(config)["5 tokens"] == 16 * config.data.batch_size * config.run.steps
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,35 @@ COLUMNS = (
     *("seeds", "smallest effect", "matters from", "verdict", "sizes", "minutes"),
     *(f"`{COMMAND}`", "remarks"),
 )
+# How CLAIMS.md begins.
+CAVEATS = (
+    "**`inside` and `long_text` are to be run again.** Much of the text on which they measure "
+    "losses (36% in `long_text`) is tables of character codes, of which the training text has "
+    "near-copies (LOG.md, 2026-11-27). The same was so in the first runs of `language`; its rows "
+    "here are of a better text, and those that were not run again yet say so.",
+)
+INTRODUCTION = (
+    "`python -m experiments.claims table` writes this file from results/. Do not edit it. "
+    f"`{COMMAND} NAME` repeats one claim, with the name in its row.",
+    "A claim is that one entry of a study has a better value of a metric than another; without "
+    "the name of a metric, it is the validation loss in bits/byte. *Ours* are the two means, of"
+    " the better entry first. *Found* is their difference, paired by seed: above 0, the claim "
+    "holds in these runs; *outside*: not in the range that was expected. A claim that was *added "
+    "later*, when the results were known, has no expectation. The *smallest effect* is "
+    "the true difference that this many seeds would find with 80% probability. The minutes are "
+    "those of all runs of the entries, with their sweep of the learning rate. (Two runs may have "
+    "shared a machine, one on each core.)",
+    "A claim is *not at this scale* if the whole 95% interval is below the smallest difference "
+    "that would matter; *the reverse holds* if it is even below 0. Otherwise it is *reproduced* "
+    "(*holds*, if it is not in the paper) if the whole interval is above 0. "
+    "It is *inconclusive* in all other cases, and also with fewer than 3 seeds, if a seed has no"
+    " value, or if no entry has learned the task or all have. The intervals are about seeds "
+    "only, and not about the text on which a loss is measured. They are not corrected for the "
+    "number of claims: of 20 claims without any effect, one is expected to have an interval "
+    "without 0. The models of the paper read 15 tokens for each parameter (Table 3), those here "
+    "about one: then more text is worth much, and more computation little.",
+    *CAVEATS,
+)
 WORDS = 3  # the first columns: what is known before the first run
 # A figure that a document quotes: a number with one of these units.
 FIGURE = re.compile(r"([\d,]*\.?\d+)(?:\s*(?:nats/token|bits/byte|tokens/s|[GT]FLOP/s)|x\b)")
@@ -268,6 +297,13 @@ def sentences(
                 f"{f'; {excluded}' if excluded else ''}."
             )
     return said
+
+
+def changed(before: Result, now: Result) -> list[str]:
+    """What two results differ in, besides their numbers."""
+    facts = {"corpus": "text", "tokenizer": "tokenizer", "git": "revision of the code"}
+    one, two = (result.report["environments"][0] for result in (before, now))
+    return [what for key, what in facts.items() if one[key] != two[key]]
 
 
 # --- Documents ------------------------------------------------------------------------------------

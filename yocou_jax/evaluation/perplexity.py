@@ -101,6 +101,13 @@ def tail(sequences: Sequences, i: int, length: int) -> tuple[Sequences, int]:
     return cut, 0
 
 
+def in_one_document(sequences: Sequences, i: int) -> bool:
+    """Whether all tokens of sequence i, and its last target, are of the same document."""
+    begin = i * sequences.sequence_length
+    later = np.searchsorted(sequences.starts, [begin, begin + sequences.sequence_length], "right")
+    return bool(later[0] == later[1])
+
+
 def seen_lengths(options: Options, length: int) -> tuple[list[int], int]:
     """Numbers of tokens that the model may see of a sequence of `length`, and how many tokens at
     its end count. By default, the shortest are these tokens alone; each next one is twice as long.
@@ -114,14 +121,23 @@ def seen_lengths(options: Options, length: int) -> tuple[list[int], int]:
 
 def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
     """`options.lengths`: numbers of tokens that the model may see before the last ones, and with
-    them; the longest is the length of the sequences. `options.loops`: one count."""
+    them; the longest is the length of the sequences. `options.loops`: one count.
+
+    What the text before the last tokens is worth (Figure 4 of the paper) is measured on the
+    sequences that are inside one document, because the end of another one tells little. If these
+    are fewer than two, it is measured on all.
+    """
     ((_, loaded),) = models(loaded, options)
     text = open_text(loaded, options)
     rows, (lengths, last) = text.sequences, seen_lengths(options, text.length)
     nll, ends = losses(loaded, rows, mesh), []
-    for length in lengths:  # Figure 4 of the paper
-        short = dataclasses.replace(rows, rows=tuple(tail(*row, length) for row in rows.rows))
-        seen = nll if length == text.length else losses(loaded, short, mesh)
+    inside = np.array([in_one_document(*row) for row in rows.rows])
+    if inside.sum() < 2:
+        inside[:] = True
+    chosen = [row for row, one in zip(rows.rows, inside, strict=True) if one]
+    for length in lengths:
+        short = dataclasses.replace(rows, rows=tuple(tail(*row, length) for row in chosen))
+        seen = nll[inside] if length == text.length else losses(loaded, short, mesh)
         ends.append({"length": length, **mean(seen[:, -last:])})
     loss = mean(nll)
     loss["bits_per_byte"] = bits_per_byte(loss["nats"], rows)
@@ -131,6 +147,7 @@ def run(loaded: Pretrained, mesh: Mesh, options: Options) -> dict:
         **text.facts(),
         "loops": loaded.config.program.loop_counts,
         "last": last,
+        "sequences_of_last": len(chosen),
         "scalars": loss | seeing,
         "tables": {
             "all tokens": [loss],

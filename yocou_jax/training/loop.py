@@ -223,21 +223,9 @@ class Run:
         config = self.config
         events.text("config", _as_text(config), step)
         events.scalars(step, {metrics.tag(metrics.KV_BYTES): self.kv_bytes})
-        tokens = config.run.steps * self.tokens_per_step
-        # TensorBoard sorts the names, and its table shows the first five.
-        facts = {
-            "1 program": str(config.model.program),
-            "2 loops": config.model.num_loops
-            if self.loop_draw
-            else max(stage.num_loops for stage in config.model.program.stages),
-            "3 parameters": accounting.parameters(config.model).total,
-            "4 tokens": tokens,
-            "5 FLOPs": tokens * accounting.run_flops_per_token(config),
-            "6 learning rate": config.optimizer.learning_rate,
-        }
         fields = {k: v for k, v in flat(config.to_dict()).items() if k not in FREE_FIELDS}
         shown = (metrics.VAL_BPB, metrics.VAL_LOSS, metrics.TOKENS_PER_S, metrics.KV_BYTES)
-        events.hparams(facts | fields, [*map(metrics.tag, shown)])
+        events.hparams(facts(config) | fields, [*map(metrics.tag, shown)])
 
     def _fresh(self, manifest: dict, notices: list[str]) -> TrainState:
         """The state at step 0, with the parameters of `init_from` if there is one."""
@@ -396,6 +384,22 @@ class Run:
             metrics.KV_BYTES: self.kv_bytes,
             "final_params_sha256": sha256,
         }
+
+
+def facts(config: Config) -> dict[str, str | int | float]:
+    """What tells runs apart. TensorBoard sorts the names, and its table shows the first five."""
+    model = config.model
+    tokens = config.run.steps * config.data.batch_size * config.data.sequence_length
+    return {
+        "1 program": str(model.program),
+        "2 loops": model.num_loops
+        if model.loop_draw
+        else max(stage.num_loops for stage in model.program.stages),
+        "3 learning rate": config.optimizer.learning_rate,
+        "4 FLOPs": tokens * accounting.run_flops_per_token(config),
+        "5 tokens": tokens,
+        "6 parameters": accounting.parameters(model).total,
+    }
 
 
 def _as_text(config: Config) -> str:
