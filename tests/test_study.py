@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,15 @@ def test_every_study_can_be_made_and_says_what_is_expected(name):
     assert f"python -m experiments.compare --config=configs/studies/{name}.py" in module.__doc__
     for words in ("Match: ", "Cost: ", "Expected, written before the first run. "):
         assert words in module.__doc__
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_numbers_of_the_paper_say_what_the_claim_says(name):
+    """A claim of a table whose numbers say the reverse would be "reproduced" by the reverse."""
+    for claim in importlib.import_module(f"configs.studies.{name}").STUDY.claims:
+        assert bool(claim.paper) >= (claim.effect is not None)
+        numbers = [float(number) for number in re.findall(r"\b\d+\.\d\d\b", claim.paper)]
+        if len(numbers) == 2:
+            better, worse = numbers if claim.more else reversed(numbers)
+            assert better >= worse, claim.name
+            assert claim.effect is None or (claim.effect >= 0), claim.name
