@@ -6,12 +6,10 @@ collectives run and how many bytes they move. Times are estimates from published
 what a step takes at least.
 """
 
-import dataclasses
-import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +21,7 @@ from jax.sharding import NamedSharding
 from benchmarks.aot.targets import H200, TARGETS, Target, environment, what_to_install
 from benchmarks.hlo import Collective, collectives
 from yocou_jax import accounting, hardware
-from yocou_jax.config import Config, MeshConfig, ModelConfig
+from yocou_jax.config import Config, ModelConfig
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.device_memory import training_hints
 from yocou_jax.errors import UserError
@@ -214,10 +212,6 @@ def estimate(
     return {"at_least": seconds | {"step": least, "mfu": mfu}}
 
 
-# remat and microbatches, the cheapest first: each next one needs less memory.
-OPTIONS = (("none", 1), ("attention", 1), ("attention", 4), ("full", 1), ("full", 4), ("full", 16))
-
-
 def too_large(used: float | None, sizes: dict[str, Any], hints: list[str]) -> str:
     """One sentence about memory: what is needed, what there is, and what would help, in order.
     used: bytes, if they are known."""
@@ -227,41 +221,3 @@ def too_large(used: float | None, sizes: dict[str, Any], hints: list[str]) -> st
         f"A step needs {needed} than a device has; parameters and optimizer are "
         f"{fixed / 2**30:.1f} GiB of it. It would help, in this order: {', '.join(hints[:3])}."
     )
-
-
-def meshes(config: Config, devices: int, memory: float | None) -> Iterator[list[Config]]:
-    """For each mesh that makes sense for a model on so many devices: the config on it with OPTIONS.
-    Meshes with little communication come first: fsdp alone, with copies of the state (data), then
-    with context, tensor or expert.
-
-    The state, 12 bytes for each parameter (it and two moments), must fit into 0.9 of the memory.
-    Copies make its shards larger: those of few rows are slow to gather (docs/scale.md).
-    """
-    model, rows = config.model, config.data.batch_size
-    state = 12 * accounting.parameters(model).total
-    experts = (1, 8) if model.num_experts and model.num_experts % 8 == 0 else (1,)
-    found = []
-    for data, tensor, context, expert in itertools.product(
-        (1, 4, 16), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), experts
-    ):
-        fsdp, rest = divmod(devices, data * tensor * context * expert)
-        whole = not rest and fsdp and rows % (data * fsdp * expert) == 0
-        whole_halves = context == 1 or config.data.sequence_length % (2 * context) == 0
-        fits = model.num_heads % tensor == 0 and whole_halves
-        if whole and fits and not (memory and data * state / devices > 0.9 * memory):
-            sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-            sizes |= {"context": context, "expert": expert}
-            cost = tensor - 1 + (context - 1) / 8 + (expert - 1) / 8 + (data - 1) / 64
-            found.append((cost, sizes))
-    for _, sizes in sorted(found, key=lambda pair: pair[0]):
-        ways = rows // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-        yield [
-            dataclasses.replace(
-                config,
-                mesh=MeshConfig(**sizes),
-                compute=dataclasses.replace(config.compute, remat=remat),
-                optimizer=dataclasses.replace(config.optimizer, accumulation_steps=steps),
-            )
-            for remat, steps in OPTIONS
-            if ways % steps == 0
-        ]

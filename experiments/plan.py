@@ -28,9 +28,9 @@ from benchmarks import plan as planning
 from benchmarks import plan_report
 from benchmarks.plan_inference import plan_inference
 from benchmarks.plan_report import in_seconds, mesh_of
+from benchmarks.plan_search import search
 from benchmarks.report import Grid, console, table
 from experiments import cli
-from yocou_jax import hardware
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 from yocou_jax.files import to_json
@@ -45,30 +45,11 @@ INFERENCE = flags.DEFINE_bool(
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 
 
-def _search(config: Config, devices: list) -> list[dict]:
-    """The cheapest plan that fits on each mesh, and those that do not fit, the best first. If the
-    option that needs the least memory does not fit on a mesh, no other one is tried there."""
-    memory = hardware.peaks(devices[0].device_kind).memory
-    tried: list[dict] = []
-    for *others, least in planning.meshes(config, len(devices), memory):
-        for option in (least, *others):
-            if len(tried) == TRIES.value:
-                break
-            try:
-                tried.append(planning.plan(option, TOPOLOGY.value, devices))
-            except (UserError, ValueError) as error:
-                print(f"{option.mesh} was left out: {error}", file=sys.stderr)
-                break
-            if not JSON.value:
-                print(_line(tried[-1]), flush=True)
-            if ("error" in tried[-1]) == (option is least):
-                break
-    if not tried:
-        raise UserError(
-            f"No mesh of {len(devices)} devices fits data.batch_size={config.data.batch_size}, the "
-            "model and the memory of a device."
-        )
-    return sorted(tried, key=lambda x: ("error" in x, x.get("at_least", {}).get("step") or 0))
+def _say(option: Config, found: dict | Exception) -> None:
+    if isinstance(found, Exception):
+        print(f"{option.mesh} was left out: {found}", file=sys.stderr)
+    elif not JSON.value:
+        print(_line(found), flush=True)
 
 
 def _line(found: dict) -> str:
@@ -96,7 +77,9 @@ def main(_):
         grids = plan_report.inference(found)
         fits = all("error" not in row for row in found["programs"].values())
     else:
-        plans = _search(config, devices) if SEARCH.value else None
+        plans = None
+        if SEARCH.value:
+            plans = search(config, TOPOLOGY.value, devices, TRIES.value, _say)
         found = plans[0] if plans else planning.plan(config, TOPOLOGY.value, devices)
         shown = {"plans": plans} if plans else found
         grids, fits = plan_report.training(found), "error" not in found

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import hlo, plan_report, scaling
+from benchmarks import hlo, plan_report, plan_search, scaling
 from benchmarks import plan as planning
 from benchmarks.plan_inference import plan_inference
 from tests import tiny
@@ -227,7 +227,7 @@ def test_a_program_that_is_not_understood_is_an_error():
 
 def test_meshes_fit_the_devices_and_the_batch():
     config = tiny.config(data={"batch_size": 16, "sequence_length": 64})
-    found = list(planning.meshes(config, 8, None))
+    found = list(plan_search.meshes(config, 8, None))
     sizes = [dataclasses.astuple(one[0].mesh) for one in found]
     assert sizes[:3] == [(1, 8, 1, 1, 1), (4, 2, 1, 1, 1), (1, 4, 1, 2, 1)]
     assert len(set(sizes)) == len(sizes) > 6
@@ -237,12 +237,47 @@ def test_meshes_fit_the_devices_and_the_batch():
             mesh = one.mesh
             assert mesh.data * mesh.fsdp * mesh.tensor * mesh.context == 8
             assert 16 % (mesh.data * mesh.fsdp * one.optimizer.accumulation_steps) == 0
-    assert list(planning.meshes(config, 8, 100.0)) == []  # no memory for the state
+    assert list(plan_search.meshes(config, 8, 100.0)) == []  # no memory for the state
     state = 12 * accounting.parameters(config.model).total
-    some = planning.meshes(config, 8, 0.5 * state)  # for shards of it, but not for four copies
+    some = plan_search.meshes(config, 8, 0.5 * state)  # for shards of it, but not for four copies
     assert {options[0].mesh.data for options in some} == {1}
     experts = tiny.config(**(tiny.MOE | {"num_experts": 8}))
-    assert {one[0].mesh.expert for one in planning.meshes(experts, 8, None)} == {1, 8}
+    assert {one[0].mesh.expert for one in plan_search.meshes(experts, 8, None)} == {1, 8}
+
+
+def test_the_search_keeps_the_cheapest_plan_that_fits_on_each_mesh(monkeypatch):
+    """Of equal times, the one with the least remat comes first."""
+    config, said = tiny.config(data={"batch_size": 64}), []
+
+    def plan(option, topology, devices):
+        mesh, remat, parts = option.mesh, option.compute.remat, option.optimizer.accumulation_steps
+        if mesh.tensor > 1:
+            raise UserError("heads")
+        found = {"mesh": mesh, "remat": remat, "parts": parts}
+        needs = {"none": 8, "attention": 4, "full": 1}[remat] / parts * mesh.context
+        step = {"at_least": {"step": 1.0 if mesh.context == 1 else 0.5}}
+        return found | ({"error": "large"} if needs > 4 else step)
+
+    monkeypatch.setattr(plan_search, "plan", plan)
+    devices = jax.devices()[:8]
+
+    def search(tries):
+        said.clear()
+        found = plan_search.search(config, "v5e:8", devices, tries, lambda *x: said.append(x))
+        chosen = [x for x in found if "error" not in x]
+        return [(x["mesh"].data, x["mesh"].context, x["remat"], x["parts"]) for x in chosen]
+
+    # On fsdp=8: full with 16 parts fits, then none is too large, and attention fits.
+    assert search(3) == [(1, 1, "attention", 1)]
+    assert [isinstance(x, dict) for _, x in said] == [True] * 3
+    found = search(100)
+    assert found[0] == (1, 2, "attention", 4)
+    assert found[-1] == (4, 1, "attention", 1)
+    assert (1, 8, "full", 4) in found
+    assert any(isinstance(x, UserError) for _, x in said)
+    monkeypatch.setattr(plan_search, "meshes", lambda *_: [])
+    with pytest.raises(UserError, match="No mesh of 8 devices fits"):
+        search(3)
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:", "v5e:16*16", "x:4", "a100:8", ""])

@@ -209,9 +209,10 @@ def test_init_from_does_not_change_the_parameters(make_run, tmp_path):
     assert int(state.step) == 0
 
 
-def test_a_step_that_is_too_large_is_a_sentence(make_run, monkeypatch):
+@pytest.mark.parametrize("part", ["_begin", "_loop"])  # of the state, or of a step
+def test_what_is_too_large_is_a_sentence(part, make_run, monkeypatch):
     run = make_run(steps=2)
-    monkeypatch.setattr(run, "_loop", too_much)
+    monkeypatch.setattr(run, part, too_much)
     with pytest.raises(UserError, match=r"Training does not fit into .* order: compute.remat="):
         run.train()
 

@@ -126,6 +126,7 @@ class Run:
         run = self.config.run
         hints = training_hints(self.config, self.setup.mesh.size, batch_ways(self.setup.mesh))
         with (
+            memory_errors("Training", hints),
             WorkdirLock(self.workdir) as self.lock,
             jax.set_mesh(self.setup.mesh),
             Checkpointer(self.workdir / "checkpoints", keep=run.keep_checkpoints) as checkpointer,
@@ -137,8 +138,7 @@ class Run:
                 StopRequest() as stop,
                 contextlib.closing(self.data.train(self.sharding, first)) as batches,
             ):
-                with memory_errors("Training", hints):
-                    state, done = self._loop(state, first, batches, checkpointer, stop)
+                state, done = self._loop(state, first, batches, checkpointer, stop)
                 if done < run.steps:
                     checkpointer.close()
                     self.reporter.notice(
