@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +20,13 @@ from jax.sharding import NamedSharding
 from benchmarks.aot.targets import H200, TARGETS, Target, environment, what_to_install
 from benchmarks.hlo import Collective, collectives
 from yocou_jax import accounting, hardware
-from yocou_jax.config import Config, ModelConfig
+from yocou_jax.config import Config
 from yocou_jax.data.pipeline import Batch
 from yocou_jax.device_memory import training_hints
 from yocou_jax.errors import UserError
 from yocou_jax.foreign import asked_bytes
 from yocou_jax.model import abstract_params
-from yocou_jax.sharding import LOGICAL_AXES, SIZES, batch_sharding, batch_ways, split_over
+from yocou_jax.sharding import batch_sharding, batch_ways, whole_dimensions
 from yocou_jax.training.step import Setup, set_up
 from yocou_jax.typing import PyTree
 
@@ -83,21 +82,6 @@ def shard_bytes(tree: PyTree) -> int:
     )
 
 
-def whole_dimensions(setup: Setup, model: ModelConfig) -> list[str]:
-    """The dimensions of parameters that mesh axes would split, if these divided them."""
-    found = {}
-    boxes = jax.tree.leaves(
-        abstract_params(model), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
-    )
-    for box in boxes:
-        for name, size in zip(box.names, box.value.shape, strict=True):
-            used = split_over(name, size, setup.mesh)
-            left = [a for a in LOGICAL_AXES.get(name, ()) if setup.mesh.shape[a] > 1]
-            if left := [axis for axis in left if axis not in used]:
-                found[f"{SIZES.get(name, name)}={size} over {' * '.join(left)}"] = None
-    return list(found)
-
-
 def _abstract_batch(config: Config, sharding: NamedSharding) -> Batch:
     shape = config.data.batch_size, config.data.sequence_length
     ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -139,7 +123,7 @@ def plan(config: Config, topology: str, devices: list) -> dict[str, Any]:
         "accumulation_steps": config.optimizer.accumulation_steps,
         "remat": config.compute.remat,
         "dtype": setup.compute.dtype.name,
-        "whole": whole_dimensions(setup, config.model),
+        "whole": whole_dimensions(abstract_params(config.model), setup.mesh),
         "bytes": {
             "parameters": shard_bytes(state.params),
             "optimizer": shard_bytes(state.opt_state),

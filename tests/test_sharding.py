@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests import tiny
 from yocou_jax.checkpoint import Checkpointer
 from yocou_jax.config import MeshConfig
+from yocou_jax.data import load_data
 from yocou_jax.errors import UserError
 from yocou_jax.model import abstract_params, resolve_compute
 from yocou_jax.program import ARCHITECTURES
@@ -26,6 +27,7 @@ from yocou_jax.sharding import (
     spec_for,
     tree_shardings,
 )
+from yocou_jax.training.banner import banner
 from yocou_jax.training.step import logical_axes, loss_fn, set_up
 
 MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
@@ -299,6 +301,19 @@ def test_a_mesh_axis_that_splits_no_parameter_is_refused():
                        ):  # fmt: skip
         set_up(config_on((1, 1, 8), **fields))
     set_up(config_on((8, 1, 1), d_model=12, **fields))
+
+
+def test_the_banner_names_what_is_not_split(tmp_path):
+    config = config_on((2, 1, 4), d_ff=30)
+    (tmp_path / "a.txt").write_text("hello world\n" * 500)
+    fields = {"source": f"{tmp_path}/a.txt", "tokenizer": "bytes", "cache_dir": str(tmp_path)}
+    data = load_data(dataclasses.replace(config.data, **fields))
+    shown = banner(config, data, make_mesh(config.mesh, jax.devices()[:8]), {}, tmp_path)
+    assert shown["device"]["not split"] == (
+        "model.num_kv_heads=2 over tensor, model.d_ff or model.expert_width=30 over tensor"
+    )
+    shown = banner(config, data, make_mesh(MeshConfig(8, 1, 1), jax.devices()[:8]), {}, tmp_path)
+    assert "not split" not in shown["device"]
 
 
 def test_a_mesh_axis_that_splits_only_a_part_gives_a_warning(caplog):

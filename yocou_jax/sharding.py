@@ -141,6 +141,19 @@ def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
             )
 
 
+def whole_dimensions(boxed: PyTree, mesh: Mesh | AbstractMesh) -> list[str]:
+    """The dimensions of parameters that stay whole along a mesh axis which does not divide them,
+    such as "model.num_kv_heads=2 over tensor". boxed: parameters with their logical axes."""
+    found = {}
+    for box in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
+        for name, size in zip(box.names, box.value.shape, strict=True):
+            used = split_over(name, size, mesh)
+            left = [axis for axis in LOGICAL_AXES.get(name, ()) if mesh.shape[axis] > 1]
+            if left := [axis for axis in left if axis not in used]:
+                found[f"{SIZES.get(name, name)}={size} over {' * '.join(left)}"] = None
+    return list(found)
+
+
 def _is_split(box: nn.LogicallyPartitioned, mesh, axis: str) -> bool:
     return any(axis in (entry or ()) for entry in spec_for(box.names, box.value.shape, mesh))
 

@@ -118,15 +118,6 @@ def test_a_plan_has_the_bytes_of_each_device():
     assert found["whole"] == []
 
 
-def test_what_is_not_split_is_listed():
-    found = planning.lower(config_on((2, 1, 4), d_ff=30), jax.devices())[0]
-    whole = planning.whole_dimensions(found, config_on((2, 1, 4), d_ff=30).model)
-    assert whole == [
-        "model.num_kv_heads=2 over tensor",
-        "model.d_ff or model.expert_width=30 over tensor",
-    ]
-
-
 def test_the_estimate_is_the_slower_of_arithmetic_and_links():
     peaks = hardware.Peaks(flops=100.0, links=20.0)
     assert planning.estimate(50.0, 4.0, peaks) == {

@@ -12,8 +12,8 @@ from yocou_jax.config import ComputeConfig, Config, ModelConfig
 from yocou_jax.data.pipeline import DataBundle
 from yocou_jax.errors import UserError
 from yocou_jax.mixers import MIXERS
-from yocou_jax.model import resolve_compute
-from yocou_jax.sharding import length_ways
+from yocou_jax.model import abstract_params, resolve_compute
+from yocou_jax.sharding import length_ways, whole_dimensions
 
 
 def banner(
@@ -30,11 +30,13 @@ def banner(
     dtype = resolve_compute(config.compute).dtype
     kv = accounting.kv_bytes(model, length, dtype.itemsize) / accounting.MIB
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    whole = whole_dimensions(abstract_params(model), mesh)
     drawn = {"loops": f"each step draws from {model.num_loops}"} if model.loop_draw else {}
     return {
         "device": {
             "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
             "mesh": axes,
+            **({"not split": ", ".join(whole)} if whole else {}),
             "compute": f"{dtype.name}, parameters in float32",
             **attention,
         },
