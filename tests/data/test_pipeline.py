@@ -798,6 +798,26 @@ def test_mixtures_and_splits_of_known_files_read_nothing(make_config, corpus, re
     assert sorted(set(readings)) == sorted(readings)  # once, to tokenize
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_other_weights_of_a_mixture_read_nothing(
+    make_config, corpus, tmp_path, readings, tokenizer
+):
+    """The tokenizer that is trained does not depend on them."""
+    (tmp_path / "other.txt").write_text("another text with other words\n" * 400)
+    sources = (corpus.source, tmp_path / "other.txt")
+
+    def load(first, second):
+        mixture = f"{first}*{sources[0]} + {second}*{sources[1]}"
+        return load_data(make_config(source=mixture, tokenizer=tokenizer))
+
+    one = load(0.5, 0.5)
+    readings.clear()
+    other = load(0.75, 0.25)
+    assert readings == []
+    assert other.tokenizer.fingerprint == one.tokenizer.fingerprint
+    assert other.fingerprint != one.fingerprint
+
+
 def test_a_file_is_known_by_its_size_and_both_times(monkeypatch, tmp_path):
     facts = {"st_size": 1, "st_mtime_ns": 2, "st_ctime_ns": 3, "st_mtime": 0, "st_ctime": 0}
     stamps = set()

@@ -302,9 +302,11 @@ def load_data(config: Any) -> DataBundle:
     cache_dir = expand_path(config.cache_dir)
     content = " + ".join(f"{weight!r}*{s.corpus.summary.fingerprint}" for weight, s in parts)
     if config.tokenizer == "bpe":
-        thresholds = " ".join(repr(split.threshold) for _, split in parts)
-        key = f"{content} {thresholds} {BPE_SAMPLE_BYTES}"
-        trained = cached_bpe(_bpe_sample(parts), config.vocab_size, cache_dir, key)
+        # Without the weights: another mixture of the same sources keeps its tokens.
+        splits = [split for _, split in parts]
+        texts = " + ".join(f"{s.corpus.summary.fingerprint} {s.threshold!r}" for s in splits)
+        key = f"{texts} {BPE_SAMPLE_BYTES}"
+        trained = cached_bpe(_bpe_sample(splits), config.vocab_size, cache_dir, key)
         tokenizer = Tokenizer.from_json(trained.to_json(), "bpe", config.end_of_text)
     else:
         tokenizer = load_tokenizer(
@@ -383,11 +385,11 @@ def _training_stream(train: list[tuple[float, Sequences]], seed: int) -> grain.M
     return grain.MapDataset.mix(parts, [w for w, _ in train]) if len(parts) > 1 else parts[0]
 
 
-def _bpe_sample(parts: list[tuple[float, Split]]) -> Iterator[str]:
-    """The documents that train a BPE. If the training split has more than BPE_SAMPLE_BYTES,
-    these are about BPE_SAMPLE_BYTES of it, chosen by the hash of their names."""
-    for weight, (corpus, threshold) in parts:
-        share = weight * BPE_SAMPLE_BYTES / corpus.summary.bytes
+def _bpe_sample(splits: list[Split]) -> Iterator[str]:
+    """The documents that train a BPE: about BPE_SAMPLE_BYTES in all, as many of each source, or all
+    that it has. They are chosen by the hash of their names."""
+    for corpus, threshold in splits:
+        share = BPE_SAMPLE_BYTES / len(splits) / corpus.summary.bytes
         for name, text in corpus.documents():
             if not is_held_out(name, threshold) and hash_fraction(name, "bpe") < share:
                 yield text
