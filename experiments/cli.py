@@ -28,7 +28,7 @@ from experiments.command_line import parse
 from experiments.config_flag import config_file
 from yocou_jax.errors import UserError
 
-__all__ = ["config_file", "parse", "refuse_empty", "run"]
+__all__ = ["EXIT_USER_ERROR", "config_file", "explained", "parse", "refuse_empty", "run"]
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -54,18 +54,25 @@ def run(main: Callable[[list[str]], int | None], arguments: int = 0) -> None:
     """
     try:
         app.run(main, flags_parser=functools.partial(_prepare, arguments=arguments))
-    except UserError as error:
-        _stop(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _stop("Interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of stdout has ended (`| head`, for example)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
-    except OSError as error:
-        if error.errno not in MACHINE_ERRORS:
+    except (UserError, OSError) as error:
+        if (sentence := explained(error)) is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        _stop(f"{error.strerror}{where}. What was saved before is intact.", EXIT_USER_ERROR)
+        _stop(sentence, EXIT_USER_ERROR)
+
+
+def explained(error: BaseException) -> str | None:
+    """The sentence about an error that is no bug: of the user, or of the state of the machine."""
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, OSError) or error.errno not in MACHINE_ERRORS:
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror}{where}. What was saved before is intact."
 
 
 def _stop(sentence: str, code: int) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import sys
+import time
 import typing
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pallas_kernels import api, verdicts
 from yocou_jax.files import expand_path
 
 EXIT_LOST = 69  # EX_UNAVAILABLE of sysexits.h
+GRACE_S = 3.0
 
 
 def keep_freed_memory() -> None:
@@ -45,12 +47,18 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def end_alone(sentence: str) -> typing.NoReturn:
+def end_alone(sentence: str, code: int = EXIT_LOST) -> typing.NoReturn:
     """Ends one of several processes at once. Otherwise jax would wait for the others, of which one
-    may be dead, until its heartbeats are missed, and then abort."""
+    may be dead, until its heartbeats are missed, and then abort.
+
+    Process 0 waits GRACE_S first. If it ends, jax aborts all others, and these may be about to
+    say the same.
+    """
     sys.stdout.flush()
     print(sentence, file=sys.stderr, flush=True)
-    os._exit(EXIT_LOST)
+    if jax.process_index() == 0:
+        time.sleep(GRACE_S)
+    os._exit(code)
 
 
 def check_kernels(attention: str) -> None:

@@ -40,6 +40,7 @@ flags.mark_flag_as_required("config")
 JOIN_S, JOIN_CHECKED_S = 300, 3600
 
 
+FAILED = "This process stops because of the error above, and so do the others."
 LOST = (
     "This process stops, because another one died, cannot be reached or failed in the same way. "
     "Start all of them again with the same command: the run resumes from its last checkpoint."
@@ -99,11 +100,15 @@ def main(_):
     with Console(Terminal(quiet=jax.process_index() > 0)) as console:
         try:
             summary = Run(config, workdir, console, init_from=INIT_FROM.value).train()
-        except jax.errors.JaxRuntimeError:
+        except Exception as error:
             if jax.process_count() == 1:
                 raise
+            # The others wait for this process in a collective, so it must end, and at once.
+            console.close()
+            if (sentence := cli.explained(error)) is not None:
+                process.end_alone(sentence, cli.EXIT_USER_ERROR)
             traceback.print_exc()
-            process.end_alone(LOST)
+            process.end_alone(LOST if isinstance(error, jax.errors.JaxRuntimeError) else FAILED)
         if summary is None:
             return EXIT_PREEMPTED
         # The path of this Python, because `python` may be another one or missing on PATH.

@@ -1,6 +1,6 @@
 """Trains one small model in several processes, and stops, kills and slows some of them.
 
-    python -m tests.many_processes [moved] [killed] [slow]
+    python -m tests.many_processes [moved] [killed] [first_killed] [full] [slow]
 
 Processes are joined by jax.distributed on this machine, with gloo. The data is a mixture of two
 sources with packed documents. Each scenario must end with the losses of a run of one process
@@ -8,8 +8,12 @@ sources with packed documents. Each scenario must end with the losses of a run o
 
 * moved: two processes, one gets SIGTERM, and both must save and end with code 75; then four
   processes (two parts of the batch and two of the positions) until one gets SIGTERM; then one.
-* killed: one of two gets SIGKILL. The other must end within LIMIT seconds with code 69, and say
-  what to do. Then two processes resume.
+* killed: the second of two gets SIGKILL. The other must end within LIMIT seconds with code 69, and
+  say what to do. Then two processes resume.
+* first_killed: the same for the first one, which the others are joined by. The other must end
+  within LIMIT seconds.
+* full: the first of two cannot write any more. It must end with code 2 and a sentence, and the
+  other one within LIMIT seconds. Then two processes resume.
 * slow: one of two is suspended for some seconds in the middle of the run.
 
 Prints a line for each, and exits with 1 if one fails.
@@ -19,6 +23,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -127,22 +132,48 @@ def moved(home: Path) -> str:
     return f"2, 4 and 1 processes: {compare(home, 'moved')}"
 
 
+def ended(group: Group) -> tuple[list[str], str]:
+    """The last lines of two processes that have to end soon, and how they ended, in words."""
+    begin = time.monotonic()
+    outputs = finish(group, code=None)
+    seconds = time.monotonic() - begin
+    assert seconds <= LIMIT, f"The last process ended after {seconds:.0f} s."
+    lines = [[line for line in output.splitlines() if line.strip()] for output in outputs]
+    codes = [process.returncode for process in group]
+    return [each[-1] if each else "" for each in lines], f"codes {codes} after {seconds:.0f} s"
+
+
 def killed(home: Path) -> str:
     group = start(home, "killed", 2)
     wait_for(group, home / "killed", 15)
     group[1].kill()
-    begin = time.monotonic()
-    outputs = finish(group, code=None)
-    seconds = time.monotonic() - begin
-    assert group[0].returncode == LOST, outputs[0]
-    assert seconds <= LIMIT, f"The other process ended after {seconds:.0f} s."
-    lines = [line for line in outputs[0].splitlines() if line.strip()]
-    assert "another one died" in lines[-1], outputs[0]
+    last, words = ended(group)
+    assert group[0].returncode == LOST, last[0]
+    assert "another one died" in last[0], last[0]
     finish(start(home, "killed", 2))
-    return (
-        f"the other ended after {seconds:.0f} s with code {LOST}: {lines[-1]} "
-        f"Resumed: {compare(home, 'killed')}"
-    )
+    return f"{words}: {last[0]} Resumed: {compare(home, 'killed')}"
+
+
+def first_killed(home: Path) -> str:
+    group = start(home, "first_killed", 2)
+    wait_for(group, home / "first_killed", 15)
+    group[0].kill()
+    last, words = ended(group)
+    assert group[1].returncode not in (0, STOPPED), last[1]
+    finish(start(home, "first_killed", 2))
+    return f"{words}: {last[1]} Resumed: {compare(home, 'first_killed')}"
+
+
+def full(home: Path) -> str:
+    group = start(home, "full", 2)
+    wait_for(group, home / "full", 15)
+    resource.prlimit(group[0].pid, resource.RLIMIT_FSIZE, (0, 0))
+    last, words = ended(group)
+    assert group[0].returncode == 2, last[0]
+    assert "What was saved before is intact" in last[0], last[0]
+    assert group[1].returncode not in (0, STOPPED), last[1]
+    finish(start(home, "full", 2))
+    return f"{words}: {last[0]} Resumed: {compare(home, 'full')}"
 
 
 def slow(home: Path) -> str:
@@ -165,7 +196,13 @@ def main() -> int:
             rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
             (home / f"{name}.jsonl").write_text(rows, encoding="utf-8")
         finish(start(home, "whole", 1))
-        asked = [globals()[name] for name in sys.argv[1:]] or (moved, killed, slow)
+        asked = [globals()[name] for name in sys.argv[1:]] or (
+            moved,
+            killed,
+            first_killed,
+            full,
+            slow,
+        )
         for scenario in asked:
             begin = time.monotonic()
             try:
