@@ -1,5 +1,7 @@
 """The embedding of a split table is the embedding, and so is its gradient."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.sharding import NamedSharding
 from tests import tiny
 from yocou_jax.config import MeshConfig
 from yocou_jax.model.embedding import embed
-from yocou_jax.sharding import make_mesh, spec_for
+from yocou_jax.sharding import batch_sharding, make_mesh, spec_for
 
 MESHES = [
     MeshConfig(data=2, fsdp=2, tensor=2),
@@ -43,3 +45,25 @@ def test_a_split_table(mesh):
             placed = jax.device_put(table, split)
             got = jax.jit(both)(placed, tokens, direction)
         tiny.assert_close(jax.device_get(got), jax.device_get(expected), 1e-6)
+
+
+def test_the_table_never_moves():
+    """Else XLA would copy the whole table, or the whole result ("involuntary full
+    rematerialization"). V = 64 is no other size."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    split = NamedSharding(mesh, spec_for(("vocab", "embed"), (64, 32), mesh))
+    table = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=batch_sharding(mesh))
+
+    def both(table, tokens):
+        def value(table):
+            return (embed(table, tokens, jnp.dtype("float32")) ** 2).sum()
+
+        return embed(table, tokens, jnp.dtype("float32")), jax.grad(value)(table)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(both).lower(table, tokens).compile().as_text()
+    moved = re.findall(r"= (\S+) (?:all-|reduce-scatter|collective-permute)", text)
+    sizes = [set(re.findall(r"\d+", shape.partition("{")[0])) for shape in moved]
+    assert len(sizes) >= 4
+    assert not any("64" in found for found in sizes), moved
