@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from yocou_jax import checkpoint
+from yocou_jax import checkpoint, manifest
 from yocou_jax.checkpoint import Checkpointer, load_params, params_sha256
 from yocou_jax.errors import UserError
 from yocou_jax.manifest import check_resume, describe, read, write
@@ -430,6 +430,28 @@ FREE = ("run.log_every",)
 
 def resume(workdir, config=CONFIG, **options):
     check_resume(workdir, read(workdir), describe(config, **{"corpus": "abc"} | options), FREE)
+
+
+def test_the_revision_says_if_the_code_has_changed(tmp_path, monkeypatch):
+    """Files of results/ are no code: a comparison writes there between its runs."""
+    files = [
+        tmp_path / "yocou_jax/manifest.py",
+        tmp_path / "results/a.json",
+        tmp_path / "README.md",
+    ]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("1")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path))
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(manifest, "__file__", str(files[0]))
+    clean = manifest._git_revision()
+    assert len(clean) == 40
+    for file, suffix in zip(files, ("+dirty", "", "+dirty"), strict=True):
+        file.write_text("2")
+        assert manifest._git_revision() == clean + suffix
+        file.write_text("1")
 
 
 def test_a_manifest_is_written_and_then_accepted(tmp_path, caplog):

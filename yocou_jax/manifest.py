@@ -105,11 +105,20 @@ def _suffix(before: dict, now: dict, free: tuple[str, ...]) -> str:
 
 
 def _git_revision() -> str | None:
-    """The commit of this code, with "+dirty" if a tracked file has changed. None without git."""
-    command = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+dirty")
-    here = Path(__file__).parent
+    """The commit of this code, with "+dirty" if a tracked file outside of results/ has changed: a
+    comparison writes there itself. None without git."""
+    commands = (
+        ("git", "describe", "--always", "--abbrev=40", "--exclude=*"),
+        ("git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)results"),
+    )
     try:
-        answer = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20)
+        commit, changes = (
+            subprocess.run(
+                command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20
+            )
+            for command in commands
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    dirty = "+dirty" if changes.returncode == 1 else ""
+    return commit.stdout.strip() + dirty if commit.returncode == 0 else None
