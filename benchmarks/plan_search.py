@@ -58,9 +58,9 @@ def search(
     """The cheapest plan that fits on each mesh, and those that do not fit, the best first.
 
     The time of a step does not count what remat computes again. So of equal times, the one that
-    comes first in OPTIONS is better. If the option that needs the least memory does not fit on a
-    mesh, no other one is tried there. tries: how many steps are compiled. say: called with each
-    config, and its plan or the error that left it out.
+    comes first in OPTIONS is better, and then the one that sends less. If the option that needs the
+    least memory does not fit on a mesh, no other one is tried there. tries: how many steps are
+    compiled. say: called with each config, and its plan or the error that left it out.
 
     Raises UserError if no mesh fits.
     """
@@ -79,7 +79,8 @@ def search(
             tries -= 1
             say(option, found)
             order = OPTIONS.index((option.compute.remat, option.optimizer.accumulation_steps))
-            rank = "error" in found, found.get("at_least", {}).get("step") or 0, order
+            bounds = found.get("at_least", {})
+            rank = "error" in found, bounds.get("step") or 0, order, bounds.get("links") or 0
             if option is least:
                 fits = None if "error" in found else (rank, found)
                 if fits is None:

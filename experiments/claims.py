@@ -24,13 +24,13 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import configs.studies
 from benchmarks import paper_claims
 from benchmarks.report import Grid, page
-from experiments import cli
+from experiments import child, cli
+from pallas_kernels import children
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import claims, figure, findings
@@ -85,9 +85,11 @@ def update(path: Path, found: dict[str, Study]) -> None:
     if old["changed"]:
         raise UserError(f"{path} has other settings than its study. Write it with its command.")
     module = importlib.import_module(f"configs.studies.{name}")
-    new = findings.again(found[name], Config.from_dict(module.get_config()), old)
-    write_atomically(path, to_json(new | {"text": module.__doc__.strip()}, indent=1) + "\n")
-    print(f"Wrote {path}")
+    new = findings.claims_again(found[name], Config.from_dict(module.get_config()), old)
+    for line in claims.changes(old["claims"], new):
+        print(line)
+    now = old | {"claims": new, "text": module.__doc__.strip()}
+    write_atomically(path, to_json(now, indent=1) + "\n")
 
 
 def run(name: str, found: dict[str, Study], results: list[claims.Result]) -> int:
@@ -100,20 +102,16 @@ def run(name: str, found: dict[str, Study], results: list[claims.Result]) -> int
         there = result.report["environments"][0]
         there = there["python"], there["packages"]["jax"]
         if here != there:
-            print(
-                f"Note: {result.path} is of Python {there[0]} and jax {there[1]}, and here are "
-                f"{here[0]} and {here[1]}."
-                + (" The source `python` is then another text." if here[0] != there[0] else "")
-            )
+            print(f"Note: {result.path} is of Python and jax {there}, and here are {here}.")
     command = ["-m", "experiments.compare", *words]
     print(shlex.join(["python", *command]), flush=True)
     path = Path(words[-1].removeprefix("--out="))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with subprocess.Popen([sys.executable, *command]) as child:
-        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    with subprocess.Popen(children.bound(command, child.LONGEST_S)) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal has sent it to the child too
-    if child.returncode:
-        return child.returncode
+    if process.returncode not in (0, 1):  # 1: a run has failed, perhaps at too high a rate
+        return process.returncode
     report = json.loads(path.read_text(encoding="utf-8"))
     study = before[0].study if before else name.partition(".")[0]
     now = claims.Result(path, name.partition(".")[0], "now, here", study, report)
@@ -122,7 +120,7 @@ def run(name: str, found: dict[str, Study], results: list[claims.Result]) -> int
     for result in before:
         for what in claims.changed(result, now):
             print(f"Note: {result.path} is of another {what}.")
-    return 0
+    return process.returncode
 
 
 def main(words: list[str]) -> int | None:

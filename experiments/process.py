@@ -54,8 +54,11 @@ def end_alone(sentence: str, code: int = EXIT_LOST) -> typing.NoReturn:
     Process 0 waits GRACE_S first. If it ends, jax aborts all others, and these may be about to
     say the same.
     """
-    sys.stdout.flush()
-    print(sentence, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    # The disk of a log may be full, and the reader of a pipe may have ended.
+    with contextlib.suppress(OSError, ValueError):
+        print(sentence, file=sys.stderr, flush=True)
     if jax.process_index() == 0:
         time.sleep(GRACE_S)
     os._exit(code)

@@ -9,6 +9,7 @@ run. On several hosts, start the command once on each host, with --distributed. 
 all; elsewhere, --coordinator, --num_processes and --process_id are needed too.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -107,7 +108,8 @@ def main(_):
             console.close()
             if (sentence := cli.explained(error)) is not None:
                 process.end_alone(sentence, cli.EXIT_USER_ERROR)
-            traceback.print_exc()
+            with contextlib.suppress(OSError, ValueError):
+                traceback.print_exc()
             process.end_alone(LOST if isinstance(error, jax.errors.JaxRuntimeError) else FAILED)
         if summary is None:
             return EXIT_PREEMPTED

@@ -159,7 +159,8 @@ def first_killed(home: Path) -> str:
     wait_for(group, home / "first_killed", 15)
     group[0].kill()
     last, words = ended(group)
-    assert group[1].returncode not in (0, STOPPED), last[1]
+    assert group[1].returncode == LOST, last[1]
+    assert "another one died" in last[1], last[1]
     finish(start(home, "first_killed", 2))
     return f"{words}: {last[1]} Resumed: {compare(home, 'first_killed')}"
 
@@ -171,7 +172,8 @@ def full(home: Path) -> str:
     last, words = ended(group)
     assert group[0].returncode == 2, last[0]
     assert "What was saved before is intact" in last[0], last[0]
-    assert group[1].returncode not in (0, STOPPED), last[1]
+    assert group[1].returncode == LOST, last[1]
+    assert "another one died" in last[1], last[1]
     finish(start(home, "full", 2))
     return f"{words}: {last[0]} Resumed: {compare(home, 'full')}"
 

@@ -151,5 +151,5 @@ def test_the_numbers_of_the_paper_say_what_the_claim_says(name):
         numbers = [float(number) for number in re.findall(r"\b\d+\.\d\d\b", claim.paper)]
         if len(numbers) == 2:
             better, worse = numbers if claim.more else reversed(numbers)
-            assert better >= worse, claim.name
-            assert claim.effect is None or (claim.effect >= 0), claim.name
+            assert better > worse, claim.name
+            assert claim.effect is None or claim.effect > 0, claim.name

@@ -127,7 +127,8 @@ def check_split(boxed: PyTree, mesh: Mesh | AbstractMesh) -> None:
         )
         # Only what fsdp has split is split over context.
         parts = ways * mesh.shape["fsdp"] if axis == "context" else ways
-        reason = f"{parts} does not divide {', '.join(uneven)}" if uneven else "it has no experts"
+        reason = f"{parts} does not divide {', '.join(uneven)}"
+        reason = reason if uneven else "they have no dimension for it"
         if len(whole) == len(boxes) and axis != "context":
             raise UserError(
                 f"mesh.{axis}={ways} would split no parameter: {reason}. Choose another mesh, "

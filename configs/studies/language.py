@@ -21,9 +21,9 @@ Cost: 85 runs of 1 to 4 minutes of one CPU core, about 3 hours in all; two cores
 
 These are the second runs. In the first ones, 62% of the validation text were four tables of
 character codes, of which the training text has near-copies (LOG.md, 2026-11-27). Since then, the
-source `python` has no such tables, validation takes about as much of each document, the rates 0.005
-and 0.04 are tried where they may be best, and the claims about rins and yoco_u, upper_loop and
-yoco, and yoco and the transformer are new.
+source `python` has no such tables, validation takes about as much of each document, the rate 0.005
+is tried too, and 0.04 where 0.02 is better than 0.01, and the claims about rins and yoco_u,
+upper_loop and yoco, and yoco and the transformer are new.
 
 Expected, written before the first run. yoco_u is below yoco by 0.01 to 0.03 bits/byte at equal
 parameters and tokens: the paper's 22.25 and 21.01 perplexity are 0.02 bits/byte. At equal FLOPs it

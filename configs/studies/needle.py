@@ -15,7 +15,7 @@ are the longest in training; 1,024 and 2,048 tokens are beyond it. The embedding
 document has no room for a line of noise, so most of what is learned is to copy from near by.
 
 A needle in two steps (`two_hop`) is not in this study. With 10% to 30% of such documents, yoco_u
-learned neither them nor the others in as many updates (LOG.md).
+did not learn them in as many updates, and the others hardly or not (LOG.md).
 
 Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
 The learning rate is that of configs/studies/language.py, and was not tried for any entry here. The
@@ -71,10 +71,10 @@ TRAINED = 512  # tokens of the longest documents in training, about
 
 def more(worse: str, kind: str, tokens: int, low: float, high: float) -> Claim:
     """That yoco_u finds more than another entry. Table 4 has no texts that are longer than in
-    training."""
+    training, and yoco finds as much there in `single`."""
     source, paper, effect = NOT_IN_PAPER, "", None
-    if tokens <= TRAINED:
-        ours, theirs = PAPER["yoco_u"][kind], PAPER[worse][kind]
+    ours, theirs = PAPER["yoco_u"][kind], PAPER[worse][kind]
+    if tokens <= TRAINED and ours > theirs:
         source, paper, effect = "Table 4", f"{ours:.2f} and {theirs:.2f}", ours - theirs
     return Claim(
         *("yoco_u", worse, source, (low, high)),
@@ -97,7 +97,7 @@ STUDY = Study(
     },
     evaluations={"needle": ("--lengths=256,512,1024,2048", "--samples=40")},
     claims=(
-        *(more("yoco", kind, 256, 0.0, 1.0) for kind in KINDS),  # `single`: a tie in the paper
+        *(more("yoco", kind, 256, 0.0, 1.0) for kind in KINDS),
         *(more("transformer", kind, 256, 0.0, 1.0) for kind in KINDS),
         *(more("rins", kind, 256, 0.0, 1.0) for kind in KINDS),
         *(more("yoco", kind, 2048, 0.0, 1.0) for kind in KINDS),

@@ -85,6 +85,16 @@ def test_the_sweep_goes_on_until_the_best_rate_has_worse_neighbors(tmp_path, mon
     assert comparison.swept("a")
     assert tried("b", comparison) == [0.2, 0.3, 0.4, 0.1]
     assert (comparison.best_rate("b"), comparison.at_edge("b")) == (0.1, "lowest")
+    # All of the first rates are too high.
+    monkeypatch.setitem(LOSSES, "b", {0.1: 2.0} | dict.fromkeys((0.2, 0.3, 0.4, 0.5, 0.6)))
+    low = Comparison(
+        dataclasses.replace(study, learning_rates=(0.1, 0.2, 0.3, 0.4)), BASE, tmp_path / "low"
+    )
+    assert tried("b", low) == [0.1, 0.2, 0.3]
+    high = Comparison(study, BASE, tmp_path / "high")
+    assert tried("b", high) == [0.2, 0.3, 0.4, 0.1]
+    assert (high.best_rate("b"), high.swept("b")) == (0.1, True)
+    monkeypatch.setitem(LOSSES, "b", {rate: rate for rate in losses})
     # Rates at the end of the old ones are tried if they may be better.
     wider = dataclasses.replace(study, learning_rates=(0.05, *study.learning_rates))
     monkeypatch.setitem(LOSSES["b"], 0.05, 9.0)

@@ -19,7 +19,7 @@ from yocou_jax.evaluation import claims
 from yocou_jax.evaluation.compare import Comparison
 from yocou_jax.evaluation.findings import report
 from yocou_jax.files import to_json
-from yocou_jax.study import Claim, Entry, Study
+from yocou_jax.study import Claim, Entry, Study, with_fields
 
 OTHER = Study("?", {"c": Entry(), "d": Entry()}, (Claim("c", "d", "Figure 6", (0.0, 1.0)),))
 README = "What came: <!-- headline -->x<!-- end of the headline -->\n\n3.7378 nats/token\n"
@@ -130,10 +130,38 @@ def test_what_the_paper_has_and_what_was_added_later(place, found, monkeypatch):
         page = Path("CLAIMS.md").read_text()
         assert f"| `one.b_below_a` | {words}the best learning rate" in page
         assert "| Table 3: 1.5 and 2.5 | added later |" in page
-        assert ("is outside" in Path("README.md").read_text()) == bool(words)
+        said = "; it has 0.200 less in the paper, outside of this interval."
+        assert (said in Path("README.md").read_text()) == bool(words)
 
 
-def test_a_claim_that_more_is_better(place, found, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"claims": (Claim("b", "a", "Table 3", (0.1, 0.5)),)}, "had expected .0.0, 0.5. before"),
+        ({"learning_rates": (0.1, 0.2)}, "no run of a with seed 0 and the learning rate 0.3"),
+        ({"entries": {"b": Entry(), "a": Entry()}}, "changed since these runs: model.window"),
+        ({"entries": {"a": Entry()}, "claims": ()}, "changed since these runs: its entries"),
+        ({"evaluations": {"loops": ()}}, "Only 0 of 6 runs of a have what the study asks"),
+    ],
+)
+def test_runs_of_another_study_are_no_evidence_for_its_claims(
+    change, words, place, found, monkeypatch
+):
+    study = dataclasses.replace(STUDY, **change)
+    monkeypatch.setattr(command, "studies", lambda: {"one": study})
+    module = types.ModuleType("one", "What it asks.")
+    base = BASE if next(iter(study.entries)) == "a" else with_fields(BASE, {"model.window": 3})
+    module.get_config = base.to_dict
+    monkeypatch.setitem(sys.modules, "configs.studies.one", module)
+    path = Path("results/cpu/studies/one.json")
+    path.write_text(to_json(found | {"changed": []}))
+    before = path.read_text()
+    with pytest.raises(UserError, match=words):
+        command.main(["", "update", str(path)])
+    assert path.read_text() == before
+
+
+def test_a_claim_that_more_is_better(place, found, monkeypatch, capsys):
     """`update` writes the claims again: from the runs that the file has."""
     more = Claim("a", "b", "Table 3", (0.0, 0.5), more=True)
     study = dataclasses.replace(STUDY, claims=(more,))
@@ -147,9 +175,10 @@ def test_a_claim_that_more_is_better(place, found, monkeypatch):
         command.main(["", "update", str(path)])
     path.write_text(to_json(found | {"changed": []}))
     command.main(["", "update", str(path)])
+    assert capsys.readouterr().out == "- b_below_a\n+ a_above_b\n"
     new = json.loads(path.read_text())
     assert new["text"] == "What it asks."
-    for part in found.keys() - {"claims", "changed"}:
+    for part in found.keys() - {"claims", "changed", "text"}:
         assert new[part] == found[part]
     command.main(["", "table"])
     page = Path("CLAIMS.md").read_text()
@@ -196,9 +225,9 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, found, monkeypatc
         """It ends at once with such results."""
 
         def __init__(self, words):
-            started.append(words[3:])
+            started.append(words[words.index("experiments.compare") + 1 :])
             Path(words[-1].removeprefix("--out=")).write_text(to_json(now))
-            self.enter_result, self.returncode = self, len(started) > 3
+            self.enter_result, self.returncode = self, [0, 0, 0, 2, 1][len(started) - 1]
 
     monkeypatch.setattr("subprocess.Popen", Compare)
     monkeypatch.setattr("signal.signal", lambda *_: None)
@@ -218,7 +247,7 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, found, monkeypatc
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{real(name)}.1")
     capsys.readouterr()
     assert command.main(["", "run", "one.b_below_a"]) == 0
-    said = f"one.json is of Python {platform.python_version()} and"
+    said = f"one.json is of Python and jax ('{platform.python_version()}', "
     assert said in (printed := capsys.readouterr().out)
     start = "At equal parameters without embeddings and training tokens, `b` has 0.2{}00 bits/byte"
     assert printed.count(f"So far: {start.format(8)} less than `a`") == 2
@@ -226,8 +255,10 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, found, monkeypatc
     assert "one.json is of another text.\n" in printed
     assert "one.json is of another revision of the code.\n" in printed
     assert "another tokenizer" not in printed
-    assert command.main(["", "run", "one.b_below_a"]) == 1
+    assert command.main(["", "run", "one.b_below_a"]) == 2
     assert "Now:" not in capsys.readouterr().out
+    assert command.main(["", "run", "one.b_below_a"]) == 1  # a run has failed
+    assert "Now:" in capsys.readouterr().out
     for words, error in ((["run", "one.x"], "no claim 'one.x'"), ([], "Say `table`")):
         with pytest.raises(UserError, match=error):
             command.main(["", *words])

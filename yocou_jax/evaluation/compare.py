@@ -208,7 +208,8 @@ class Comparison:
         """The metric of each learning rate that must be tried, if there are several.
 
         The first ones are the middle one and its neighbors. When all have ended, and the best of
-        them is the last on its side, the next one on this side must be tried too.
+        them is the last on its side, the next one on this side must be tried too. If none has a
+        result, they were too high.
         """
         if len(self.rates) == 1:
             return {}
@@ -219,7 +220,9 @@ class Comparison:
             found = {rate: self.value(self.spec(entry, rate, SWEEP)) for rate in rates}
             ended = all(self._tried(entry, rate) for rate in rates)
             values = {rate: value for rate, value in found.items() if value is not None}
-            best = min(values, key=lambda rate: values[rate]) if ended and values else None
+            best = min(values, key=lambda rate: values[rate]) if values else rates[0]
+            if not ended:
+                return found
             if best == rates[0] and low > 0:
                 low -= 1
             elif best == rates[-1] and high < len(self.rates) - 1:
@@ -230,7 +233,7 @@ class Comparison:
     def _tried(self, entry: str, rate: float) -> bool:
         """Whether the run of the sweep has ended, or has failed."""
         spec = self.spec(entry, rate, SWEEP)
-        return self.record(spec) is not None or spec.failure.exists()
+        return self.has_ended(spec) or spec.failure.exists()
 
     def swept(self, entry: str) -> bool:
         """Whether all rates were tried that must be, each to its end or until it failed."""

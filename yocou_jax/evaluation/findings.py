@@ -9,6 +9,7 @@ from typing import Any
 
 from yocou_jax import accounting
 from yocou_jax.config import Config
+from yocou_jax.errors import UserError
 from yocou_jax.evaluation.compare import SWEEP, Comparison, distinct
 from yocou_jax.evaluation.statistics import (
     HOLDS,
@@ -47,20 +48,42 @@ def report(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def again(study: Study, base: Config, old: Mapping[str, Any]) -> dict[str, Any]:
-    """A report of the runs of an older one, with the claims that the study has now. base: the
-    settings of the study's reference."""
+def claims_again(study: Study, base: Config, old: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The claims that a study has now, about the runs of an older report. base: the settings of the
+    study's reference.
+
+    Raises UserError if the runs are not those of the study as it is now.
+    """
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(study, base, Path(folder), len(old["seeds"]))
+        before, now = flat(old["config"]), flat(comparison.twins[study.reference].to_dict())
+        same = {key for key in before.keys() & now.keys() if before[key] == now[key]}
+        changed = sorted((before.keys() & now.keys()) - same)
+        if changed or old["entries"].keys() != comparison.twins.keys():
+            words = ", ".join(changed) or "its entries"
+            raise UserError(f"The study has changed since these runs: {words}. Make them again.")
         for name, entry in old["entries"].items():
             for run in entry["runs"]:
-                spec = comparison.spec(name, run["learning_rate"], run["seed"])
+                try:
+                    spec = comparison.spec(name, run["learning_rate"], run["seed"])
+                except KeyError:
+                    raise UserError(
+                        f"The study has no run of {name} with seed {run['seed']} and the learning "
+                        f"rate {run['learning_rate']:g}. Make its runs again."
+                    ) from None
                 comparison.records[spec.workdir] = run
             for spec in comparison.runs([name]):
                 if spec.name in entry["failures"]:
                     spec.failure.parent.mkdir(parents=True, exist_ok=True)
                     spec.failure.write_text(entry["failures"][spec.name], encoding="utf-8")
-        return dict(old) | report(comparison)
+        new = report(comparison)
+    for name, entry in old["entries"].items():
+        if (count := len(new["entries"][name]["runs"])) != len(entry["runs"]):
+            raise UserError(
+                f"Only {count} of {len(entry['runs'])} runs of {name} have what the study asks. "
+                "Make them again."
+            )
+    return new["claims"]
 
 
 def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
@@ -147,7 +170,10 @@ def _doubts(comparison: Comparison, claim: Claim, values: list[dict[int, float]]
 def _remarks(comparison: Comparison, claim: Claim) -> list[str]:
     """What a reader must know before he believes a difference."""
     remarks = []
-    if not all(comparison.swept(name) for name in claim.entries):
+    for name in claim.entries:
+        if len(comparison.rates) > 1 and not comparison.swept(name):
+            remarks.append(f"the sweep of learning rates of {name} has not ended")
+    if len(comparison.rates) == 1:
         remarks.append("learning rates not swept")
     for name in claim.entries:
         if (edge := comparison.at_edge(name)) is not None:

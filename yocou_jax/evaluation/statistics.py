@@ -45,8 +45,8 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(lower: Mapping[int, float], higher: Mapping[int, float]) -> Interval | None:
-    """`higher` minus `lower`, over the seeds that both have. None if there are none. This is the
-    sign of every difference: above 0, `lower` is lower, as a claim says."""
+    """`higher` minus `lower`, over the seeds that both have. None if there are none. Above 0,
+    `lower` is lower."""
     seeds = sorted(lower.keys() & higher.keys())
     return interval([higher[seed] - lower[seed] for seed in seeds]) if seeds else None
 
