@@ -63,7 +63,7 @@ def test_the_table_has_every_claim(place, capsys):
     line = "| `c` below `d`, at equal parameters, tokens | Figure 6 | +0 to +1 | `two.c_below_d` |"
     assert line in page
     headline = (
-        "What came: <!-- headline -->At equal parameters without embeddings and training tokens, "
+        "What came: <!-- headline -->At equal parameters and training tokens, "
         "`b` has 0.2800 bits/byte less than `a` (longer) (95% interval 0.2552 to 0.3048; 3 seeds; "
         "2.74K parameters without embeddings, 2.56K tokens (0.94 per parameter); cpu). The claim "
         "that it has less: reproduced. `c` below `d`: not run yet.<!"
@@ -249,7 +249,7 @@ def test_one_claim_is_run_with_the_flags_of_its_results(place, found, monkeypatc
     assert command.main(["", "run", "one.b_below_a"]) == 0
     said = f"one.json is of Python and jax ('{platform.python_version()}', "
     assert said in (printed := capsys.readouterr().out)
-    start = "At equal parameters without embeddings and training tokens, `b` has 0.2{}00 bits/byte"
+    start = "At equal parameters and training tokens, `b` has 0.2{}00 bits/byte"
     assert printed.count(f"So far: {start.format(8)} less than `a`") == 2
     assert f"Now: {start.format(7)} less than `a`" in printed
     assert "one.json is of another text.\n" in printed

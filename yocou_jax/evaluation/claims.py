@@ -290,6 +290,7 @@ def sentences(
             *_, seeds, _, _, word, sizes, _, _ = _cells(claim, found, result.report)
             unit = "bits/byte" if found["metric"] == "summary.val_bpb" else f"in {found['metric']}"
             axes = " and ".join(AXES[name].words for name in found["match"])
+            axes = axes.replace("parameters without embeddings", "parameters")  # as in the sizes
             equal = f"At equal {axes}, " if len(claim.entries) > 1 else ""
             mean, low, high = (found["difference"][x] for x in ("mean", "low", "high"))
             bounds = "no interval"

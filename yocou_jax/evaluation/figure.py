@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from yocou_jax.study import AXES
+
 FEW = 5  # curves of which the seeds are drawn too
 Points = list[Sequence[float]]
 # Axes that can be the x axis of a curve of validation losses, and the words there.
-BUDGETS = {"tokens": "training tokens", "flops": "training FLOPs"}
+BUDGETS = {name: AXES[name].words for name in ("tokens", "flops", "tokens_layers")}
 
 
 class Kind(NamedTuple):
@@ -119,9 +121,10 @@ def runs(report: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Mapping[st
 def panels(report: Mapping[str, Any]) -> dict[Kind, Panel]:
     """The panels of the figure.
 
-    Validation loss against tokens, and against FLOPs (Figure 2 of the paper). Each has the entries
-    that match the reference on its axis, if there are at least two: others would have another
-    budget, and their schedules would end elsewhere. Then what the tasks of the study have measured.
+    Validation loss against tokens, FLOPs, and tokens times layers (which are the FLOPs in Figure 2 of
+    the paper). Each has the entries that match the reference on its axis, if there are at least
+    two: others would have another budget, and their schedules would end elsewhere. Then what the
+    tasks of the study have measured.
     """
     found: dict[Kind, Panel] = {}
     for axis, words in BUDGETS.items():
