@@ -121,8 +121,8 @@ def runs(report: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Mapping[st
 def panels(report: Mapping[str, Any]) -> dict[Kind, Panel]:
     """The panels of the figure.
 
-    Validation loss against tokens, FLOPs, and tokens times layers (which are the FLOPs in Figure 2 of
-    the paper). Each has the entries that match the reference on its axis, if there are at least
+    Validation loss against tokens, FLOPs, and tokens times layers (the FLOPs in Figure 2 of the
+    paper). Each has the entries that match the reference on its axis, if there are at least
     two: others would have another budget, and their schedules would end elsewhere. Then what the
     tasks of the study have measured.
     """
