@@ -30,12 +30,6 @@ COLUMNS = (
     *(f"`{COMMAND}`", "remarks"),
 )
 # How CLAIMS.md begins.
-CAVEATS = (
-    "**`inside` and `long_text` are to be run again.** Much of the text on which they measure "
-    "losses (36% in `long_text`) is tables of character codes, of which the training text has "
-    "near-copies (LOG.md, 2026-11-27). The same was so in the first runs of `language`; its rows "
-    "here are of a better text, and those that were not run again yet say so.",
-)
 INTRODUCTION = (
     "`python -m experiments.claims table` writes this file from results/. Do not edit it. "
     f"`{COMMAND} NAME` repeats one claim, with the name in its row.",
@@ -58,7 +52,6 @@ INTRODUCTION = (
     "The models of Table 3 read 15 tokens for each parameter, those of `language`, `loops`, "
     "`inside` and `long_text` about one. The paper's differences of perplexity are given in "
     "bits/byte, at 4.5 bytes per token, which is a guess.",
-    *CAVEATS,
 )
 WORDS = 3  # the first columns: what is known before the first run
 # A figure that a document quotes: a number with one of these units.
