@@ -143,26 +143,19 @@ def ended(group: Group) -> tuple[list[str], str]:
     return [each[-1] if each else "" for each in lines], f"codes {codes} after {seconds:.0f} s"
 
 
-def killed(home: Path) -> str:
-    group = start(home, "killed", 2)
-    wait_for(group, home / "killed", 15)
-    group[1].kill()
+def killed(home: Path, name: str = "killed", rank: int = 1) -> str:
+    group, other = start(home, name, 2), 1 - rank
+    wait_for(group, home / name, 15)
+    group[rank].kill()
     last, words = ended(group)
-    assert group[0].returncode == LOST, last[0]
-    assert "another one died" in last[0], last[0]
-    finish(start(home, "killed", 2))
-    return f"{words}: {last[0]} Resumed: {compare(home, 'killed')}"
+    assert group[other].returncode == LOST, last[other]
+    assert "another one died" in last[other], last[other]
+    finish(start(home, name, 2))
+    return f"{words}: {last[other]} Resumed: {compare(home, name)}"
 
 
 def first_killed(home: Path) -> str:
-    group = start(home, "first_killed", 2)
-    wait_for(group, home / "first_killed", 15)
-    group[0].kill()
-    last, words = ended(group)
-    assert group[1].returncode == LOST, last[1]
-    assert "another one died" in last[1], last[1]
-    finish(start(home, "first_killed", 2))
-    return f"{words}: {last[1]} Resumed: {compare(home, 'first_killed')}"
+    return killed(home, "first_killed", rank=0)
 
 
 def full(home: Path) -> str:
