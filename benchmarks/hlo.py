@@ -11,14 +11,44 @@ KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce
 
 
 class Collective(NamedTuple):
-    """A collective of the compiled program. axes: the mesh axes, or how many devices exchange.
-    sent: bytes that each device sends in one run. times: how often it runs in a step."""
+    """A collective of the compiled program. part: what it is for (`_part`). axes: the mesh axes, or
+    how many devices exchange. dtype: of what is sent, as the program writes it (bf16, f32). sent:
+    bytes that each device sends in one run. times: how often it runs in a step."""
 
     kind: str
+    part: str
     axes: str
+    dtype: str
     sent: float
     times: int
     name: str
+
+
+# A collective in a shard_map is one that the model asks for. XLA adds all others: it puts together
+# the parts of parameters, and sums their gradients.
+PARTS = (
+    (r"/_begin_cross/.*shard_map/", "global K, V and order of rows"),
+    (r"/_output/.*shard_map/", "order of rows"),
+    (r"/embed/.*shard_map/", "embedding"),
+    (r"/(stage_\d+_\w+)/.*/attention/.*shard_map/", "keys and values of {}"),
+    (r"/(stage_\d+_\w+)/.*/feed_forward/.*shard_map/", "experts of {}"),
+    (r"shard_map/", "other"),
+    (r"^$", "joined by the compiler"),
+    (r"", "parameters and gradients"),
+)
+
+
+def _part(name: str) -> str:
+    """What a collective is for, by its op_name: the path of modules that asked for it."""
+    path = re.sub(r"LanguageModel\.", "", name)
+    found = ((re.search(pattern, path), words) for pattern, words in PARTS)
+    return next(words.format(*match.groups()) for match, words in found if match)
+
+
+def _dtype(shapes: str) -> str:
+    """The element type of the largest array in the text of a type."""
+    arrays = re.findall(r"\b((?:pred|[a-z]+\d\w*)\[[\d,]*\])", shapes)
+    return max(arrays, key=lambda array: _bytes(array)[0]).partition("[")[0]
 
 
 def _bytes(shapes: str) -> list[int]:
@@ -111,7 +141,9 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             sent, axes = _sent(kind, result, line, devices)
             if kind == "all-reduce" and _is_sliced(body):
                 kind, sent = "reduce-scatter", sent / 2
-            found.append(Collective(kind, axes, sent, int(times[name]), op.group(1) if op else ""))
+            path = op.group(1) if op else ""
+            words = kind, _part(path), axes, _dtype(made.group(1))
+            found.append(Collective(*words, sent, int(times[name]), path))
     return found
 
 

@@ -169,13 +169,15 @@ def compile_for(
 
 
 def _summary(moved: list[Collective]) -> list[dict[str, Any]]:
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for one in moved:
-        row = rows.setdefault((one.kind, one.axes), {"runs": 0, "sent": 0.0})
+        key = one.part, one.kind, one.axes, one.dtype
+        row = rows.setdefault(key, {"runs": 0, "sent": 0.0})
         row["runs"] += one.times
         row["sent"] += one.sent * one.times
     ordered = sorted(rows.items(), key=lambda item: -item[1]["sent"])
-    return [{"kind": kind, "axes": axes, **row} for (kind, axes), row in ordered]
+    names = "part", "kind", "axes", "dtype"
+    return [dict(zip(names, key, strict=True)) | row for key, row in ordered]
 
 
 def estimate(

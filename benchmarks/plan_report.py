@@ -65,8 +65,18 @@ def _moved(title: str, found: dict[str, Any]) -> list[Grid]:
     moved = found.get("collectives")
     if not moved:
         return []
-    rows = [[m["kind"], m["axes"], f"{m['runs']:,}", _gib(m["sent"])] for m in moved]
-    return [Grid(f"What moves in {title}", ["kind", "over", "runs", "sent"], rows, 2)]
+    parts: dict[str, float] = {}
+    for one in moved:
+        parts[one["part"]] = parts.get(one["part"], 0) + one["sent"]
+    rows = [
+        [m["part"], m["kind"], m["axes"], m["dtype"], f"{m['runs']:,}", _gib(m["sent"])]
+        for m in moved
+    ]
+    totals = [[part, _gib(sent)] for part, sent in sorted(parts.items(), key=lambda p: -p[1])]
+    return [
+        Grid(f"What {title} sends", ["for", "sent"], totals, 1),
+        Grid(f"What moves in {title}", ["for", "kind", "over", "as", "runs", "sent"], rows, 4),
+    ]
 
 
 def training(found: dict[str, Any]) -> list[Grid]:

@@ -218,6 +218,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"], None))
 
 
+def sum_and_split(x: Array, axes: str | tuple[str, ...], dimension: int) -> Array:
+    """Inside a shard_map: each device's part, along a dimension, of the sum of x over the devices
+    along mesh axes. The sum is computed in the type of x."""
+    total = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+    if total.dtype != jnp.float32:
+        return total
+    # If all that reads the sum casts it to bfloat16, libtpu adds in bfloat16. It cannot if the bits
+    # are read as integers.
+    bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(total, jnp.int32))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather(x: Array, axes: str | tuple[str, ...], dimension: int, dtype: jnp.dtype) -> Array:
     """Inside a shard_map: x of all devices along mesh axes, joined along a dimension. It has the
@@ -227,7 +239,7 @@ def gather(x: Array, axes: str | tuple[str, ...], dimension: int, dtype: jnp.dty
 
 
 def _gather_bwd(axes, dimension, dtype, _, g):
-    return (jax.lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True),)
+    return (sum_and_split(g, axes, dimension),)
 
 
 gather.defvjp(lambda x, *static: (gather(x, *static), None), _gather_bwd)

@@ -279,3 +279,43 @@ def test_auto_for_a_tpu_topology_compiles_the_tpu_kernels_without_a_collective(t
         for kernel in ("dkv", "dq", "forward")
     ], done.stderr[-2000:]
     assert collectives == ""
+
+
+SUMS = """
+import re
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from yocou_jax.config import MeshConfig
+from yocou_jax.sharding import gather, make_mesh
+
+devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
+mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1, context=4), devices)
+split = PartitionSpec(None, "context", None, None)
+x, w = (
+    jax.ShapeDtypeStruct((1, n, 4, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    for n, spec in ((4096, split), (4 * 4096, split))
+)
+
+def local(x, w):
+    return jnp.sum(gather(x.astype(jnp.float32), "context", 1, jnp.bfloat16) * w)[None]
+
+def loss(x, w):
+    specs = dict(in_specs=(split, split), out_specs=PartitionSpec("context"), check_vma=False)
+    return jax.shard_map(local, **specs)(x, w).sum()
+
+with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(loss)).lower(x, w).compile().as_text()
+print(*re.findall(r"= \\(?(\\w+)\\[\\S* (?:all-reduce|reduce-scatter)(?:-start)?\\(", text))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_libtpu_sums_the_gradient_of_a_gather_in_float32(tmp_path):
+    """Although the sum is cast to bfloat16 at once: libtpu would cast before it adds."""
+    environment = os.environ | targets.environment(targets.TARGETS["v5e"], tmp_path)
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "LIBTPU_INIT_ARGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", SUMS], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["f32"], done.stderr[-2000:]

@@ -86,6 +86,48 @@ def test_collectives_of_a_tpu():
     ]
 
 
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        (
+            "jvp(LanguageModel)/LanguageModel._run/stage_0_window/stage_0_window._loops/while/body/"
+            "checkpoint/layers/attention/attention._attend/shard_map/ppermute",
+            "keys and values of stage_0_window",
+        ),
+        (
+            "jvp(LanguageModel)/LanguageModel._run/LanguageModel._begin_cross/shard_map/all_gather",
+            "global K, V and order of rows",
+        ),
+        ("jvp(LanguageModel)/LanguageModel._output/shard_map/ppermute", "order of rows"),
+        ("jvp(LanguageModel)/LanguageModel.embed/shard_map/all_to_all", "embedding"),
+        (
+            "jvp(LanguageModel)/stage_1_cross/while/body/layers/feed_forward/shard_map/all_gather",
+            "experts of stage_1_cross",
+        ),
+        (
+            "jvp(LanguageModel)/stage_1_cross/while/body/layers/feed_forward/down/dot_general",
+            "parameters and gradients",
+        ),
+        ("", "joined by the compiler"),
+    ],
+)
+def test_a_collective_says_what_it_is_for(path, part):
+    named = TPU.replace('chain_id="6"}', f'chain_id="6"}}, metadata={{op_name="{path}"}}')
+    assert named != TPU
+    first = hlo.collectives(named, 8)[0]
+    assert (first.part, first.dtype) == (part, "bf16")
+
+
+def test_a_plan_of_a_split_sequence_says_what_moves():
+    found = planning.plan(config_on((1, 2, 1, 4)), "cpu:8", jax.devices())
+    parts = {row["part"] for row in found["collectives"]}
+    assert {
+        "keys and values of stage_0_window",
+        "global K, V and order of rows",
+        "parameters and gradients",
+    } <= parts
+
+
 def test_a_computation_that_is_called_twice_runs_twice():
     text = TPU.replace(
         "%loop = (s32[]", "%again = bf16[2,64] fusion(%p), calls=%body\n  %loop = (s32[]"
@@ -294,7 +336,7 @@ def test_a_plan_of_inference(monkeypatch):
     assert found["programs"]["prefill_chunk"]["bytes"]["sent"] > 0
     (facts, *moved) = plan_report.inference(found)
     assert "decode_step: peak" in [name for name, _ in facts.rows]
-    assert len(moved) == 2
+    assert len(moved) == 4  # for each program, the parts and their collectives
     monkeypatch.setattr(hardware, "peaks", lambda kind: hardware.Peaks(1e12, 1000.0, 1e9, 1e9))
     small = plan_inference(config, "cpu:8", jax.devices())["programs"]["decode_step"]
     assert (
