@@ -191,12 +191,46 @@ def saved(tmp_path_factory):
     return directory
 
 
+UNVERIFIED = "is complete, but was not verified"
+
+
+def test_a_committed_checkpoint_without_an_inventory_is_used(tmp_path, saved, caplog):
+    directory = shutil.copytree(saved, tmp_path / "c")
+    (directory / "20/inventory.json").unlink()
+    state, step = restore(directory)
+    assert step == 20
+    assert_same(state, make_state(20))
+    assert load_params(directory, abstract(make_state()).params)[1] == 20
+    assert load_params(directory, abstract(make_state()).params, step=20)[1] == 20
+    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("yocou_jax")]
+    assert len(warnings) == 3  # one for each that was read
+    assert all(w.startswith(f"Checkpoint 20 in {directory} {UNVERIFIED}") for w in warnings)
+    assert folders(directory) == ["10", "20"]
+
+
+@pytest.mark.parametrize("how", ["deleted", "halved", "emptied"])
+@pytest.mark.parametrize("pattern", checkpoint_files()[1:])
+def test_a_part_of_a_checkpoint_without_an_inventory_is_skipped(
+    tmp_path, saved, caplog, pattern, how
+):
+    directory = shutil.copytree(saved, tmp_path / "c")
+    (directory / "20/inventory.json").unlink()
+    damage(max((directory / "20").glob(pattern), key=lambda p: p.stat().st_size), how)
+    params, step = load_params(directory, abstract(make_state()).params)
+    assert step == 10
+    assert_same(params, make_state(10).params)
+    assert "Checkpoint 20 was skipped: " in caplog.text
+    assert UNVERIFIED not in caplog.text
+
+
 @pytest.mark.parametrize("how", ["deleted", "halved", "emptied", "flipped"])
 @pytest.mark.parametrize("pattern", checkpoint_files())
 def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, saved, caplog, pattern, how):
     directory = shutil.copytree(saved, tmp_path / "c")
     victim = max((directory / "20").glob(pattern), key=lambda p: p.stat().st_size)
     damage(victim, how)
+    if pattern == "inventory.json" and how == "deleted":
+        (directory / "20/_CHECKPOINT_METADATA").unlink()
     if pattern == "inventory.json" and how == "flipped":
         victim.write_text(victim.read_text().replace("layout", "layouu"))
     with Checkpointer(directory) as checkpointer:
@@ -245,6 +279,9 @@ def test_damaged_checkpoints_stop_a_run_and_unfinished_ones_do_not(tmp_path, sav
     assert folders(directory) == ["10", "20"]
     for step in ("10", "20"):
         (directory / step / "inventory.json").unlink()
+        metadata = directory / step / "_CHECKPOINT_METADATA"
+        times = json.loads(metadata.read_text()) | {"commit_timestamp_nsecs": None}
+        metadata.write_text(json.dumps(times))
     with Checkpointer(directory) as checkpointer:
         assert checkpointer.newest_undamaged() is None
         assert checkpointer.save(10, make_state(10))
@@ -304,9 +341,10 @@ def test_killed_while_saving(tmp_path, moment):
     assert len(left) == 2, left
     assert left[1] == "20" if moment == "sealing" else left[1].startswith("20.")
     state, step = restore(tmp_path)
-    assert step == 10
-    assert_same(state, make_state(10))
-    save(tmp_path, 20)
+    assert step == (20 if moment == "sealing" else 10)
+    assert_same(state, make_state(step))
+    if moment == "writing":
+        save(tmp_path, 20)
     assert restore(tmp_path)[1] == 20
 
 

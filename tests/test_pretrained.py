@@ -73,7 +73,7 @@ def test_a_workdir_gives_its_newest_checkpoint(tmp_path, architecture):
 def test_a_damaged_newest_checkpoint_is_skipped(tmp_path):
     one = model(step=1)
     path = workdir(tmp_path, one, 1, 2)
-    (path / "checkpoints/2/inventory.json").unlink()
+    (path / "checkpoints/2/inventory.json").write_text("{")
     assert_same(one, load(path))
 
 
@@ -358,7 +358,8 @@ def test_a_path_that_is_neither_a_workdir_nor_an_export(tmp_path):
 
 def test_a_workdir_without_a_finished_checkpoint(run_folder):
     expected = f"There is no checkpoint to read in {run_folder}/checkpoints."
-    (run_folder / "checkpoints/1/inventory.json").unlink()
+    for name in ("inventory.json", "_CHECKPOINT_METADATA"):
+        (run_folder / "checkpoints/1" / name).unlink()
     assert refused(run_folder) == expected
     shutil.rmtree(run_folder / "checkpoints")
     assert refused(run_folder) == expected

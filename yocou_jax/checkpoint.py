@@ -2,9 +2,15 @@
 
 Orbax's CheckpointManager writes the arrays in the background. TensorStore, which writes the files,
 notices truncated files but not a flipped bit, and its errors have hundreds of lines. So this file
-adds an inventory to each checkpoint: the size and the sha256 of every file. The inventory is
-written last. A folder without an inventory was never finished. A folder that differs from its
-inventory is damaged. A resume skips both kinds before Orbax reads them.
+adds an inventory to each checkpoint: the size and the sha256 of every file. A folder that differs
+from its inventory is damaged.
+
+The inventory is written last, and for a large model that takes minutes, because process 0 reads all
+files again. A run that is killed in between leaves a folder without an inventory. Orbax notes the
+time of the commit in the folder, after all processes have written their files. A folder with this
+time and without an inventory is not verified: it is used, with a warning, if all its bytes can be
+read. A folder without both was never finished. A resume skips what is damaged or was never
+finished before Orbax reads it.
 
     checkpoints/<step>/{state/, layout/, inventory.json}     checkpoints/passed-over-<step>/
 
@@ -24,6 +30,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.experimental import multihost_utils
 
 from yocou_jax.errors import UserError
@@ -162,7 +169,8 @@ class Checkpointer:
                 manager.close()
 
     def _finished(self, step: int) -> bool:
-        return (self.directory / str(step) / INVENTORY).exists()
+        folder = self.directory / str(step)
+        return (folder / INVENTORY).exists() or _committed(folder)
 
     def _put_aside(self, reasons: dict[int, str]) -> None:
         for step, why in reasons.items() if jax.process_index() == 0 else ():
@@ -267,6 +275,12 @@ def _newest_undamaged(directory: Path, steps: list[int]) -> tuple[int | None, di
             undamaged = bool(multihost_utils.broadcast_one_to_all(np.array(not why)))
             why = "" if undamaged else why or "it is damaged"
         if not why:
+            if jax.process_index() == 0 and not (directory / str(step) / INVENTORY).exists():
+                log.warning(
+                    "Checkpoint %d in %s is complete, but was not verified: all its files can be "
+                    "read, but a changed byte in them would not be noticed.",
+                    *(step, directory),
+                )
             return step, damaged
         damaged[step] = why
     return None, damaged
@@ -274,6 +288,8 @@ def _newest_undamaged(directory: Path, steps: list[int]) -> tuple[int | None, di
 
 def _damage(folder: Path) -> str:
     """What is wrong with a checkpoint, as the end of a sentence. Empty if nothing is wrong."""
+    if not (folder / INVENTORY).exists():
+        return _unreadable(folder) if _committed(folder) else UNFINISHED
     try:
         expected, found = (
             json.loads((folder / INVENTORY).read_text(encoding="utf-8")),
@@ -282,10 +298,39 @@ def _damage(folder: Path) -> str:
         for name, entry in expected.items():
             if found.get(name) != entry:
                 return f"its file {name} {'has changed' if name in found else 'is missing'}"
-    except FileNotFoundError:
-        return UNFINISHED
     except (OSError, ValueError, AttributeError) as error:
         return f"its {INVENTORY} cannot be read ({_reason(error)})"
+    return ""
+
+
+def _committed(folder: Path) -> bool:
+    """Whether Orbax says that all processes have written their files."""
+    try:
+        metadata = json.loads((folder / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
+        return metadata["commit_timestamp_nsecs"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _unreadable(folder: Path) -> str:
+    """What cannot be read of a checkpoint without an inventory, as the end of a sentence.
+
+    TensorStore notices a file that is too short. One part of an array is in memory at a time.
+    """
+    name = "state"
+    try:
+        for name in ("layout/metadata", "state/_METADATA"):
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        name = "state"
+        files = {"driver": "file", "path": f"{folder / name}/"}
+        arrays = tensorstore.KvStore.open({"driver": "ocdbt", "base": files}).result()
+        with progress(f"Reading the checkpoint {folder}"):
+            keys = arrays.list().result()
+            # What was in a missing file has no bytes, and without the manifest there are no keys.
+            if not keys or not all(arrays.read(key).result().value for key in keys):
+                return f"a file of its {name} is missing"
+    except (OSError, ValueError) as error:
+        return f"its {name} cannot be read ({_reason(error)})"
     return ""
 
 
