@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+KINDS = (
+    *("all-gather", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute"),
+    "reduce-scatter",
+)
 
 
 class Collective(NamedTuple):
@@ -137,7 +140,10 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 seen.add(chain.group(1))
             op = re.search(r'op_name="([^"]*)"', line)
             kind = made.group(2)
-            result = _result(kind, made.group(3) is not None, made.group(1))
+            if kind == "ragged-all-to-all":
+                result = _rows(line, body)
+            else:
+                result = _result(kind, made.group(3) is not None, made.group(1))
             sent, axes = _sent(kind, result, line, devices)
             if kind == "all-reduce" and _is_sliced(body):
                 kind, sent = "reduce-scatter", sent / 2
@@ -152,6 +158,18 @@ def _result(kind: str, start: bool, shapes: str) -> int:
     its operands, its results and perhaps some u32[]; that of an all-reduce only its results."""
     arrays = _bytes(re.sub(r"u32\[\]", "", shapes) if start else shapes)
     return sum(arrays[len(arrays) // 2 :] if start and kind != "all-reduce" else arrays)
+
+
+def _rows(line: str, body: list[str]) -> int:
+    """Bytes of the rows that a ragged all-to-all exchanges: which device gets how many, only the
+    run knows. So it is the smaller one of the arrays that it reads and writes, which is full if the
+    other one has the room for the worst case, and an equal share for each device."""
+    found = re.search(r"ragged-all-to-all(?:-start)?\((%?[\w.\-]+), (%?[\w.\-]+)", line)
+    types = (
+        re.search(rf"^\s*(?:ROOT )?{re.escape(name)} = (\S+) ", "\n".join(body), re.M)
+        for name in (found.groups() if found else ())
+    )
+    return min(sum(_bytes(made.group(1))) for made in types if made)
 
 
 def _is_sliced(body: list[str]) -> bool:

@@ -24,7 +24,8 @@ def meshes(config: Config, devices: int, memory: float | None) -> Iterator[list[
     """
     model, rows = config.model, config.data.batch_size
     state = 12 * accounting.parameters(model).total
-    experts = (1, 8) if model.num_experts and model.num_experts % 8 == 0 else (1,)
+    # A group of more devices than a token has experts needs an all-to-all (model/moe.py).
+    experts = [n for n in (1, 4, 8, 16) if (model.num_experts or 1) % n == 0]
     found = []
     for data, tensor, context, expert in itertools.product(
         (1, 4, 16), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), experts

@@ -57,7 +57,7 @@ def test_options_give_the_gradients_of_one_device(name):
     [
         ((1, 1, 1, 8), "full*1, streams=2", 2),  # keys of the text, and learned ones
         ((1, 1, 4, 2), "window*1@2 | cross*1", 2),  # every device has both K/V heads
-        ((2, 1, 1, 1, 4), "full*1", 1),  # sums of experts
+        ((4, 1, 1, 1, 2), "full*1", 1),  # sums of experts, in a group that gathers
     ],
     ids=str,
 )

@@ -245,6 +245,21 @@ def _gather_bwd(axes, dimension, dtype, _, g):
 gather.defvjp(lambda x, *static: (gather(x, *static), None), _gather_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def scatter(x: Array, axes: str | tuple[str, ...], dimension: int, dtype: jnp.dtype) -> Array:
+    """Inside a shard_map: each device's part of the sum of x over the devices along mesh axes, in
+    the type of x. Its gradient is sent in `dtype`, which must be the type that the result is cast
+    to next: this then loses nothing."""
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+
+
+def _scatter_bwd(axes, dimension, dtype, _, g):
+    return (gather(g, axes, dimension, dtype),)
+
+
+scatter.defvjp(lambda x, *static: (scatter(x, *static), None), _scatter_bwd)
+
+
 def axes_of_one_device() -> tuple[str, ...]:
     """Mesh axes of size 1. A spec of a shard_map should name them somewhere: of an input without
     them, the gradient has an all-reduce over each, which XLA keeps."""

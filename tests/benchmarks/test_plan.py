@@ -232,6 +232,22 @@ def test_what_each_form_of_a_collective_sends(line, sent):
     assert one.sent == sent
 
 
+@pytest.mark.parametrize(
+    "form", ["f32[{to},4]{{0}} {kind}", "((f32[9]), f32[9], u32[]) {kind}-start"]
+)
+@pytest.mark.parametrize(("rows", "to"), [(8, 64), (64, 8)])
+def test_a_ragged_all_to_all_sends_the_rows_that_there_are(form, rows, to):
+    """And not the room for the worst case, from which or to which it copies."""
+    text = f"""ENTRY %main (p: f32[8]) -> f32[8] {{
+  %x.1 = f32[{rows},4]{{1,0:T(8,128)}} parameter(0)
+  %x = f32[{to},4]{{1,0}} broadcast(%zero)
+  %y = {form.format(to=to, kind="ragged-all-to-all")}(%x.1, %x, %a, %b, /*index=5*/%c), {IOTA}
+}}
+"""
+    (one,) = hlo.collectives(text, 8)
+    assert (one.kind, one.sent) == ("ragged-all-to-all", 8 * 4 * 4 * 3 / 4)
+
+
 def test_a_reduce_scatter_of_a_tpu_is_a_slice_of_an_all_reduce():
     """Only if the slice is all that is returned; names as libtpu writes them."""
     text = """%all-reduce-scatter (p: f32[8,4], i: s32[]) -> f32[2,4] {
@@ -275,7 +291,7 @@ def test_meshes_fit_the_devices_and_the_batch():
     some = plan_search.meshes(config, 8, 0.5 * state)  # for shards of it, but not for four copies
     assert {options[0].mesh.data for options in some} == {1}
     experts = tiny.config(**(tiny.MOE | {"num_experts": 8}))
-    assert {one[0].mesh.expert for one in plan_search.meshes(experts, 8, None)} == {1, 8}
+    assert {one[0].mesh.expert for one in plan_search.meshes(experts, 8, None)} == {1, 4, 8}
 
 
 def test_the_search_keeps_the_cheapest_plan_that_fits_on_each_mesh(monkeypatch):

@@ -1,5 +1,7 @@
 """Compares routed experts with a plain loop over experts, on one device and on eight."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from tests import tiny
 from yocou_jax.config import MeshConfig
-from yocou_jax.model.moe import MixtureOfExperts
+from yocou_jax.model.moe import MixtureOfExperts, _slices, most_rows
 from yocou_jax.sharding import make_mesh, tree_shardings
 
 D = tiny.MODEL["d_model"]
@@ -114,13 +116,28 @@ def test_the_balance_loss_moves_the_router():
     assert balance(params["router"]["kernel"] - 0.05 * slope) < value
 
 
+# With two experts per token, a group of 2 devices gathers its tokens, and a larger one has an
+# all-to-all.
+EIGHT = {"num_experts": 8, "experts_per_token": 2}
+
+
 @pytest.mark.parametrize(
-    "sizes", [(2, 2, 2), (1, 1, 8), (2, 1, 1, 1, 4), (1, 1, 2, 2, 2), (1, 1, 1, 1, 8)], ids=str
+    ("sizes", "fields"),
+    [
+        ((2, 2, 2), {}),
+        ((1, 1, 8), {}),
+        ((2, 1, 1, 1, 4), {}),
+        ((1, 1, 2, 2, 2), {}),
+        ((1, 1, 1, 1, 8), {}),
+        ((1, 1, 1, 1, 8), EIGHT),
+        ((1, 1, 2, 1, 4), EIGHT),
+    ],
+    ids=str,
 )
-def test_eight_devices_compute_what_one_does(sizes):
+def test_eight_devices_compute_what_one_does(sizes, fields):
     """data, fsdp, tensor, context, expert. tensor=2 divides the width 12, tensor=8 does not, and
     expert=8 does not divide the four experts."""
-    apply, params, boxed = layer()
+    apply, params, boxed = layer(**fields)
 
     def both(params, x):
         y, stats = apply(params, x)
@@ -152,19 +169,99 @@ def test_the_router_computes_in_float32_for_each_compute_type():
     assert {stat.dtype for stat in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
 
 
-def test_all_tokens_may_choose_the_experts_of_one_device():
+@pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [
+        ((2, 1, 1, 1, 4), {}),
+        ((1, 1, 1, 1, 8), EIGHT | {"experts_per_token": 1}),
+        ((1, 1, 2, 1, 4), EIGHT),
+        ((4, 1, 1, 1, 2), {}),
+    ],
+    ids=str,
+)
+def test_all_tokens_may_choose_the_experts_of_one_device(sizes, fields):
     """No token is dropped, and the other devices have nothing to do."""
-    apply, params, boxed = layer()
-    first = jnp.zeros_like(params["router"]["kernel"]).at[:, :2].set(1.0)
+    apply, params, boxed = layer(**fields)
+    k = fields.get("experts_per_token", 2)
+    first = jnp.zeros_like(params["router"]["kernel"]).at[:, :k].set(1.0)
     params, x = params | {"router": {"kernel": first}}, jnp.abs(X) + 1
     expected = gradients(lambda p, x: apply(p, x)[0], params, x)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1, expert=4))
+    mesh = make_mesh(MeshConfig(*sizes))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, tree_shardings(boxed, mesh))
         load = jax.jit(apply)(placed, x)[1].load
         got = jax.device_get(gradients(lambda p, x: apply(p, x)[0], placed, x))
-    np.testing.assert_allclose(load, [2, 2, 0, 0])
+    expert = np.arange(len(load))
+    np.testing.assert_allclose(load, np.where(expert < k, len(load) / k, 0), rtol=1e-6)
     tiny.assert_close(got, jax.device_get(expected), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("devices", "per_token", "all_to_all"),
+    [(2, 1, True), (2, 2, False), (4, 3, True), (4, 4, False), (8, 2, True)],
+)
+def test_a_group_of_more_devices_than_a_token_has_experts_exchanges_rows(
+    devices, per_token, all_to_all
+):
+    """For a TPU: XLA has no ragged all-to-all for the CPU. x and y are sent in bfloat16, and so are
+    their gradients."""
+    module = MixtureOfExperts(
+        tiny.model(**(tiny.MOE | {"num_experts": 8, "experts_per_token": per_token})), jnp.bfloat16
+    )
+    x = jnp.zeros(X.shape, jnp.bfloat16)
+    params = jax.eval_shape(lambda: nn.unbox(module.init(jax.random.key(0), x)))
+
+    def run(params, x):
+        y, vjp = jax.vjp(lambda *args: module.apply(*args)[0], params, x)
+        return y, vjp(y)
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=8 // devices, expert=devices))):
+        text = jax.jit(run).trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
+    ragged = re.findall(rf"@ragged_all_to_all\(.*-> tensor<(\d+)x{D}x(\w+)>", text)
+    tokens = X.shape[0] * X.shape[1] // 8
+    if not all_to_all:
+        assert not ragged
+        return
+    most = most_rows(tokens, per_token, 8 // devices, devices)
+    own = tokens * per_token
+    assert sorted(ragged) == sorted([(str(rows), "bf16") for rows in (most, own)] * 2)
+
+
+def test_slices_are_what_the_ragged_all_to_all_needs():
+    """The CPU does not have it, so this does what its documentation says, with numpy. All rows of a
+    device must arrive sorted by expert, and the way back must bring each one to where it was."""
+    counts = np.random.default_rng(4).integers(0, 4, (8, 16)) * (np.arange(16) % 3 > 0)
+    mesh, split = make_mesh(MeshConfig(data=1, expert=8)), jax.P("expert")
+    run = jax.shard_map(
+        lambda x: _slices(x, ("expert",)), mesh=mesh, in_specs=split, out_specs=split
+    )
+    send, receive, sizes = jax.tree.map(lambda x: np.asarray(x).reshape(8, -1), run(counts.ravel()))
+
+    def exchange(x, rows, send, receive):
+        there, out = send.there.reshape(8, 8, -1), np.zeros((8, rows), int)
+        for to in range(8):  # output_offsets_ = all_to_all(output_offsets)
+            begins = there[:, to].ravel()
+            for i, (begin, size) in enumerate(zip(begins, receive.sizes[to], strict=True)):
+                source, slice = divmod(i, 2)
+                mine = 2 * to + slice
+                assert send.sizes[source][mine] == size
+                start = send.here[source][mine]
+                out[to, begin : begin + size] = x[source, start : start + size]
+        return out
+
+    experts = [np.repeat(np.arange(16), row) for row in counts]
+    rows = max(map(len, experts))
+    x = np.array(
+        [np.pad(1 + 100 * one + 10_000 * i, (0, rows - len(one))) for i, one in enumerate(experts)]
+    )
+    got = exchange(x, counts.sum(), send, receive)
+    for device in range(8):
+        of_expert = got[device][: sizes[device].sum()] % 10_000 // 100
+        np.testing.assert_array_equal(
+            of_expert, np.repeat([2 * device, 2 * device + 1], sizes[device])
+        )
+        assert not got[device][sizes[device].sum() :].any()
+    np.testing.assert_array_equal(exchange(got, rows, receive, send), x)
 
 
 def test_rows_that_do_not_divide_are_on_every_device():
