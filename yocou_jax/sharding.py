@@ -247,10 +247,9 @@ gather.defvjp(lambda x, *static: (gather(x, *static), None), _gather_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def scatter(x: Array, axes: str | tuple[str, ...], dimension: int, dtype: jnp.dtype) -> Array:
-    """Inside a shard_map: each device's part of the sum of x over the devices along mesh axes, in
-    the type of x. Its gradient is sent in `dtype`, which must be the type that the result is cast
-    to next: this then loses nothing."""
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+    """`sum_and_split`. Its gradient is sent in `dtype`, which must be the type that the result is
+    cast to next: this then loses nothing."""
+    return sum_and_split(x, axes, dimension)
 
 
 def _scatter_bwd(axes, dimension, dtype, _, g):

@@ -1,7 +1,8 @@
 """Mixture-of-experts feed-forward: SwiGLU experts, the top k of them per token, and shared ones.
 
 Tokens are sorted by expert. `jax.lax.ragged_dot` is one matrix product with one group per expert,
-so no token is dropped, and no expert is padded to a capacity.
+so no token is dropped, and no expert is padded to a capacity. (On GPUs and CPUs, XLA computes it as
+a product of each row with all experts of the device, with masks.)
 
 The mesh axis "tensor" splits the width of every expert, and "expert" splits the experts themselves.
 No token is dropped, and the result is that of one device, also if all tokens choose the experts of
