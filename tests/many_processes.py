@@ -1,13 +1,16 @@
 """Trains one small model in several processes, and stops, kills and slows some of them.
 
-    python -m tests.many_processes [moved] [killed] [first_killed] [full] [slow]
+    python -m tests.many_processes [split] [moved] [killed] [first_killed] [full] [slow]
 
 Processes are joined by jax.distributed on this machine, with gloo. The data is a mixture of two
 sources with packed documents. Each scenario must end with the losses of a run of one process
 (relative 1e-5 at every step, validation too):
 
-* moved: two processes, one gets SIGTERM, and both must save and end with code 75; then four
-  processes (two parts of the batch and two of the positions) until one gets SIGTERM; then one.
+* split: two processes with two devices each, over which fsdp=4 splits the parameters. One gets
+  SIGTERM, and both must save and end with code 75. Then one process, also until SIGTERM; then two
+  again, which must give the hash of the last parameters that one process gives. (In .ci/run.)
+* moved: the same two processes until SIGTERM; then four processes with one device each (two parts
+  of parameters and batch, and two of the positions) until SIGTERM; then one.
 * killed: the second of two gets SIGKILL. The other must end within LIMIT seconds with code 69, and
   say what to do. Then two processes resume.
 * first_killed: the same for the first one, which the others are joined by. The other must end
@@ -47,8 +50,8 @@ Group = list[subprocess.Popen]
 STARTED: Group = []
 
 
-def start(home: Path, name: str, count: int, **fields) -> Group:
-    """One run in `count` processes with one device each."""
+def start(home: Path, name: str, count: int, devices: int = 1, **fields) -> Group:
+    """One run in `count` processes with `devices` virtual devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -60,7 +63,13 @@ def start(home: Path, name: str, count: int, **fields) -> Group:
     words += [f"--workdir={home / name}"]
     if count > 1:
         words += ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     group = [
         subprocess.Popen(
             words + ([f"--process_id={rank}"] if count > 1 else []),
@@ -122,12 +131,40 @@ def compare(home: Path, name: str) -> str:
     return f"{STEPS} steps, largest difference {worst:.1e}"
 
 
+def stop(group: Group, folder: Path, step: int) -> None:
+    """SIGTERM to the last process after the step: all must save and stop."""
+    wait_for(group, folder, step)
+    group[-1].send_signal(signal.SIGTERM)
+    finish(group, STOPPED)
+
+
+def split(home: Path) -> str:
+    folder = home / "split"
+    stop(start(home, "split", 2, devices=2, mesh__fsdp=4), folder, 8)
+    stop(start(home, "split", 1), folder, 20)
+    finish(start(home, "split", 2, devices=2, mesh__fsdp=4))
+    summary = json.loads((folder / "summary.json").read_text())
+    code = """if 1:
+        import sys
+        from yocou_jax import checkpoint, pretrained
+        print(checkpoint.params_sha256(pretrained.load(sys.argv[1]).params))
+    """
+    reader = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        cwd=kill_runs.ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    assert reader.stdout.strip() == summary["final_params_sha256"]
+    return f"2 processes of 2 devices, 1, and 2 again: {compare(home, 'split')}"
+
+
 def moved(home: Path) -> str:
-    for count, step, rank, mesh in ((2, 8, 1, {}), (4, 20, 2, {"mesh__context": 2})):
-        group = start(home, "moved", count, **mesh)
-        wait_for(group, home / "moved", step)
-        group[rank].send_signal(signal.SIGTERM)
-        finish(group, STOPPED)
+    folder = home / "moved"
+    stop(start(home, "moved", 2, devices=2, mesh__fsdp=4), folder, 8)
+    stop(start(home, "moved", 4, mesh__fsdp=2, mesh__context=2), folder, 20)
     finish(start(home, "moved", 1))
     return f"2, 4 and 1 processes: {compare(home, 'moved')}"
 
@@ -193,6 +230,7 @@ def main() -> int:
             (home / f"{name}.jsonl").write_text(rows, encoding="utf-8")
         finish(start(home, "whole", 1))
         asked = [globals()[name] for name in sys.argv[1:]] or (
+            split,
             moved,
             killed,
             first_killed,
