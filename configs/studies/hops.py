@@ -17,9 +17,7 @@ Match: all entries have the same parameters, and all of a claim the same tokens;
 more FLOPs. The accuracy is that of new texts. Muon at 0.01, as in configs/studies/language.py; no
 other rate was tried.
 
-Cost: 27 runs of 1 to 2 minutes on 2 idle CPU cores, about 38 minutes in all. This is an estimate
-before any whole run: 3.4e13 FLOPs at 30 GFLOP/s, and 40 seconds to start, to validate and to
-evaluate each run.
+Cost: 27 runs of about a minute on 2 CPU cores, 21 minutes in all.
 
 Expected, written before the first run. Two sizing runs (LOG.md) had 100%, 99%, 75% and 70% right
 answers to 1, 2, 3 and 4 hops with four loops, and 100%, 95%, 67% and 64% with two loops. (The best

@@ -9,9 +9,9 @@ Every model is then measured with 1 to 8 loops (the depth curve), whatever it wa
 Match: all entries have the same parameters and tokens. With more loops, a token costs more FLOPs,
 and the initial output matrices are smaller (1 / sqrt(2 depth), loops counted). loops_3 and loops_1
 have the settings and seeds of yoco_u and yoco in configs/studies/language.py, so their losses are
-the same ones, and no new evidence.
+the same ones (those of loops_1 up to 0.0005), and no new evidence.
 
-Cost: about 32 runs of 1 to 4 minutes of one CPU core, 75 minutes in all.
+Cost: 33 runs of 1 to 4 minutes of one CPU core, 91 minutes in all.
 
 Expected, written before the first run. The loss falls from 1 to 2 loops by 0.005 to 0.02 bits/byte,
 from 2 to 3 by 0 to 0.01, and from 3 to 5 by less than three seeds can show. A model is best with

@@ -63,6 +63,12 @@ def claims_again(study: Study, base: Config, old: Mapping[str, Any]) -> list[dic
             words = ", ".join(changed) or "its entries"
             raise UserError(f"The study has changed since these runs: {words}. Make them again.")
         for name, entry in old["entries"].items():
+            program = str(comparison.twins[name].model.program)
+            if entry["program"] != program:
+                raise UserError(
+                    f"The entry {name} was {entry['program']} in these runs, and is {program} now. "
+                    "Make them again."
+                )
             for run in entry["runs"]:
                 try:
                     spec = comparison.spec(name, run["learning_rate"], run["seed"])
@@ -125,7 +131,8 @@ def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
     values = [*map(comparison.values, (claim.better, claim.worse), paths)]
     found = paired(*(reversed(values) if claim.more else values))
     doubts = _doubts(comparison, claim, values)
-    word = verdict(found, claim.least)
+    # A difference that the paper has cannot be excluded by an interval that contains it.
+    word = verdict(found, claim.least if claim.effect is None else min(claim.least, claim.effect))
     if word == REPRODUCED and claim.source == NOT_IN_PAPER:
         word = HOLDS
     return {
@@ -164,6 +171,10 @@ def _doubts(comparison: Comparison, claim: Claim, values: list[dict[int, float]]
             doubts.append("neither of the two has learned the task")
         if min(means) >= claim.within[1]:
             doubts.append("the task is too easy for both")
+        pairs_of_runs = [[side[seed] for side in values] for seed in values[0] if seed in values[1]]
+        same_end = [max(p) <= claim.within[0] or min(p) >= claim.within[1] for p in pairs_of_runs]
+        if not doubts and all(same_end):
+            doubts.append("with each seed, both have learned the task wholly, or both not at all")
     return doubts
 
 
