@@ -13,7 +13,7 @@ from tests.studies import BASE, LOSSES, REVISION, STUDY, about, pretend, train
 from yocou_jax import accounting
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation import figure
+from yocou_jax.evaluation import figure, findings
 from yocou_jax.evaluation import report as reports
 from yocou_jax.evaluation.compare import Comparison, RunFailed, overrides
 from yocou_jax.evaluation.findings import report
@@ -105,8 +105,8 @@ def test_the_sweep_goes_on_until_the_best_rate_has_worse_neighbors(tmp_path, mon
 
 
 def test_what_makes_a_difference_decide_nothing(tmp_path):
-    def claim(within=None, source="Table 3", seeds=3):
-        claims = (Claim("b", "a", source, (0.0, 0.5), within=within),)
+    def claim(within=None, source="Table 3", seeds=3, **fields):
+        claims = (Claim("b", "a", source, (0.0, 0.5), within=within, **fields),)
         study = dataclasses.replace(STUDY, claims=claims)
         found = report(Comparison(study, BASE, tmp_path, seeds=seeds))["claims"][0]
         return found["verdict"], found["remarks"][0]
@@ -121,8 +121,36 @@ def test_what_makes_a_difference_decide_nothing(tmp_path):
         "neither of the two has learned the task",
     )
     assert claim(within=(0.5, 1.2)) == ("inconclusive", "the task is too easy for both")
+    # The interval is below 5, but not below the difference in the paper.
+    assert claim(least=5.0)[0] == "not at this scale"
+    assert claim(least=5.0, effect=0.01)[0] == "reproduced"
     # The fourth seed has not run, or has failed: the other three alone do not decide.
     assert claim(seeds=4) == ("inconclusive", "b has no value with seed 4")
+
+
+def test_seeds_that_have_learned_all_or_nothing_decide_nothing(tmp_path):
+    comparison = Comparison(STUDY, BASE, tmp_path)
+    claim = Claim("b", "a", "Table 4", (0.0, 1.0), within=(0.05, 0.98), more=True)
+
+    def doubts(better, worse):
+        values = [dict(zip(comparison.seeds, side, strict=True)) for side in (better, worse)]
+        return findings._doubts(comparison, claim, values)
+
+    words = "with each seed, both have learned the task wholly, or both not at all"
+    assert doubts((1.0, 0.99, 0.0), (0.98, 1.0, 0.05)) == [words]
+    assert doubts((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)) == []  # one has learned it, the other not
+    assert doubts((1.0, 1.0, 0.0), (1.0, 0.5, 0.0)) == []
+    assert doubts((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)) == ["neither of the two has learned the task"]
+
+
+def test_claims_are_not_written_again_about_other_programs(tmp_path):
+    comparison = Comparison(STUDY, BASE, tmp_path)
+    train(comparison)
+    old = report(comparison)
+    assert findings.claims_again(STUDY, BASE, old)
+    old["entries"]["b"]["program"] = "full*9"
+    with pytest.raises(UserError, match=r"The entry b was full\*9 in these runs, and is "):
+        findings.claims_again(STUDY, BASE, old)
 
 
 def test_a_comparison_that_was_killed_goes_on(tmp_path):

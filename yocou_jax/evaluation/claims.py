@@ -48,8 +48,8 @@ INTRODUCTION = (
     "It is *inconclusive* in all other cases, and also with fewer than 3 seeds, if a seed has no"
     " value, or if with each seed no entry has learned the task or all have. The intervals are "
     "about seeds only, and not about the text on which a loss is measured. They are not corrected "
-    "for the number of claims: of 20 claims without any effect, one is expected to have an interval "
-    "without 0.",
+    "for the number of claims: of 20 claims without any effect, one is expected to have an "
+    "interval without 0.",
     "The models of Table 3 read 15 tokens for each parameter, those of `language`, `loops`, "
     "`inside` and `long_text` about one. The paper's differences of perplexity are given in "
     "bits/byte, at 5.35 bytes per word, as WikiText-2 has them.",
