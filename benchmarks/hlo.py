@@ -27,8 +27,9 @@ class Collective(NamedTuple):
     name: str
 
 
-# A collective in a shard_map is one that the model asks for. XLA adds all others: it puts together
-# the parts of parameters, and sums their gradients.
+# Most collectives in a shard_map are those that the model asks for (its gradient also sums, over
+# other axes, what it got whole). XLA adds all others: it puts together the parts of parameters, and
+# sums their gradients. What it joins, such as the sums of the gradients of K and V, has no name.
 PARTS = (
     (r"/_begin_cross/.*shard_map/", "global K, V and order of rows"),
     (r"/_output/.*shard_map/", "order of rows"),

@@ -8,7 +8,8 @@ sources with packed documents. Each scenario must end with the losses of a run o
 
 * split: two processes with two devices each, over which fsdp=4 splits the parameters. One gets
   SIGTERM, and both must save and end with code 75. Then one process, also until SIGTERM; then two
-  again, which must give the hash of the last parameters that one process gives. (In .ci/run.)
+  again. One process that reads the last checkpoint must find the hash that they noted. (It runs
+  in .ci/run.)
 * moved: the same two processes until SIGTERM; then four processes with one device each (two parts
   of parameters and batch, and two of the positions) until SIGTERM; then one.
 * killed: the second of two gets SIGKILL. The other must end within LIMIT seconds with code 69, and

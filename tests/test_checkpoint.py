@@ -168,7 +168,8 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
 def checkpoint_files():
     """The kinds of files in a checkpoint. Names of OCDBT data files are random."""
     return ["inventory.json", "_CHECKPOINT_METADATA", "layout/metadata", "state/_METADATA",
-            "state/manifest.ocdbt", "state/d/*", "state/ocdbt.process_0/d/*"]  # fmt: skip
+            "state/array_metadatas/*", "state/manifest.ocdbt", "state/d/*",
+            "state/ocdbt.process_0/d/*"]  # fmt: skip
 
 
 def damage(path, how):

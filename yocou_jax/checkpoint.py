@@ -319,8 +319,12 @@ def _unreadable(folder: Path) -> str:
     """
     name = "state"
     try:
-        for name in ("layout/metadata", "state/_METADATA"):
-            json.loads((folder / name).read_text(encoding="utf-8"))
+        described = [*(folder / "state/array_metadatas").glob("*")]
+        if not described:
+            return "its state/array_metadatas is missing"
+        for path in (folder / "layout/metadata", folder / "state/_METADATA", *described):
+            name = str(path.relative_to(folder))
+            json.loads(path.read_text(encoding="utf-8"))
         name = "state"
         files = {"driver": "file", "path": f"{folder / name}/"}
         arrays = tensorstore.KvStore.open({"driver": "ocdbt", "base": files}).result()
