@@ -8,8 +8,7 @@ sources with packed documents. Each scenario must end with the losses of a run o
 
 * split: two processes with two devices each, over which fsdp=4 splits the parameters. One gets
   SIGTERM, and both must save and end with code 75. Then one process, also until SIGTERM; then two
-  again. One process that reads the last checkpoint must find the hash that they noted. (It runs
-  in .ci/run.)
+  again. One process that reads the last checkpoint must find the hash that they noted.
 * moved: the same two processes until SIGTERM; then four processes with one device each (two parts
   of parameters and batch, and two of the positions) until SIGTERM; then one.
 * killed: the second of two gets SIGKILL. The other must end within LIMIT seconds with code 69, and
@@ -20,7 +19,7 @@ sources with packed documents. Each scenario must end with the losses of a run o
   other one within LIMIT seconds. Then two processes resume.
 * slow: one of two is suspended for some seconds in the middle of the run.
 
-Prints a line for each, and exits with 1 if one fails.
+Prints a line for each, and exits with 1 if one fails. `split` and `killed` run in .ci/run.
 """
 
 import contextlib

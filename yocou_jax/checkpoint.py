@@ -98,6 +98,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return  # another process may be dead, and the last save would wait for it
         try:
             self.close()
         except UserError as failure:

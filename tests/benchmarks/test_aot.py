@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +238,14 @@ def test_splash_compiles_for_a_tpu(tmp_path):
         assert 2**20 < int(vmem) < 2**24
 
 
+def run_for_v5e(code: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs `code` in a process where libtpu compiles for a v5e. It has no TPU."""
+    environment = os.environ | targets.environment(targets.TARGETS["v5e"], folder)
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "LIBTPU_INIT_ARGS": ""}
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+
 AUTO = """
 import re
 import jax, jax.numpy as jnp, numpy as np
@@ -267,11 +276,7 @@ print(*re.findall("all-gather|all-reduce|all-to-all|reduce-scatter|collective-pe
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_auto_for_a_tpu_topology_compiles_the_tpu_kernels_without_a_collective(tmp_path):
     """This host has no TPU. The program is for four of them, split by rows and heads."""
-    environment = os.environ | targets.environment(targets.TARGETS["v5e"], tmp_path)
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "LIBTPU_INIT_ARGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", AUTO], env=environment, capture_output=True, text=True
-    )
+    done = run_for_v5e(AUTO, tmp_path)
     kernels, collectives = [*done.stdout.splitlines(), "", "none printed"][:2]
     assert kernels.split() == [
         f"attention_{what}_{kernel}_pallas_tpu"
@@ -313,9 +318,5 @@ print(*re.findall(r"= \\(?(\\w+)\\[\\S* (?:all-reduce|reduce-scatter)(?:-start)?
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_libtpu_sums_the_gradient_of_a_gather_in_float32(tmp_path):
     """Although the sum is cast to bfloat16 at once: libtpu would cast before it adds."""
-    environment = os.environ | targets.environment(targets.TARGETS["v5e"], tmp_path)
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "LIBTPU_INIT_ARGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", SUMS], env=environment, capture_output=True, text=True
-    )
+    done = run_for_v5e(SUMS, tmp_path)
     assert done.stdout.split() == ["f32"], done.stderr[-2000:]
