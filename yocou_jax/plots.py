@@ -26,6 +26,7 @@ LOOPS = (
     *(("1", "yoco", "1"), ("2", "universal_transformer", "2"), ("3", "yoco_u", "3")),
     *(("4", "upper_loop", "4"), ("5", "upper_loop_unshared", "4"), ("random", "transformer", "d")),
 )
+THIN = "1234"  # markers of three lines, which are hardly seen at the size of the others
 # Entries of the studies that are a program of STYLES with other sizes or another budget.
 VARIANTS = {
     "yoco_deep": (STYLES["yoco"][0], "p", "--"),
@@ -56,8 +57,9 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     if len(others) > len(left):
         raise ValueError(f"There are only {len(left)} styles for {len(others)} other names.")
     chosen |= dict(zip(others, left, strict=False))
-    keys = ("color", "marker", "linestyle")
-    return {name: dict(zip(keys, chosen[name], strict=True), markersize=4) for name in names}
+    keys = ("color", "marker", "linestyle", "markersize")
+    sizes = {name: 8 if chosen[name][1] in THIN else 4 for name in names}
+    return {name: dict(zip(keys, (*chosen[name], sizes[name]), strict=True)) for name in names}
 
 
 def subplots(columns: int = 1, rows: int = 1, *, width: float = 5.0, height: float = 3.6):

@@ -87,5 +87,8 @@ def test_no_other_name_looks_like_a_program():
     for name in (name for name in plots.VARIANTS if not name.startswith("loops")):
         family = max((p for p in plots.STYLES if name.startswith(p)), key=len)
         assert styles[name]["color"] == styles[family]["color"]
+    # Markers of lines alone are hardly seen if they are as small as the others.
+    thin = {style["markersize"] for style in styles.values() if style["marker"] in "1234"}
+    assert thin == {8}
     with pytest.raises(ValueError, match="There are only 24 styles for 25 other names"):
         plots.styles([*names, "one more"])
