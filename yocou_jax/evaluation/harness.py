@@ -228,7 +228,7 @@ def python_docs_task(folder: Path, seed: int) -> dict:
         "target_delimiter": "",
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-            for metric in ("acc", "acc_norm")  # norm: of log p per byte of the answer
+            for metric in ("acc", "acc_norm")  # norm: of log p per character of the answer
         ],
         "num_fewshot": 0,
     }
