@@ -5,9 +5,9 @@
 
 The study is a file with `get_config()`, the settings of its reference, and STUDY
 (yocou_jax/study.py). The accounting finds the sizes of the other entries, and an entry that cannot
-match is an error. Seed 0 of each entry runs at several learning rates, the seeds that count at the
-best of them. Each run is a process of `experiments.train`, one after the other, in a workdir of its
-own. A run that fails does not end the others (exit code 1).
+match is an error. If a study has several learning rates, seed 0 of each entry runs at them, and the
+seeds that count at the best of them. Each run is a process of `experiments.train`, one after the
+other, in a workdir of its own. A run that fails does not end the others (exit code 1).
 
 The command can be killed at any time. The same command again resumes the run that was not finished,
 skips those that were, and makes those that failed again. After each run, these are written anew:
