@@ -7,11 +7,10 @@
 
 `table` writes CLAIMS.md, the line of the README that has the headline, and the figures, from the
 results of experiments.compare in results/. `check` exits with 1 and shows the difference if they
-are not what `table` would write, or if the README quotes a figure (bits/byte, tokens/s and so on)
-that no file in results/ has, those of studies aside. `update` writes the claims of a file again, as
-its study has them now, from the runs that the file has. `run` repeats one claim: it trains its
-entries in runs/claims/, and shows what results/ has and what came. It can be killed; the same
-command goes on.
+are not what `table` would write, or if the README quotes a figure (bits/byte, GiB and so on) that
+no file in results/ has, those of studies aside. `update` writes the claims of a file again, as its
+study has them now, from the runs of the file. `run` repeats one claim: it trains its entries in
+runs/claims/, and shows what results/ has and what came. After a kill, the same command goes on.
 """
 
 import difflib
@@ -45,6 +44,11 @@ def studies() -> dict[str, Study]:
     """Those in configs/studies/, by the names of their files."""
     names = [module.name for module in pkgutil.iter_modules(configs.studies.__path__)]
     return {name: importlib.import_module(f"configs.studies.{name}").STUDY for name in names}
+
+
+def settings(name: str) -> Config:
+    """What `get_config()` of a study gives."""
+    return Config.from_dict(importlib.import_module(f"configs.studies.{name}").get_config())
 
 
 def documents(found: dict[str, Study], results: list[claims.Result]) -> dict[Path, str]:
@@ -85,7 +89,7 @@ def update(path: Path, found: dict[str, Study]) -> None:
     if old["changed"]:
         raise UserError(f"{path} has other settings than its study. Write it with its command.")
     module = importlib.import_module(f"configs.studies.{name}")
-    new = findings.claims_again(found[name], Config.from_dict(module.get_config()), old)
+    new = findings.claims_again(found[name], settings(name), old)
     for line in claims.changes(old["claims"], new):
         print(line)
     now = old | {"claims": new, "text": module.__doc__.strip()}
@@ -99,9 +103,7 @@ def run(name: str, found: dict[str, Study], results: list[claims.Result]) -> int
     here = platform.python_version(), importlib.metadata.version("jax")
     _, before = claims.find(name, found, results)
     for result in before:
-        there = result.report["environments"][0]
-        there = there["python"], there["packages"]["jax"]
-        if here != there:
+        if here != (there := claims.versions(result)):
             print(f"Note: {result.path} is of Python and jax {there}, and here are {here}.")
     command = ["-m", "experiments.compare", *words]
     print(shlex.join(["python", *command]), flush=True)
@@ -127,7 +129,7 @@ def main(words: list[str]) -> int | None:
     found = studies()
     if len(words) == 3 and words[1] == "update":  # its claims may not be those of the study yet
         return update(Path(words[2]), found)
-    results = claims.read_results(RESULTS, found)
+    results = claims.read_results(RESULTS, found, settings)
     match words[1:]:
         case ["table"]:
             for path, text in documents(found, results).items():

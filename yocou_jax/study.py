@@ -157,7 +157,8 @@ class Study:
     until the best one has worse neighbors; the seeds that count take the best one. Empty: the rate
     of the config. metric: path in the record of a run; less is better,
     and it chooses the rate. evaluations: tasks of experiments.evaluate, each with its flags, for
-    every run.
+    every run. notes: what a reader of the results must know, and the records of the runs do not
+    say.
     """
 
     question: str
@@ -168,6 +169,7 @@ class Study:
     learning_rates: tuple[float, ...] = ()
     metric: str = "summary.val_bpb"
     evaluations: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    notes: str = ""
 
     def __post_init__(self):
         if not self.entries:

@@ -15,7 +15,7 @@ from yocou_jax.config import Config
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation import figure, findings
 from yocou_jax.evaluation import report as reports
-from yocou_jax.evaluation.compare import Comparison, RunFailed, overrides
+from yocou_jax.evaluation.compare import Comparison, RunFailed, overrides, with_gains
 from yocou_jax.evaluation.findings import report
 from yocou_jax.evaluation.statistics import interval, smallest_effect
 from yocou_jax.study import Claim, Entry, Study, twins
@@ -109,7 +109,7 @@ def test_what_makes_a_difference_decide_nothing(tmp_path):
         claims = (Claim("b", "a", source, (0.0, 0.5), within=within, **fields),)
         study = dataclasses.replace(STUDY, claims=claims)
         found = report(Comparison(study, BASE, tmp_path, seeds=seeds))["claims"][0]
-        return found["verdict"], found["remarks"][0]
+        return found["verdict"], [*found["doubts"], *found["remarks"]][0]
 
     comparison = Comparison(STUDY, BASE, tmp_path)
     train(comparison)
@@ -129,18 +129,45 @@ def test_what_makes_a_difference_decide_nothing(tmp_path):
 
 
 def test_seeds_that_have_learned_all_or_nothing_decide_nothing(tmp_path):
-    comparison = Comparison(STUDY, BASE, tmp_path)
     claim = Claim("b", "a", "Table 4", (0.0, 1.0), within=(0.05, 0.98), more=True)
 
     def doubts(better, worse):
+        comparison = Comparison(STUDY, BASE, tmp_path, seeds=len(better))
         values = [dict(zip(comparison.seeds, side, strict=True)) for side in (better, worse)]
         return findings._doubts(comparison, claim, values)
 
-    words = "with each seed, both have learned the task wholly, or both not at all"
-    assert doubts((1.0, 0.99, 0.0), (0.98, 1.0, 0.05)) == [words]
-    assert doubts((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)) == []  # one has learned it, the other not
-    assert doubts((1.0, 1.0, 0.0), (1.0, 0.5, 0.0)) == []
+    words = "with {} seeds, both have learned the task wholly, or both not at all: fewer than 3 "
+    words += "seeds are left"
+    assert doubts((1.0, 0.99, 0.0), (0.98, 1.0, 0.05)) == [words.format("3 of 3")]
+    # Two pairs of nearly 0 would only make the interval narrower.
+    assert doubts((1.0, 1.0, 0.0), (1.0, 0.5, 0.0)) == [words.format("2 of 3")]
+    assert doubts((1.0, 0.0, 0.9, 0.8, 0.9), (1.0, 0.0, 0.5, 0.6, 0.2)) == []
+    assert doubts((1.0, 1.0, 0.9), (0.0, 0.0, 0.0)) == []  # one has learned it, the other not
     assert doubts((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)) == ["neither of the two has learned the task"]
+    same = "the difference is the same with each seed, so its spread is not known"
+    assert doubts((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)) == [same]
+
+
+def test_both_numbers_of_a_run_must_be_there(tmp_path):
+    """A claim about two numbers of one entry has a doubt if any of them is missing."""
+    comparison = Comparison(STUDY, BASE, tmp_path, seeds=5)
+    claim = Claim("b", "b", "Figure 8", (0.0, 1.0), metric="summary.x", against="summary.y")
+    five, three = {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.0, 5: 1.1}, {1: 2.0, 2: 2.2, 3: 2.1}
+    words = ["b has no value with seed 4, 5"]
+    assert findings._doubts(comparison, claim, [five, three]) == words
+    assert findings._doubts(comparison, claim, [three, five]) == words
+    assert findings._doubts(comparison, claim, [three, three]) == words
+    assert findings._doubts(comparison, claim, [five, {n: 2 * n for n in five}]) == []
+
+
+def test_what_a_longer_text_is_worth_follows_from_the_losses():
+    scalars = {"nats": 9.0, "nats_seeing_8": 4.0, "nats_seeing_16": 3.5, "nats_seeing_32": None}
+    record = {"evaluation": {"perplexity": {"scalars": scalars}, "loops": {}}}
+    found = with_gains(record)["evaluation"]["perplexity"]["scalars"]
+    assert found == scalars | {"gain_8": 0.0, "gain_16": 0.5, "gain_32": None}
+    assert "gain_16" not in scalars  # the record stays as it is
+    for other in ({}, {"evaluation": {}}, {"evaluation": {"loops": {"scalars": {"nats": 1}}}}):
+        assert with_gains(other) == other
 
 
 def test_claims_are_not_written_again_about_other_programs(tmp_path):
@@ -149,7 +176,7 @@ def test_claims_are_not_written_again_about_other_programs(tmp_path):
     old = report(comparison)
     assert findings.claims_again(STUDY, BASE, old)
     old["entries"]["b"]["program"] = "full*9"
-    with pytest.raises(UserError, match=r"The entry b was full\*9 in these runs, and is "):
+    with pytest.raises(UserError, match=r"changed since these runs: b: full\*9 -> full\*1\. Make"):
         findings.claims_again(STUDY, BASE, old)
 
 

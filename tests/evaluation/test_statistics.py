@@ -8,6 +8,7 @@ from scipy import stats
 
 from yocou_jax.evaluation.statistics import (
     Interval,
+    all_equal,
     clustered,
     interval,
     paired,
@@ -74,7 +75,23 @@ def test_the_smallest_effect_of_many_pairs():
     ],
 )
 def test_verdicts(low, high, expected):
-    assert verdict(Interval(0.0, low, high, 0.01, 3), least=0.005) == expected
+    mean = 0.0 if low is None else (low + high) / 2
+    assert verdict(Interval(mean, low, high, 0.01, 3), least=0.005) == expected
+
+
+def test_a_mean_that_would_not_matter_is_not_reproduced():
+    """Its interval has differences that would matter, so it is not "not at this scale" either."""
+    for mean, expected in ((0.0049, "inconclusive"), (0.005, "reproduced")):
+        assert verdict(Interval(mean, 0.001, 0.009, 0.01, 3), least=0.005) == expected
+
+
+def test_differences_that_are_equal_up_to_rounding_are_inconclusive():
+    equal = interval([0.3, 0.1 + 0.2, 0.3])
+    assert equal.sd > 0
+    assert all_equal(equal)
+    assert verdict(equal, least=0.005) == "inconclusive"
+    assert not all_equal(interval([0.3, 0.30001, 0.3]))
+    assert not all_equal(interval([0.3]))
 
 
 def test_fewer_than_three_pairs_are_inconclusive():

@@ -15,12 +15,13 @@ import pytest
 from experiments import claims as command
 from tests.studies import BASE, STUDY, train
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation import claims
+from yocou_jax.evaluation import claims, findings
 from yocou_jax.evaluation.compare import Comparison
 from yocou_jax.evaluation.findings import report
 from yocou_jax.files import to_json
 from yocou_jax.study import Claim, Entry, Study, with_fields
 
+ROOT = Path(__file__).parents[2]
 OTHER = Study("?", {"c": Entry(), "d": Entry()}, (Claim("c", "d", "Figure 6", (0.0, 1.0)),))
 README = "What came: <!-- headline -->x<!-- end of the headline -->\n\n3.7378 nats/token\n"
 
@@ -119,19 +120,44 @@ def test_what_was_not_expected_is_marked_and_said(place, found):
 
 def test_what_the_paper_has_and_what_was_added_later(place, found, monkeypatch):
     """The interval is 0.2552 to 0.3048."""
-    for effect, words in (
-        (0.26, ""),
-        (0.2, "the difference in the paper, +0.200, is outside of the interval; "),
+    for effect, doubts, words in (
+        (0.26, [], ""),
+        (0.2, [], "the paper's difference is outside of the interval; "),
+        (0.2, ["fewer than 9 seeds"], "fewer than 9 seeds; "),  # so the interval decides nothing
     ):
-        claim = dataclasses.replace(STUDY.claims[0], effect=effect, added=True)
-        study = dataclasses.replace(STUDY, claims=(claim,))
+        new = {"effect": effect, "added": True}
+        claim = dataclasses.replace(STUDY.claims[0], **new)
+        study = dataclasses.replace(STUDY, claims=(claim,), notes="One run was lost.")
         monkeypatch.setattr(command, "studies", lambda study=study: {"one": study, "two": OTHER})
+        stored = found | {"claims": [found["claims"][0] | new | {"doubts": doubts}]}
+        Path("results/cpu/studies/one.json").write_text(to_json(stored))
         command.main(["", "table"])
         page = Path("CLAIMS.md").read_text()
         assert f"| `one.b_below_a` | {words}the best learning rate" in page
-        assert "| Table 3: 1.5 and 2.5 | added later |" in page
-        said = "; it has 0.200 less in the paper, outside of this interval."
-        assert (said in Path("README.md").read_text()) == bool(words)
+        assert f"| Table 3: 1.5 and 2.5 ({effect:+.4f}) | added later |" in page
+        assert "| One run was lost. |" in page
+        said = ". The paper has 1.5 and 2.5: in this unit, that is 0.200 less, which is outside of "
+        readme = Path("README.md").read_text()
+        assert (f"{said}the interval." in readme) == words.startswith("the paper")
+
+
+def test_a_share_has_no_effect_above_1(place, found, monkeypatch):
+    for metric, effect, words in (
+        ("evaluation.needle.scalars.accuracy_single", 1.5, "> 1"),
+        ("evaluation.needle.scalars.accuracy_single", 0.5, "0.5000"),
+        ("evaluation.loops.scalars.nats_1", 1.5, "1.5000"),
+    ):
+        claim = dataclasses.replace(STUDY.claims[0], metric=metric)
+        tasks = {"needle": (), "loops": ()}
+        study = dataclasses.replace(STUDY, claims=(claim,), evaluations=tasks)
+        monkeypatch.setattr(command, "studies", lambda study=study: {"one": study, "two": OTHER})
+        monkeypatch.setattr(claims, "HEADLINES", {})
+        old = found["claims"][0]
+        difference = old["difference"] | {"smallest_effect": effect}
+        stored = old | {"name": claim.name, "metric": metric, "difference": difference}
+        Path("results/cpu/studies/one.json").write_text(to_json(found | {"claims": [stored]}))
+        command.main(["", "table"])
+        assert f"| 3 | {words} | 0.005 |" in Path("CLAIMS.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -142,6 +168,12 @@ def test_what_the_paper_has_and_what_was_added_later(place, found, monkeypatch):
         ({"entries": {"b": Entry(), "a": Entry()}}, "changed since these runs: model.window"),
         ({"entries": {"a": Entry()}, "claims": ()}, "changed since these runs: its entries"),
         ({"evaluations": {"loops": ()}}, "Only 0 of 6 runs of a have what the study asks"),
+        ({"entries": {"a": Entry(), "b": Entry({"model.window": 5})}}, "b: model.window: 3 -> 5"),
+        ({"claims": (dataclasses.replace(STUDY.claims[0], added=True),)}, "had added False before"),
+        (
+            {"claims": (dataclasses.replace(STUDY.claims[0], match=()),)},
+            r"had match .* and not \[\]",
+        ),
     ],
 )
 def test_runs_of_another_study_are_no_evidence_for_its_claims(
@@ -159,6 +191,60 @@ def test_runs_of_another_study_are_no_evidence_for_its_claims(
     with pytest.raises(UserError, match=words):
         command.main(["", "update", str(path)])
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.window": 64}, "window_16: model.window: 16 -> 64"),
+        ({"data.source": "0.5*hops(p=2,length=128)"}, "window_16: data.source: '1.0.* -> '0.5"),
+        ("--lengths=64", "the task hops: --lengths=128 -> --lengths=64"),
+        (64, "batch_size: 32 -> 64"),
+    ],
+)
+def test_the_results_of_a_study_that_has_changed_are_refused(change, words, monkeypatch):
+    """Its numbers would be shown as those of another window, text or evaluation."""
+    found = command.studies()
+    study, base, settings = found["hops"], command.settings("hops"), command.settings
+    if isinstance(change, dict):
+        entry = study.entries["window_16"]
+        entry = dataclasses.replace(entry, fields=entry.fields | change)
+        study = dataclasses.replace(study, entries=study.entries | {"window_16": entry})
+    elif isinstance(change, str):
+        study = dataclasses.replace(study, evaluations={"hops": (change,)})
+    else:
+        base = with_fields(base, {"data.batch_size": change})
+    old = json.loads((ROOT / "results/cpu/studies/hops.json").read_text())
+    with pytest.raises(UserError, match=f"changed since these runs: .*{words}"):
+        findings.claims_again(study, base, old)
+    with pytest.raises(UserError, match=rf"hops\.json is of another study .*{words}"):
+        claims.read_results(
+            ROOT / "results",
+            found | {"hops": study},
+            lambda name: base if name == "hops" else settings(name),
+        )
+
+
+def test_the_gains_of_long_text_are_those_of_its_runs():
+    """CLAIMS.md has two means of `gain_1024`: here they are made from the losses of the runs."""
+    found = json.loads((ROOT / "results/cpu/studies/long_text.json").read_text())
+    (claim,) = (c for c in found["claims"] if c["name"] == "yoco_u_above_transformer.gain_1024")
+    for name, mean in zip(("yoco_u", "transformer"), claim["means"], strict=True):
+        runs = [
+            run["evaluation"]["perplexity"]["scalars"] for run in found["entries"][name]["runs"]
+        ]
+        gains = [run["nats_seeing_256"] - run["nats_seeing_1024"] for run in runs]
+        assert sum(gains) / len(gains) == pytest.approx(mean["mean"])
+
+
+def test_what_a_claim_expects_is_not_changed_after_its_runs(found):
+    old = found["claims"][0]
+    for change in ({"match": ["flops"]}, {"more": True}, {"added": True}, {"least": 1.0}):
+        (name,) = change
+        with pytest.raises(UserError, match=f"b_below_a had {name} "):
+            claims.changes([old], [old | change])
+    older = {name: value for name, value in old.items() if name != "added"}
+    assert claims.changes([older], [old]) == []
 
 
 def test_a_claim_that_more_is_better(place, found, monkeypatch, capsys):
@@ -202,13 +288,19 @@ def test_a_figure_without_a_result_is_found(place):
     # The results of studies, which have 0.28 and 2,560, do not count.
     unknown = ["3.7377 nats/token", "77.7x", "0.28 bits/byte", "2,560 tokens/s"]
     assert claims.unknown_figures(text, folder) == unknown
+    Path("results/cpu/plan.json").write_text('{"bytes": 3961974272, "seconds": [0.37676, 286.7]}')
+    text = "tpu7x, 3.69 GiB, 3.7 GiB, 3.6 GiB, 0.377\ns, 0.38 s, 0.37 s, 4:47, 4:46, v5e:16x16"
+    assert claims.unknown_figures(text, folder) == ["3.6 GiB", "0.37 s", "4:46"]
 
 
 def test_results_of_another_study_or_another_version(place, found):
     path = Path("results/cpu/studies/one.json")
     path.write_text(to_json(found | {"study": "/home/me/own.py"}))
-    assert claims.read_results(Path("results"), command.studies()) == []
-    for other in ({"least": 0.1}, {"expected": [0.1, 0.5]}, {"against": "x"}, {"within": [0, 1]}):
+    assert claims.read_results(Path("results"), command.studies(), command.settings) == []
+    for other in (
+        *({"least": 0.1}, {"expected": [0.1, 0.5]}, {"against": "x"}, {"within": [0, 1]}),
+        *({"effect": 0.1}, {"source": "not in the paper"}, {"added": True}),
+    ):
         path.write_text(to_json(found | {"claims": [found["claims"][0] | other]}))
         with pytest.raises(UserError, match=r"b_below_a, which is absent .* or differs there"):
             command.main(["", "check"])

@@ -87,7 +87,7 @@ def test_two_entries_and_a_stop(tmp_path):
     assert run["minutes"] * 60 == float(clock.read_text()) > before + summary["wall_s"]
     assert found["entries"]["a"]["values"] == {"0": summary["val_bpb"]}
     assert [tokens for tokens, _ in run["curve"]] == [300 * 128, 600 * 128]
-    assert "fewer than 3 seeds" in found["claims"][0]["remarks"]
+    assert "fewer than 3 seeds" in found["claims"][0]["doubts"]
     assert f"--workdir={tmp_path}/runs/b/lr=0.01,seed=0" in found["commands"]["b"]
 
     page = (tmp_path / "runs/report.html").read_text()

@@ -8,12 +8,13 @@ file, so that they can be corrected without its runs.
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from yocou_jax.config import Config
 from yocou_jax.errors import UserError, shown
-from yocou_jax.evaluation.findings import short_revision
+from yocou_jax.evaluation.findings import short_revision, study_changes
 from yocou_jax.evaluation.report import Table
 from yocou_jax.evaluation.statistics import NOT_HERE
 from yocou_jax.study import AXES, Claim, Study
@@ -24,6 +25,7 @@ HEADLINES = {
     "language.yoco_u_below_yoco_equal_flops": "`yoco` trained for as many FLOPs",
 }
 COMMAND = "python -m experiments.claims run"
+UPDATE = "python -m experiments.claims update"
 COLUMNS = (
     *("claim", "the paper", "expected: better by", "ours", "found: better by", "95% interval"),
     *("seeds", "smallest effect", "matters from", "verdict", "sizes", "minutes"),
@@ -37,26 +39,34 @@ INTRODUCTION = (
     "the name of a metric, it is the validation loss in bits/byte. *Ours* are the two means, of"
     " the better entry first. *Found* is their difference, paired by seed: above 0, the claim "
     "holds in these runs; *outside*: not in the range that was expected. A claim that was *added "
-    "later*, when the results were known, has no expectation. The *smallest effect* is "
-    "the true difference that this many seeds would find with 80% probability. The minutes are "
-    "those of all runs of the entries, with their sweep of the learning rate. (Two runs may have "
-    "shared a machine, one on each core.)",
-    "A claim is *not at this scale* if the whole 95% interval is below the smallest difference "
-    "that would matter, and below that of the paper; *the reverse holds* if it is even below 0, "
-    "and the difference large enough to matter. Otherwise it is *reproduced* "
-    "(*holds*, if it is not in the paper) if the whole interval is above 0. "
-    "It is *inconclusive* in all other cases, and also with fewer than 3 seeds, if a seed has no"
-    " value, or if with each seed no entry has learned the task or all have. The intervals are "
-    "about seeds only, and not about the text on which a loss is measured. They are not corrected "
-    "for the number of claims: of 20 claims without any effect, one is expected to have an "
-    "interval without 0.",
+    "later*, when the results or those of earlier runs were known, has no expectation. The "
+    "*smallest effect* is the true difference that this many seeds would find with 80% "
+    "probability. The minutes are those of all runs of the entries, with their sweep of the "
+    "learning rate. (Two runs may have shared a machine, one on each core.)",
+    "*Matters from* is the smallest difference that would matter. If the paper has a smaller one "
+    "(in brackets, next to its values), the limit is that of the paper. A claim is *not at this "
+    "scale* if the whole 95% interval is below the limit; *the reverse holds* if the interval is "
+    "even below 0, and the difference at least what matters. A claim is *reproduced* (*holds*, if "
+    "it is not in the paper) if the whole interval is above 0, and the difference at least the "
+    "limit. It is *inconclusive* in all other cases, and also with fewer than 3 seeds, if a seed "
+    "has no value, if the difference is the same with each seed (then its spread is not known), "
+    "or if fewer than 3 seeds are left without those with which both entries have learned a task "
+    "wholly, or both not at all.",
+    "The intervals are those of Student's t over seeds: they assume that the differences are "
+    "roughly normal, and for the share of right answers of three seeds that learn all or nothing "
+    "they do not have 95% coverage. They are about seeds only, and not about the text on which a "
+    "loss is measured. They are not corrected for the number of claims: of 20 claims without any "
+    "effect, one is expected to have an interval without 0.",
     "The models of Table 3 read 15 tokens for each parameter, those of `language`, `loops`, "
-    "`inside` and `long_text` about one. The paper's differences of perplexity are given in "
-    "bits/byte, at 5.35 bytes per word, as WikiText-2 has them.",
+    "`inside` and `long_text` about one. The difference in brackets after the paper's values is in "
+    "our unit, but of another text: a Wiki perplexity per word is converted to bits/byte at 5.35 "
+    "bytes per word, as WikiText-2 has them.",
 )
 WORDS = 3  # the first columns: what is known before the first run
 # A figure that a document quotes: a number with one of these units.
-FIGURE = re.compile(r"([\d,]*\.?\d+)(?:\s*(?:nats/token|bits/byte|tokens/s|[GT]FLOP/s)|x\b)")
+UNITS = r"nats/token|bits/byte|tokens/s|[GT]FLOP/s|GiB\b|s\b"
+FIGURE = re.compile(rf"(?<![\w.])([\d,]*\.?\d+)(?:\s*({UNITS})|x\b)")
+CLOCK = re.compile(r"(?<![\w.:])\d+:[0-5]\d\b")  # minutes and seconds
 
 
 class Result(NamedTuple):
@@ -70,10 +80,14 @@ class Result(NamedTuple):
     report: Mapping[str, Any]
 
 
-def read_results(folder: Path, studies: Mapping[str, Study]) -> list[Result]:
+def read_results(
+    folder: Path, studies: Mapping[str, Study], settings: Callable[[str], Config]
+) -> list[Result]:
     """The results of the given studies in a folder results/. studies: by file name without suffix.
+    settings: what `get_config()` of a study gives, by the same name.
 
-    Raises UserError if a file does not have the claims of its study.
+    Raises UserError if a file does not have the claims of its study, or if its runs are not those
+    that the study would make now.
     """
     found = []
     for path in sorted(folder.glob("*/studies/*.json")):
@@ -84,17 +98,25 @@ def read_results(folder: Path, studies: Mapping[str, Study]) -> list[Result]:
                 continue
             raise UserError(f"{path} does not name its study. Write it again: {report['command']}")
         result = Result(path, path.stem, path.parts[-3], file.stem, report)
+        base = None if report["changed"] else settings(file.stem)
+        if changed := study_changes(studies[file.stem], base, report):
+            raise UserError(
+                f"{path} is of another study than {report['study']} is now: {'; '.join(changed)}. "
+                f"Make its runs again: {report['command']}"
+            )
         _check_claims(result, studies[file.stem])
         found.append(result)
     return found
 
 
 def _check_claims(result: Result, study: Study) -> None:
-    """What was expected before the runs stays as it was. Only words about the paper may change."""
+    """What was expected before the runs stays as it was, and a verdict is of the claim as it is
+    now. Only words about the paper may change."""
 
     def fixed(claim: Mapping[str, Any]) -> dict[str, Any]:
         names = ("better", "worse", "more", "metric", "against", "match", "expected", "least")
-        return {name: claim.get(name) for name in (*names, "within")}
+        names += ("within", "source", "effect", "added")
+        return {name: claim.get(name) for name in names}
 
     ours = {}
     for c in study.claims:
@@ -105,7 +127,7 @@ def _check_claims(result: Result, study: Study) -> None:
         if ours.get(claim["name"]) != fixed(claim):
             raise UserError(
                 f"{result.path} has the claim {claim['name']}, which is absent from the study "
-                f"{result.study} or differs there. Write it again: {result.report['command']}"
+                f"{result.study} or differs there. `{UPDATE} {result.path}` writes it again."
             )
 
 
@@ -130,7 +152,7 @@ def tables(studies: Mapping[str, Study], results: Sequence[Result]) -> list[Tabl
     for name in [n for n in studies if n not in {result.name for result in results}]:
         rows = [[*row[:WORDS], row[-2]] for row in _rows(studies[name], None, name)]
         made.append(Table(f"{name}: not run", columns, rows))
-    return [*made, _origins(results)] if results else made
+    return [*made, _origins(studies, results)] if results else made
 
 
 def _title(result: Result) -> str:
@@ -151,7 +173,7 @@ def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]
         equal = "" if len(claim.entries) == 1 else f", at equal {', '.join(_match(study, claim))}"
         first = [
             f"{words}{equal}",
-            f"{claim.source}: {claim.paper}" if claim.paper else claim.source,
+            _paper(claim),
             "added later" if claim.added else f"{low:+g} to {high:+g}",
         ]
         command = f"`{result.name if result else name}.{claim.name}`"
@@ -161,6 +183,12 @@ def _rows(study: Study, result: Result | None, name: str = "") -> list[list[str]
             cells = _cells(claim, found[claim.name], result.report)
             rows.append([*first, *cells[:-1], command, cells[-1]])
     return rows
+
+
+def _paper(claim: Claim) -> str:
+    """What the paper has, with the difference that its values mean in our unit."""
+    effect = "" if claim.effect is None else f" ({claim.effect:+.4f})"
+    return f"{claim.source}: {claim.paper}{effect}" if claim.paper else claim.source
 
 
 def _is_reversed(claim: Mapping[str, Any]) -> bool:
@@ -175,34 +203,46 @@ def _cells(made: Claim, claim: Mapping[str, Any], report: Mapping[str, Any]) -> 
     outside = "" if made.added or low <= found["mean"] <= high else " (outside)"
     reverse = claim["verdict"] == NOT_HERE and _is_reversed(claim)
     sizes = [_sizes(report["entries"][claim[side]]["amounts"]) for side in ("better", "worse")]
-    excluded = [words] if (words := _excluded(made, found)) else []
+    excluded = ["the paper's difference is outside of the interval"] * _is_excluded(claim)
     return [
         " and ".join(f"{side['mean']:.4f}" for side in claim["means"]),
         f"{found['mean']:+.4f}{outside}",
         _interval(found),
         str(found["n"]),
-        "-" if found["smallest_effect"] is None else f"{found['smallest_effect']:.4f}",
+        _smallest(claim),
         f"{claim['least']:g}",
         claim["verdict"] + (" (the reverse holds)" if reverse else ""),
         "; ".join(dict.fromkeys(sizes)),
         f"{claim['minutes']:.0f}",
-        "; ".join([*excluded, *claim["remarks"]]),
+        "; ".join([*claim["doubts"], *excluded, *claim["remarks"]]),
     ]
 
 
-def _excluded(made: Claim, found: Mapping[str, Any]) -> str:
-    """That the difference in the paper is not in the interval."""
-    if made.effect is None or found["low"] is None or found["low"] <= made.effect <= found["high"]:
-        return ""
-    return f"the difference in the paper, {made.effect:+.3f}, is outside of the interval"
+def _smallest(claim: Mapping[str, Any]) -> str:
+    effect = claim["difference"]["smallest_effect"]
+    if effect is None:
+        return "-"
+    share = claim["metric"].rpartition(".")[2].startswith("accuracy")  # it is at most 1
+    return "> 1" if share and effect > 1 else f"{effect:.4f}"
 
 
-def _in_words(made: Claim, found: Mapping[str, Any]) -> str:
+def _is_excluded(claim: Mapping[str, Any]) -> bool:
+    """Whether the paper's difference is not in the interval, and the interval decides something."""
+    found, effect = claim["difference"], claim["effect"]
+    if effect is None or found["low"] is None or claim["doubts"]:
+        return False
+    return not found["low"] <= effect <= found["high"]
+
+
+def _in_words(made: Claim, claim: Mapping[str, Any]) -> str:
     """The same for a sentence that says in words which entry has more."""
-    if not _excluded(made, found) or made.effect is None:
+    if made.effect is None or not _is_excluded(claim):
         return ""
     word = "more" if (made.effect > 0) == made.more else "less"
-    return f"; it has {abs(made.effect):.3f} {word} in the paper, outside of this interval"
+    return (
+        f". The paper has {made.paper}: in this unit, that is {abs(made.effect):.3f} {word}, "
+        "which is outside of the interval"
+    )
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -222,7 +262,7 @@ def _short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _origins(results: Iterable[Result]) -> Table:
+def _origins(studies: Mapping[str, Study], results: Iterable[Result]) -> Table:
     rows = []
     for result in results:
         report = result.report
@@ -240,7 +280,7 @@ def _origins(results: Iterable[Result]) -> Table:
                 str(len(made)),
                 f"{report['minutes']:.0f}",
                 f"`{report['command']}`",
-                "; ".join(report["remarks"]),
+                "; ".join([*report["remarks"], *filter(None, [studies[result.study].notes])]),
             ]
         )
     columns = [
@@ -303,17 +343,18 @@ def sentences(
                 f"{equal}`{claim.better}` has {abs(mean):.4f} {unit} "
                 f"{better if mean >= 0 else worse} than {than} ({bounds}; {seeds} seeds; {sizes}; "
                 f"{result.device}). The claim that it has {better}: {word}"
-                f"{_in_words(claim, found['difference'])}."
+                f"{_in_words(claim, found)}."
             )
     return said
 
 
 def changes(before: Iterable[Mapping], now: Iterable[Mapping]) -> list[str]:
-    """Which claims came and went. Raises UserError if the expectation of one has changed."""
+    """Which claims came and went. Raises UserError if the expectation of one has changed, or what
+    it is an expectation of."""
     old, new = ({claim["name"]: claim for claim in claims} for claims in (before, now))
     for name in old.keys() & new.keys():
-        for field in ("expected", "least", "within"):
-            if old[name][field] != new[name][field]:
+        for field in ("expected", "least", "within", "match", "more", "added"):
+            if field in old[name] and old[name][field] != new[name][field]:  # `added` is newer
                 raise UserError(
                     f"The claim {name} had {field} {old[name][field]} before its runs, and not "
                     f"{new[name][field]}."
@@ -321,6 +362,12 @@ def changes(before: Iterable[Mapping], now: Iterable[Mapping]) -> list[str]:
     return [f"- {name}" for name in old if name not in new] + [
         f"+ {name}" for name in new if name not in old
     ]
+
+
+def versions(result: Result) -> tuple[str, str]:
+    """Of Python and jax, with which the first of its runs was made."""
+    first = result.report["environments"][0]
+    return first["python"], first["packages"]["jax"]
 
 
 def changed(before: Result, now: Result) -> list[str]:
@@ -345,15 +392,18 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def unknown_figures(text: str, folder: Path) -> list[str]:
-    """The figures in a text (numbers with a unit of FIGURE) that no file of results/ has, at the
-    precision in which they are written. Files of studies do not count: they have so many numbers
-    that a short figure would always be among them."""
-    figures = {match[0]: match[1].replace(",", "") for match in FIGURE.finditer(text)}
+    """The figures in a text (numbers with a unit of FIGURE, and times as in 4:47) that no file of
+    results/ has, at the precision in which they are written. The files have bytes and seconds.
+    Files of studies do not count: they have so many numbers that a short figure would always be
+    among them. Not seen are figures with other words, such as ranges of minutes."""
     files = [f for f in sorted(folder.rglob("*.json")) if f.parent.name != "studies"]
     known = [n for f in files for n in numbers(json.loads(f.read_text(encoding="utf-8")))]
     unknown = []
-    for words, figure in figures.items():
+    for match in FIGURE.finditer(text):
+        figure, size = match[1].replace(",", ""), 2**30 if match[2] == "GiB" else 1
         digits = len(figure.partition(".")[2])
-        if not any(f"{number:.{digits}f}" == figure for number in known):
-            unknown.append(words)
-    return unknown
+        if not any(f"{number / size:.{digits}f}" == figure for number in known):
+            unknown.append(match[0])
+    clocks = {f"{round(number) // 60}:{round(number) % 60:02}" for number in known}
+    unknown += [match[0] for match in CLOCK.finditer(text) if match[0] not in clocks]
+    return [*dict.fromkeys(unknown)]

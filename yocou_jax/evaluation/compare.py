@@ -8,9 +8,10 @@ seeds that count run at the best rate.
 
 The record of a run is what its workdir says: `summary`, `evaluation` (the result of each task of
 the study), `curve` (validation), `training` (thinned), `minutes`, and where it came from. A metric
-of a study is a dotted path in it, such as summary.val_bpb or evaluation.hops.results.0.accuracy. So
-a comparison that was killed finds the runs that have ended, and goes on. That may take days, so
-other code, devices or versions are no error: remarks say where numbers come from several of them.
+of a study is a dotted path in it, such as summary.val_bpb or evaluation.hops.results.0.accuracy;
+`with_gains` adds some numbers. So a comparison that was killed finds the runs that have ended, and
+goes on. That may take days, so other code, devices or versions are no error: remarks say where
+numbers come from several of them.
 """
 
 import contextlib
@@ -177,7 +178,7 @@ class Comparison:
         claims = [c for c in self.study.claims if spec.entry in c.entries]
         for metric in {self.study.metric, *(path for claim in claims for path in claim.metrics)}:
             try:
-                found = look_up(record, metric)
+                found = look_up(with_gains(record), metric)
             except LookupError as error:
                 raise UserError(
                     f"The run in {spec.workdir} has ended, but it has no metric {metric}: "
@@ -192,7 +193,8 @@ class Comparison:
     def value(self, spec: Spec, metric: str | None = None) -> float | None:
         """A metric of a run. None if the run has not ended, or if the number is not finite."""
         try:
-            found = look_up(self.record(spec) or {}, metric or self.study.metric)
+            record = with_gains(self.record(spec) or {})
+            found = look_up(record, metric or self.study.metric)
         except LookupError:
             return None
         return float(found) if isinstance(found, int | float) else None
@@ -349,6 +351,32 @@ def look_up(record: Mapping, path: str) -> Any:
     return found
 
 
+def with_gains(record: Mapping) -> Mapping:
+    """The record, with what a longer text before them is worth to the last tokens (Figure 4 of the
+    paper): gain_L in the scalars of the task perplexity, which is the loss with the fewest tokens
+    that the model saw, minus that with L tokens. Records do not store it, as it follows from them.
+    """
+    task = record.get("evaluation", {}).get("perplexity", {})
+    start, scalars = "nats_seeing_", task.get("scalars", {})
+    seen = {int(n.removeprefix(start)): v for n, v in scalars.items() if n.startswith(start)}
+    if not seen:
+        return record
+    first = seen[min(seen)]
+    gains = {
+        f"gain_{tokens}": None if None in (first, nats) else first - nats
+        for tokens, nats in seen.items()
+    }
+    tasks = record["evaluation"] | {"perplexity": {**task, "scalars": {**scalars, **gains}}}
+    return {**record, "evaluation": tasks}
+
+
+def given_flags(evaluation: Mapping) -> set[str]:
+    """The flags with which a task has made its report, without those that say which task it is, and
+    of which run."""
+    words = [word for word in shlex.split(evaluation["command"]) if word.startswith("--")]
+    return {word for word in words if not word.startswith(("--workdir=", "--task="))}
+
+
 def _evaluation(spec: Spec, task: str, flags: Iterable[str]) -> dict | None:
     """The report of a task. None if there is none, or if it is one of other flags or of a step
     before the last."""
@@ -356,10 +384,8 @@ def _evaluation(spec: Spec, task: str, flags: Iterable[str]) -> dict | None:
         found = json.loads((spec.workdir / f"evaluation/{task}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    words = [word for word in shlex.split(found["command"]) if word.startswith("--")]
-    given = {word for word in words if not word.startswith(("--workdir=", "--task="))}
     # Somebody may have measured an earlier checkpoint while the run was training.
-    same = given == set(flags) and found["step"] == spec.config.run.steps
+    same = given_flags(found) == set(flags) and found["step"] == spec.config.run.steps
     return found if same else None
 
 

@@ -10,20 +10,21 @@ from typing import Any
 from yocou_jax import accounting
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
-from yocou_jax.evaluation.compare import SWEEP, Comparison, distinct
+from yocou_jax.evaluation.compare import IGNORED, SWEEP, Comparison, distinct, given_flags
 from yocou_jax.evaluation.statistics import (
     HOLDS,
     INCONCLUSIVE,
     PAIRS,
     REPRODUCED,
     Interval,
+    all_equal,
     interval,
     paired,
     smallest_effect,
     verdict,
 )
-from yocou_jax.study import AXES, NOT_IN_PAPER, TOLERANCE, Claim, Study, matched, ratios
-from yocou_jax.trees import flat
+from yocou_jax.study import AXES, NOT_IN_PAPER, TOLERANCE, Claim, Study, matched, ratios, twins
+from yocou_jax.trees import differences, flat
 
 
 def report(comparison: Comparison) -> dict[str, Any]:
@@ -48,27 +49,47 @@ def report(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def study_changes(study: Study, base: Config | None, old: Mapping[str, Any]) -> list[str]:
+    """How a study differs from what the runs of a report were made with, as words.
+
+    base: the settings of its `get_config()`. None: flags have changed the settings of these runs,
+    so only their evaluations are compared.
+    """
+    runs = [run for entry in old["entries"].values() for run in entry["runs"]]
+    found = []
+    for task, flags in study.evaluations.items():
+        evaluations = [run["evaluation"][task] for run in runs if task in run["evaluation"]]
+        for given in distinct(sorted(given_flags(made)) for made in evaluations):
+            if given != sorted({*flags}):
+                found.append(f"the task {task}: {' '.join(given)} -> {' '.join(flags)}")
+    if base is None:
+        return found
+    configs = twins(study, base)
+    if old["entries"].keys() != configs.keys():
+        return [*found, "its entries"]
+    before, now = flat(old["config"]), flat(configs[study.reference].to_dict())
+    common = before.keys() & now.keys()  # a field that is newer than the runs has changed nothing
+    found += differences(*({key: s[key] for key in common} for s in (before, now)), IGNORED)
+    for name, entry in old["entries"].items():
+        fields = _fields(configs[name], configs[study.reference])
+        found += [f"{name}: {words}" for words in differences(entry["fields"], fields, IGNORED)]
+        if entry["program"] != (program := str(configs[name].model.program)):
+            found.append(f"{name}: {entry['program']} -> {program}")
+    return found
+
+
 def claims_again(study: Study, base: Config, old: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The claims that a study has now, about the runs of an older report. base: the settings of the
     study's reference.
 
     Raises UserError if the runs are not those of the study as it is now.
     """
+    if changed := study_changes(study, base, old):
+        words = "; ".join(changed)
+        raise UserError(f"The study has changed since these runs: {words}. Make them again.")
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(study, base, Path(folder), len(old["seeds"]))
-        before, now = flat(old["config"]), flat(comparison.twins[study.reference].to_dict())
-        same = {key for key in before.keys() & now.keys() if before[key] == now[key]}
-        changed = sorted((before.keys() & now.keys()) - same)
-        if changed or old["entries"].keys() != comparison.twins.keys():
-            words = ", ".join(changed) or "its entries"
-            raise UserError(f"The study has changed since these runs: {words}. Make them again.")
         for name, entry in old["entries"].items():
-            program = str(comparison.twins[name].model.program)
-            if entry["program"] != program:
-                raise UserError(
-                    f"The entry {name} was {entry['program']} in these runs, and is {program} now. "
-                    "Make them again."
-                )
             for run in entry["runs"]:
                 try:
                     spec = comparison.spec(name, run["learning_rate"], run["seed"])
@@ -92,17 +113,22 @@ def claims_again(study: Study, base: Config, old: Mapping[str, Any]) -> list[dic
     return new["claims"]
 
 
+def _fields(config: Config, reference: Config) -> dict[str, Any]:
+    """The fields that differ from those of the reference."""
+    new, old = flat(config.to_dict()), flat(reference.to_dict())
+    return {field: new[field] for field in new if new[field] != old[field]}
+
+
 def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
     reference = comparison.study.reference
     config, other = comparison.twins[name], comparison.twins[reference]
-    new, old = flat(config.to_dict()), flat(other.to_dict())
     values, failures = comparison.values(name), {}
     for spec in comparison.runs([name]):
         with contextlib.suppress(FileNotFoundError):
             failures[spec.name] = spec.failure.read_text(encoding="utf-8").strip()
     return {
         "program": str(config.model.program),
-        "fields": {field: new[field] for field in new if new[field] != old[field]},
+        "fields": _fields(config, other),
         "amounts": {axis: AXES[axis].amount(config) for axis in AXES},
         "ratios": ratios(config, other),  # amounts over those of the reference
         "matched": list(matched(config, other)),
@@ -142,6 +168,8 @@ def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
         "more": claim.more,
         "source": claim.source,
         "paper": claim.paper,
+        "effect": claim.effect,
+        "added": claim.added,
         "metric": claim.metric or comparison.study.metric,
         "against": claim.against,
         "match": list(comparison.study.match if claim.match is None else claim.match),
@@ -153,7 +181,8 @@ def _claim(comparison: Comparison, claim: Claim) -> dict[str, Any]:
         "difference": _numbers(found),  # above 0: `better` is better
         "verdict": INCONCLUSIVE if doubts else word,
         "minutes": sum(record["minutes"] for record in _records(comparison, *claim.entries)),
-        "remarks": ["not run"] if found is None else doubts + _remarks(comparison, claim),
+        "doubts": [] if found is None else doubts,
+        "remarks": ["not run"] if found is None else _remarks(comparison, claim),
     }
 
 
@@ -162,7 +191,7 @@ def _doubts(comparison: Comparison, claim: Claim, values: list[dict[int, float]]
     pairs = len(values[0].keys() & values[1].keys())
     doubts = [f"fewer than {PAIRS} seeds"] if pairs < PAIRS else []
     # A run that failed is evidence too, so the others alone must not decide.
-    for name, side in zip(claim.entries, values, strict=False):
+    for name, side in zip((claim.better, claim.worse), values, strict=True):
         if missing := [str(seed) for seed in comparison.seeds if seed not in side]:
             doubts.append(f"{name} has no value with seed {', '.join(missing)}")
     if claim.within is not None and all(values):
@@ -172,10 +201,15 @@ def _doubts(comparison: Comparison, claim: Claim, values: list[dict[int, float]]
         if min(means) >= claim.within[1]:
             doubts.append("the task is too easy for both")
         pairs_of_runs = [[side[seed] for side in values] for seed in values[0] if seed in values[1]]
-        same_end = [max(p) <= claim.within[0] or min(p) >= claim.within[1] for p in pairs_of_runs]
-        if not doubts and all(same_end):
-            doubts.append("with each seed, both have learned the task wholly, or both not at all")
-    return doubts
+        ends = sum(max(p) <= claim.within[0] or min(p) >= claim.within[1] for p in pairs_of_runs)
+        # Such pairs differ by nearly nothing, and would only make the interval narrower.
+        if not doubts and pairs - ends < PAIRS:
+            words = f"with {ends} of {pairs} seeds, both have learned the task wholly, or both not "
+            doubts.append(f"{words}at all: fewer than {PAIRS} seeds are left")
+    found = paired(*values)
+    if not doubts and found is not None and all_equal(found):
+        doubts.append("the difference is the same with each seed, so its spread is not known")
+    return list(dict.fromkeys(doubts))
 
 
 def _remarks(comparison: Comparison, claim: Claim) -> list[str]:

@@ -104,7 +104,7 @@ def _claims(report: Mapping[str, Any]) -> Table:
                 _interval(claim["difference"], "+.4f"),
                 _number((claim["difference"] or {}).get("smallest_effect")),
                 claim["verdict"],
-                "; ".join(claim["remarks"]),
+                "; ".join([*claim["doubts"], *claim["remarks"]]),
             ]
         )
     columns = [

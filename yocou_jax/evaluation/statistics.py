@@ -18,6 +18,8 @@ from yocou_jax.typing import Bool, Int
 LEVEL = 0.95  # of all intervals
 POWER = 0.8  # with which the smallest effect is found
 PAIRS = 3  # fewer decide nothing
+# Differences that vary less are equal: losses are float32, so their last digits are rounding.
+ROUNDING = 1e-6
 
 REPRODUCED, NOT_HERE, INCONCLUSIVE = "reproduced", "not at this scale", "inconclusive"
 HOLDS = "holds"  # instead of "reproduced", if the paper does not say it
@@ -74,21 +76,27 @@ def smallest_effect(difference: Interval) -> float | None:
     return shift * difference.sd / math.sqrt(difference.n)
 
 
+def all_equal(difference: Interval) -> bool:
+    """Whether several differences are equal, up to rounding. Such a sample says nothing about their
+    spread, so its interval is no interval."""
+    return difference.sd is not None and difference.sd < ROUNDING
+
+
 def verdict(difference: Interval | None, least: float) -> str:
     """What a difference (`paired`) says about the claim that it is above 0.
 
-    reproduced: the whole interval is above 0. not at this scale: the whole interval is below
-    `least`, so there is no effect that would matter. inconclusive: anything else, fewer than PAIRS
-    seeds, and differences that are all equal: such a sample says nothing about their spread.
+    reproduced: the whole interval is above 0, and the mean at least `least`. not at this scale: the
+    whole interval is below `least`, so there is no effect that would matter. inconclusive: anything
+    else, fewer than PAIRS seeds, and differences that are all equal.
     """
-    if difference is None or difference.n < PAIRS or not difference.sd:
+    if difference is None or difference.n < PAIRS or all_equal(difference):
         return INCONCLUSIVE
     low, high = difference.low, difference.high
     if low is None or high is None:
         return INCONCLUSIVE
     if high < least:
         return NOT_HERE
-    return REPRODUCED if low > 0 else INCONCLUSIVE
+    return REPRODUCED if low > 0 and difference.mean >= least else INCONCLUSIVE
 
 
 # --- Shares of right answers ----------------------------------------------------------------------
