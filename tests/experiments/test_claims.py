@@ -136,9 +136,9 @@ def test_what_the_paper_has_and_what_was_added_later(place, found, monkeypatch):
         assert f"| `one.b_below_a` | {words}the best learning rate" in page
         assert f"| Table 3: 1.5 and 2.5 ({effect:+.4f}) | added later |" in page
         assert "| One run was lost. |" in page
-        said = ". The paper has 1.5 and 2.5: in this unit, that is 0.200 less, which is outside of "
+        said = ". The paper has 1.5 and 2.5, on another text: 0.200 less in this unit, which is "
         readme = Path("README.md").read_text()
-        assert (f"{said}the interval." in readme) == words.startswith("the paper")
+        assert (f"{said}outside of the interval." in readme) == words.startswith("the paper")
 
 
 def test_a_share_has_no_effect_above_1(place, found, monkeypatch):

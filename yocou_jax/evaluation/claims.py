@@ -240,8 +240,8 @@ def _in_words(made: Claim, claim: Mapping[str, Any]) -> str:
         return ""
     word = "more" if (made.effect > 0) == made.more else "less"
     return (
-        f". The paper has {made.paper}: in this unit, that is {abs(made.effect):.3f} {word}, "
-        "which is outside of the interval"
+        f". The paper has {made.paper}, on another text: {abs(made.effect):.3f} {word} in this "
+        "unit, which is outside of the interval"
     )
 
 
