@@ -7,9 +7,12 @@ one matrix product. kv: keys that are handled at a time. With a window, a block 
 band of q + W - 1 keys; for xla, kv is the whole band, rounded up.
 
 xla, measured in CPU time on XLA's CPU backend (2 cores), forward + backward:
-* full: products must be long, although long blocks have more pairs above the diagonal. For 4 and 8
-  heads at N = 256 to 4096, 256 x 256 was the fastest of 64 x 64 to 512 x 512: 1.2-1.8x as fast as
-  128 x 128. For one row of 2 heads, 512 x 512 was 2x as fast as 256 x 256 (LOG.md, 2026-11-26).
+* full, at most 1024 positions: the loop over blocks is unrolled, and a block takes the keys that it
+  sees in one piece. Blocks of 64 or 128 queries were 1.1-2x as fast as those of 256 (LOG.md,
+  2026-11-27).
+* full, longer: products must be long, although long blocks have more pairs above the diagonal. For
+  4 and 8 heads at N = 4096, 256 x 256 was the fastest of 64 x 64 to 512 x 512. For one row of 2
+  heads, 512 x 512 was 2x as fast as 256 x 256 (LOG.md, 2026-11-26).
 * window: the largest block with scores of at most about 2 MB. B = 16, 4 heads, W = 128: 32 or 64
   beat 128 by 1.6x; B = 1, 4 heads, W = 512: 128 beats 32 by 1.15x.
 * decode: 512 keys were fastest or within 5% of it, of 128 to 4096, at S = 16384.
@@ -69,6 +72,8 @@ def _replaceable(function: Callable) -> Callable:
 
 SCORES_IN_CACHE = 2**19  # fp32 elements: 2 MB
 XLA_DECODE_KEYS = 512
+XLA_UNROLLED_BLOCKS = 8  # more take long to compile
+XLA_UNROLLED_KEYS = 1024  # of full attention; scores of more keys in one piece need much memory
 BAND_MULTIPLE = 32  # keys; a band of 159 instead of 160 made exp2 and the copies twice as slow
 
 
@@ -80,7 +85,10 @@ class Blocks(NamedTuple):
 @_replaceable
 def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Blocks:
     if window is None:
-        size = 512 if batch * heads * 512 * 512 <= SCORES_IN_CACHE else 256
+        if max(N, S) <= XLA_UNROLLED_KEYS:
+            size = 64 if N <= 64 * XLA_UNROLLED_BLOCKS else 128
+        else:
+            size = 512 if batch * heads * 512 * 512 <= SCORES_IN_CACHE else 256
         return Blocks(min(size, N), min(size, S))
     for q in (128, 64, 32):
         q = min(q, N)

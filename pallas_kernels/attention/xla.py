@@ -3,8 +3,9 @@
 One pair of loops serves the window and full causal attention. They differ only in the keys that a
 block of bq queries visits (`_visits`). The window takes its band (the bq + W - 1 keys that these
 queries see) in one piece. Full attention takes the chunks of keys up to the diagonal one after the
-other, with a running softmax (FlashAttention-2, arXiv 2307.08691). The backward recomputes p block
-by block from q, k, v, o, lse.
+other, with a running softmax (FlashAttention-2, arXiv 2307.08691). If there are few blocks, the
+loops are unrolled, and every block takes exactly the keys that it sees in one piece. The backward
+recomputes p block by block from q, k, v, o, lse.
 
 Shapes inside: queries [B K R H] with R = G * bq rows, so that the G query heads of a group are rows
 of one matrix product and keys are never repeated. Softmax in base 2, fp32.
@@ -21,10 +22,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention import mask as masks
-from pallas_kernels.attention.blocks import XLA_DECODE_KEYS, xla_blocks
+from pallas_kernels.attention.blocks import (
+    BAND_MULTIPLE,
+    XLA_DECODE_KEYS,
+    XLA_UNROLLED_BLOCKS,
+    XLA_UNROLLED_KEYS,
+    xla_blocks,
+)
 from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
 from pallas_kernels.attention.mask import Mask
 
+UNSEEN = masks.MASKED / 2  # the largest score of a row that has seen no key
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -40,6 +48,14 @@ class _Plan:
     scale: float
     bq: int
     bk: int
+    low: int | None = None  # the first key of an unrolled block, which visits bk keys
+
+    def unrolled(self, i: int):
+        """The plan of block i alone: it visits the keys that it sees, in one chunk."""
+        first = self.q_offset + i * self.bq
+        low = 0 if self.window is None else min(first - self.window + 1, self.S - 1)
+        low = max(low, 0) // BAND_MULTIPLE * BAND_MULTIPLE
+        return dataclasses.replace(self, low=low, bk=min(first + self.bq, self.S) - low)
 
     def rows(self, x, i):
         """Query block i of x [B N Q ...] as rows [B K R ...]."""
@@ -64,6 +80,8 @@ def _visits(plan: _Plan, i, lengths):
     """Which keys query block i visits: the number of chunks of bk keys, and a function from chunk j
     to its first key. A chunk that would end outside the array is moved back inside. No chunk after
     the end of the longest row is visited."""
+    if plan.low is not None:
+        return 1, lambda j: plan.low
     first = plan.q_offset + i * plan.bq
     last_start = plan.S - plan.bk
     if plan.window is not None:
@@ -72,17 +90,37 @@ def _visits(plan: _Plan, i, lengths):
     return (high + plan.bk - 1) // plan.bk, lambda j: jnp.minimum(j * plan.bk, last_start)
 
 
+def _is_one(n) -> bool:
+    return isinstance(n, int) and n == 1
+
+
 def _loop(n, body, carry):
-    return body(0, carry) if isinstance(n, int) and n == 1 else lax.fori_loop(0, n, body, carry)
+    return body(0, carry) if _is_one(n) else lax.fori_loop(0, n, body, carry)
 
 
-def _scores(plan, q, k, mask: Mask, i, j, low):
-    """Masked scores in base 2 of query block i and the chunk of keys at `low`: [B K R bk] fp32."""
-    s = _einsum("bkrh,bksh->bkrs", q, k) * (plan.scale * LOG2E)
+def _blocks(plan: _Plan, lengths, body, carry):
+    """The carry after body(plan, i, carry) for every block i of queries."""
+    count = plan.N // plan.bq
+    short = plan.window is not None or plan.S <= XLA_UNROLLED_KEYS
+    if lengths is None and short and count <= XLA_UNROLLED_BLOCKS:
+        for i in range(count):
+            carry = body(plan.unrolled(i), i, carry)
+        return carry
+    return _loop(count, functools.partial(body, plan), carry)
+
+
+def _scores(plan, q, k):
+    """Scores in base 2 of the queries and the keys that it is given: [B K R bk] fp32."""
+    return _einsum("bkrh,bksh->bkrs", q, k) * (plan.scale * LOG2E)
+
+
+def _where_seen(plan, x, other, mask: Mask, i, j, low):
+    """x [B K R bk], of query block i and the chunk of keys at `low`, with `other` where a query
+    does not see a key."""
     q_pos = plan.q_offset + i * plan.bq + lax.broadcasted_iota(jnp.int32, (plan.bq, plan.bk), 0)
     k_pos = low + lax.broadcasted_iota(jnp.int32, (plan.bq, plan.bk), 1)
     seen = masks.visible(q_pos, k_pos, plan.window)
-    if plan.window is None and plan.S % plan.bk:
+    if plan.window is None and plan.low is None and plan.S % plan.bk:
         seen = seen & (k_pos >= j * plan.bk)  # the last chunk was moved and overlaps with another
     seen = seen[None]
     if mask.segments is not None:
@@ -91,49 +129,48 @@ def _scores(plan, q, k, mask: Mask, i, j, low):
         seen = seen & masks.same_segment(seg_q, seg_k)
     if mask.lengths is not None:
         seen = seen & (k_pos[None] < mask.lengths[:, None, None])
-    grouped = s.reshape(*s.shape[:2], -1, plan.bq, plan.bk)
-    return jnp.where(seen[:, None, None], grouped, masks.MASKED).reshape(s.shape)
+    grouped = x.reshape(*x.shape[:2], -1, plan.bq, plan.bk)
+    return jnp.where(seen[:, None, None], grouped, other).reshape(x.shape)
 
 
 def _forward(plan: _Plan, q, k, v, mask: Mask):
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def block(i, carry):
+    def block(plan, i, carry):
         out, lse = carry
         qi = plan.rows(q, i)
         num, start = _visits(plan, i, mask.lengths)
 
         def chunk(j, state):
-            top, total, acc = state
             low = start(j)
             kj, vj = plan.keys(k, low), plan.keys(v, low)
-            s = _scores(plan, qi, kj, mask, i, j, low)
-            new = jnp.maximum(top, s.max(-1))
-            # A row that has seen nothing yet is shifted by 0, so that its exponentials are 0.
-            shift = jnp.where(new < masks.MASKED / 2, 0.0, new)
-            p = jnp.exp2(s - shift[..., None])
-            keep = jnp.exp2(top - shift)
+            s = _where_seen(plan, _scores(plan, qi, kj), masks.MASKED, mask, i, j, low)
+            # If a row has seen nothing yet, this is far above its scores, and all p are 0.
+            new = jnp.maximum(s.max(-1, keepdims=True), UNSEEN if state is None else state[0])
+            p = jnp.exp2(s - new)
             pv = _einsum("bkrs,bksh->bkrh", p.astype(v.dtype), vj)
-            return new, total * keep + p.sum(-1), acc * keep[..., None] + pv
+            if state is None:
+                return new, p.sum(-1, keepdims=True), pv
+            top, total, acc = state
+            keep = jnp.exp2(top - new)
+            return new, total * keep + p.sum(-1, keepdims=True), acc * keep + pv
 
-        top = jnp.full_like(qi[..., 0], masks.MASKED, jnp.float32)
+        top = jnp.full_like(qi[..., :1], UNSEEN, jnp.float32)
         state = (top, jnp.zeros_like(top), jnp.zeros_like(qi, jnp.float32))
-        top, total, acc = _loop(num, chunk, state)
-        empty = total == 0
-        total = jnp.where(empty, 1.0, total)
+        top, total, acc = chunk(0, None) if _is_one(num) else lax.fori_loop(0, num, chunk, state)
+        empty, total = total == 0, jnp.maximum(total, 1.0)  # the largest p of a row is 1
         lse_i = jnp.where(empty, masks.MASKED, (top + jnp.log2(total)) / LOG2E)
-        out = plan.put_rows(out, acc / total[..., None], i)
-        return out, plan.put_rows(lse, lse_i, i)
+        return plan.put_rows(out, acc / total, i), plan.put_rows(lse, lse_i[..., 0], i)
 
     # zeros_like, here and below: inside shard_map a carry must vary over the same axes as q.
     carry = jnp.zeros_like(q), jnp.zeros_like(q[..., 0], jnp.float32)
-    return _loop(plan.N // plan.bq, block, carry)
+    return _blocks(plan, mask.lengths, block, carry)
 
 
 def _backward(plan: _Plan, q, k, v, mask: Mask, lse, delta, d_out, kv_grad_dtype):
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def block(i, carry):
+    def block(plan, i, carry):
         dq, dk, dv = carry
         qi, di = plan.rows(q, i), plan.rows(d_out, i)
         li, deltai = plan.rows(lse, i), plan.rows(delta, i)
@@ -143,7 +180,8 @@ def _backward(plan: _Plan, q, k, v, mask: Mask, lse, delta, d_out, kv_grad_dtype
             dqi, dk, dv = state
             low = start(j)
             kj, vj = plan.keys(k, low), plan.keys(v, low)
-            p = jnp.exp2(_scores(plan, qi, kj, mask, i, j, low) - li[..., None])
+            p = jnp.exp2(_scores(plan, qi, kj) - li[..., None])  # may be inf where nothing is seen
+            p = _where_seen(plan, p, 0.0, mask, i, j, low)
             dp = _einsum("bkrh,bksh->bkrs", di, vj)
             ds = (p * (dp - deltai[..., None])).astype(q.dtype)
             dvj = _einsum("bkrh,bkrs->bkhs", di, p.astype(v.dtype))
@@ -161,7 +199,7 @@ def _backward(plan: _Plan, q, k, v, mask: Mask, lse, delta, d_out, kv_grad_dtype
         return plan.put_rows(dq, dqi * plan.scale, i), dk, dv
 
     zeros = jnp.zeros_like(k.swapaxes(2, 3), jnp.float32)
-    dq, dk, dv = _loop(plan.N // plan.bq, block, (jnp.zeros_like(q), zeros, zeros))
+    dq, dk, dv = _blocks(plan, mask.lengths, block, (jnp.zeros_like(q), zeros, zeros))
     dk = (dk * plan.scale).transpose(0, 3, 1, 2).astype(kv_grad_dtype)
     return dq, dk, dv.transpose(0, 3, 1, 2).astype(kv_grad_dtype)
 

@@ -1,3 +1,4 @@
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,58 @@ runpy.run_module(sys.argv[0], run_name="__main__")
 """
     line = [sys.executable, "-c", code, *words]
     assert subprocess.run(line, cwd=ROOT, capture_output=True, timeout=300).returncode == 7
+
+
+def in_a_process(code: str) -> list[str]:
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_gaps_are_taken_until_they_are_opened():
+    code = """
+import ctypes
+from experiments import process
+process.keep_freed_memory()
+libc = ctypes.CDLL(None)
+gaps, sizes = process.Gaps(libc), range(5000, 200_000, 1000)
+blocks = [gaps._malloc(size) for size in sizes]
+freed = blocks[1::2]
+for block in freed:
+    gaps._free(block)
+def reused():
+    again = [gaps._malloc(size) for size in sizes]
+    for block in again:
+        gaps._free(block)
+    return any(low <= block < high for block in again for low, high in zip(freed, blocks[2::2]))
+gaps.fill()
+print(reused())
+gaps.open()
+print(reused())
+"""
+    assert in_a_process(code) == ["False", "True"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_gaps_are_filled_after_a_long_compilation_and_open_during_the_next_one():
+    """By what jax reports: so this notices if it reports something else."""
+    code = """
+import jax
+from experiments import process
+seen = []
+class Gaps(process.Gaps):
+    LONG_S = 0.0
+    def fill(self):
+        super().fill()
+        seen.append(f"filled:{len(self._filled) > 0}")
+    def open(self):
+        super().open()
+        seen.append("open")
+process.Gaps = Gaps
+process.keep_freed_memory()
+jax.jit(lambda x: x + 1)(1.0)
+seen.clear()
+jax.jit(lambda x: x * 2 + 1)(1.0)
+print(*seen)
+"""
+    assert in_a_process(code) == ["open", "open", "filled:True"]

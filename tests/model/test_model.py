@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 from yocou_jax.errors import UserError
 from yocou_jax.model import LanguageModel, head_matrix, logits
-from yocou_jax.model.layers import rope
+from yocou_jax.model.layers import rope, rotation
 from yocou_jax.program import Program
 
 # --- Visible tokens -------------------------------------------------------------------------------
@@ -364,7 +364,8 @@ def test_identical_prefixes_act_as_one_stream_with_that_prefix():
     x = x * layer["attention_norm"]["scale"][None, None]
     weights = layer["attention"]["key_value"]
     k, v = (jnp.einsum("bnd,dkh->bnkh", x, weights[name]["kernel"]) for name in ("key", "value"))
-    prefix = jnp.stack([rope(k, start, config.rope_theta), v])  # [2, 1, 2, K, H]
+    k = rope(k, rotation(start, config.head_dim, config.rope_theta))
+    prefix = jnp.stack([k, v])  # [2, 1, 2, K, H]
     prefix = jnp.repeat(prefix, 2, axis=1)[None]
     old = params["stage_0_full"]["layers"]["attention"]["prefix"]
     assert old.shape == prefix.shape

@@ -14,7 +14,7 @@ import pytest
 from tests import oracle, tiny
 from yocou_jax.model import LanguageModel, abstract_params, to_logits
 from yocou_jax.model.attention import Context, GlobalKeyValue
-from yocou_jax.model.layers import gated_silu, rms_norm, rope
+from yocou_jax.model.layers import gated_silu, rms_norm, rope, rotation
 from yocou_jax.training.loss import cross_entropy
 from yocou_jax.training.step import logical_axes
 
@@ -67,9 +67,14 @@ def test_rope_at_positions_far_into_a_text(dtype):
     x = bfloat16(1, 8, 2, 16).astype(dtype)
     positions = np.array([[0, 1, 255, 257, 300, 1023, 4097, 8191]])
     want = oracle.rotate(exact(x), positions, 100.0)
-    got = rope(x, jnp.asarray(positions), 100.0)
+    got, back = jax.vjp(lambda x: rope(x, rotation(positions, 16, 100.0)), x)
     assert got.dtype == dtype
     error = np.abs(exact(got) - want)
+    assert (error <= (1.01 * ROUNDING * np.abs(want) if dtype == jnp.bfloat16 else 0) + 2e-3).all()
+    (gradient,) = back(x)
+    want = oracle.rotate(exact(x), -positions, 100.0)
+    assert gradient.dtype == dtype
+    error = np.abs(exact(gradient) - want)
     assert (error <= (1.01 * ROUNDING * np.abs(want) if dtype == jnp.bfloat16 else 0) + 2e-3).all()
 
 
@@ -91,7 +96,10 @@ def test_the_global_keys_and_values_are_float32():
     """So the gradients of all cross layers are summed in float32."""
     config = tiny.model(cross_rope=True)
     module = GlobalKeyValue(config, jnp.bfloat16)
-    x, context = jnp.zeros((2, 6, config.d_model), jnp.bfloat16), Context(jnp.arange(6)[None])
+    x, context = (
+        jnp.zeros((2, 6, config.d_model), jnp.bfloat16),
+        Context.of(config, jnp.arange(6)[None]),
+    )
     kv, _ = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), x, context))
     assert (kv.k.dtype, kv.v.dtype) == (jnp.float32, jnp.float32)
 

@@ -186,7 +186,7 @@ def test_truncated_backpropagation_sees_only_the_last_loop(scan):
         "full*1 | window*1@3 | cross*1", optimizer={"backprop_loops": 1}, scan=scan
     )
     model, batch, params = config.model, tiny.batch(4, 9), tiny.params(config.model)
-    tokens, context = jnp.array(batch.tokens), Context(jnp.arange(9)[None])
+    tokens, context = jnp.array(batch.tokens), Context.of(model, jnp.arange(9)[None])
 
     def by_hand(params, frozen):
         live, still = (

@@ -147,7 +147,7 @@ def receptive_field(
     For window layers that run in loops this is loops * layers * (W - 1) + 1, or all N positions if
     there are fewer. It is less if the attention to the farthest keys is zero in float32.
     """
-    context = Context(jnp.arange(tokens.shape[1])[None])
+    context = Context.of(config, jnp.arange(tokens.shape[1])[None])
 
     def last_output(x):
         for name, stage in config.program.self_decoder:

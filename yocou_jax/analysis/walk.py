@@ -45,9 +45,8 @@ def walk(
     if positions is None:
         positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
     x = _part(params, tokens, config=config, compute=compute, method="embed")
-    yield from _run(
-        params, config, compute, x, Context(positions, segment_ids), config.program.visits()
-    )
+    context = Context.of(config, positions, segment_ids=segment_ids)
+    yield from _run(params, config, compute, x, context, config.program.visits())
 
 
 def hidden_after(

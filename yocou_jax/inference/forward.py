@@ -90,7 +90,7 @@ def self_decoder(
     """
     config = model.config
     at_streams = at.for_streams(config.program.streams)
-    context = Context(at_streams.positions(tokens.shape[1]), at=at_streams)
+    context = Context.of(config, at_streams.positions(tokens.shape[1]), at=at_streams)
     x = model.apply("embed", tokens)
     stages = {name: [] for name, _ in config.program.self_decoder}
     for visit in config.program.visits():
@@ -152,7 +152,7 @@ def next_logits(model, memory, last):
     the cache, so the context has no `global_kv`.
     """
     at = NewPositions(memory.lengths - 1, jnp.ones_like(memory.lengths))
-    context = Context(at.positions(1), at=at, global_cache=memory.global_kv)
+    context = Context.of(model.config, at.positions(1), at=at, global_cache=memory.global_kv)
     return cross_decoder(model, last, context)[:, 0]
 
 

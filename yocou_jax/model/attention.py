@@ -14,17 +14,18 @@ from yocou_jax.config import ModelConfig
 from yocou_jax.model import context_parallel
 from yocou_jax.model.compute import Compute
 from yocou_jax.model.context_parallel import SharedKeyValue
-from yocou_jax.model.layers import Linear, RMSNorm, rope
+from yocou_jax.model.layers import Linear, RMSNorm, Rotation, rope, rotation
 from yocou_jax.model.memory import KV_AXES, Cache, KeyValue, NewPositions, Ring
 from yocou_jax.sharding import attention_partition, constrain, keys_ways, length_ways
-from yocou_jax.typing import Array, Float, Int
+from yocou_jax.typing import AnyArray, Array, Float, Int
 
 
 @flax.struct.dataclass
 class Context:
     """What every layer of a forward pass sees in addition to the residual stream.
 
-    positions [B or 1, N]: for RoPE. They start again at 0 in each packed document.
+    positions [B or 1, N]: they start again at 0 in each packed document.
+    rotation: their angles, for RoPE.
     segment_ids [B, N]: keep attention inside each packed document. None: one document per row.
     global_kv: the global K, V of these positions, which cross layers read. None before they are
         computed, and for one position in inference, which reads only the cache. In training, if
@@ -35,11 +36,17 @@ class Context:
     global_cache: in inference, the global K, V of all positions, with the new ones.
     """
 
-    positions: Int[Array, "#B N"]
+    positions: Int[AnyArray, "#B N"]
+    rotation: Rotation
     segment_ids: Int[Array, "B N"] | None = None
     global_kv: KeyValue | SharedKeyValue | None = None
     at: NewPositions | None = None
     global_cache: Cache | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig, positions: Int[AnyArray, "#B N"], **fields) -> "Context":
+        """The context of tokens at these positions."""
+        return cls(positions, rotation(positions, config.head_dim, config.rope_theta), **fields)
 
 
 class Query(nn.Module):
@@ -180,9 +187,9 @@ class SelfAttention(MixerModule):
         self, x: Float[Array, "B N D"], context: Context, memory: Ring | Cache | None = None
     ) -> tuple[Float[Array, "B N D"], KeyValue | None]:
         c = self.config
-        q = rope(Query(c, self.dtype, name="query")(x), context.positions, c.rope_theta)
+        q = rope(Query(c, self.dtype, name="query")(x), context.rotation)
         kv = KeyValueProjection(c, self.dtype, name="key_value")(x)
-        kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))
+        kv = kv.replace(k=rope(kv.k, context.rotation))
         y = self._attend(q, kv, context, memory)
         return Output(c, self.dtype, name="output")(y), None if memory is None else kv
 
@@ -267,7 +274,7 @@ class GlobalKeyValue(nn.Module):
         x = RMSNorm(c.norm_eps, name="norm")(x)
         kv = KeyValueProjection(c, self.dtype, name="key_value")(x)
         if c.cross_rope:
-            kv = kv.replace(k=rope(kv.k, context.positions, c.rope_theta))
+            kv = kv.replace(k=rope(kv.k, context.rotation))
         return jax.tree.map(lambda x: x.astype(jnp.float32), kv)
 
 
@@ -281,7 +288,7 @@ class CrossAttention(MixerModule):
         c = self.config
         q = Query(c, self.dtype, name="query")(x)
         if c.cross_rope:
-            q = rope(q, context.positions, c.rope_theta)
+            q = rope(q, context.rotation)
         kv, options = context.global_kv, attention_options(self.compute)
         if context.at is not None:
             y = attend_to_cache(q, kv, context.global_cache, context.at, **options)

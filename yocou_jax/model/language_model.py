@@ -246,7 +246,8 @@ class LanguageModel(nn.Module):
         """What the first stage gets."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        return self.embed(tokens), Context(positions, segment_ids)
+        context = Context.of(self.config, positions, segment_ids=segment_ids)
+        return self.embed(tokens), context
 
     def _run(self, stages: list[tuple[str, Stage]], x, context: Context, backprop_loops=None):
         """Runs some stages. Before the first cross stage it puts the global K, V into the context.
@@ -266,7 +267,8 @@ class LanguageModel(nn.Module):
         if length_ways(x.shape[1]) > 1:
             kv = context_parallel.share(kv, self.config.num_heads, self.compute.dtype)
             x, positions = context_parallel.deal(x), context_parallel.deal(context.positions)
-            context = context.replace(positions=positions)
+            segment_ids = context.segment_ids  # whole, and in the order of the text
+            context = Context.of(self.config, positions, segment_ids=segment_ids)
         return x, context.replace(global_kv=kv)
 
     def _output(self, x, context: Context, router: list[RouterStats | None]) -> ModelOutput:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -111,18 +112,36 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps)
 
 
-def rope(x: Float[Array, "B N heads H"], positions: Int[Array, "#B N"], theta: float) -> Array:
-    """Rotary position embedding (Su et al. 2021). x1 and x2 are the two halves of a head:
-    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+class Rotation(NamedTuple):
+    """The angles by which `rope` rotates: cos and sin [1 or B, N, 1, H/2], float32."""
 
-    The angles are positions * theta^(-2i/H), in float32.
-    """
-    half = x.shape[-1] // 2
+    cos: Float[AnyArray, "#B N 1 half"]
+    sin: Float[AnyArray, "#B N 1 half"]
+
+
+def rotation(positions: Int[AnyArray, "#B N"], width: int, theta: float) -> Rotation:
+    """The angles positions * theta^(-2i/H) for heads of H = `width` numbers. A model computes them
+    once for all its layers, because XLA would compute them again in every layer."""
+    half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * _like(frequencies, x)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+@jax.custom_vjp
+def rope(x: Float[Array, "B N heads H"], angles: Rotation) -> Float[Array, "B N heads H"]:
+    """Rotary position embedding (Su et al. 2021). x1 and x2 are the two halves of a head:
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32."""
+    cos, sin = angles
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+# The gradient is rotated back. autodiff would pad and add the two halves.
+rope.defvjp(
+    lambda x, angles: (rope(x, angles), angles),
+    lambda angles, g: (rope(g, Rotation(angles.cos, -angles.sin)), None),
+)
 
 
 @jax.custom_vjp
