@@ -1,12 +1,14 @@
 import pytest
 
 from pallas_kernels import block_sizes
+from pallas_kernels.attention import xla
 from pallas_kernels.attention.blocks import Blocks
 
 
 @pytest.fixture
-def small_blocks():
-    """Blocks of 8, so that few positions are enough for many blocks and both edges of a window."""
+def few_blocks():
+    """Blocks of 8, so that few positions are enough for several blocks and both edges of a window.
+    They are so few that xla unrolls them, if no row has a length."""
 
     def blocks(batch, heads, N, S, window):
         q = min(8, N)
@@ -14,3 +16,9 @@ def small_blocks():
 
     with block_sizes(xla_blocks=blocks):
         yield
+
+
+@pytest.fixture
+def small_blocks(few_blocks, monkeypatch):
+    """The same blocks, in the loops that xla has for many."""
+    monkeypatch.setattr(xla, "XLA_UNROLLED_BLOCKS", 0)

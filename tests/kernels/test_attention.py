@@ -49,6 +49,26 @@ def test_values_and_gradients(shape, small_blocks):
     assert_matches_reference(shape)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_few_blocks_without_a_loop(shape, few_blocks):
+    assert_matches_reference(shape)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_segments_without_a_loop(window, few_blocks):
+    shape = Shape(29, 29, window, Q=2, K=1)
+    got = assert_matches_reference(shape, segment_ids=documents(shape, 7, 11))
+    assert empty_rows(got["lse"]) > 0
+
+
+def test_few_short_blocks_have_no_loop(few_blocks):
+    """A loop costs time on a CPU; many blocks would take long to compile, long ones much memory."""
+    for shape, loops in ((Shape(64, 64), 0), (Shape(65, 65), 1), (Shape(8, 1025), 1)):
+        q, k, v, *_ = inputs(shape)
+        program = str(jax.make_jaxpr(cross_attention)(q, k, v))
+        assert ("while[" in program or "scan[" in program) == loops, shape
+
+
 @pytest.mark.parametrize(("Q", "K"), [(3, 1), (6, 2), (4, 1), (8, 1)])
 def test_groups_of_query_heads(Q, K, small_blocks):
     assert_matches_reference(Shape(19, 19, 6, Q=Q, K=K))
