@@ -8,8 +8,8 @@ band of q + W - 1 keys; for xla, kv is the whole band, rounded up.
 
 xla, measured in CPU time on XLA's CPU backend (2 cores), forward + backward:
 * full, at most 1024 positions: the loop over blocks is unrolled, and a block takes the keys that it
-  sees in one piece. Blocks of 64 or 128 queries were 1.1-2x as fast as those of 256 (LOG.md,
-  2026-11-27).
+  sees in one piece. If there are few scores in all, blocks of 64 or 128 queries were 1.1-1.6x as
+  fast as those of 256; with more they are slower, and need much memory (LOG.md, 2026-11-27).
 * full, longer: products must be long, although long blocks have more pairs above the diagonal. For
   4 and 8 heads at N = 4096, 256 x 256 was the fastest of 64 x 64 to 512 x 512. For one row of 2
   heads, 512 x 512 was 2x as fast as 256 x 256 (LOG.md, 2026-11-26).
@@ -73,7 +73,8 @@ def _replaceable(function: Callable) -> Callable:
 SCORES_IN_CACHE = 2**19  # fp32 elements: 2 MB
 XLA_DECODE_KEYS = 512
 XLA_UNROLLED_BLOCKS = 8  # more take long to compile
-XLA_UNROLLED_KEYS = 1024  # of full attention; scores of more keys in one piece need much memory
+# Of all heads and rows, fp32 elements: XLA may keep those of several unrolled blocks at a time.
+XLA_UNROLLED_SCORES = 2**23
 BAND_MULTIPLE = 32  # keys; a band of 159 instead of 160 made exp2 and the copies twice as slow
 
 
@@ -85,7 +86,7 @@ class Blocks(NamedTuple):
 @_replaceable
 def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Blocks:
     if window is None:
-        if max(N, S) <= XLA_UNROLLED_KEYS:
+        if batch * heads * N * S <= XLA_UNROLLED_SCORES and max(N, S) <= 1024:
             size = 64 if N <= 64 * XLA_UNROLLED_BLOCKS else 128
         else:
             size = 512 if batch * heads * 512 * 512 <= SCORES_IN_CACHE else 256

@@ -26,7 +26,7 @@ from pallas_kernels.attention.blocks import (
     BAND_MULTIPLE,
     XLA_DECODE_KEYS,
     XLA_UNROLLED_BLOCKS,
-    XLA_UNROLLED_KEYS,
+    XLA_UNROLLED_SCORES,
     xla_blocks,
 )
 from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
@@ -48,6 +48,7 @@ class _Plan:
     scale: float
     bq: int
     bk: int
+    few: bool  # few blocks with few scores
     low: int | None = None  # the first key of an unrolled block, which visits bk keys
 
     def unrolled(self, i: int):
@@ -101,8 +102,7 @@ def _loop(n, body, carry):
 def _blocks(plan: _Plan, lengths, body, carry):
     """The carry after body(plan, i, carry) for every block i of queries."""
     count = plan.N // plan.bq
-    short = plan.window is not None or plan.S <= XLA_UNROLLED_KEYS
-    if lengths is None and short and count <= XLA_UNROLLED_BLOCKS:
+    if lengths is None and plan.few and count <= XLA_UNROLLED_BLOCKS:
         for i in range(count):
             carry = body(plan.unrolled(i), i, carry)
         return carry
@@ -213,7 +213,8 @@ def _plan(spec: Spec, q, k, mask: Mask):
     if mask.segments is not None:
         segments = mask.segments._replace(q=padded(mask.segments.q, 1, N))
         mask = dataclasses.replace(mask, segments=segments)
-    return _Plan(N, S, K, mask.window, mask.q_offset, spec.scale, bq, bk), mask
+    few = B * Q * N * (S if mask.window is None else bk) <= XLA_UNROLLED_SCORES
+    return _Plan(N, S, K, mask.window, mask.q_offset, spec.scale, bq, bk, few), mask
 
 
 def forward(spec: Spec, q, k, v, mask: Mask):
