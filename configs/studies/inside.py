@@ -85,7 +85,9 @@ STUDY = Study(
     notes="A spike must be above both neighbors: `beside` is the larger one of the layers before "
     "and after the hand-over. If the spike of Figure 8 is the last layer before the hand-over (its "
     "other reading), it must be above the first cross layer, which is the reverse of the claim "
-    "that distance_before_hand_over is below distance_hand_over.",
+    "that distance_before_hand_over is below distance_hand_over. The claims about the layer before "
+    "and the layer after were written before the first runs, were absent at the revision of these "
+    "runs, and were put back when their results were known.",
     claims=(
         # A spike is above the layer before it and above the layer after it. In yoco_u, the layer
         # after the hand-over is the last of the model. Last layers often turn the stream far.

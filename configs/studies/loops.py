@@ -64,7 +64,8 @@ STUDY = Study(
         Claim("loops_random", "loops_3", NOT_IN_PAPER, (0.05, 2.0), 0.02, metric=nats(1)),
         Claim("loops_random", "loops_3", NOT_IN_PAPER, (0.0, 1.0), 0.02, metric=nats(8)),
     ),
-    notes="loops_3 and loops_1 have the settings and seeds of yoco_u and yoco in `language`, so "
-    "they are no new evidence. The 3 runs at the rate 0.04 name a revision whose study has three "
-    "rates: 0.04 was asked for by hand, and how is not recorded (LOG.md).",
+    notes="loops_3 and loops_1 are the models of yoco_u and yoco in `language`, with the same text "
+    "and seeds (loops_1 and yoco agree up to rounding), so they are no new evidence. "
+    "The 3 runs at the rate 0.04 name a revision whose study has three rates: 0.04 was asked for "
+    "by hand, and how is not recorded (LOG.md).",
 )

@@ -15,7 +15,7 @@ are the longest in training; 1,024 and 2,048 tokens are beyond it. The embedding
 document has no room for a line of noise, so most of what is learned is to copy from near by.
 
 A needle in two steps (`two_hop`) is not in this study. With 10% to 30% of such documents, yoco_u
-did not learn them in as many updates, and the others hardly or not (LOG.md).
+did not learn them in 500 to 1,000 updates, and the other two kinds hardly or not (LOG.md).
 
 Match: all entries have the same parameters (without embeddings) and tokens; d_ff is the free size.
 The learning rate is that of configs/studies/language.py, and was not tried for any entry here. The

@@ -86,8 +86,8 @@ def read_results(
     """The results of the given studies in a folder results/. studies: by file name without suffix.
     settings: what `get_config()` of a study gives, by the same name.
 
-    Raises UserError if a file does not have the claims of its study, or if its runs are not those
-    that the study would make now.
+    Raises UserError if a file does not have the claims of its study, or if the entries, the
+    settings or the flags of evaluation of the study have changed since its runs.
     """
     found = []
     for path in sorted(folder.glob("*/studies/*.json")):
