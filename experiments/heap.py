@@ -16,7 +16,7 @@ class Gaps:
     SMALLEST, LARGEST = 2**12, 2**26  # bytes
     BEGINS = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # its end: now XLA compiles
     ENDS = "/jax/core/compile/backend_compile_duration"
-    MOST = 50_000
+    MOST = 50_000  # gaps; a compilation leaves about 10,000
     LONG_S = 1.0  # of a compilation that leaves many
 
     def __init__(self, libc: ctypes.CDLL):

@@ -7,9 +7,9 @@ one matrix product. kv: keys that are handled at a time. With a window, a block 
 band of q + W - 1 keys; for xla, kv is the whole band, rounded up.
 
 xla, measured in CPU time on XLA's CPU backend (2 cores), forward + backward:
-* full, at most 1024 positions: the loop over blocks is unrolled, and a block takes the keys that it
-  sees in one piece. If there are few scores in all, blocks of 64 or 128 queries were 1.1-1.6x as
-  fast as those of 256; with more they are slower, and need much memory (LOG.md, 2026-11-27).
+* full, at most 1024 positions with few scores in all: the loop over blocks is unrolled, and a block
+  takes the keys that it sees in one piece. Blocks of 64 or 128 queries were 1.1-1.6x as fast as
+  those of 256; with more scores they are slower, and need much memory (LOG.md, 2026-11-27).
 * full, longer: products must be long, although long blocks have more pairs above the diagonal. For
   4 and 8 heads at N = 4096, 256 x 256 was the fastest of 64 x 64 to 512 x 512. For one row of 2
   heads, 512 x 512 was 2x as fast as 256 x 256 (LOG.md, 2026-11-26).

@@ -3,9 +3,9 @@
 One pair of loops serves the window and full causal attention. They differ only in the keys that a
 block of bq queries visits (`_visits`). The window takes its band (the bq + W - 1 keys that these
 queries see) in one piece. Full attention takes the chunks of keys up to the diagonal one after the
-other, with a running softmax (FlashAttention-2, arXiv 2307.08691). If there are few blocks, the
-loops are unrolled, and every block takes exactly the keys that it sees in one piece. The backward
-recomputes p block by block from q, k, v, o, lse.
+other, with a running softmax (FlashAttention-2, arXiv 2307.08691). If there are few blocks with few
+scores, and no lengths, the loops are unrolled, and every block takes the keys that it sees in one
+piece (with a window up to 31 more). The backward recomputes p block by block from q, k, v, o, lse.
 
 Shapes inside: queries [B K R H] with R = G * bq rows, so that the G query heads of a group are rows
 of one matrix product and keys are never repeated. Softmax in base 2, fp32.
@@ -48,7 +48,7 @@ class _Plan:
     scale: float
     bq: int
     bk: int
-    few: bool  # few blocks with few scores
+    few: bool  # all blocks together have few scores, so the loop over them may be unrolled
     low: int | None = None  # the first key of an unrolled block, which visits bk keys
 
     def unrolled(self, i: int):

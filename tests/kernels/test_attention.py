@@ -61,8 +61,9 @@ def test_segments_without_a_loop(window, few_blocks):
     assert empty_rows(got["lse"]) > 0
 
 
-def test_few_short_blocks_have_no_loop(few_blocks):
-    """A loop costs time on a CPU; many blocks would take long to compile, long ones much memory."""
+def test_few_blocks_with_few_scores_have_no_loop(few_blocks):
+    """A loop costs time on a CPU; many blocks would take long to compile, and many scores much
+    memory, because XLA keeps those of several blocks at a time."""
     for shape, loops in ((Shape(64, 64), 0), (Shape(65, 65), 1), (Shape(64, 64, B=1100), 1)):
         q, k, v, *_ = inputs(shape)
         program = str(jax.make_jaxpr(cross_attention)(q, k, v))
