@@ -48,9 +48,11 @@ def losses(
     return np.asarray(jax.device_get(found), np.float64)
 
 
-def smaller_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Blocks:
+def smaller_blocks(
+    batch: int, heads: int, N: int, S: int, window: int | None, sees_all: bool
+) -> Blocks:
     """Blocks of half the size for xla, which then sums in another order."""
-    blocks = xla_blocks(batch, heads, N, S, window)
+    blocks = xla_blocks(batch, heads, N, S, window, sees_all)
     q = max(1, blocks.q // 2)
     return Blocks(q, max(1, blocks.kv // 2) if window is None else min(S, q + window - 1))
 

@@ -6,16 +6,20 @@ q: query positions that are handled at a time. Times the G heads of a group, the
 one matrix product. kv: keys that are handled at a time. With a window, a block of q queries sees a
 band of q + W - 1 keys; for xla, kv is the whole band, rounded up.
 
-xla, measured in CPU time on XLA's CPU backend (2 cores), forward + backward:
-* full, at most 1024 positions with few scores in all: the loop over blocks is unrolled, and a block
-  takes the keys that it sees in one piece. Blocks of 64 or 128 queries were 1.1-1.6x as fast as
-  those of 256; with more scores they are slower, and need much memory (LOG.md, 2026-11-27).
-* full, longer: products must be long, although long blocks have more pairs above the diagonal. For
-  4 and 8 heads at N = 4096, 256 x 256 was the fastest of 64 x 64 to 512 x 512. For one row of 2
-  heads, 512 x 512 was 2x as fast as 256 x 256 (LOG.md, 2026-11-26).
+xla, measured on XLA's CPU backend (2 cores; all but the window on a processor with AVX-512 and 2 MB
+of L2 cache for each core; LOG.md, 2026-11-27):
 * window: the largest block with scores of at most about 2 MB. B = 16, 4 heads, W = 128: 32 or 64
   beat 128 by 1.6x; B = 1, 4 heads, W = 512: 128 beats 32 by 1.15x.
-* decode: 512 keys were fastest or within 5% of it, of 128 to 4096, at S = 16384.
+* full, at most 1024 positions with few scores in all: the loop over blocks is unrolled, and a block
+  takes the keys that it sees in one piece. Blocks of 64 or 128 queries were 1.1-1.6x as fast as
+  those of 256; with more scores they are slower, and need much memory.
+* full, longer: products must be long, although long blocks have more pairs above the diagonal.
+  512 x 512 (2 to 8 heads in all rows) took 0.64-0.77 of the time of 256 x 256, and 512 x 256 (16
+  and 32 heads) 0.78-0.94, forward alone and with backward.
+* full, if every query sees every key: blocks may be longer. Forward, 2048 queries and 6144 keys:
+  2048 x 512 took 0.69 of the time of 512 x 512 (2 heads), 1024 x 512 0.86 (8 heads).
+* decode: 128 KB of keys took 0.63-0.85 of the time of 512 keys (6 sizes in fp32); 32, 64 and 256 KB
+  were slower.
 """
 
 import contextlib
@@ -71,7 +75,8 @@ def _replaceable(function: Callable) -> Callable:
 
 
 SCORES_IN_CACHE = 2**19  # fp32 elements: 2 MB
-XLA_DECODE_KEYS = 512
+LONG_BLOCK_SCORES = 2**22
+XLA_DECODE_BYTES = 2**17
 XLA_UNROLLED_BLOCKS = 8  # more take long to compile
 # Of all heads and rows, fp32 elements: XLA may keep those of several unrolled blocks at a time.
 XLA_UNROLLED_SCORES = 2**23
@@ -83,20 +88,39 @@ class Blocks(NamedTuple):
     kv: int
 
 
+def _even(size: int, largest: int) -> int:
+    """The length of equal blocks of `size` positions, in multiples of BAND_MULTIPLE."""
+    each = -(-size // -(-size // largest))
+    return min(size, -(-each // BAND_MULTIPLE) * BAND_MULTIPLE)
+
+
 @_replaceable
-def xla_blocks(batch: int, heads: int, N: int, S: int, window: int | None) -> Blocks:
+def xla_blocks(
+    batch: int, heads: int, N: int, S: int, window: int | None, sees_all: bool = False
+) -> Blocks:
+    """sees_all: without lengths and segments, every query would see every key."""
+    rows = batch * heads
     if window is None:
-        if batch * heads * N * S <= XLA_UNROLLED_SCORES and max(N, S) <= 1024:
+        if not sees_all and rows * N * S <= XLA_UNROLLED_SCORES and max(N, S) <= 1024:
             size = 64 if N <= 64 * XLA_UNROLLED_BLOCKS else 128
-        else:
-            size = 512 if batch * heads * 512 * 512 <= SCORES_IN_CACHE else 256
-        return Blocks(min(size, N), min(size, S))
+            return Blocks(min(size, N), min(size, S))
+        q, kv = 512, 512 if rows <= 8 else 256
+        if sees_all:
+            q = next((q for q in (2048, 1024) if rows * q * kv <= LONG_BLOCK_SCORES), q)
+        return Blocks(_even(N, q), _even(S, kv))
     for q in (128, 64, 32):
         q = min(q, N)
         band = min(S, -(-(q + window - 1) // BAND_MULTIPLE) * BAND_MULTIPLE)
-        if batch * heads * q * band <= SCORES_IN_CACHE:
+        if rows * q * band <= SCORES_IN_CACHE:
             break
     return Blocks(q, band)
+
+
+@_replaceable
+def xla_decode_keys(batch: int, width: int, itemsize: int) -> int:
+    """How many keys of all rows decode reads at a time. width: K H numbers of `itemsize` bytes."""
+    keys = XLA_DECODE_BYTES // (batch * width * itemsize)
+    return keys if keys >= 16 else 512  # fewer take too many turns
 
 
 def _next(H: int, widths: tuple[int, ...]) -> int:

@@ -24,10 +24,10 @@ from jax import lax
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.blocks import (
     BAND_MULTIPLE,
-    XLA_DECODE_KEYS,
     XLA_UNROLLED_BLOCKS,
     XLA_UNROLLED_SCORES,
     xla_blocks,
+    xla_decode_keys,
 )
 from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
 from pallas_kernels.attention.mask import Mask
@@ -208,7 +208,7 @@ def _plan(spec: Spec, q, k, mask: Mask):
     """The plan, in which N is rounded up to a multiple of bq, and the mask for that N."""
     B, N, Q = q.shape[:3]
     S, K = k.shape[1:3]
-    bq, bk = xla_blocks(B, Q, N, S, mask.window)
+    bq, bk = xla_blocks(B, Q, N, S, mask.window, mask.q_offset >= S - 1)
     N = round_up(N, bq)
     if mask.segments is not None:
         segments = mask.segments._replace(q=padded(mask.segments.q, 1, N))
@@ -250,7 +250,7 @@ def decode(q, k, v, valid, *, scale):
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     # At least two chunks: with a single one, XLA would reshape (copy) the cache before the loop.
-    bk = min(-(-S // 2), XLA_DECODE_KEYS)
+    bk = min(-(-S // 2), xla_decode_keys(B, K * H, k.dtype.itemsize))
     own = jnp.eye(K, dtype=q.dtype)
     spread = _einsum("bkgh,kj->bkgjh", q.reshape(B, K, Q // K, H), own).astype(q.dtype)
     spread = spread.reshape(B, Q, K * H)

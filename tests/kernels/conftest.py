@@ -10,7 +10,7 @@ def few_blocks():
     """Blocks of 8, so that few positions are enough for several blocks and both edges of a window.
     They are so few that xla unrolls them, if no row has a length."""
 
-    def blocks(batch, heads, N, S, window):
+    def blocks(batch, heads, N, S, window, sees_all):
         q = min(8, N)
         return Blocks(q, min(S, 8 if window is None else q + window + 1))
 

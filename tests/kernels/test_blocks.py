@@ -1,11 +1,21 @@
 """What must be true of the block sizes for every shape."""
 
+import functools
 import itertools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import block_sizes
-from pallas_kernels.attention.blocks import gpu_blocks, tpu_decode_rows, xla_blocks
+from pallas_kernels import api, block_sizes
+from pallas_kernels.attention.blocks import (
+    BAND_MULTIPLE,
+    gpu_blocks,
+    tpu_decode_rows,
+    xla_blocks,
+    xla_decode_keys,
+)
 
 
 def test_a_band_holds_every_key_that_a_block_of_queries_sees():
@@ -27,5 +37,32 @@ def test_other_block_sizes_hold_inside_the_context_only():
 
 
 def test_a_table_that_does_not_exist_cannot_be_replaced():
-    with pytest.raises(ValueError, match=r"replaces gpu_blocks, .*xla_blocks; got blocks\."):
+    with pytest.raises(ValueError, match=r"replaces gpu_blocks, .*xla_decode_keys; got blocks\."):
         block_sizes(blocks=print)
+
+
+@pytest.mark.parametrize("sees_all", [False, True])
+def test_blocks_of_full_attention_add_few_positions(sees_all):
+    """A length just above a block would otherwise be rounded up to two of them."""
+    for N, rows in itertools.product((1, 31, 513, 1025, 1100, 2049, 5000), (1, 8, 64)):
+        blocks = xla_blocks(1, rows, N, 4096, None, sees_all)
+        assert 1 <= blocks.q <= N
+        assert -(-N // blocks.q) * blocks.q - N < BAND_MULTIPLE * -(-N // blocks.q)
+
+
+def test_decode_reads_chunks_of_one_size_in_bytes():
+    assert xla_decode_keys(4, 128, 4) == xla_decode_keys(4, 128, 2) // 2 == 64
+    assert xla_decode_keys(1, 512, 4) == 64
+    assert xla_decode_keys(64, 1024, 4) == 512  # less than 16 keys would be 128 KB
+
+
+@pytest.mark.parametrize(("N", "S", "q_offset"), [(1057, 1057, 0), (1057, 1300, 1300)])
+def test_long_attention_with_its_usual_blocks_is_right(N, S, q_offset):
+    """Lengths that no block divides, with queries among the keys and after all keys."""
+    keys = jax.random.split(jax.random.key(N + S), 3)
+    q = jax.random.normal(keys[0], (1, N, 2, 8))
+    k, v = (jax.random.normal(key, (1, S, 1, 8)) for key in keys[1:])
+    how = {"q_offset": q_offset, "kv_lengths": jnp.array([S - 5])}
+    run = jax.jit(functools.partial(api.cross_attention, **how), static_argnames="implementation")
+    expected = run(q, k, v, implementation="reference")
+    np.testing.assert_allclose(run(q, k, v, implementation="xla"), expected, atol=2e-5)
