@@ -86,10 +86,11 @@ def test_sums_over_devices_are_in_float32(mesh, architecture, kinds):
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
 
-def collectives(architecture, **fields):
-    """What devices send in one step over four parts of a sequence: [(kind, shape, whether it is
-    inside a loop, name of the operation)]. A result of several arrays has an entry for each."""
-    config = config_on((2, 1, 1, 4), architecture, **fields)
+def collectives(architecture, axes=(2, 1, 1, 4), **fields):
+    """What devices send in one step, usually over four parts of a sequence: [(kind, shape, whether
+    it is inside a loop, name of the operation)]. A result of several arrays has an entry for
+    each."""
+    config = config_on(axes, architecture, **fields)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = loss_and_gradients(config, batch := tiny.batch(), mesh)
@@ -127,6 +128,19 @@ def test_the_global_keys_and_values_are_gathered_and_reduced_once():
         assert kinds.count(("collective-permute", False)) == 2  # `deal`, forward and backward
         assert len([kind for kind, _ in kinds if kind in ("all-reduce", "reduce-scatter")]) == 2
         assert len(kinds) == 6
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 4, 2), (2, 1, 4, 1)], ids=str)
+def test_the_gradients_of_keys_that_several_devices_read_are_summed_once(axes):
+    """Four devices split the query heads, but cannot split the two K/V heads. A cross layer sends
+    nothing of them. Each device has the one head that its query head reads."""
+    found = collectives("window*1@2 | cross*3", axes, num_loops=None)
+    keys = [one for one in found if len(one[1]) == 4 and one[1][-1] == 8]
+    assert not [name for *_, name in keys if "stage_1_cross" in name]
+    summed = [one for one in keys if one[0] == "all-reduce"]
+    assert [inside for _, _, inside, _ in summed].count(False) == 2  # keys and values
+    gathered = [size for kind, size, *_ in keys if kind == "all-gather"]
+    assert gathered == ([(8, 16, 1, 8)] * 2 if axes[3] > 1 else [])
 
 
 def test_full_layers_gather_their_keys_in_every_layer():

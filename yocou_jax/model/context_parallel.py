@@ -6,7 +6,7 @@ from the other devices:
 * A window layer needs the W - 1 positions before its own. The left neighbor sends them, with one
   collective permute; further neighbors too, if W - 1 is more than the N / C positions of one
   device. Meanwhile the device attends to its own positions.
-* The global K, V are gathered once for all cross layers (`share`). Their gradients are summed over
+* The global K, V are gathered once for all cross layers (`own_heads`, `share`). Their gradients are summed over
   the layers on each device in float32, and are then reduced over the devices once.
 * The last positions see the most keys, and have the most work in cross layers. So `deal` gives
   each device two half shards of rows before the cross-decoder: one from the beginning and its
@@ -26,6 +26,7 @@ the keys of the shard. `join` combines them.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -64,6 +65,11 @@ def _ways() -> int:
     return jax.sharding.get_abstract_mesh().shape[AXIS]
 
 
+def _rows(where: sharding.Layout):
+    """The mesh axes that split the rows of a batch."""
+    return where.batch + axes_of_one_device() or None
+
+
 class _Specs:
     """How the mesh splits the arrays of a call with B rows, Q query and K key/value heads.
 
@@ -73,7 +79,7 @@ class _Specs:
 
     def __init__(self, B: int, Q: int = 1, K: int = 1):
         self.where = sharding.layout(attention_partition(), B, Q, K)
-        rows = self.where.batch + axes_of_one_device() or None
+        rows = _rows(self.where)
         heads = self.where.kv_heads or None
         self.x = P(rows, AXIS)
         self.q = P(rows, AXIS, self.where.heads or None)
@@ -304,6 +310,29 @@ def _dealt_starts(n: int) -> list:
     """The positions where the two halves of n dealt rows begin, on this device."""
     shard, half = jax.lax.axis_index(AXIS), n // 2
     return [2 * shard * half, (2 * (_ways() - 1 - shard) + 1) * half]
+
+
+def own_heads(kv: KeyValue, num_heads: int) -> KeyValue:
+    """kv [B, N, K, H] with copies of its heads, [B, N, J, H], if the mesh splits the `num_heads`
+    query heads over more devices than it can split K heads: then each device has those heads that
+    its query heads read. Else kv as it is.
+
+    Otherwise each device would have all K heads, and in each cross layer their gradients would be
+    summed over the devices. The gradient of this function sums them once.
+    """
+    B, N, K, _ = kv.k.shape
+    where = sharding.layout(attention_partition(), B, num_heads, K)
+    if where is None or where.kv_heads == where.heads:
+        return kv
+    mesh = jax.sharding.get_abstract_mesh()
+    queries = num_heads // math.prod(mesh.shape[axis] for axis in where.heads)  # of a device
+    rows, length = _rows(where), AXIS if length_ways(N) > 1 else None
+    return sharding.on_each_device(
+        lambda kv: jax.tree.map(lambda x: where.my_kv_heads(x, queries), kv),
+        where,
+        P(rows, length),
+        P(rows, length, where.heads),
+    )(kv)
 
 
 def share(kv: KeyValue, num_heads: int, dtype: jnp.dtype) -> SharedKeyValue:

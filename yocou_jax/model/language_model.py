@@ -263,7 +263,7 @@ class LanguageModel(nn.Module):
     def _begin_cross(self, x, context: Context):
         """Puts the global K, V into the context. If the mesh splits the positions, this also deals
         the rows again (`context_parallel.deal`)."""
-        kv = self.project_global_kv(x, context)
+        kv = context_parallel.own_heads(self.project_global_kv(x, context), self.config.num_heads)
         if length_ways(x.shape[1]) > 1:
             kv = context_parallel.share(kv, self.config.num_heads, self.compute.dtype)
             x, positions = context_parallel.deal(x), context_parallel.deal(context.positions)
