@@ -6,8 +6,8 @@ from the other devices:
 * A window layer needs the W - 1 positions before its own. The left neighbor sends them, with one
   collective permute; further neighbors too, if W - 1 is more than the N / C positions of one
   device. Meanwhile the device attends to its own positions.
-* The global K, V are gathered once for all cross layers (`own_heads`, `share`). Their gradients are summed over
-  the layers on each device in float32, and are then reduced over the devices once.
+* The global K, V are gathered once for all cross layers (`own_heads`, `share`). Their gradients are
+  summed over the layers on each device in float32, and are then reduced over the devices once.
 * The last positions see the most keys, and have the most work in cross layers. So `deal` gives
   each device two half shards of rows before the cross-decoder: one from the beginning and its
   mirror image from the end. All devices then see equally many keys. `deal` again restores the
