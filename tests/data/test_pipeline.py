@@ -253,8 +253,9 @@ WORKER = """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from yocou_jax.data import load_data, tokens as token_cache
+    from yocou_jax.data import corpus, load_data, tokens as token_cache
     from yocou_jax.errors import UserError
+    corpus.SHARD_BYTES = int(sys.argv[4])
     token_cache.PIECE_BYTES, made, write = 500, [], token_cache._write_piece
     token_cache._write_piece = lambda path, *args: (made.append(path.name), write(path, *args))
     mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -276,7 +277,8 @@ WORKER = """
 
 
 @pytest.mark.slow
-def test_two_real_processes(make_config, sharding):
+@pytest.mark.parametrize("shard_bytes", [200, 10**9])
+def test_two_real_processes(make_config, sharding, shard_bytes):
     config = make_config(packing=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -285,7 +287,7 @@ def test_two_real_processes(make_config, sharding):
     command = [sys.executable, "-c", textwrap.dedent(WORKER), str(port)]
     workers = [
         subprocess.Popen(
-            [*command, str(rank), json.dumps(vars(config))],
+            [*command, str(rank), json.dumps(vars(config)), str(shard_bytes)],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -308,8 +310,11 @@ def test_two_real_processes(make_config, sharding):
         totals.append(total)
         assert f"Process {rank} reads other data" in mismatch
     # Each has made half of the pieces, because they share the folder of the cache.
-    numbers = [[int(name[:6]) for name in pieces] for pieces in made]
-    assert numbers == [list(range(rank, sum(map(len, made)), 2)) for rank in range(2)]
+    numbers, total = [[int(name[:6]) for name in pieces] for pieces in made], sum(map(len, made))
+    if shard_bytes > 1000:  # one shard: all read it
+        assert numbers == [list(range(rank, total, 2)) for rank in range(2)]
+    else:
+        assert numbers == [list(range(total // 2)), list(range(total // 2, total))]
     (expected,) = take(load_data(config), sharding, 1, start_step=3)
     assert np.array_equal(np.concatenate([rows[start] for start in sorted(rows)]), expected.tokens)
     assert totals == [int((expected.tokens * expected.positions).sum())] * 2

@@ -18,13 +18,12 @@ import contextlib
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sysconfig
 import time
-import uuid
-import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,11 +35,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from yocou_jax.data import formats
+from yocou_jax.data import formats, shards
 from yocou_jax.data.formats import PIECE_BYTES, Raw, pieces, read_file, text_of
+from yocou_jax.data.shards import (
+    DAMAGED,
+    Digests,
+    Document,
+    Repaired,
+    Shard,
+    all_digests,
+    hash_document,
+    hash_fraction,
+    joined,
+    key_of,
+    repaired,
+    store,
+    text_bytes,
+)
 from yocou_jax.data.synthetic import Hops, Needle, parse_task
 from yocou_jax.errors import UserError
-from yocou_jax.files import expand_path, write_atomically
+from yocou_jax.files import expand_path
 from yocou_jax.progress import with_progress
 
 # `split_corpus` cuts documents into pieces if a split of whole documents is not good enough.
@@ -56,24 +70,21 @@ STDLIB_SKIPPED = {
 }
 
 YOUNG = 2.0  # seconds
+SHARD_BYTES = 64 * 1024**2  # of files as they are stored, perhaps compressed
 
-SPELLED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others represent bytes
 WEIGHT = r"[-+]?(?:\d[\d.,_]*|\.\d[\d.]*|inf|infinity|nan)(?:e[-+]?\d+)?%?"
 WEIGHTED = re.compile(rf"{WEIGHT}\s*\*", re.IGNORECASE)
 SEPARATOR = re.compile(rf"\s+\+\s+|\s*\+\s*(?={WEIGHT}\s*\*)", re.IGNORECASE)
 QUOTED = re.compile(r"""(^|\*\s*)((["']).*?\3)(?=\s*(?:\+|$))""", re.DOTALL)
 
 
-class Document(NamedTuple):
-    """One text and its name. The split hashes the name, so it must not depend on the machine."""
+class Piece(NamedTuple):
+    """Some documents of a corpus. digest: a hash of them. mine: whether this process shall use it.
+    documents: reads them."""
 
-    name: str
-    text: str
-
-
-def text_bytes(document: Document) -> int:
-    """Number of UTF-8 bytes of the text."""
-    return len(document.text.encode())
+    digest: str
+    mine: bool
+    documents: Callable[[], list[Document]]
 
 
 class CorpusSummary(NamedTuple):
@@ -94,18 +105,20 @@ class Corpus:
     Empty documents and exact copies of earlier documents are left out, so that training sees no
     held-out text under another name.
 
+    Several processes read different shards at the same time (shards.py).
+
     known: a folder that remembers what was read, if the source is made of files. The next time, if
     all files have the same paths, sizes and times, they are not read to know the summary. With
-    verify they are, and what was remembered is replaced.
+    verify they are, and what was remembered is replaced. share: (index, count) of the processes.
     """
 
     source: str
-    read: Callable[[], Iterator[Raw]]
+    shards: tuple[Shard, ...]
     bad_rows: str = "refuse"  # or "skip"
     piece_bytes: int | None = None  # size of the pieces of a document; None: documents stay whole
-    stamp: str | None = None  # what decides which documents are read, if that is known
     known: Path | None = None
     verify: bool = False
+    share: tuple[int, int] = (0, 1)
 
     def documents(self) -> Iterator[Document]:
         """Every document once, in order. Each call reads the source again.
@@ -117,13 +130,17 @@ class Corpus:
             hash_document(total, document)
             yield document
         if "_pass" in vars(self) and total.hexdigest() != self.summary.fingerprint:
-            if self._memory is not None:  # it may be wrong, and the next start must not trust it
-                with contextlib.suppress(OSError):
-                    self._memory.unlink()
-            raise UserError(
-                f"The data source {self.source!r} has changed while it was read; start again when "
-                "it is complete."
-            )
+            raise self._changed()
+
+    def _changed(self) -> UserError:
+        # What is remembered may be wrong, and the next start must not trust it.
+        for path in filter(None, (self._memory, *map(self._digest_file, self.shards))):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return UserError(
+            f"The data source {self.source!r} has changed while it was read; start again when it "
+            "is complete."
+        )
 
     def _documents(self, counts: Counter[str]) -> Iterator[Document]:
         whole = self._unique(counts)
@@ -131,27 +148,99 @@ class Corpus:
 
     def _unique(self, counts: Counter[str]) -> Iterator[Document]:
         seen: set[bytes] = set()
-        for name, raw in self.read():
-            if isinstance(raw, UserError):
-                if self.bad_rows == "refuse":
-                    raise raw
+        raws = itertools.chain.from_iterable(shard.read() for shard in self.shards)
+        for found in repaired(raws, self.bad_rows):
+            if found is None:
                 counts["skipped"] += 1
                 continue
-            if isinstance(raw, str):  # a row: a lone surrogate is an escape or an invalid byte
-                text = SPELLED_SURROGATE.sub("\ufffd", raw)
-                text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-                repaired = text != raw
-            else:
-                text = raw.decode("utf-8", "replace")
-                repaired = text.encode() != raw
             # A hash of the repaired text: two documents may differ only in their invalid bytes.
-            digest = hashlib.sha256(text.encode()).digest()
-            if not text or digest in seen:
-                counts["duplicates"] += bool(text)
+            digest = hashlib.sha256(found.document.text.encode()).digest()
+            if digest in seen:
+                counts["duplicates"] += 1
                 continue
             seen.add(digest)
-            counts["invalid"] += repaired
-            yield Document(name, text)
+            counts["invalid"] += found.repaired
+            yield found.document
+
+    def pieces(self, limit: int, share: tuple[int, int]) -> Iterator[Piece]:
+        """All documents, in pieces of about `limit` bytes. share: (index, count) of the processes
+        that share the work. Documents of other processes' pieces are not read, if the corpus has
+        several shards. Raises UserError as `documents` does."""
+        what, total = f"Tokenizing {self.source}", self.summary.bytes
+        if not self._in_shards:
+            index, count = share
+            documents = with_progress(self.documents(), what, text_bytes, total)
+            for number, piece in enumerate(chunks(documents, limit)):
+                digest = hashlib.sha256()
+                for document in piece:
+                    hash_document(digest, document)
+                yield Piece(digest.hexdigest(), number % count == index, lambda piece=piece: piece)
+            return
+        whole, first, _ = self._digests
+        keys, ends = whole.keys[first], np.cumsum(whole.sizes[first])
+        begins = [0]
+        while begins[-1] < len(ends):
+            done = ends[begins[-1] - 1] if begins[-1] else 0
+            begins.append(min(len(ends), int(np.searchsorted(ends, done + limit)) + 1))
+        spans = list(itertools.pairwise(begins))
+        mine = range(*(len(spans) * (share[0] + i) // share[1] for i in (0, 1)))
+        read = self._reader(what, total // share[1])
+        for number, span in enumerate(spans):
+            digest = hashlib.sha256(keys[slice(*span)].tobytes()).hexdigest()
+            yield Piece(digest, number in mine, partial(read, *span))
+
+    @property
+    def _in_shards(self) -> bool:
+        """Whether shards can be read alone. Pieces of documents need all documents before them."""
+        return len(self.shards) > 1 and self.piece_bytes is None
+
+    @cached_property
+    def _digests(self) -> tuple[Digests, np.ndarray, list[int]]:
+        """Digests of all documents; which of them are no copies; the documents of each shard."""
+
+        def watched(documents, number):
+            what = f"Reading {self.source}, shard {number + 1} of {len(self.shards)}"
+            return with_progress(documents, what, _found_bytes)
+
+        how = self.bad_rows, self._digest_file, self.share, not self.verify, watched
+        parts = all_digests(self.shards, *how)
+        return *joined(parts), [len(part.sizes) for part in parts]
+
+    def _documents_from(self, start: int) -> Iterator[Document]:
+        """The documents from number `start` on. Earlier shards are not read."""
+        whole, first, counts = self._digests
+        end = 0  # of the shards so far, in documents with copies
+        number = 0  # of the next document that is no copy
+        for shard, count in zip(self.shards, counts, strict=True):
+            begin, end = end, end + count
+            kept = int(first[begin:end].sum())
+            if number + kept <= start:
+                number += kept
+                continue
+            at = begin
+            for found in filter(None, repaired(shard.read(), self.bad_rows)):
+                if at == end or key_of(found.document) != whole.keys[at].tobytes():
+                    raise self._changed()
+                if first[at]:
+                    if number >= start:
+                        yield found.document
+                    number += 1
+                at += 1
+            if at != end:
+                raise self._changed()
+
+    def _reader(self, what: str, total: int) -> Callable[[int, int], list[Document]]:
+        """A function that gives the documents begin .. end - 1, and goes on where it was."""
+        stream, at = iter(()), -1
+
+        def read(begin: int, end: int) -> list[Document]:
+            nonlocal stream, at
+            if at != begin:
+                stream = with_progress(self._documents_from(begin), what, text_bytes, total)
+            at = end
+            return list(itertools.islice(stream, end - begin))
+
+        return read
 
     @cached_property
     def _pass(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
@@ -159,31 +248,52 @@ class Corpus:
         path = self._memory
         if path is None:
             return self._read_all()
-        damaged = OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile
         if not self.verify:
-            with contextlib.suppress(*damaged), np.load(path) as found:
+            with contextlib.suppress(*DAMAGED), np.load(path) as found:
                 summary = CorpusSummary(**json.loads(str(found["summary"])))
                 return summary, found["hashes"], found["sizes"]
         summary, hashes, sizes = self._read_all()
-        content = io.BytesIO()
-        np.savez(content, summary=json.dumps(summary._asdict()), hashes=hashes, sizes=sizes)
-        with contextlib.suppress(OSError):  # the files can be read again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Many processes may share the folder, so each writes a file of its own name.
-            scratch = path.with_name(f".tmp-{uuid.uuid4().hex}")
-            write_atomically(scratch, content.getvalue())
-            scratch.replace(path)
+        store(path, summary=json.dumps(summary._asdict()), hashes=hashes, sizes=sizes)
         return summary, hashes, sizes
 
     @property
     def _memory(self) -> Path | None:
         """The file that remembers what was read."""
-        if self.stamp is None or self.known is None:
+        stamps = [shard.stamp for shard in self.shards]
+        if None in stamps or self.known is None:
             return None
-        key = sha256(f"{self.stamp} {self.bad_rows} {self.piece_bytes} {_code()}".encode())
+        key = sha256(f"{stamps} {self.bad_rows} {self.piece_bytes} {_code()}".encode())
         return self.known / f"corpus-{key.hexdigest()[:16]}.npz"
 
+    def _digest_file(self, shard: Shard) -> Path | None:
+        if shard.stamp is None or self.known is None:
+            return None
+        key = sha256(f"{shard.stamp} {self.bad_rows} {_code()}".encode())
+        return self.known / f"shard-{key.hexdigest()[:16]}.npz"
+
     def _read_all(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
+        if self._in_shards:
+            whole, first, _ = self._digests
+            fingerprint = hashlib.sha256(whole.keys[first].tobytes()).hexdigest()
+            hashes, sizes = whole.hashes[first], whole.sizes[first]
+            counts = {
+                "invalid": int(whole.invalid[first].sum()),
+                "duplicates": int((~first).sum()),
+                "skipped": int(whole.skipped),
+            }
+        else:
+            fingerprint, hashes, sizes, counts = self._read_in_order()
+        if not len(hashes):
+            left_out = f"; {counts['skipped']} rows had none and were left out"
+            raise UserError(
+                f"The data source {self.source!r} contains no text"
+                f"{left_out if counts['skipped'] else ''}."
+            )
+        summary = CorpusSummary(fingerprint, len(hashes), int(sizes.sum()), **counts)
+        order = np.argsort(hashes, kind="stable")
+        return summary, hashes[order], sizes[order]
+
+    def _read_in_order(self) -> tuple[str, np.ndarray, np.ndarray, Counter[str]]:
         counts, total = Counter(duplicates=0, invalid=0, skipped=0), hashlib.sha256()
         hashes, sizes = array("d"), array("q")
         documents = self._documents(counts)
@@ -191,15 +301,7 @@ class Corpus:
             hash_document(total, document)
             hashes.append(hash_fraction(document.name))
             sizes.append(text_bytes(document))
-        if not hashes:
-            left_out = f"; {counts['skipped']} rows had none and were left out"
-            raise UserError(
-                f"The data source {self.source!r} contains no text"
-                f"{left_out if counts['skipped'] else ''}."
-            )
-        summary = CorpusSummary(total.hexdigest(), len(hashes), sum(sizes), **counts)
-        order = np.argsort(np.array(hashes), kind="stable")
-        return summary, np.array(hashes)[order], np.array(sizes)[order]
+        return total.hexdigest(), np.array(hashes), np.array(sizes), counts
 
     @property
     def summary(self) -> CorpusSummary:
@@ -212,19 +314,30 @@ class Corpus:
         return self._pass[1:]
 
 
+def _found_bytes(found: Repaired | None) -> int:
+    return text_bytes(found.document) if found else 0
+
+
 @cache
 def _code() -> str:
     """A hash of the code that reads files. What it remembers is not for another version of it."""
     digest = sha256()
-    for module in (__file__, formats.__file__):
+    for module in (__file__, formats.__file__, shards.__file__):
         digest.update(Path(module).read_bytes())
     return digest.hexdigest()
 
 
-def hash_document(total: Any, document: Document) -> None:
-    """Adds a document to a hash of several."""
-    for part in document:
-        total.update(hashlib.sha256(part.encode("utf-8", "replace")).digest())
+def chunks(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]:
+    """The documents in lists of about `limit` bytes, or a little more."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += text_bytes(document)
+        if size >= limit:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _in_pieces(documents: Iterable[Document], size: int) -> Iterator[Document]:
@@ -235,12 +348,6 @@ def _in_pieces(documents: Iterable[Document], size: int) -> Iterator[Document]:
         for number, piece in enumerate(pieces(io.BytesIO(text.encode()), size)):
             digest = hashlib.sha256(piece).digest()
             yield Document(names.setdefault(digest, f"{name}#{number}"), piece.decode())
-
-
-def hash_fraction(name: str, salt: str = "") -> float:
-    """A number in [0, 1) that depends only on the name and the salt."""
-    digest = hashlib.sha256(f"{salt}{name}".encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def is_held_out(name: str, validation_fraction: float) -> bool:
@@ -379,15 +486,17 @@ def open_corpus(
     bad_rows: str = "refuse",
     known: Path | None = None,
     verify: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Corpus:
-    """The corpus of one source without weights. known, verify: see `Corpus`. Raises UserError if
-    the source is unknown."""
+    """The corpus of one source without weights. known, verify, share: see `Corpus`. Raises
+    UserError if the source is unknown."""
+    memory = {"known": known, "verify": verify, "share": share}
     if source.startswith("hf:"):
         stamp = _hugging_face_stamp(source, text_field) if known else None
         read = partial(_read_hugging_face, source, text_field)
-        return Corpus(source, read, bad_rows, stamp=stamp, known=known, verify=verify)
+        return Corpus(source, (Shard(read, stamp),), bad_rows, **memory)
     if task := parse_task(source):
-        return Corpus(source, partial(_read_task, task), bad_rows)
+        return Corpus(source, (Shard(partial(_read_task, task), None),), bad_rows)
     if source == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = _python_files(root, STDLIB_SKIPPED)
@@ -400,9 +509,25 @@ def open_corpus(
             raise _no_files(source)
         root = Path(os.path.commonpath([path.parent for path in paths]))
     names = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-    read = partial(_read_files, names, text_field)
-    stamp = _stamp(root, names, text_field) if known else None
-    return Corpus(source, read, bad_rows, stamp=stamp, known=known, verify=verify)
+    found = []
+    for part in _by_size(names):
+        read = partial(_read_files, part, text_field, alone=len(names) == 1)
+        found.append(Shard(read, _stamp(root, part, text_field) if known else None))
+    return Corpus(source, tuple(found), bad_rows, **memory)
+
+
+def _by_size(names: list[tuple[str, Path]]) -> Iterator[list[tuple[str, Path]]]:
+    """Consecutive files with SHARD_BYTES in all, or a little more."""
+    part, size = [], 0
+    for name, path in names:
+        part.append((name, path))
+        with contextlib.suppress(OSError):  # who reads the file says what is wrong with it
+            size += path.stat().st_size
+        if size >= SHARD_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _stamp(root: Path, names: list[tuple[str, Path]], text_field: str) -> str | None:
@@ -442,9 +567,9 @@ def _python_files(root: Path, skipped: set[str]) -> list[Path]:
     return [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts[:-1])]
 
 
-def _read_files(names: list[tuple[str, Path]], text_field: str) -> Iterator[Raw]:
+def _read_files(names: list[tuple[str, Path]], text_field: str, alone: bool) -> Iterator[Raw]:
     for name, path in names:
-        yield from read_file(name, path, text_field, alone=len(names) == 1)
+        yield from read_file(name, path, text_field, alone)
 
 
 def _read_task(task: Hops | Needle) -> Iterator[Raw]:

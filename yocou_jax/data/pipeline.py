@@ -355,7 +355,8 @@ def _parts(config: Any) -> list[tuple[float, Split]]:
     parts = []
     known = expand_path(config.cache_dir)
     for weight, name in parse_source(config.source):
-        corpus = open_corpus(name, config.text_field, config.bad_rows, known, config.verify)
+        memory = known, config.verify, (jax.process_index(), jax.process_count())
+        corpus = open_corpus(name, config.text_field, config.bad_rows, *memory)
         rows, length = max(1, round(weight * config.batch_size)), config.sequence_length
         needs = [MOST_BYTES_PER_TOKEN * (count * length + 1) for count in (1, rows)]
         parts.append((weight, split_corpus(corpus, config.validation_fraction, *needs)))

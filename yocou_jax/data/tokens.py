@@ -5,13 +5,14 @@ on after the last piece, and processes that share the folder of the cache make d
 name of a piece has the hash of its documents, so it is used only for these.
 """
 
+import itertools
 import json
 import os
 import shutil
 import time
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -21,10 +22,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from yocou_jax.data.corpus import Document, Split, hash_document, is_held_out, text_bytes
+from yocou_jax.data.corpus import Document, Split, chunks, is_held_out
 from yocou_jax.data.tokenizer import Tokenizer, cache_error
 from yocou_jax.errors import UserError
-from yocou_jax.progress import with_progress
 
 FORMAT = 3  # part of the cache key; raise it if the files of the cache change their meaning
 SPLITS = ("train", "held_out")
@@ -104,8 +104,8 @@ def _prepare(pieces: Path) -> None:
 
 
 def _share(pieces: Path) -> tuple[int, int]:
-    """(index, count): this process makes the pieces k with k mod count = index. If the processes do
-    not share the folder, each makes all of them. All have called `_prepare`."""
+    """(index, count): this process makes its share of the pieces. If the processes do not share the
+    folder, each makes all of them. All have called `_prepare`."""
     count, seen = jax.process_count(), 0
     with suppress(OSError):
         seen = len(list(pieces.glob(f"process-*-of-{count}")))
@@ -138,18 +138,14 @@ def _unless_made(directory: Path) -> Iterator[None]:
 def _make_pieces(
     split: Split, tokenizer: Tokenizer, allow_lossy: bool, folder: Path, index: int, count: int
 ) -> list[Path]:
-    """Makes each piece k with k mod count = index that does not exist. Returns the paths of all."""
-    corpus, paths = split.corpus, []
-    what, total = f"Tokenizing {corpus.source}", corpus.summary.bytes
-    documents = with_progress(corpus.documents(), what, text_bytes, total)
-    for number, piece in enumerate(_chunks(documents, PIECE_BYTES)):
-        digest = sha256()
-        for document in piece:
-            hash_document(digest, document)
-        path = folder / f"{number:06}-{digest.hexdigest()[:16]}.npz"
+    """Makes those pieces of process `index` of `count` that do not exist. Returns the paths of
+    all."""
+    paths = []
+    for number, piece in enumerate(split.corpus.pieces(PIECE_BYTES, (index, count))):
+        path = folder / f"{number:06}-{piece.digest[:16]}.npz"
         paths.append(path)
-        if number % count == index and not path.exists():
-            _write_piece(path, piece, split, tokenizer, allow_lossy)
+        if piece.mine and not path.exists():
+            _write_piece(path, piece.documents(), split, tokenizer, allow_lossy)
     return paths
 
 
@@ -159,7 +155,7 @@ def _write_piece(
     """The tokens of each split, the number of tokens of each of its documents, and their bytes."""
     tokens: dict[str, list[np.ndarray]] = {which: [] for which in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
-    for chunk in _chunks(documents, ENCODE_BYTES):
+    for chunk in chunks(documents, ENCODE_BYTES):
         encoded = tokenizer.encode_batch([document.text for document in chunk])
         for (name, text), ids in zip(chunk, encoded, strict=True):
             size = tokenizer.num_bytes(ids)
@@ -228,18 +224,6 @@ def _read_piece(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarra
         ) from error
 
 
-def _chunks(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]:
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.text)
-        if size >= limit:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
 # --- The directory --------------------------------------------------------------------------------
 
 
@@ -264,7 +248,10 @@ def _complete_or_absent(directory: Path) -> Iterator[Path]:
 
 
 def _remove_stale(cache_dir: Path) -> None:
-    for old in (*cache_dir.glob(".tmp-*"), *cache_dir.glob("tokens-*.pieces")):
+    # Digests of shards are needed until the text is tokenized.
+    for old in itertools.chain.from_iterable(
+        cache_dir.glob(name) for name in (".tmp-*", "tokens-*.pieces", "shard-*.npz")
+    ):
         with suppress(OSError):  # its owner may rename or remove it now
             if time.time() - old.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()

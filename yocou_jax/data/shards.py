@@ -1,0 +1,195 @@
+"""Shards of a corpus: files that are read together, while other processes read other shards.
+
+A start must know the name, the hash and the size of each document, before it can decide which are
+copies and which are held out. It stores these digests of a shard in a folder. Every process begins
+with the shards that are its own; of the others it reads only those that nobody has stored yet. So
+processes that share the folder share the work, and send no messages. If one of them dies, or cannot
+see the folder, that costs time and nothing else. A start after a kill reads no shard twice.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import re
+import uuid
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from yocou_jax.data.formats import Raw
+from yocou_jax.errors import UserError
+from yocou_jax.files import write_atomically
+
+SPELLED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others represent bytes
+DAMAGED = OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile
+
+
+class Document(NamedTuple):
+    """One text and its name. The split hashes the name, so it must not depend on the machine."""
+
+    name: str
+    text: str
+
+
+def text_bytes(document: Document) -> int:
+    """Number of UTF-8 bytes of the text."""
+    return len(document.text.encode())
+
+
+def hash_document(total: Any, document: Document) -> None:
+    """Adds a document to a hash of several."""
+    for part in document:
+        total.update(_sha256(part))
+
+
+def hash_fraction(name: str, salt: str = "") -> float:
+    """A number in [0, 1) that depends only on the name and the salt."""
+    return int.from_bytes(_sha256(f"{salt}{name}")[:6], "big") / 2**48
+
+
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
+
+
+class Shard(NamedTuple):
+    """read: gives the rows or files of the shard. stamp: decides which they are, if it is known."""
+
+    read: Callable[[], Iterator[Raw]]
+    stamp: str | None
+
+
+class Repaired(NamedTuple):
+    """A document in valid UTF-8. repaired: whether it was invalid; U+FFFD replaces bad bytes."""
+
+    document: Document
+    repaired: bool
+
+
+def repaired(raws: Iterable[Raw], bad_rows: str) -> Iterator[Repaired | None]:
+    """The documents that are not empty. None for a row without text, which `bad_rows`="refuse"
+    raises as UserError."""
+    for name, raw in raws:
+        if isinstance(raw, UserError):
+            if bad_rows == "refuse":
+                raise raw
+            yield None
+            continue
+        if isinstance(raw, str):  # a row: a lone surrogate is an escape or an invalid byte
+            text = SPELLED_SURROGATE.sub("\ufffd", raw)
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            was_invalid = text != raw
+        else:
+            text = raw.decode("utf-8", "replace")
+            was_invalid = text.encode() != raw
+        if text:
+            yield Repaired(Document(name, text), was_invalid)
+
+
+class Digests(NamedTuple):
+    """What a start keeps of documents.
+
+    keys: uint8 [documents, 64], sha256 of the name and of the text. hashes: `hash_fraction` of the
+    names, float64 [documents]. sizes: in bytes, int64. invalid: bool. skipped: int64 [], the rows
+    without text.
+    """
+
+    keys: np.ndarray
+    hashes: np.ndarray
+    sizes: np.ndarray
+    invalid: np.ndarray
+    skipped: np.ndarray
+
+    @property
+    def texts(self) -> np.ndarray:
+        """One value for each text; equal texts have equal values."""
+        return np.ascontiguousarray(self.keys[:, 32:]).view("V32")[:, 0]
+
+
+def key_of(document: Document) -> bytes:
+    return _sha256(document.name) + _sha256(document.text)
+
+
+def digests_of(documents: Iterable[Repaired | None]) -> Digests:
+    keys, facts, skipped = bytearray(), [], 0
+    for found in documents:
+        if found is None:
+            skipped += 1
+            continue
+        keys += key_of(found.document)
+        name = found.document.name
+        facts.append((hash_fraction(name), text_bytes(found.document), found.repaired))
+    hashes, sizes, invalid = zip(*facts, strict=True) if facts else ((), (), ())
+    return Digests(
+        np.frombuffer(bytes(keys), np.uint8).reshape(-1, 64),
+        np.array(hashes, np.float64),
+        np.array(sizes, np.int64),
+        np.array(invalid, bool),
+        np.int64(skipped),
+    )
+
+
+def joined(parts: Sequence[Digests]) -> tuple[Digests, np.ndarray]:
+    """The digests of all shards; and which documents are no copies of earlier ones [documents]."""
+    *arrays, skipped = zip(*parts, strict=True)
+    whole = Digests(*(np.concatenate(x) for x in arrays), np.int64(sum(skipped)))
+    first = np.zeros(len(whole.sizes), bool)
+    first[np.unique(whole.texts, return_index=True)[1]] = True
+    return whole, first
+
+
+def in_turn(count: int, index: int, processes: int) -> list[int]:
+    """The shards in the order in which a process wants them: its own, and then those of the next
+    processes, from the last one on, because their owners begin with the first one."""
+    bounds = [count * p // processes for p in range(processes + 1)]
+    shares = [range(*pair) for pair in itertools.pairwise(bounds)]
+    others = [shares[(index + hop) % processes] for hop in range(1, processes)]
+    return [*shares[index], *(shard for share in others for shard in reversed(share))]
+
+
+def all_digests(
+    shards: Sequence[Shard],
+    bad_rows: str,
+    path_of: Callable[[Shard], Path | None],
+    share: tuple[int, int],
+    trust: bool,
+    watched: Callable[[Iterable[Repaired | None], int], Iterable[Repaired | None]],
+) -> list[Digests]:
+    """The digests of every shard, in their order.
+
+    path_of: the file that stores those of a shard (None: it has none). share: (index, count) of the
+    processes that read. trust: whether stored files are taken. watched: sees the documents of shard
+    k that this process reads.
+    """
+    found: dict[int, Digests] = {}
+    for number in in_turn(len(shards), *share):
+        path = path_of(shards[number])
+        known = _load(path) if trust and path is not None else None
+        if known is None:
+            documents = repaired(shards[number].read(), bad_rows)
+            known = digests_of(watched(documents, number))
+            if path is not None:
+                store(path, **known._asdict())
+        found[number] = known
+    return [found[number] for number in range(len(shards))]
+
+
+def _load(path: Path) -> Digests | None:
+    with contextlib.suppress(*DAMAGED), np.load(path) as found:
+        return Digests(**{name: found[name] for name in Digests._fields})
+    return None
+
+
+def store(path: Path, **arrays: Any) -> None:
+    """Writes an .npz file, which several processes may do at the same time. Does nothing if the
+    disk cannot take it: what it has can be read again."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".tmp-{uuid.uuid4().hex}")  # of this process alone
+        write_atomically(scratch, content.getvalue())
+        scratch.replace(path)
