@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from yocou_jax.data import corpus as corpus_module
 from yocou_jax.data.corpus import (
     hash_fraction,
     is_held_out,
@@ -137,6 +138,27 @@ def test_hugging_face_rows_are_read_once(monkeypatch, tmp_path):
     rows._fingerprint = "g"
     assert open_corpus("hf:org/name", known=tmp_path).summary == first
     assert reads == ["f", "f", "g"]
+
+
+def test_hugging_face_rows_in_shards(monkeypatch, tmp_path):
+    class Rows(list):
+        _fingerprint = "f"
+
+        def select(self, part):
+            return [self[number] for number in part]
+
+    rows = Rows({"text": f"{t} {i % 40}"} for i, t in enumerate(TEXTS * 20))
+    datasets = SimpleNamespace(load_dataset=lambda *_, **__: rows)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    whole = open_corpus("hf:org/name", known=tmp_path / "whole")
+    monkeypatch.setattr(corpus_module, "SHARD_ROWS", 7)
+    corpus = open_corpus("hf:org/name", known=tmp_path / "shards")
+    assert len(corpus.shards) == -(-len(rows) // 7)
+    assert corpus.summary == whole.summary
+    assert list(corpus.documents()) == list(whole.documents())
+    pieces = list(corpus.pieces(50, (0, 1)))
+    assert [d for piece in pieces for d in piece.documents()] == list(whole.documents())
+    assert len(list((tmp_path / "shards").glob("shard-*.npz"))) == len(corpus.shards)
 
 
 def test_hugging_face_rows_without_text(monkeypatch):

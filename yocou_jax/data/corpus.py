@@ -71,6 +71,7 @@ STDLIB_SKIPPED = {
 
 YOUNG = 2.0  # seconds
 SHARD_BYTES = 64 * 1024**2  # of files as they are stored, perhaps compressed
+SHARD_ROWS = 100_000  # of a Hugging Face data set
 
 WEIGHT = r"[-+]?(?:\d[\d.,_]*|\.\d[\d.]*|inf|infinity|nan)(?:e[-+]?\d+)?%?"
 WEIGHTED = re.compile(rf"{WEIGHT}\s*\*", re.IGNORECASE)
@@ -492,9 +493,8 @@ def open_corpus(
     UserError if the source is unknown."""
     memory = {"known": known, "verify": verify, "share": share}
     if source.startswith("hf:"):
-        stamp = _hugging_face_stamp(source, text_field) if known else None
-        read = partial(_read_hugging_face, source, text_field)
-        return Corpus(source, (Shard(read, stamp),), bad_rows, **memory)
+        shards = tuple(_hugging_face_shards(source, text_field))
+        return Corpus(source, shards, bad_rows, **memory)
     if task := parse_task(source):
         return Corpus(source, (Shard(partial(_read_task, task), None),), bad_rows)
     if source == "python":
@@ -577,17 +577,23 @@ def _read_task(task: Hops | Needle) -> Iterator[Raw]:
     yield from task.read(document.text for document in documents)
 
 
-def _hugging_face_stamp(source: str, text_field: str) -> str | None:
-    """The fingerprint that the package gives to the data, which depends on its files."""
-    fingerprint = getattr(_hugging_face(source)[1], "_fingerprint", None)
-    return fingerprint and sha256(f"{source} {fingerprint} {text_field}".encode()).hexdigest()
-
-
-def _read_hugging_face(source: str, text_field: str) -> Iterator[Raw]:
+def _hugging_face_shards(source: str, text_field: str) -> Iterator[Shard]:
+    """Shards of SHARD_ROWS rows. Their stamps are from the fingerprint that the package gives to
+    the data, which depends on its files."""
     name, rows = _hugging_face(source)
-    for number, record in enumerate(rows):
-        where = f"Row {number + 1} of the data set {name!r}"
-        yield f"{name}:{number + 1}", text_of(record, text_field, where)
+    fingerprint = getattr(rows, "_fingerprint", None)
+    for start in range(0, max(len(rows), 1), SHARD_ROWS):
+        part = range(start, min(start + SHARD_ROWS, len(rows)))
+        facts = f"{source} {fingerprint} {text_field} {part}"
+        stamp = fingerprint and sha256(facts.encode()).hexdigest()
+        yield Shard(partial(_read_rows, name, rows, part, text_field), stamp)
+
+
+def _read_rows(name: str, rows: Any, part: range, text_field: str) -> Iterator[Raw]:
+    records = rows if len(part) == len(rows) else rows.select(part)
+    for number, record in enumerate(records, part.start + 1):
+        where = f"Row {number} of the data set {name!r}"
+        yield f"{name}:{number}", text_of(record, text_field, where)
 
 
 def _hugging_face(source: str) -> tuple[str, Any]:
