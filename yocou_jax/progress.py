@@ -12,18 +12,30 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
-def with_progress(
-    items: Iterable[Item], what: str, size: Callable[[Item], int], total: int | None = None
-) -> Iterator[Item]:
-    """Yields the items, and logs "Tokenizing python: 12.3 MB of 40.1 MB." (`size` is in bytes)."""
+def teller(what: str, total: int | None = None) -> Callable[[int], None]:
+    """A function that gets the bytes that are done, and logs "Tokenizing python: 12.3 MB of 40.1
+    MB." """
     done, last = 0, time.monotonic()
-    for item in items:
-        yield item
-        done += size(item)
+
+    def add(size: int) -> None:
+        nonlocal done, last
+        done += size
         if time.monotonic() - last >= SECONDS:
             last = time.monotonic()
             of = "" if total is None else f" of {total / 1e6:.1f} MB"
             log.info("%s: %.1f MB%s.", what, done / 1e6, of)
+
+    return add
+
+
+def with_progress(
+    items: Iterable[Item], what: str, size: Callable[[Item], int], total: int | None = None
+) -> Iterator[Item]:
+    """Yields the items, and logs as `teller` does (`size` is in bytes)."""
+    add = teller(what, total)
+    for item in items:
+        yield item
+        add(size(item))
 
 
 @contextmanager

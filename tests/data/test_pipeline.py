@@ -664,7 +664,7 @@ def test_a_damaged_piece_is_made_again(make_config, tmp_path, written, monkeypat
 
 
 def test_what_killed_processes_have_left_is_removed_when_it_is_old(make_config, tmp_path):
-    left = [tmp_path / "cache" / name for name in (".tmp-1", "tokens-1.pieces")]
+    left = [tmp_path / "cache" / name for name in (".tmp-1", "tokens-1.pieces", "shard-1.npz")]
     for path in left:
         path.mkdir(parents=True)
     load_data(make_config())
@@ -830,7 +830,8 @@ def test_a_file_is_known_by_its_size_and_both_times(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             one = SimpleNamespace(**facts | changed)
             patch.setattr(corpus_module.Path, "stat", lambda path, one=one: one)
-            stamps.add(corpus_module._stamp(tmp_path, [("a", tmp_path / "a")], "text"))
+            file = corpus_module.File.of(tmp_path / "a", tmp_path)
+            stamps.add(corpus_module._stamp(tmp_path, [file], "text"))
     assert len(stamps) == 4
 
 

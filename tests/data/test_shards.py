@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
 
+from yocou_jax import progress
 from yocou_jax.data import corpus as corpus_module
-from yocou_jax.data import load_data, shards, tokens
+from yocou_jax.data import load_data, pipeline, shards, tokens
 from yocou_jax.data.corpus import open_corpus
 from yocou_jax.data.shards import in_turn
 from yocou_jax.errors import UserError
@@ -124,7 +127,108 @@ def test_a_process_reads_only_the_files_of_its_pieces(corpus, tmp_path, readings
     assert [p.digest for p in whole.pieces(300, (0, 1))] == [p.digest for p in pieces]
 
 
-def test_a_start_after_a_kill_reads_no_shard_twice(corpus, tmp_path, readings, monkeypatch):
+def test_gaps_between_pieces_read_no_row_twice(tmp_path, readings, monkeypatch):
+    """Another run in the same folder has made every second piece."""
+    for name in ("a", "b"):
+        rows = "".join(json.dumps({"text": f"{name} {i:3}"}) + "\n" for i in range(200))
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    corpus = open_corpus(f"{tmp_path}/*.jsonl")
+    expected = list(corpus.documents())
+    readings.clear()
+    found = [d for piece in list(corpus.pieces(20, (0, 1)))[::2] for d in piece.documents()]
+    assert found == [d for i, d in enumerate(expected) if i % 8 < 4]
+    assert readings == ["a.jsonl", "b.jsonl"] * 2  # for the digests, and for the pieces
+    readings.clear()
+    late = list(corpus.pieces(20, (0, 1)))[-10:]
+    assert [d for piece in late for d in piece.documents()] == expected[-40:]
+    assert readings == ["b.jsonl"]
+
+
+def test_pieces_end_where_those_of_the_whole_end(tmp_path, readings, monkeypatch):
+    for i in range(30):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" * 50)
+    source = f"{tmp_path}/*.txt"
+    in_shards = [p.digest for p in open_corpus(source).pieces(300, (0, 1))]
+    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 10**9)
+    assert [p.digest for p in open_corpus(source).pieces(300, (0, 1))] == in_shards
+
+
+def test_a_process_begins_with_shards_of_its_own(corpus, tmp_path, readings, make_config):
+    assert opened(corpus, tmp_path, (1, 2)).summary.documents == 60
+    assert readings[0] >= "25.txt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_index", lambda: 1)
+        patch.setattr(jax, "process_count", lambda: 2)
+        ((_, split),) = pipeline._parts(make_config())
+    assert split.corpus.share == (1, 2)
+
+
+def test_long_reading_reports_its_progress(corpus, readings, monkeypatch, caplog):
+    """Also if each of many shards takes less time than that between two lines."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock) / 2)
+    with caplog.at_level("INFO", logger="yocou_jax.progress"):
+        pieces = open_corpus(corpus.source).pieces(100, (0, 1))
+        for piece in pieces:
+            piece.documents()
+    lines = [line for line in caplog.messages if "0.0 MB" in line]
+    assert sum("Reading" in line for line in lines) >= 2
+    assert sum("Tokenizing" in line for line in lines) >= 1
+
+
+def test_a_text_alone_in_its_shard_is_one_document(tmp_path, readings, monkeypatch):
+    """Only a text that is alone in its source is cut into pieces."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n" * 20_000)
+    corpus = open_corpus(f"{tmp_path}/*.txt")
+    assert len(corpus.shards) == 2
+    assert corpus.summary.documents == 2
+    assert [d.name for p in corpus.pieces(1, (0, 1)) for d in p.documents()] == ["a.txt", "b.txt"]
+
+
+def test_documents_of_several_shards_are_cut_as_those_of_one(
+    make_config, tmp_path, readings, monkeypatch
+):
+    """Few large documents: the split needs pieces of them, and equal pieces get one name."""
+    for name in ("a", "b"):
+        lines = [f"{name} {i}\n" if i % 3 else f"both {i}\n" for i in range(3000)]
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    source = f"{tmp_path}/?.txt"
+    load_data(make_config(source=source, cache_dir=str(tmp_path / "x")))
+    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 10**9)
+    load_data(make_config(source=source, cache_dir=str(tmp_path / "y")))
+    assert cache_files(tmp_path / "x") == cache_files(tmp_path / "y")
+
+
+def test_digests_depend_on_how_rows_are_read(corpus, odd, tmp_path, readings):
+    corpus.source = odd
+    assert opened(corpus, tmp_path, (0, 1), bad_rows="skip").summary.skipped == 12
+    with pytest.raises(UserError, match="has null in the field"):
+        _ = opened(corpus, tmp_path, (0, 1)).summary
+
+
+def test_a_summary_that_is_remembered_must_be_that_of_the_digests(
+    make_config, corpus, tmp_path, readings, monkeypatch
+):
+    """The digests were removed, and a file changes after the summary is read."""
+    config = make_config()
+    load_data(config)
+    for path in (tmp_path / "cache").glob("shard-*.npz"):
+        path.unlink()
+    make = tokens._make_pieces
+
+    def swap(*args):
+        (corpus.folder / "33.txt").write_text("another text")
+        return make(*args)
+
+    monkeypatch.setattr(tokens, "_make_pieces", swap)
+    with pytest.raises(UserError, match="has changed while it was read"):
+        load_data(make_config(validation_fraction=0.3))
+    assert list((tmp_path / "cache").glob("shard-*.npz")) == []
+    assert list((tmp_path / "cache").glob("corpus-*.npz")) == []
+
+
+def test_a_start_after_a_kill_reads_no_stored_shard(corpus, tmp_path, readings, monkeypatch):
     count = corpus_module.read_file
 
     def killed(name, *args, **kwargs):
@@ -143,18 +247,20 @@ def test_a_start_after_a_kill_reads_no_shard_twice(corpus, tmp_path, readings, m
     assert len(set(readings) & before) < 5  # of the shard that was not stored
 
 
+@pytest.mark.parametrize("file", ["20", "59"])  # 59: the last one of the corpus
 @pytest.mark.parametrize("change", ["other", "more", "fewer"])
 def test_a_shard_that_changes_before_it_is_tokenized(
-    make_config, corpus, tmp_path, readings, monkeypatch, change
+    make_config, corpus, tmp_path, readings, monkeypatch, change, file
 ):
+    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 1)  # each file is one
     rows = tmp_path / "rows"
     rows.mkdir()
     for number, text in enumerate(corpus.texts.values()):
         lines = "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(4))
         (rows / f"{number:02}.jsonl").write_text(lines)
-    path, make = rows / "20.jsonl", tokens._make_pieces
+    path, make = rows / f"{file}.jsonl", tokens._make_pieces
     text = path.read_text()
-    changed = {"other": text.replace("<20>", "<2!>"), "fewer": text[: text.index("\n") + 1]}
+    changed = {"other": text.replace(f"<{file}>", "<2!>"), "fewer": text[: text.index("\n") + 1]}
     changed["more"] = text + json.dumps({"text": "poison"}) + "\n"
 
     def swap(*args):
@@ -170,11 +276,27 @@ def test_a_shard_that_changes_before_it_is_tokenized(
     assert load_data(config).num_documents > 100
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 damaged"])
-def test_damaged_digests_are_made_again(corpus, tmp_path, readings, content):
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "no zip": lambda path: path.write_bytes(b"PK\x03\x04 damaged"),
+    "method of the zip": lambda path: path.write_bytes(
+        re.sub(rb"(PK\x01\x02.{6})..", rb"\1\xff\xff", path.read_bytes(), flags=re.DOTALL)
+    ),
+    "another file": lambda path: np.savez(path, x=np.zeros(3)),
+    "other lengths": lambda path: np.savez(
+        path, **dict(np.load(path)) | {"sizes": np.zeros(1, np.int64)}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_digests_are_made_again(corpus, tmp_path, readings, damage):
     expected = opened(corpus, tmp_path, (0, 1)).summary
     for path in (tmp_path / "cache").glob("*.npz"):
-        path.write_bytes(content)
+        if damage != "other lengths" or path.name.startswith("shard"):
+            DAMAGES[damage](path)
+        else:
+            path.unlink()
     assert opened(corpus, tmp_path, (0, 1)).summary == expected
 
 
@@ -198,7 +320,7 @@ def test_errors_name_the_row(corpus, odd, tmp_path, readings):
 
 
 def test_digests_of_nothing():
-    empty = shards.digests_of([None])
+    empty = shards.digests_of([None], lambda size: None)
     assert empty.keys.shape == (0, 64)
     whole, first = shards.joined([empty, empty])
     assert len(first) == 0

@@ -41,7 +41,6 @@ from yocou_jax.data.shards import (
     DAMAGED,
     Digests,
     Document,
-    Repaired,
     Shard,
     all_digests,
     hash_document,
@@ -55,7 +54,7 @@ from yocou_jax.data.shards import (
 from yocou_jax.data.synthetic import Hops, Needle, parse_task
 from yocou_jax.errors import UserError
 from yocou_jax.files import expand_path
-from yocou_jax.progress import with_progress
+from yocou_jax.progress import teller, with_progress
 
 # `split_corpus` cuts documents into pieces if a split of whole documents is not good enough.
 PIECE_SIZES = (PIECE_BYTES, 4096, 1024, 256, 64, 16)  # bytes; the first one that is good enough
@@ -106,11 +105,12 @@ class Corpus:
     Empty documents and exact copies of earlier documents are left out, so that training sees no
     held-out text under another name.
 
-    Several processes read different shards at the same time (shards.py).
+    shards: the source in parts (shards.py). share: (index, count) of the processes of a run, which
+    begin with different shards.
 
     known: a folder that remembers what was read, if the source is made of files. The next time, if
     all files have the same paths, sizes and times, they are not read to know the summary. With
-    verify they are, and what was remembered is replaced. share: (index, count) of the processes.
+    verify they are, and what was remembered is replaced.
     """
 
     source: str
@@ -165,12 +165,14 @@ class Corpus:
 
     def pieces(self, limit: int, share: tuple[int, int]) -> Iterator[Piece]:
         """All documents, in pieces of about `limit` bytes. share: (index, count) of the processes
-        that share the work. Documents of other processes' pieces are not read, if the corpus has
-        several shards. Raises UserError as `documents` does."""
-        what, total = f"Tokenizing {self.source}", self.summary.bytes
+        that make something of them. Without its own pieces, a process does not read a shard, if
+        shards can be read alone.
+
+        Raises UserError if documents are not those that `summary` has read.
+        """
+        what, (index, count) = f"Tokenizing {self.source}", share
         if not self._in_shards:
-            index, count = share
-            documents = with_progress(self.documents(), what, text_bytes, total)
+            documents = with_progress(self.documents(), what, text_bytes, self.summary.bytes)
             for number, piece in enumerate(chunks(documents, limit)):
                 digest = hashlib.sha256()
                 for document in piece:
@@ -178,17 +180,23 @@ class Corpus:
                 yield Piece(digest.hexdigest(), number % count == index, lambda piece=piece: piece)
             return
         whole, first, _ = self._digests
-        keys, ends = whole.keys[first], np.cumsum(whole.sizes[first])
+        if self._fingerprint != self.summary.fingerprint:  # the summary was remembered
+            raise self._changed()
+        places = np.flatnonzero(first)  # among the documents with copies
+        ends = np.cumsum(whole.sizes[places])
         begins = [0]
         while begins[-1] < len(ends):
             done = ends[begins[-1] - 1] if begins[-1] else 0
             begins.append(min(len(ends), int(np.searchsorted(ends, done + limit)) + 1))
         spans = list(itertools.pairwise(begins))
-        mine = range(*(len(spans) * (share[0] + i) // share[1] for i in (0, 1)))
-        read = self._reader(what, total // share[1])
-        for number, span in enumerate(spans):
-            digest = hashlib.sha256(keys[slice(*span)].tobytes()).hexdigest()
-            yield Piece(digest, number in mine, partial(read, *span))
+        mine = range(*(len(spans) * (index + i) // count for i in (0, 1)))
+        sizes = [int(whole.sizes[places[begin:end]].sum()) for begin, end in spans]
+        add, read = teller(what, sum(sizes[number] for number in mine)), self._reader()
+        for number, (begin, end) in enumerate(spans):
+            digest = hashlib.sha256(whole.keys[places[begin:end]].tobytes()).hexdigest()
+            yield Piece(digest, number in mine, partial(read, begin, end))
+            if number in mine:
+                add(sizes[number])
 
     @property
     def _in_shards(self) -> bool:
@@ -198,14 +206,21 @@ class Corpus:
     @cached_property
     def _digests(self) -> tuple[Digests, np.ndarray, list[int]]:
         """Digests of all documents; which of them are no copies; the documents of each shard."""
-
-        def watched(documents, number):
-            what = f"Reading {self.source}, shard {number + 1} of {len(self.shards)}"
-            return with_progress(documents, what, _found_bytes)
-
-        how = self.bad_rows, self._digest_file, self.share, not self.verify, watched
-        parts = all_digests(self.shards, *how)
+        parts = all_digests(
+            self.shards,
+            self.bad_rows,
+            path_of=self._digest_file,
+            share=self.share,
+            trust=not self.verify,
+            add=teller(f"Reading {self.source}"),
+        )
         return *joined(parts), [len(part.sizes) for part in parts]
+
+    @property
+    def _fingerprint(self) -> str:
+        """That of the documents of `_digests`."""
+        whole, first, _ = self._digests
+        return hashlib.sha256(whole.keys[first].tobytes()).hexdigest()
 
     def _documents_from(self, start: int) -> Iterator[Document]:
         """The documents from number `start` on. Earlier shards are not read."""
@@ -230,16 +245,26 @@ class Corpus:
             if at != end:
                 raise self._changed()
 
-    def _reader(self, what: str, total: int) -> Callable[[int, int], list[Document]]:
-        """A function that gives the documents begin .. end - 1, and goes on where it was."""
-        stream, at = iter(()), -1
+    def _reader(self) -> Callable[[int, int], list[Document]]:
+        """A function that reads the documents begin .. end - 1. `begin` must not be less than the
+        `end` before."""
+        _, first, counts = self._digests
+        shard_ends = np.cumsum(first)[np.cumsum(counts) - 1]  # in documents without copies
+
+        def shard_of(number: int) -> int:
+            return int(np.searchsorted(shard_ends, number, side="right"))
+
+        stream, at = self._documents_from(0), 0
 
         def read(begin: int, end: int) -> list[Document]:
             nonlocal stream, at
-            if at != begin:
-                stream = with_progress(self._documents_from(begin), what, text_bytes, total)
+            if shard_of(begin) > shard_of(at):
+                stream, at = self._documents_from(begin), begin
+            found = list(itertools.islice(stream, begin - at, end - at))
             at = end
-            return list(itertools.islice(stream, end - begin))
+            if end == shard_ends[-1]:  # nothing may follow
+                found += stream
+            return found
 
         return read
 
@@ -275,7 +300,7 @@ class Corpus:
     def _read_all(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
         if self._in_shards:
             whole, first, _ = self._digests
-            fingerprint = hashlib.sha256(whole.keys[first].tobytes()).hexdigest()
+            fingerprint = self._fingerprint
             hashes, sizes = whole.hashes[first], whole.sizes[first]
             counts = {
                 "invalid": int(whole.invalid[first].sum()),
@@ -313,10 +338,6 @@ class Corpus:
     def sizes_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of the names [documents], ascending, and the sizes of these documents in bytes."""
         return self._pass[1:]
-
-
-def _found_bytes(found: Repaired | None) -> int:
-    return text_bytes(found.document) if found else 0
 
 
 @cache
@@ -508,21 +529,36 @@ def open_corpus(
         if not paths:
             raise _no_files(source)
         root = Path(os.path.commonpath([path.parent for path in paths]))
-    names = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    files = sorted((File.of(path, root) for path in paths), key=lambda file: file[:2])
     found = []
-    for part in _by_size(names):
-        read = partial(_read_files, part, text_field, alone=len(names) == 1)
+    for part in _by_size(files):
+        read = partial(_read_files, part, text_field, alone=len(files) == 1)
         found.append(Shard(read, _stamp(root, part, text_field) if known else None))
     return Corpus(source, tuple(found), bad_rows, **memory)
 
 
-def _by_size(names: list[tuple[str, Path]]) -> Iterator[list[tuple[str, Path]]]:
+class File(NamedTuple):
+    """A file of a source. name: its path from the root of the source. stat: None if it cannot be
+    asked; who reads it says what is wrong."""
+
+    name: str
+    path: Path
+    stat: os.stat_result | None
+
+    @classmethod
+    def of(cls, path: Path, root: Path) -> "File":
+        stat = None
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+        return cls(path.relative_to(root).as_posix(), path, stat)
+
+
+def _by_size(files: list[File]) -> Iterator[list[File]]:
     """Consecutive files with SHARD_BYTES in all, or a little more."""
     part, size = [], 0
-    for name, path in names:
-        part.append((name, path))
-        with contextlib.suppress(OSError):  # who reads the file says what is wrong with it
-            size += path.stat().st_size
+    for file in files:
+        part.append(file)
+        size += file.stat.st_size if file.stat else 0
         if size >= SHARD_BYTES:
             yield part
             part, size = [], 0
@@ -530,21 +566,17 @@ def _by_size(names: list[tuple[str, Path]]) -> Iterator[list[tuple[str, Path]]]:
         yield part
 
 
-def _stamp(root: Path, names: list[tuple[str, Path]], text_field: str) -> str | None:
+def _stamp(root: Path, files: list[File], text_field: str) -> str | None:
     """A hash of the paths, sizes and times of files. The time of the last change (ctime) is that of
     the file system, and no program can set it, as it can the time of modification. None if a file
     cannot be asked, or has changed in the last YOUNG seconds: it may change again, and the clock of
     its file system may be too coarse to show it (git does the same)."""
     digest = sha256(f"{root.resolve()} {text_field}".encode("utf-8", "surrogateescape"))
-    try:
-        for name, path in names:
-            s = path.stat()
-            if time.time() - max(s.st_mtime, s.st_ctime) < YOUNG:
-                return None
-            facts = f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}\n"
-            digest.update(facts.encode("utf-8", "surrogateescape"))
-    except OSError:
-        return None
+    for name, _, stat in files:
+        if stat is None or time.time() - max(stat.st_mtime, stat.st_ctime) < YOUNG:
+            return None
+        facts = f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
+        digest.update(facts.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -567,8 +599,8 @@ def _python_files(root: Path, skipped: set[str]) -> list[Path]:
     return [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts[:-1])]
 
 
-def _read_files(names: list[tuple[str, Path]], text_field: str, alone: bool) -> Iterator[Raw]:
-    for name, path in names:
+def _read_files(files: list[File], text_field: str, alone: bool) -> Iterator[Raw]:
+    for name, path, _ in files:
         yield from read_file(name, path, text_field, alone)
 
 

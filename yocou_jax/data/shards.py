@@ -2,18 +2,18 @@
 
 A start must know the name, the hash and the size of each document, before it can decide which are
 copies and which are held out. It stores these digests of a shard in a folder. Every process begins
-with the shards that are its own; of the others it reads only those that nobody has stored yet. So
-processes that share the folder share the work, and send no messages. If one of them dies, or cannot
-see the folder, that costs time and nothing else. A start after a kill reads no shard twice.
+with its share of the shards, and reads none that somebody has stored already. So processes that use
+one folder share the work, and send no messages. If one of them dies, or cannot see the folder, that
+costs time and nothing else. A start after a kill reads no shard whose digests are stored.
 """
 
 import contextlib
 import hashlib
-import io
 import itertools
 import re
 import uuid
 import zipfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,10 @@ import numpy as np
 
 from yocou_jax.data.formats import Raw
 from yocou_jax.errors import UserError
-from yocou_jax.files import write_atomically
 
 SPELLED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others represent bytes
-DAMAGED = OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile
+# What numpy raises for files that are damaged.
+DAMAGED = OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile
 
 
 class Document(NamedTuple):
@@ -113,37 +113,40 @@ def key_of(document: Document) -> bytes:
     return _sha256(document.name) + _sha256(document.text)
 
 
-def digests_of(documents: Iterable[Repaired | None]) -> Digests:
-    keys, facts, skipped = bytearray(), [], 0
+def digests_of(documents: Iterable[Repaired | None], add: Callable[[int], None]) -> Digests:
+    """add: is told the bytes of each document."""
+    keys, hashes, sizes, invalid = bytearray(), array("d"), array("q"), array("b")
+    skipped = 0
     for found in documents:
         if found is None:
             skipped += 1
             continue
         keys += key_of(found.document)
-        name = found.document.name
-        facts.append((hash_fraction(name), text_bytes(found.document), found.repaired))
-    hashes, sizes, invalid = zip(*facts, strict=True) if facts else ((), (), ())
+        hashes.append(hash_fraction(found.document.name))
+        sizes.append(text_bytes(found.document))
+        invalid.append(found.repaired)
+        add(sizes[-1])
     return Digests(
-        np.frombuffer(bytes(keys), np.uint8).reshape(-1, 64),
+        np.frombuffer(keys, np.uint8).reshape(-1, 64),
         np.array(hashes, np.float64),
         np.array(sizes, np.int64),
         np.array(invalid, bool),
-        np.int64(skipped),
+        np.array(skipped, np.int64),
     )
 
 
 def joined(parts: Sequence[Digests]) -> tuple[Digests, np.ndarray]:
     """The digests of all shards; and which documents are no copies of earlier ones [documents]."""
     *arrays, skipped = zip(*parts, strict=True)
-    whole = Digests(*(np.concatenate(x) for x in arrays), np.int64(sum(skipped)))
+    whole = Digests(*(np.concatenate(x) for x in arrays), np.array(sum(skipped)))
     first = np.zeros(len(whole.sizes), bool)
     first[np.unique(whole.texts, return_index=True)[1]] = True
     return whole, first
 
 
 def in_turn(count: int, index: int, processes: int) -> list[int]:
-    """The shards in the order in which a process wants them: its own, and then those of the next
-    processes, from the last one on, because their owners begin with the first one."""
+    """The shards in the order in which a process wants them: its own, and then those of each other
+    process, of these the last one first, because their owner begins with the first one."""
     bounds = [count * p // processes for p in range(processes + 1)]
     shares = [range(*pair) for pair in itertools.pairwise(bounds)]
     others = [shares[(index + hop) % processes] for hop in range(1, processes)]
@@ -156,13 +159,13 @@ def all_digests(
     path_of: Callable[[Shard], Path | None],
     share: tuple[int, int],
     trust: bool,
-    watched: Callable[[Iterable[Repaired | None], int], Iterable[Repaired | None]],
+    add: Callable[[int], None],
 ) -> list[Digests]:
     """The digests of every shard, in their order.
 
     path_of: the file that stores those of a shard (None: it has none). share: (index, count) of the
-    processes that read. trust: whether stored files are taken. watched: sees the documents of shard
-    k that this process reads.
+    processes that read. trust: whether stored files are taken. add: is told the bytes that this
+    process has read.
     """
     found: dict[int, Digests] = {}
     for number in in_turn(len(shards), *share):
@@ -170,7 +173,7 @@ def all_digests(
         known = _load(path) if trust and path is not None else None
         if known is None:
             documents = repaired(shards[number].read(), bad_rows)
-            known = digests_of(watched(documents, number))
+            known = digests_of(documents, add)
             if path is not None:
                 store(path, **known._asdict())
         found[number] = known
@@ -179,17 +182,23 @@ def all_digests(
 
 def _load(path: Path) -> Digests | None:
     with contextlib.suppress(*DAMAGED), np.load(path) as found:
-        return Digests(**{name: found[name] for name in Digests._fields})
+        known = Digests(**{name: found[name] for name in Digests._fields})
+        count = len(known.sizes)
+        shapes = [(count, 64), (count,), (count,), (count,), ()]
+        if [x.shape for x in known] == shapes:
+            return known
     return None
 
 
 def store(path: Path, **arrays: Any) -> None:
     """Writes an .npz file, which several processes may do at the same time. Does nothing if the
     disk cannot take it: what it has can be read again."""
-    content = io.BytesIO()
-    np.savez(content, **arrays)
+    scratch = path.with_name(f".tmp-{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".tmp-{uuid.uuid4().hex}")  # of this process alone
-        write_atomically(scratch, content.getvalue())
-        scratch.replace(path)
+        try:
+            with open(scratch, "wb") as file:
+                np.savez(file, **arrays)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)

@@ -248,7 +248,7 @@ def _complete_or_absent(directory: Path) -> Iterator[Path]:
 
 
 def _remove_stale(cache_dir: Path) -> None:
-    # Digests of shards are needed until the text is tokenized.
+    # Digests of shards serve starts with another tokenizer, until a cache is made a week later.
     for old in itertools.chain.from_iterable(
         cache_dir.glob(name) for name in (".tmp-*", "tokens-*.pieces", "shard-*.npz")
     ):
