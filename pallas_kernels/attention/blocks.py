@@ -13,13 +13,14 @@ of L2 cache for each core; LOG.md, 2026-11-27):
 * full, at most 1024 positions with few scores in all: the loop over blocks is unrolled, and a block
   takes the keys that it sees in one piece. Blocks of 64 or 128 queries were 1.1-1.6x as fast as
   those of 256; with more scores they are slower, and need much memory.
-* full, longer: products must be long, although long blocks have more pairs above the diagonal.
-  512 x 512 (2 to 8 heads in all rows) took 0.64-0.77 of the time of 256 x 256, and 512 x 256 (16
-  and 32 heads) 0.78-0.94, forward alone and with backward.
-* full, if every query sees every key: blocks may be longer. Forward, 2048 queries and 6144 keys:
-  2048 x 512 took 0.69 of the time of 512 x 512 (2 heads), 1024 x 512 0.86 (8 heads).
-* decode: 128 KB of keys took 0.63-0.85 of the time of 512 keys (6 sizes in fp32); 32, 64 and 256 KB
-  were slower.
+* full, longer: products must be long, although long blocks have more pairs above the diagonal. 256
+  x 256, and from N = 4096 on 512 x 256; from N = 2048 on 512 x 512 for up to 8 heads in all rows:
+  0.64-0.85 of the time of 256 x 256. For shorter N they were slower.
+* full, more than 1024 positions, if every query sees every key: blocks may be longer. Forward, 2048
+  queries and 6144 keys: 2048 x 512 took 0.69 of the time of 512 x 512 (2 heads), 1024 x 512 0.86 (8
+  heads). They need more memory: 47 instead of 15 MB for 4 heads.
+* decode, on a CPU: 128 KB of keys took 0.63-0.85 of the time of 512 keys (6 sizes in fp32); 32, 64
+  and 256 KB were slower. If that is less than 16 keys, 128 keys took 0.65-1.05 of it.
 """
 
 import contextlib
@@ -75,8 +76,9 @@ def _replaceable(function: Callable) -> Callable:
 
 
 SCORES_IN_CACHE = 2**19  # fp32 elements: 2 MB
-LONG_BLOCK_SCORES = 2**22
-XLA_DECODE_BYTES = 2**17
+LONG_BLOCK_SCORES = 2**22  # fp32 elements: 16 MB
+XLA_DECODE_KEYS = 512
+XLA_DECODE_BYTES = 2**17  # of the keys of all rows
 XLA_UNROLLED_BLOCKS = 8  # more take long to compile
 # Of all heads and rows, fp32 elements: XLA may keep those of several unrolled blocks at a time.
 XLA_UNROLLED_SCORES = 2**23
@@ -101,12 +103,17 @@ def xla_blocks(
     """sees_all: without lengths and segments, every query would see every key."""
     rows = batch * heads
     if window is None:
-        if not sees_all and rows * N * S <= XLA_UNROLLED_SCORES and max(N, S) <= 1024:
+        long = max(N, S) > 1024
+        if not long and rows * N * S <= XLA_UNROLLED_SCORES:
             size = 64 if N <= 64 * XLA_UNROLLED_BLOCKS else 128
             return Blocks(min(size, N), min(size, S))
-        q, kv = 512, 512 if rows <= 8 else 256
-        if sees_all:
-            q = next((q for q in (2048, 1024) if rows * q * kv <= LONG_BLOCK_SCORES), q)
+        if sees_all and long:
+            kv = 512 if rows <= 8 else 256
+            q = next((q for q in (2048, 1024) if rows * q * kv <= LONG_BLOCK_SCORES), 512)
+        else:
+            least = 0 if rows <= 2 else 2048 if rows <= 8 else 4096
+            q = 512 if least <= N else 256
+            kv = q if rows <= 8 else 256
         return Blocks(_even(N, q), _even(S, kv))
     for q in (128, 64, 32):
         q = min(q, N)
@@ -117,10 +124,12 @@ def xla_blocks(
 
 
 @_replaceable
-def xla_decode_keys(batch: int, width: int, itemsize: int) -> int:
+def xla_decode_keys(platform: str, batch: int, width: int, itemsize: int) -> int:
     """How many keys of all rows decode reads at a time. width: K H numbers of `itemsize` bytes."""
+    if platform != "cpu":
+        return XLA_DECODE_KEYS
     keys = XLA_DECODE_BYTES // (batch * width * itemsize)
-    return keys if keys >= 16 else 512  # fewer take too many turns
+    return min(keys, XLA_DECODE_KEYS) if keys >= 16 else 128
 
 
 def _next(H: int, widths: tuple[int, ...]) -> int:

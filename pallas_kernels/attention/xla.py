@@ -31,6 +31,7 @@ from pallas_kernels.attention.blocks import (
 )
 from pallas_kernels.attention.flash import LOG2E, Spec, kernel_name, padded, round_up
 from pallas_kernels.attention.mask import Mask
+from pallas_kernels.device import target_device
 
 UNSEEN = masks.MASKED / 2  # the largest score of a row that has seen no key
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -250,7 +251,8 @@ def decode(q, k, v, valid, *, scale):
     B, Q, H = q.shape
     S, K = k.shape[1:3]
     # At least two chunks: with a single one, XLA would reshape (copy) the cache before the loop.
-    bk = min(-(-S // 2), xla_decode_keys(B, K * H, k.dtype.itemsize))
+    keys = xla_decode_keys(target_device(q).platform, B, K * H, k.dtype.itemsize)
+    bk = min(-(-S // 2), keys)
     own = jnp.eye(K, dtype=q.dtype)
     spread = _einsum("bkgh,kj->bkgjh", q.reshape(B, K, Q // K, H), own).astype(q.dtype)
     spread = spread.reshape(B, Q, K * H)

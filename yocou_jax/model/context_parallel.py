@@ -6,8 +6,9 @@ from the other devices:
 * A window layer needs the W - 1 positions before its own. The left neighbor sends them, with one
   collective permute; further neighbors too, if W - 1 is more than the N / C positions of one
   device. Meanwhile the device attends to its own positions.
-* The global K, V are gathered once for all cross layers (`own_heads`, `share`). Their gradients are
-  summed over the layers on each device in float32, and are then reduced over the devices once.
+* The global K, V are gathered once for all cross layers (`share`). Their gradients are summed over
+  the layers on each device in float32, and are then reduced over the devices once. The same holds
+  for heads that several devices read (`own_heads`, also without this axis).
 * The last positions see the most keys, and have the most work in cross layers. So `deal` gives
   each device two half shards of rows before the cross-decoder: one from the beginning and its
   mirror image from the end. All devices then see equally many keys. `deal` again restores the
@@ -314,8 +315,9 @@ def _dealt_starts(n: int) -> list:
 
 def own_heads(kv: KeyValue, num_heads: int) -> KeyValue:
     """kv [B, N, K, H] with copies of its heads, [B, N, J, H], if the mesh splits the `num_heads`
-    query heads over more devices than it can split K heads: then each device has those heads that
-    its query heads read. Else kv as it is.
+    query heads over more devices than it can split K heads: then each device has the head that
+    its query heads read, or one for each of them. Else kv as it is, and also if a device would have
+    more than K heads.
 
     Otherwise each device would have all K heads, and in each cross layer their gradients would be
     summed over the devices. The gradient of this function sums them once.
@@ -326,6 +328,8 @@ def own_heads(kv: KeyValue, num_heads: int) -> KeyValue:
         return kv
     mesh = jax.sharding.get_abstract_mesh()
     queries = num_heads // math.prod(mesh.shape[axis] for axis in where.heads)  # of a device
+    if where.group % queries and queries > K:  # heads of several groups, with copies
+        return kv
     rows, length = _rows(where), AXIS if length_ways(N) > 1 else None
     return sharding.on_each_device(
         lambda kv: jax.tree.map(lambda x: where.my_kv_heads(x, queries), kv),
