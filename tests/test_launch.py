@@ -1,4 +1,4 @@
-"""The recipes in launch/ name fields and commands that exist, and the exit codes of a run."""
+"""The recipes in launch/ name fields and files that exist, and the exit codes of a run."""
 
 import re
 from pathlib import Path
@@ -28,6 +28,7 @@ def test_a_disruption_is_no_restart_that_counts():
     stop."""
     spec = yaml.safe_load((ROOT / "launch/gke_jobset.yaml").read_text(encoding="utf-8"))["spec"]
     (ignored,) = spec["failurePolicy"]["rules"]
+    assert ignored["name"]  # some versions require it
     assert ignored["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert ignored["onJobFailureReasons"] == ["PodFailurePolicy"]
 

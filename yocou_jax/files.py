@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def expand_path(path: str | os.PathLike) -> Path:
@@ -25,6 +28,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    """Writes an .npz file. Several processes may write the same path: one of the files stays, and
+    it is complete. Raises OSError."""
+    scratch = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        with open(scratch, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -13,8 +13,8 @@ Item = TypeVar("Item")
 
 
 def teller(what: str, total: int | None = None) -> Callable[[int], None]:
-    """A function that gets the bytes that are done, and logs "Tokenizing python: 12.3 MB of 40.1
-    MB." """
+    """A function that is told how many bytes were done since its last call. It logs lines such as
+    "Tokenizing python: 12.3 MB of 40.1 MB."."""
     done, last = 0, time.monotonic()
 
     def add(size: int) -> None:

@@ -14,11 +14,13 @@ of L2 cache for each core; LOG.md, 2026-11-27):
   takes the keys that it sees in one piece. Blocks of 64 or 128 queries were 1.1-1.6x as fast as
   those of 256; with more scores they are slower, and need much memory.
 * full, longer: products must be long, although long blocks have more pairs above the diagonal. 256
-  x 256, and from N = 4096 on 512 x 256; from N = 2048 on 512 x 512 for up to 8 heads in all rows:
-  0.64-0.85 of the time of 256 x 256. For shorter N they were slower.
+  x 256; 512 x 512 for at most 2 heads in all rows, and for 3 to 8 from N = 2048 on; 512 x 256 for
+  more heads from N = 4096 on. These took 0.5-0.85 of the time of 256 x 256; with 3 heads or more
+  and shorter N they were slower.
 * full, more than 1024 positions, if every query sees every key: blocks may be longer. Forward, 2048
   queries and 6144 keys: 2048 x 512 took 0.69 of the time of 512 x 512 (2 heads), 1024 x 512 0.86 (8
-  heads). They need more memory: 47 instead of 15 MB for 4 heads.
+  heads). The backward pass takes the same blocks; it was not measured. They need more memory: 47
+  instead of 15 MB for 4 heads.
 * decode, on a CPU: 128 KB of keys took 0.63-0.85 of the time of 512 keys (6 sizes in fp32); 32, 64
   and 256 KB were slower. If that is less than 16 keys, 128 keys took 0.65-1.05 of it.
 """
@@ -90,35 +92,36 @@ class Blocks(NamedTuple):
     kv: int
 
 
-def _even(size: int, largest: int) -> int:
-    """The length of equal blocks of `size` positions, in multiples of BAND_MULTIPLE."""
-    each = -(-size // -(-size // largest))
-    return min(size, -(-each // BAND_MULTIPLE) * BAND_MULTIPLE)
+def _even(length: int, largest: int) -> int:
+    """The size of equal blocks of `length` positions: at most `largest`, and a multiple of
+    BAND_MULTIPLE if there are several."""
+    each = -(-length // -(-length // largest))
+    return min(length, -(-each // BAND_MULTIPLE) * BAND_MULTIPLE)
 
 
 @_replaceable
 def xla_blocks(
-    batch: int, heads: int, N: int, S: int, window: int | None, sees_all: bool = False
+    batch: int, heads: int, N: int, S: int, window: int | None, sees_all: bool
 ) -> Blocks:
     """sees_all: without lengths and segments, every query would see every key."""
-    rows = batch * heads
+    heads_in_all = batch * heads
     if window is None:
         long = max(N, S) > 1024
-        if not long and rows * N * S <= XLA_UNROLLED_SCORES:
+        if not long and heads_in_all * N * S <= XLA_UNROLLED_SCORES:
             size = 64 if N <= 64 * XLA_UNROLLED_BLOCKS else 128
             return Blocks(min(size, N), min(size, S))
         if sees_all and long:
-            kv = 512 if rows <= 8 else 256
-            q = next((q for q in (2048, 1024) if rows * q * kv <= LONG_BLOCK_SCORES), 512)
+            kv = 512 if heads_in_all <= 8 else 256
+            q = next((q for q in (2048, 1024) if heads_in_all * q * kv <= LONG_BLOCK_SCORES), 512)
         else:
-            least = 0 if rows <= 2 else 2048 if rows <= 8 else 4096
+            least = 0 if heads_in_all <= 2 else 2048 if heads_in_all <= 8 else 4096
             q = 512 if least <= N else 256
-            kv = q if rows <= 8 else 256
+            kv = q if heads_in_all <= 8 else 256
         return Blocks(_even(N, q), _even(S, kv))
     for q in (128, 64, 32):
         q = min(q, N)
         band = min(S, -(-(q + window - 1) // BAND_MULTIPLE) * BAND_MULTIPLE)
-        if rows * q * band <= SCORES_IN_CACHE:
+        if heads_in_all * q * band <= SCORES_IN_CACHE:
             break
     return Blocks(q, band)
 

@@ -664,15 +664,19 @@ def test_a_damaged_piece_is_made_again(make_config, tmp_path, written, monkeypat
 
 
 def test_what_killed_processes_have_left_is_removed_when_it_is_old(make_config, tmp_path):
-    left = [tmp_path / "cache" / name for name in (".tmp-1", "tokens-1.pieces", "shard-1.npz")]
-    for path in left:
+    folders = [tmp_path / "cache" / name for name in (".tmp-1", "tokens-1.pieces")]
+    files = [tmp_path / "cache" / name for name in (".tmp-2", "shard-1.npz")]
+    for path in folders:
         path.mkdir(parents=True)
+    for path in files:
+        path.touch()
+    left = folders + files
     load_data(make_config())
-    assert all(path.is_dir() for path in left)  # another process may use them
+    assert all(path.exists() for path in left)  # another process may use them
     for path in left:
         os.utime(path, (0, 0))
     load_data(make_config(tokenizer="bpe"))
-    assert not any(path.is_dir() for path in left)
+    assert not any(path.exists() for path in left)
 
 
 def test_two_builders_at_once(make_config, monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from pallas_kernels.attention.blocks import (
 def test_a_band_holds_every_key_that_a_block_of_queries_sees():
     """Queries i .. i+q-1 of a window W see the keys i-W+1 .. i+q-1: q + W - 1 of them."""
     for window, N, batch in itertools.product(range(1, 300), (1, 31, 32, 33, 64, 700), (1, 64)):
-        blocks = xla_blocks(batch, 4, N, N, window)
+        blocks = xla_blocks(batch, 4, N, N, window, False)
         assert 1 <= blocks.q <= N
         assert min(N, blocks.q + window - 1) <= blocks.kv <= N
 
@@ -61,21 +61,21 @@ def test_decode_reads_chunks_of_one_size_in_bytes():
 @pytest.mark.parametrize(
     ("shape", "blocks"),
     [
-        ((8, 4, 256, 256, None), (64, 64)),
-        ((2, 1, 1024, 1024, None), (128, 128)),
-        ((16, 4, 512, 512, None), (256, 256)),
-        ((1, 2, 2048, 2048, None), (512, 512)),
-        ((1, 8, 1536, 1536, None), (256, 256)),
-        ((1, 8, 2048, 2048, None), (512, 512)),
-        ((4, 8, 2048, 2048, None), (256, 256)),
-        ((4, 8, 4096, 4096, None), (512, 256)),
+        ((8, 4, 256, 256, None, False), (64, 64)),
+        ((2, 1, 1024, 1024, None, False), (128, 128)),
+        ((16, 4, 512, 512, None, False), (256, 256)),
+        ((1, 2, 2048, 2048, None, False), (512, 512)),
+        ((1, 8, 1536, 1536, None, False), (256, 256)),
+        ((1, 8, 2048, 2048, None, False), (512, 512)),
+        ((4, 8, 2048, 2048, None, False), (256, 256)),
+        ((4, 8, 4096, 4096, None, False), (512, 256)),
         ((1, 2, 2048, 8192, None, True), (2048, 512)),
         ((1, 8, 2048, 8192, None, True), (1024, 512)),
         ((4, 8, 2048, 8192, None, True), (512, 256)),
         ((1, 2, 512, 1024, None, True), (64, 64)),
     ],
 )
-def test_blocks_that_were_measured(shape, blocks):
+def test_blocks_of_some_shapes(shape, blocks):
     assert xla_blocks(*shape) == blocks
 
 
@@ -94,7 +94,7 @@ def test_attention_says_if_every_query_sees_every_key():
     assert asked == [(2, 4, 3, 5, None, sees_all) for sees_all in (False, False, True)]
 
 
-@pytest.mark.parametrize(("N", "S", "q_offset"), [(1057, 1057, 0), (1057, 1300, 1300)])
+@pytest.mark.parametrize(("N", "S", "q_offset"), [(1057, 1057, 0), (2100, 2200, 2200)])
 def test_long_attention_with_its_usual_blocks_is_right(N, S, q_offset):
     """Lengths that no block divides, with queries among the keys and after all keys."""
     keys = jax.random.split(jax.random.key(N + S), 3)

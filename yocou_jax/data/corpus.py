@@ -43,18 +43,18 @@ from yocou_jax.data.shards import (
     Document,
     Shard,
     all_digests,
+    found_in,
     hash_document,
     hash_fraction,
     joined,
     key_of,
-    repaired,
     store,
     text_bytes,
 )
 from yocou_jax.data.synthetic import Hops, Needle, parse_task
 from yocou_jax.errors import UserError
 from yocou_jax.files import expand_path
-from yocou_jax.progress import teller, with_progress
+from yocou_jax.progress import progress, teller, with_progress
 
 # `split_corpus` cuts documents into pieces if a split of whole documents is not good enough.
 PIECE_SIZES = (PIECE_BYTES, 4096, 1024, 256, 64, 16)  # bytes; the first one that is good enough
@@ -80,7 +80,7 @@ QUOTED = re.compile(r"""(^|\*\s*)((["']).*?\3)(?=\s*(?:\+|$))""", re.DOTALL)
 
 class Piece(NamedTuple):
     """Some documents of a corpus. digest: a hash of them. mine: whether this process shall use it.
-    documents: reads them."""
+    documents: reads them; call it at most once, and in the order of the pieces."""
 
     digest: str
     mine: bool
@@ -88,7 +88,7 @@ class Piece(NamedTuple):
 
 
 class CorpusSummary(NamedTuple):
-    """What one pass over a corpus has read. `fingerprint` changes with any name or character."""
+    """What a pass over a corpus has read. `fingerprint` changes with any name or character."""
 
     fingerprint: str  # sha256, 64 hexadecimal digits
     documents: int
@@ -108,9 +108,10 @@ class Corpus:
     shards: the source in parts (shards.py). share: (index, count) of the processes of a run, which
     begin with different shards.
 
-    known: a folder that remembers what was read, if the source is made of files. The next time, if
-    all files have the same paths, sizes and times, they are not read to know the summary. With
-    verify they are, and what was remembered is replaced.
+    known: a folder that stores the summary, and the digests of each shard, of files or of a Hugging
+    Face data set with a fingerprint. The next time, if all files have the same paths, sizes and
+    times, they are not read to know the summary. With verify they are, by every process, and what
+    was stored is replaced.
     """
 
     source: str
@@ -135,7 +136,9 @@ class Corpus:
 
     def _changed(self) -> UserError:
         # What is remembered may be wrong, and the next start must not trust it.
-        for path in filter(None, (self._memory, *map(self._digest_file, self.shards))):
+        sizes = {None, self.piece_bytes, *PIECE_SIZES}
+        memories = [replace(self, piece_bytes=size)._memory for size in sizes]
+        for path in filter(None, (*memories, *map(self._digest_file, self.shards))):
             with contextlib.suppress(OSError):
                 path.unlink()
         return UserError(
@@ -150,7 +153,7 @@ class Corpus:
     def _unique(self, counts: Counter[str]) -> Iterator[Document]:
         seen: set[bytes] = set()
         raws = itertools.chain.from_iterable(shard.read() for shard in self.shards)
-        for found in repaired(raws, self.bad_rows):
+        for found in found_in(raws, self.bad_rows):
             if found is None:
                 counts["skipped"] += 1
                 continue
@@ -165,8 +168,8 @@ class Corpus:
 
     def pieces(self, limit: int, share: tuple[int, int]) -> Iterator[Piece]:
         """All documents, in pieces of about `limit` bytes. share: (index, count) of the processes
-        that make something of them. Without its own pieces, a process does not read a shard, if
-        shards can be read alone.
+        that make something of them. If the source has several shards and documents are whole, a
+        shard is read only when the documents of a piece in it are asked for.
 
         Raises UserError if documents are not those that `summary` has read.
         """
@@ -214,9 +217,10 @@ class Corpus:
             trust=not self.verify,
             add=teller(f"Reading {self.source}"),
         )
-        return *joined(parts), [len(part.sizes) for part in parts]
+        with progress(f"Comparing the documents of {self.source}"):
+            return *joined(parts), [len(part.sizes) for part in parts]
 
-    @property
+    @cached_property
     def _fingerprint(self) -> str:
         """That of the documents of `_digests`."""
         whole, first, _ = self._digests
@@ -234,7 +238,7 @@ class Corpus:
                 number += kept
                 continue
             at = begin
-            for found in filter(None, repaired(shard.read(), self.bad_rows)):
+            for found in filter(None, found_in(shard.read(), self.bad_rows)):
                 if at == end or key_of(found.document) != whole.keys[at].tobytes():
                     raise self._changed()
                 if first[at]:
@@ -249,7 +253,7 @@ class Corpus:
         """A function that reads the documents begin .. end - 1. `begin` must not be less than the
         `end` before."""
         _, first, counts = self._digests
-        shard_ends = np.cumsum(first)[np.cumsum(counts) - 1]  # in documents without copies
+        shard_ends = np.append(0, np.cumsum(first))[np.cumsum(counts)]  # without copies
 
         def shard_of(number: int) -> int:
             return int(np.searchsorted(shard_ends, number, side="right"))
@@ -275,9 +279,11 @@ class Corpus:
         if path is None:
             return self._read_all()
         if not self.verify:
-            with contextlib.suppress(*DAMAGED), np.load(path) as found:
+            with contextlib.suppress(OSError, *DAMAGED), np.load(path) as found:
                 summary = CorpusSummary(**json.loads(str(found["summary"])))
-                return summary, found["hashes"], found["sizes"]
+                hashes, sizes = found["hashes"], found["sizes"]
+                if hashes.shape == sizes.shape == (summary.documents,):
+                    return summary, hashes, sizes
         summary, hashes, sizes = self._read_all()
         store(path, summary=json.dumps(summary._asdict()), hashes=hashes, sizes=sizes)
         return summary, hashes, sizes
@@ -331,7 +337,8 @@ class Corpus:
 
     @property
     def summary(self) -> CorpusSummary:
-        """One full pass over the source. Raises UserError if it contains no text."""
+        """Read from `known`, or else by one pass over the source. Raises UserError if it contains
+        no text."""
         return self._pass[0]
 
     @property
@@ -617,7 +624,7 @@ def _hugging_face_shards(source: str, text_field: str) -> Iterator[Shard]:
     for start in range(0, max(len(rows), 1), SHARD_ROWS):
         part = range(start, min(start + SHARD_ROWS, len(rows)))
         facts = f"{source} {fingerprint} {text_field} {part}"
-        stamp = fingerprint and sha256(facts.encode()).hexdigest()
+        stamp = sha256(facts.encode()).hexdigest() if fingerprint else None
         yield Shard(partial(_read_rows, name, rows, part, text_field), stamp)
 
 

@@ -10,8 +10,8 @@ costs time and nothing else. A start after a kill reads no shard whose digests a
 import contextlib
 import hashlib
 import itertools
+import os
 import re
-import uuid
 import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +22,11 @@ import numpy as np
 
 from yocou_jax.data.formats import Raw
 from yocou_jax.errors import UserError
+from yocou_jax.files import write_npz
 
 SPELLED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others represent bytes
-# What numpy raises for files that are damaged.
-DAMAGED = OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile
+# What numpy raises for files that are damaged, besides OSError.
+DAMAGED = EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile
 
 
 class Document(NamedTuple):
@@ -40,10 +41,14 @@ def text_bytes(document: Document) -> int:
     return len(document.text.encode())
 
 
+def key_of(document: Document) -> bytes:
+    """sha256 of the name and of the text, 64 bytes."""
+    return _sha256(document.name) + _sha256(document.text)
+
+
 def hash_document(total: Any, document: Document) -> None:
     """Adds a document to a hash of several."""
-    for part in document:
-        total.update(_sha256(part))
+    total.update(key_of(document))
 
 
 def hash_fraction(name: str, salt: str = "") -> float:
@@ -62,14 +67,14 @@ class Shard(NamedTuple):
     stamp: str | None
 
 
-class Repaired(NamedTuple):
+class Found(NamedTuple):
     """A document in valid UTF-8. repaired: whether it was invalid; U+FFFD replaces bad bytes."""
 
     document: Document
     repaired: bool
 
 
-def repaired(raws: Iterable[Raw], bad_rows: str) -> Iterator[Repaired | None]:
+def found_in(raws: Iterable[Raw], bad_rows: str) -> Iterator[Found | None]:
     """The documents that are not empty. None for a row without text, which `bad_rows`="refuse"
     raises as UserError."""
     for name, raw in raws:
@@ -86,15 +91,15 @@ def repaired(raws: Iterable[Raw], bad_rows: str) -> Iterator[Repaired | None]:
             text = raw.decode("utf-8", "replace")
             was_invalid = text.encode() != raw
         if text:
-            yield Repaired(Document(name, text), was_invalid)
+            yield Found(Document(name, text), was_invalid)
 
 
 class Digests(NamedTuple):
     """What a start keeps of documents.
 
-    keys: uint8 [documents, 64], sha256 of the name and of the text. hashes: `hash_fraction` of the
-    names, float64 [documents]. sizes: in bytes, int64. invalid: bool. skipped: int64 [], the rows
-    without text.
+    keys: `key_of` each document, uint8 [documents, 64]. hashes: `hash_fraction` of the names,
+    float64 [documents]. sizes: of the UTF-8 texts in bytes, int64 [documents]. invalid: whether
+    bytes were repaired, bool [documents]. skipped: the rows without text, int64 [].
     """
 
     keys: np.ndarray
@@ -109,11 +114,7 @@ class Digests(NamedTuple):
         return np.ascontiguousarray(self.keys[:, 32:]).view("V32")[:, 0]
 
 
-def key_of(document: Document) -> bytes:
-    return _sha256(document.name) + _sha256(document.text)
-
-
-def digests_of(documents: Iterable[Repaired | None], add: Callable[[int], None]) -> Digests:
+def digests_of(documents: Iterable[Found | None], add: Callable[[int], None]) -> Digests:
     """add: is told the bytes of each document."""
     keys, hashes, sizes, invalid = bytearray(), array("d"), array("q"), array("b")
     skipped = 0
@@ -146,7 +147,7 @@ def joined(parts: Sequence[Digests]) -> tuple[Digests, np.ndarray]:
 
 def in_turn(count: int, index: int, processes: int) -> list[int]:
     """The shards in the order in which a process wants them: its own, and then those of each other
-    process, of these the last one first, because their owner begins with the first one."""
+    process in reverse order: it begins with the first one, so the two meet."""
     bounds = [count * p // processes for p in range(processes + 1)]
     shares = [range(*pair) for pair in itertools.pairwise(bounds)]
     others = [shares[(index + hop) % processes] for hop in range(1, processes)]
@@ -166,13 +167,16 @@ def all_digests(
     path_of: the file that stores those of a shard (None: it has none). share: (index, count) of the
     processes that read. trust: whether stored files are taken. add: is told the bytes that this
     process has read.
+
+    Raises UserError for a file that cannot be read, or for a row without text with
+    `bad_rows`="refuse".
     """
     found: dict[int, Digests] = {}
     for number in in_turn(len(shards), *share):
         path = path_of(shards[number])
         known = _load(path) if trust and path is not None else None
         if known is None:
-            documents = repaired(shards[number].read(), bad_rows)
+            documents = found_in(shards[number].read(), bad_rows)
             known = digests_of(documents, add)
             if path is not None:
                 store(path, **known._asdict())
@@ -181,24 +185,19 @@ def all_digests(
 
 
 def _load(path: Path) -> Digests | None:
-    with contextlib.suppress(*DAMAGED), np.load(path) as found:
+    with contextlib.suppress(OSError, *DAMAGED), np.load(path) as found:
         known = Digests(**{name: found[name] for name in Digests._fields})
         count = len(known.sizes)
         shapes = [(count, 64), (count,), (count,), (count,), ()]
         if [x.shape for x in known] == shapes:
+            os.utime(path)  # in use: see `_remove_stale`
             return known
     return None
 
 
 def store(path: Path, **arrays: Any) -> None:
-    """Writes an .npz file, which several processes may do at the same time. Does nothing if the
-    disk cannot take it: what it has can be read again."""
-    scratch = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    """`write_npz` in a folder that may not exist yet. Does nothing if the disk cannot take it: what
+    it has can be read again."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(scratch, "wb") as file:
-                np.savez(file, **arrays)
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_npz(path, **arrays)

@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 import uuid
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -23,8 +22,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from yocou_jax.data.corpus import Document, Split, chunks, is_held_out
+from yocou_jax.data.shards import DAMAGED
 from yocou_jax.data.tokenizer import Tokenizer, cache_error
 from yocou_jax.errors import UserError
+from yocou_jax.files import write_npz
 
 FORMAT = 3  # part of the cache key; raise it if the files of the cache change their meaning
 SPLITS = ("train", "held_out")
@@ -173,13 +174,7 @@ def _write_piece(
         arrays[which] = np.concatenate(parts) if parts else np.zeros(0, _dtype(tokenizer))
         arrays[f"{which}_tokens"] = np.array([len(ids) for ids in parts], np.int64)
         arrays[f"{which}_bytes"] = np.int64(sizes[which])
-    scratch = path.with_name(f".tmp-{uuid.uuid4().hex}")
-    try:
-        with open(scratch, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_npz(path, **arrays)
 
 
 def _dtype(tokenizer: Tokenizer) -> type:
@@ -216,7 +211,7 @@ def _read_piece(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarra
     try:
         with np.load(path) as found:
             return {w: (found[w], found[f"{w}_tokens"], found[f"{w}_bytes"]) for w in SPLITS}
-    except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         with suppress(OSError):
             path.unlink()
         raise UserError(
@@ -248,7 +243,7 @@ def _complete_or_absent(directory: Path) -> Iterator[Path]:
 
 
 def _remove_stale(cache_dir: Path) -> None:
-    # Digests of shards serve starts with another tokenizer, until a cache is made a week later.
+    # Digests of shards serve later starts with another tokenizer. Those of a week without use go.
     for old in itertools.chain.from_iterable(
         cache_dir.glob(name) for name in (".tmp-*", "tokens-*.pieces", "shard-*.npz")
     ):

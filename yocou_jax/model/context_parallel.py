@@ -66,7 +66,7 @@ def _ways() -> int:
     return jax.sharding.get_abstract_mesh().shape[AXIS]
 
 
-def _rows(where: sharding.Layout):
+def _rows(where: sharding.Layout) -> tuple[str, ...] | None:
     """The mesh axes that split the rows of a batch."""
     return where.batch + axes_of_one_device() or None
 
@@ -315,12 +315,12 @@ def _dealt_starts(n: int) -> list:
 
 def own_heads(kv: KeyValue, num_heads: int) -> KeyValue:
     """kv [B, N, K, H] with copies of its heads, [B, N, J, H], if the mesh splits the `num_heads`
-    query heads over more devices than it can split K heads: then each device has the head that
-    its query heads read, or one for each of them. Else kv as it is, and also if a device would have
-    more than K heads.
+    query heads over more devices than it can split K heads: then each device has the one head that
+    its query heads read, or one for each of them. J counts the heads of all these devices. If a
+    device would have more than K, and in all other cases, kv as it is.
 
-    Otherwise each device would have all K heads, and in each cross layer their gradients would be
-    summed over the devices. The gradient of this function sums them once.
+    Without this, each device would have all K heads, and each cross layer would sum their gradients
+    over the devices. Here they are summed once, in float32, as kv is.
     """
     B, N, K, _ = kv.k.shape
     where = sharding.layout(attention_partition(), B, num_heads, K)
