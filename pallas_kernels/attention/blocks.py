@@ -22,7 +22,7 @@ of L2 cache for each core; LOG.md, 2026-11-27):
   heads). The backward pass takes the same blocks; it was not measured. They need more memory: 47
   instead of 15 MB for 4 heads.
 * decode, on a CPU: 128 KB of keys took 0.63-0.85 of the time of 512 keys (6 sizes in fp32); 32, 64
-  and 256 KB were slower. If that is less than 16 keys, 128 keys took 0.65-1.05 of it.
+  and 256 KB were slower. If that is less than 16 keys, 128 keys took 0.68-1.05 of it.
 """
 
 import contextlib

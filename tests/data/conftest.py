@@ -1,10 +1,13 @@
-"""A tiny corpus and a config for it, with the byte tokenizer if a test names no other one."""
+"""A tiny corpus, a config for it (with the byte tokenizer if a test names no other one), and which
+files are read."""
 
 from types import SimpleNamespace
 
 import jax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from yocou_jax.data import corpus as corpus_module
 
 
 @pytest.fixture
@@ -53,3 +56,17 @@ def sharding():
         (2, 2), ("data", "fsdp"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2
     )
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """The names of the files that are read. Files that changed just now are known, too."""
+    names, read = [], corpus_module.read_file
+
+    def counted(name, *args, **kwargs):
+        names.append(name)
+        return read(name, *args, **kwargs)
+
+    monkeypatch.setattr(corpus_module, "read_file", counted)
+    monkeypatch.setattr(corpus_module, "YOUNG", -1.0)
+    return names

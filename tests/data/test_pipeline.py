@@ -767,20 +767,6 @@ def test_the_built_in_source_loads(tmp_path, make_config):
 # --- A start that reads nothing -------------------------------------------------------------------
 
 
-@pytest.fixture
-def readings(monkeypatch):
-    """The names of the files that are read."""
-    names, read = [], corpus_module.read_file
-
-    def counted(name, *args, **kwargs):
-        names.append(name)
-        return read(name, *args, **kwargs)
-
-    monkeypatch.setattr(corpus_module, "read_file", counted)
-    monkeypatch.setattr(corpus_module, "YOUNG", -1.0)
-    return names
-
-
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_a_second_start_reads_no_file(make_config, readings, tokenizer):
     first = load_data(make_config(tokenizer=tokenizer))

@@ -17,19 +17,11 @@ from yocou_jax.errors import UserError
 
 
 @pytest.fixture
-def readings(monkeypatch):
-    """The names of the files that are read. Four files, more or less, are a shard."""
-    names, read = [], corpus_module.read_file
-
-    def counted(name, *args, **kwargs):
-        names.append(name)
-        return read(name, *args, **kwargs)
-
-    monkeypatch.setattr(corpus_module, "read_file", counted)
-    monkeypatch.setattr(corpus_module, "YOUNG", -1.0)
+def readings(readings, monkeypatch):
+    """`readings`, if four files, more or less, are a shard."""
     monkeypatch.setattr(corpus_module, "SHARD_BYTES", 200)
     monkeypatch.setattr(tokens, "PIECE_BYTES", 300)
-    return names
+    return readings
 
 
 @pytest.fixture
