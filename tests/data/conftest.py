@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from yocou_jax.data import corpus as corpus_module
+from yocou_jax.data import sources
 
 
 @pytest.fixture
@@ -61,12 +61,12 @@ def sharding():
 @pytest.fixture
 def readings(monkeypatch):
     """The names of the files that are read. Files that changed just now are known, too."""
-    names, read = [], corpus_module.read_file
+    names, read = [], sources.read_file
 
     def counted(name, *args, **kwargs):
         names.append(name)
         return read(name, *args, **kwargs)
 
-    monkeypatch.setattr(corpus_module, "read_file", counted)
-    monkeypatch.setattr(corpus_module, "YOUNG", -1.0)
+    monkeypatch.setattr(sources, "read_file", counted)
+    monkeypatch.setattr(sources, "YOUNG", -1.0)
     return names

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from yocou_jax.data import load_data
-from yocou_jax.data.corpus import open_corpus
+from yocou_jax.data.sources import open_corpus
 from yocou_jax.data.tokenizer import train_bpe
 from yocou_jax.errors import UserError
 

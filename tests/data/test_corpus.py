@@ -3,20 +3,16 @@
 import gzip
 import json
 import sys
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
-from yocou_jax.data import corpus as corpus_module
 from yocou_jax.data.corpus import (
     hash_fraction,
     is_held_out,
-    open_corpus,
-    parse_source,
     split_corpus,
 )
 from yocou_jax.data.formats import PIECE_BYTES
+from yocou_jax.data.sources import open_corpus, parse_source
 from yocou_jax.errors import UserError
 
 TEXTS = ["first\n", "naïve 日本\n", "third"]
@@ -100,89 +96,6 @@ def test_parquet(tmp_path):
     (tmp_path / "bad.parquet").write_text("not parquet")
     with pytest.raises(UserError, match="is not valid parquet"):
         texts(open_corpus(f"{tmp_path}/bad.parquet"))
-
-
-def test_hugging_face_name_and_config(monkeypatch):
-    calls = []
-
-    def load_dataset(name, config, split):
-        calls.append((name, config, split))
-        return [{"text": t} for t in TEXTS]
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert texts(open_corpus("hf:org/name")) == TEXTS
-    assert texts(open_corpus("hf:org/name/some-config")) == TEXTS
-    assert calls == [("org/name", None, "train"), ("org/name", "some-config", "train")]
-    with pytest.raises(UserError, match=r"Row 1 of the data set 'org/name'.*fields are 'text'"):
-        texts(open_corpus("hf:org/name", "body"))
-
-
-def test_hugging_face_rows_are_read_once(monkeypatch, tmp_path):
-    """As long as the fingerprint of the data set is the same."""
-    reads = []
-
-    class Rows(list):
-        _fingerprint = "f"
-
-        def __iter__(self):
-            reads.append(self._fingerprint)
-            return super().__iter__()
-
-    rows = Rows({"text": t} for t in TEXTS)
-    datasets = SimpleNamespace(load_dataset=lambda *_, **__: rows)
-    monkeypatch.setitem(sys.modules, "datasets", datasets)
-    first = open_corpus("hf:org/name", known=tmp_path).summary
-    assert open_corpus("hf:org/name", known=tmp_path).summary == first
-    assert reads == ["f"]
-    assert open_corpus("hf:org/name", known=tmp_path, verify=True).summary == first
-    rows._fingerprint = "g"
-    assert open_corpus("hf:org/name", known=tmp_path).summary == first
-    assert reads == ["f", "f", "g"]
-
-
-def test_hugging_face_rows_in_shards(monkeypatch, tmp_path):
-    class Rows(list):
-        _fingerprint = "f"
-
-        def select(self, part):
-            return [self[number] for number in part]
-
-    rows = Rows({"text": f"{t} {i % 40}"} for i, t in enumerate(TEXTS * 20))
-    datasets = SimpleNamespace(load_dataset=lambda *_, **__: rows)
-    monkeypatch.setitem(sys.modules, "datasets", datasets)
-    whole = open_corpus("hf:org/name", known=tmp_path / "whole")
-    monkeypatch.setattr(corpus_module, "SHARD_ROWS", 7)
-    corpus = open_corpus("hf:org/name", known=tmp_path / "shards")
-    assert len(corpus.shards) == -(-len(rows) // 7)
-    assert corpus.summary == whole.summary
-    assert list(corpus.documents()) == list(whole.documents())
-    pieces = list(corpus.pieces(50, (0, 1)))
-    assert [d for piece in pieces for d in piece.documents()] == list(whole.documents())
-    assert len(list((tmp_path / "shards").glob("shard-*.npz"))) == len(corpus.shards)
-
-
-def test_hugging_face_rows_without_text(monkeypatch):
-    rows = [{"text": "a"}, {"text": None}, {"text": 5}, {"other": 1}, {"text": "b" * 100}]
-    datasets = SimpleNamespace(load_dataset=lambda *_, **__: rows)
-    monkeypatch.setitem(sys.modules, "datasets", datasets)
-    with pytest.raises(UserError, match="Row 2 of the data set 'org/name' has null in the field"):
-        texts(open_corpus("hf:org/name"))
-    corpus = open_corpus("hf:org/name", "text", "skip")
-    assert texts(corpus) == ["a", "b" * 100]
-    assert corpus.summary.skipped == 3
-    assert texts(replace(corpus, piece_bytes=16))[-1] == "b" * 4
-
-
-def test_hugging_face_offline_and_not_installed(monkeypatch):
-    def load_dataset(*_, **__):
-        raise ConnectionError("no route to the hub\nmore lines")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(UserError, match=r"'org/name'.*no route to the hub\. Check"):
-        texts(open_corpus("hf:org/name"))
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        texts(open_corpus("hf:org/name"))
 
 
 def test_parquet_without_pyarrow(monkeypatch, tmp_path):

@@ -14,8 +14,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from yocou_jax.data.corpus import open_corpus
 from yocou_jax.data.formats import PIECE_BYTES, pieces
+from yocou_jax.data.sources import open_corpus
 from yocou_jax.errors import UserError
 
 TEXTS = ["first\n", 'naïve 日本\n{"text": 1}', "third 🙂"]

@@ -22,11 +22,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from yocou_jax import progress
-from yocou_jax.data import corpus as corpus_module
-from yocou_jax.data import load_data, pipeline
+from yocou_jax.data import load_data, pipeline, sources
 from yocou_jax.data import tokens as token_cache
-from yocou_jax.data.corpus import Split, is_held_out, open_corpus
+from yocou_jax.data.corpus import Split, is_held_out
 from yocou_jax.data.pipeline import Batches, Sequences, spread
+from yocou_jax.data.sources import open_corpus
 from yocou_jax.data.tokenizer import Tokenizer, load_tokenizer
 from yocou_jax.errors import UserError
 
@@ -253,9 +253,9 @@ WORKER = """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from yocou_jax.data import corpus, load_data, tokens as token_cache
+    from yocou_jax.data import load_data, sources, tokens as token_cache
     from yocou_jax.errors import UserError
-    corpus.SHARD_BYTES = int(sys.argv[4])
+    sources.SHARD_BYTES = int(sys.argv[4])
     token_cache.PIECE_BYTES, made, write = 500, [], token_cache._write_piece
     token_cache._write_piece = lambda path, *args: (made.append(path.name), write(path, *args))
     mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -819,9 +819,9 @@ def test_a_file_is_known_by_its_size_and_both_times(monkeypatch, tmp_path):
     for changed in ({}, {"st_size": 9}, {"st_mtime_ns": 9}, {"st_ctime_ns": 9}):
         with monkeypatch.context() as patch:
             one = SimpleNamespace(**facts | changed)
-            patch.setattr(corpus_module.Path, "stat", lambda path, one=one: one)
-            file = corpus_module.File.of(tmp_path / "a", tmp_path)
-            stamps.add(corpus_module._stamp(tmp_path, [file], "text"))
+            patch.setattr(sources.Path, "stat", lambda path, one=one: one)
+            file = sources.File.of(tmp_path / "a", tmp_path)
+            stamps.add(sources._stamp(tmp_path, [file], "text"))
     assert len(stamps) == 4
 
 
@@ -887,7 +887,7 @@ def test_verify_replaces_what_was_remembered(make_config, tmp_path, readings):
 
 
 def test_files_that_changed_just_now_are_read_again(make_config, readings, monkeypatch):
-    monkeypatch.setattr(corpus_module, "YOUNG", 1000.0)
+    monkeypatch.setattr(sources, "YOUNG", 1000.0)
     load_data(make_config())
     readings.clear()
     load_data(make_config())

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 
 from yocou_jax import progress
-from yocou_jax.data import corpus as corpus_module
-from yocou_jax.data import load_data, pipeline, shards, tokens
-from yocou_jax.data.corpus import open_corpus
+from yocou_jax.data import load_data, pipeline, shards, sources, tokens
 from yocou_jax.data.shards import in_turn
+from yocou_jax.data.sources import open_corpus
 from yocou_jax.errors import UserError
 
 
 @pytest.fixture
 def readings(readings, monkeypatch):
     """`readings`, if four files, more or less, are a shard."""
-    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 200)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 200)
     monkeypatch.setattr(tokens, "PIECE_BYTES", 300)
     return readings
 
@@ -58,7 +57,7 @@ def test_shards_give_the_same_tokens_as_the_whole(
     assert first.num_duplicates > 1
     assert first.num_invalid == 1
     assert first.num_skipped == (12 if rows else 0)
-    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 10**9)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 10**9)
     monkeypatch.setattr(tokens, "PIECE_BYTES", 10**9)
     whole = load_data(make_config(cache_dir=str(tmp_path / "b"), **how))
     assert list((tmp_path / "b").glob("shard-*.npz")) == []
@@ -114,7 +113,7 @@ def test_a_process_reads_only_the_files_of_its_pieces(corpus, tmp_path, readings
     later = [piece for piece in documents.pieces(300, (0, 1))][5:8]  # the others exist already
     assert [d for piece in later for d in piece.documents()]
     assert len(readings) < 30
-    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 10**9)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 10**9)
     whole = open_corpus(corpus.source)
     assert [p.digest for p in whole.pieces(300, (0, 1))] == [p.digest for p in pieces]
 
@@ -157,7 +156,7 @@ def test_pieces_end_where_those_of_the_whole_end(tmp_path, readings, monkeypatch
         (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" * 50)
     source = f"{tmp_path}/*.txt"
     in_shards = [p.digest for p in open_corpus(source).pieces(300, (0, 1))]
-    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 10**9)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 10**9)
     assert [p.digest for p in open_corpus(source).pieces(300, (0, 1))] == in_shards
 
 
@@ -203,7 +202,7 @@ def test_documents_of_several_shards_are_cut_as_those_of_one(
         (tmp_path / f"{name}.txt").write_text("".join(lines))
     source = f"{tmp_path}/?.txt"
     load_data(make_config(source=source, cache_dir=str(tmp_path / "x")))
-    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 10**9)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 10**9)
     load_data(make_config(source=source, cache_dir=str(tmp_path / "y")))
     assert cache_files(tmp_path / "x") == cache_files(tmp_path / "y")
 
@@ -237,7 +236,7 @@ def test_a_summary_that_is_remembered_must_be_that_of_the_digests(
 
 
 def test_a_start_after_a_kill_reads_no_stored_shard(corpus, tmp_path, readings, monkeypatch):
-    count = corpus_module.read_file
+    count = sources.read_file
 
     def killed(name, *args, **kwargs):
         if name == "30.txt":
@@ -245,7 +244,7 @@ def test_a_start_after_a_kill_reads_no_stored_shard(corpus, tmp_path, readings, 
         return count(name, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "read_file", killed)
+        patch.setattr(sources, "read_file", killed)
         with pytest.raises(KeyboardInterrupt):
             _ = opened(corpus, tmp_path, (0, 1)).summary
     before = set(readings)
@@ -260,7 +259,7 @@ def test_a_start_after_a_kill_reads_no_stored_shard(corpus, tmp_path, readings, 
 def test_a_shard_that_changes_before_it_is_tokenized(
     make_config, corpus, tmp_path, readings, monkeypatch, change, file
 ):
-    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 1)  # each file is one
+    monkeypatch.setattr(sources, "SHARD_BYTES", 1)  # each file is one
     rows = tmp_path / "rows"
     rows.mkdir()
     for number, text in enumerate(corpus.texts.values()):

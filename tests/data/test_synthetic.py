@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from yocou_jax.data import synthetic
-from yocou_jax.data.corpus import open_corpus, parse_source
 from yocou_jax.data.pipeline import load_data
+from yocou_jax.data.sources import open_corpus, parse_source
 from yocou_jax.data.synthetic import Hops, Needle, hide, make_quiz, parse_task
 from yocou_jax.errors import UserError
 

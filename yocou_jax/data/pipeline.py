@@ -30,10 +30,9 @@ from yocou_jax.data.corpus import (
     Split,
     hash_fraction,
     is_held_out,
-    open_corpus,
-    parse_source,
     split_corpus,
 )
+from yocou_jax.data.sources import open_corpus, parse_source
 from yocou_jax.data.tokenizer import Tokenizer, cached_bpe, load_tokenizer
 from yocou_jax.data.tokens import SPLITS, tokenized
 from yocou_jax.errors import UserError

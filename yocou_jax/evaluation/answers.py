@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from yocou_jax import manifest
-from yocou_jax.data.corpus import parse_source
+from yocou_jax.data.sources import parse_source
 from yocou_jax.data.synthetic import Hops, Needle, parse_settings, parse_task
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation.options import Options

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from yocou_jax.data.corpus import open_corpus
+from yocou_jax.data.sources import open_corpus
 from yocou_jax.data.synthetic import (
     EVALUATION,
     INTRODUCTION,

@@ -9,8 +9,9 @@ import numpy as np
 
 from yocou_jax import manifest
 from yocou_jax.config import Config
-from yocou_jax.data.corpus import Document, open_corpus, parse_source
 from yocou_jax.data.pipeline import Sequences, Validation, load_data
+from yocou_jax.data.shards import Document
+from yocou_jax.data.sources import open_corpus, parse_source
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation.options import Options

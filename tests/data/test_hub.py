@@ -1,0 +1,215 @@
+"""Data sets of the Hugging Face Hub: a stand-in for the package `datasets` says what was asked. One
+test has the real package."""
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from yocou_jax.data import load_data, tokens
+from yocou_jax.data.sources import open_corpus
+from yocou_jax.errors import UserError
+
+OLD, NEW = "0" * 40, "f" * 40
+FILES = [
+    ["first\n", "naïve 日本\n"],
+    ["third", "first\n", "the first again is no document"],
+    [],
+    ["fourth " * 9],
+]
+TEXTS = ["first\n", "naïve 日本\n", "third", "the first again is no document", "fourth " * 9]
+
+
+class Rows:
+    """An IterableDataset. number: the only file that it has."""
+
+    def __init__(self, hub, files, number=None):
+        self.hub, self.files, self.number = hub, files, number
+        self.num_shards = len(files) if number is None else 1
+
+    def shard(self, num_shards, index):
+        assert num_shards == len(self.files)
+        return Rows(self.hub, self.files, index)
+
+    def __iter__(self):
+        numbers = range(len(self.files)) if self.number is None else [self.number]
+        for number in numbers:
+            self.hub.reads.append(number)
+            for row in self.files[number]:
+                if isinstance(row, Exception):
+                    raise row
+                yield row if isinstance(row, dict) else {"text": row, "id": 1}
+
+
+class Hub:
+    """The package `datasets`. commits: the files of each commit; the last one is the newest."""
+
+    def __init__(self, **commits):
+        self.commits = {name.lstrip("_"): files for name, files in commits.items()}
+        self.asked, self.reads = [], []
+
+    def load_dataset_builder(self, name, config, revision):
+        self.asked.append((name, config, revision))
+        commit = revision or list(self.commits)[-1]
+        files = self.commits[commit]
+        at = f"hf://datasets/{name}@{commit}" if len(commit) == 40 else "/home/me"
+        names = {"train": [f"{at}/{number}.parquet" for number in range(len(files))]}
+        return SimpleNamespace(
+            config=SimpleNamespace(data_files=names),
+            as_streaming_dataset=lambda split: {"train": Rows(self, files)}[split],
+        )
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    def make(**commits):
+        made = Hub(**commits)
+        monkeypatch.setitem(sys.modules, "datasets", made)
+        return made
+
+    return make
+
+
+def texts(corpus):
+    return [document.text for document in corpus.documents()]
+
+
+def test_names_and_configs(hub):
+    asked = hub(_=FILES).asked
+    for source in ("hf:org/name", "hf:org/name/some-config", "hf:org/name/a/b", "hf:name"):
+        assert texts(open_corpus(source)) == TEXTS
+    configs = [("org/name", None), ("org/name", "some-config"), ("org/name", "a/b"), ("name", None)]
+    assert asked == [(*pair, None) for pair in configs]
+    with pytest.raises(UserError, match=r"Row 1 of file 1 of .* 'org/name'.*'text', 'id'"):
+        texts(open_corpus("hf:org/name", "body"))
+
+
+def test_nothing_is_read_before_it_is_needed(hub, tmp_path):
+    found = hub(**{f"_{OLD}": FILES})
+    corpus = open_corpus("hf:org/name", known=tmp_path)
+    assert found.reads == []
+    assert len(corpus.shards) == 4
+    assert next(corpus.documents()).text == "first\n"
+    assert found.reads == [0]
+
+
+def test_a_later_start_asks_and_reads_nothing(hub, tmp_path, monkeypatch, caplog):
+    """Not even the package is needed. The commit stays, until the hub is asked again."""
+    found = hub(**{f"_{OLD}": FILES})
+    first = open_corpus("hf:org/name", known=tmp_path).summary
+    assert found.reads == [0, 1, 2, 3]
+    found.commits[NEW] = [["another text"]]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with caplog.at_level(logging.INFO):
+        corpus = open_corpus("hf:org/name", known=tmp_path)
+    assert corpus.summary == first
+    assert OLD in caplog.text
+    assert "data.verify" in caplog.text
+
+    monkeypatch.setitem(sys.modules, "datasets", found)
+    del found.asked[:], found.reads[:]
+    assert texts(corpus) == TEXTS  # as when a new tokenizer comes: of the same commit
+    assert found.asked == [("org/name", None, OLD)]
+    newest = open_corpus("hf:org/name", known=tmp_path, verify=True)
+    assert texts(newest) == ["another text"]
+    assert texts(open_corpus("hf:org/name", known=tmp_path)) == ["another text"]
+    assert [commit for *_, commit in found.asked] == [OLD, None, NEW]
+
+
+def test_what_is_stored_may_be_damaged(hub, tmp_path):
+    found = hub(**{f"_{OLD}": FILES})
+    open_corpus("hf:org/name", known=tmp_path)
+    (path,) = tmp_path.glob("hub-*.npz")
+    for damage in (b"", b"nonsense", path.read_bytes()[:-30]):
+        path.write_bytes(damage)
+        assert len(open_corpus("hf:org/name", known=tmp_path).shards) == 4
+    assert len(found.asked) == 4
+
+
+def test_a_set_without_a_commit_is_not_trusted(hub, tmp_path):
+    """It may be a folder of this machine, or files of several commits."""
+    found = hub(local=FILES)
+    for _ in range(2):
+        assert open_corpus("hf:org/name", known=tmp_path).summary.documents == len(TEXTS)
+    assert found.reads == [0, 1, 2, 3] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_read_different_files_and_a_start_after_a_break_goes_on(hub, tmp_path):
+    rows = [[f"text {i} of {n}" * 20 for i in range(5)] for n in range(6)]
+    good = rows[4][3]
+    rows[4][3] = ConnectionError("the line broke\nmore lines")
+    found = hub(**{f"_{OLD}": rows})
+    said = r"'org/name'.* could not be read \(file 5 of 6\): the line broke\. Start again"
+    with pytest.raises(UserError, match=said):
+        _ = open_corpus("hf:org/name", known=tmp_path, share=(1, 2)).summary
+    assert found.reads == [3, 4]
+    rows[4][3] = good
+    del found.reads[:]
+    both = open_corpus("hf:org/name", known=tmp_path, share=(0, 2))
+    whole = both.summary
+    assert found.reads == [0, 1, 2, 5, 4]
+
+    del found.reads[:]
+    pieces = [list(replace(both).pieces(500, (index, 2))) for index in (0, 1)]
+    found.reads.clear()
+    mine = [[d for p in of if p.mine for d in p.documents()] for of in pieces]
+    assert sorted(mine[0] + mine[1]) == sorted(both.documents())
+    assert found.reads[:6] == [0, 1, 2, 3, 4, 5]
+    assert whole.documents == 30
+
+
+def test_a_data_set_is_tokenized_once(hub, make_config, monkeypatch):
+    """A second load, with another batch, reads nothing: it does not need the package."""
+    rows = [[f"a text, number {i} of file {n}. " * 30 for i in range(8)] for n in range(4)]
+    found = hub(**{f"_{OLD}": rows})
+    config = make_config(source="hf:org/name", sequence_length=64, validation_sequences=2)
+    first = load_data(config)
+    assert found.reads == [0, 1, 2, 3] * 2  # for the digests, and for the tokens
+    monkeypatch.setattr(tokens, "_write_piece", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    second = load_data(make_config(**vars(config) | {"batch_size": 2}))
+    assert second.fingerprint == first.fingerprint
+
+
+def test_rows_without_text(hub):
+    hub(_=[[{"text": "a"}, {"text": None}, {"text": 5}, {"other": 1}, {"text": "b" * 100}]])
+    with pytest.raises(UserError, match="Row 2 of file 1 of the data set 'org/name' has null in"):
+        texts(open_corpus("hf:org/name"))
+    corpus = open_corpus("hf:org/name", "text", "skip")
+    assert texts(corpus) == ["a", "b" * 100]
+    assert corpus.summary.skipped == 3
+    assert texts(replace(corpus, piece_bytes=16))[-1] == "b" * 4
+
+
+def test_offline_and_not_installed(monkeypatch):
+    def load_dataset_builder(*_, **__):
+        raise ConnectionError("no route to the hub\nmore lines")
+
+    offline = SimpleNamespace(load_dataset_builder=load_dataset_builder)
+    monkeypatch.setitem(sys.modules, "datasets", offline)
+    with pytest.raises(UserError, match=r"'org/name'.*no route to the hub\. Check"):
+        open_corpus("hf:org/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        open_corpus("hf:org/name")
+
+
+def test_the_real_package_reads_a_folder(tmp_path, monkeypatch):
+    """Two files, one shard each, in order. The hub itself is not asked."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        rows = [json.dumps({"text": f"{number} {row}"}) for row in range(3)]
+        (folder / f"train-{number}.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    corpus = open_corpus("hf:org/name")
+    assert len(corpus.shards) == 2
+    assert texts(corpus) == [f"{number} {row}" for number in range(2) for row in range(3)]
+    assert [d.name for d in corpus.documents()][3:5] == ["org/name:2:1", "org/name:2:2"]
