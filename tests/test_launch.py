@@ -1,6 +1,8 @@
 """The recipes in launch/ name fields and files that exist, and the exit codes of a run."""
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,45 @@ def test_fields_and_commands_of_recipes_exist(path):
         assert (ROOT / config).is_file(), config
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_edited_in_two_places(path):
+    """Both are at its beginning; what follows them names nothing that a user must change."""
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"EDIT.*", text) == [
+        "EDIT: where.",
+        "EDIT: what. The workdir must be on storage that all hosts see.",
+    ]
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def printed(recipe: str) -> dict:
+    """What a changed recipe for GKE asks for."""
+    found = subprocess.run(
+        ["bash", "-s", "print"], input=recipe, capture_output=True, text=True, check=True
+    )
+    return yaml.safe_load(found.stdout)
+
+
+def test_the_jobset_follows_what_a_user_edits():
+    recipe = (ROOT / "launch/gke_tpu.sh").read_text(encoding="utf-8")
+    for topology, hosts in (("16x16", 64), ("4x4x4", 16), ("2x2", 1)):
+        edited = recipe.replace("TOPOLOGY=16x16", f"TOPOLOGY={topology}")
+        job = printed(edited)["spec"]["replicatedJobs"][0]["template"]["spec"]
+        assert job["parallelism"] == job["completions"] == hosts
+        assert topology in job["template"]["spec"]["nodeSelector"].values()
+    command = job["template"]["spec"]["containers"][0]["command"]
+    assert command[:2] == ["bash", "-c"]
+    words = shlex.split(command[2])
+    assert words[:4] == ["exec", "python", "-m", "experiments.train"]
+    assert "--config.data.source=/mnt/runs/text/*.jsonl.gz" in words
+    assert words[-1] == "--workdir=/mnt/runs/yocou"
+
+
 def test_a_disruption_is_no_restart_that_counts():
     """Each rule of the Job leads to the reason that the JobSet does not count. One is for the host
     that is taken away, one for the others, which end with the code of a run that was asked to
     stop."""
-    spec = yaml.safe_load((ROOT / "launch/gke_jobset.yaml").read_text(encoding="utf-8"))["spec"]
+    spec = printed((ROOT / "launch/gke_tpu.sh").read_text(encoding="utf-8"))["spec"]
     (ignored,) = spec["failurePolicy"]["rules"]
     assert ignored["name"]  # some versions require it
     assert ignored["action"] == "RestartJobSetAndIgnoreMaxRestarts"

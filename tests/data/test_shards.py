@@ -12,6 +12,7 @@ from yocou_jax import progress
 from yocou_jax.data import load_data, pipeline, shards, sources, tokens
 from yocou_jax.data.shards import in_turn
 from yocou_jax.data.sources import open_corpus
+from yocou_jax.data.tokenizer import load_tokenizer
 from yocou_jax.errors import UserError
 
 
@@ -181,6 +182,41 @@ def test_long_reading_reports_its_progress(corpus, readings, monkeypatch, caplog
     lines = [line for line in caplog.messages if "0.0 MB" in line]
     assert sum("Reading" in line for line in lines) >= 2
     assert sum("Tokenizing" in line for line in lines) >= 1
+
+
+def test_a_sample_is_the_beginning_of_each_shard(corpus, readings):
+    """So to train a BPE, a process reads little of a large text."""
+    found = open_corpus(corpus.source)
+    total, ends = found.summary.bytes, [0, *found.shard_ends]
+    assert len(ends) > 10
+    readings.clear()
+    documents = list(found.sample(total / 3, lambda name: not name.startswith("0")))
+    assert len(readings) < 0.75 * len(corpus.texts)
+    assert total / 3 <= sum(shards.text_bytes(d) for d in documents) <= total / 1.4
+    names = [d.name for d in found.documents()]
+    for begin, end in itertools.pairwise(ends):
+        wanted = [name for name in names[begin:end] if not name.startswith("0")]
+        mine = [d.name for d in documents if d.name in wanted]
+        assert mine == wanted[: len(mine)]
+        assert bool(mine) == bool(wanted)
+    assert list(found.sample(1e9, lambda name: True)) == list(found.documents())
+
+
+def test_a_bpe_depends_on_the_shards_that_its_sample_is_taken_from(
+    make_config, corpus, readings, tmp_path, monkeypatch
+):
+    keys = []
+
+    def train(texts, size, folder, key):
+        keys.append(key)
+        return load_tokenizer("bytes")
+
+    monkeypatch.setattr(pipeline, "cached_bpe", train)
+    for limit in (200, 300, 10**9, 10**8):
+        monkeypatch.setattr(sources, "SHARD_BYTES", limit)
+        load_data(make_config(tokenizer="bpe", cache_dir=str(tmp_path / str(limit))))
+    assert len(set(keys[:3])) == 3
+    assert keys[2] == keys[3]
 
 
 def test_a_text_alone_in_its_shard_is_one_document(tmp_path, readings, monkeypatch):

@@ -167,6 +167,26 @@ class Corpus:
             if number in mine:
                 add(sizes[number])
 
+    def sample(self, size: float, wanted: Callable[[str], bool]) -> Iterator[Document]:
+        """About `size` bytes of the documents whose names are wanted, from all parts of the source:
+        the beginning of each shard. Without shards all is read, and names are chosen by a hash."""
+        ends = self.shard_ends
+        if ends is None:
+            share = size / self.summary.bytes
+            for document in self.documents():
+                if wanted(document.name) and hash_fraction(document.name, "bpe") < share:
+                    yield document
+            return
+        whole, first, _ = self._digests
+        sums = np.append(0, np.cumsum(whole.sizes[first]))
+        for begin, end in itertools.pairwise([0, *ends]):
+            left = size * (sums[end] - sums[begin]) / sums[-1]
+            documents = itertools.islice(self._documents_from(begin), end - begin)
+            while left > 0 and (document := next(documents, None)) is not None:
+                if wanted(document.name):
+                    yield document
+                    left -= text_bytes(document)
+
     @property
     def _in_shards(self) -> bool:
         """Whether shards can be read alone. Pieces of documents need all documents before them."""
@@ -185,6 +205,15 @@ class Corpus:
         )
         with progress(f"Comparing the documents of {self.source}"):
             return *joined(parts), [len(part.sizes) for part in parts]
+
+    @property
+    def shard_ends(self) -> list[int] | None:
+        """How many documents there are up to the end of each shard. None: no shard can be read
+        alone."""
+        if not self._in_shards:
+            return None
+        _, first, counts = self._digests
+        return np.append(0, np.cumsum(first))[np.cumsum(counts)].tolist()
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -218,8 +247,7 @@ class Corpus:
     def _reader(self) -> Callable[[int, int], list[Document]]:
         """A function that reads the documents begin .. end - 1. `begin` must not be less than the
         `end` before."""
-        _, first, counts = self._digests
-        shard_ends = np.append(0, np.cumsum(first))[np.cumsum(counts)]  # without copies
+        shard_ends = self.shard_ends
 
         def shard_of(number: int) -> int:
             return int(np.searchsorted(shard_ends, number, side="right"))

@@ -12,6 +12,7 @@ only on the corpus, the seed and r. So the state of the iterator is one integer,
 batches do not depend on the number of processes. docs/using.md has the way from there to the loss.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from jax.experimental import multihost_utils
 from yocou_jax.data.corpus import (
     Corpus,
     Split,
-    hash_fraction,
     is_held_out,
     split_corpus,
 )
@@ -303,8 +303,10 @@ def load_data(config: Any) -> DataBundle:
     if config.tokenizer == "bpe":
         # Without the weights: another mixture of the same sources keeps its tokens.
         splits = [split for _, split in parts]
-        texts = " + ".join(f"{s.corpus.summary.fingerprint} {s.threshold!r}" for s in splits)
-        key = f"{texts} {BPE_SAMPLE_BYTES}"
+        texts = [f"{s.corpus.summary.fingerprint} {s.threshold!r}" for s in splits]
+        ends = [s.corpus.shard_ends for s in splits]  # a sample depends on them
+        key = " + ".join(texts) + f" {BPE_SAMPLE_BYTES}"
+        key += "".join(f" {x}" for x in ends if x is not None)
         trained = cached_bpe(_bpe_sample(splits), config.vocab_size, cache_dir, key)
         tokenizer = Tokenizer.from_json(trained.to_json(), "bpe", config.end_of_text)
     else:
@@ -387,12 +389,15 @@ def _training_stream(train: list[tuple[float, Sequences]], seed: int) -> grain.M
 
 def _bpe_sample(splits: list[Split]) -> Iterator[str]:
     """The documents that train a BPE: about BPE_SAMPLE_BYTES in all, as many of each source, or all
-    that it has. They are chosen by the hash of their names."""
+    that it has."""
     for corpus, threshold in splits:
-        share = BPE_SAMPLE_BYTES / len(splits) / corpus.summary.bytes
-        for name, text in corpus.documents():
-            if not is_held_out(name, threshold) and hash_fraction(name, "bpe") < share:
-                yield text
+        wanted = functools.partial(_is_trained_on, threshold)
+        for document in corpus.sample(BPE_SAMPLE_BYTES / len(splits), wanted):
+            yield document.text
+
+
+def _is_trained_on(threshold: float, name: str) -> bool:
+    return not is_held_out(name, threshold)
 
 
 def _require_same_everywhere(fingerprint: str) -> None:

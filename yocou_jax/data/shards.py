@@ -165,8 +165,8 @@ def all_digests(
     """The digests of every shard, in their order.
 
     path_of: the file that stores those of a shard (None: it has none). share: (index, count) of the
-    processes that read. trust: whether stored files are taken. add: is told the bytes that this
-    process has read.
+    processes that read. trust: whether stored files are taken. add: is told the bytes of documents,
+    of those in stored files too.
 
     Raises UserError for a file that cannot be read, or for a row without text with
     `bad_rows`="refuse".
@@ -180,6 +180,8 @@ def all_digests(
             known = digests_of(documents, add)
             if path is not None:
                 store(path, **known._asdict())
+        else:
+            add(int(known.sizes.sum()))
         found[number] = known
     return [found[number] for number in range(len(shards))]
 
