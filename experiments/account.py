@@ -14,7 +14,6 @@ from yocou_jax import accounting
 from yocou_jax.config import MAX_INT32 as MAX_LENGTH
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError, shown
-from yocou_jax.files import to_json
 from yocou_jax.program import ARCHITECTURES
 
 CONFIG = cli.config_file("configs/yocou_1b.py", "Config file with the sizes.")
@@ -62,7 +61,7 @@ def main(_):
     if config.architecture not in reports:
         reports[config.architecture] = accounting.report(config, lengths)
     if JSON.value:
-        print(to_json({"config": str(config.program), "architectures": reports}))
+        cli.print_json({"config": str(config.program), "architectures": reports})
         return
 
     console = Console(width=None if Console().is_terminal else 120)

@@ -40,7 +40,6 @@ from absl import flags
 from benchmarks import cases, kernels
 from benchmarks.report import console, output_folder, plain_name, table
 from experiments import cli, process
-from yocou_jax.files import to_json
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 OUT = flags.DEFINE_string(
@@ -89,7 +88,7 @@ def main(_):
     say = functools.partial(print, file=sys.stderr)
     report = kernels.measure(sizes, budget_s, keep, say)
     if JSON.value:
-        print(to_json(report))
+        cli.print_json(report)
     else:
         show(report)
     return 1 if report["failures"] else 0

@@ -29,11 +29,11 @@ from absl import flags
 from rich.console import Console
 
 from benchmarks import scaling, training
+from benchmarks.device import installed
 from benchmarks.peers import training as peers
 from benchmarks.report import Grid, table
 from experiments import cli, peer, process
 from yocou_jax.config import Config
-from yocou_jax.files import to_json
 
 CONFIG = cli.config_file("configs/yocou_small.py", "What to train.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
@@ -79,7 +79,9 @@ def scale() -> None:
     jax.config.update("jax_platforms", "cpu")
     rows = scaling.measure(Config.from_dict(CONFIG.value))
     if JSON.value:
-        print(to_json({"config": name(), "rows": rows}))
+        device = "virtual devices of one CPU; compiled only, nothing ran"
+        versions = installed(("jax", "jaxlib"))
+        cli.print_json({"device": device, "versions": versions, "config": name(), "rows": rows})
         return
     columns = ["axis", "scaling", "devices", "tokens", "sent, MiB", "state, MiB"]
     columns += ["temporary, MiB", "GFLOPs"]
@@ -106,7 +108,7 @@ def main(_):
     result = training.measure(CONFIG.value, ROUNDS.value or 5, STEPS.value)
     headline = training.headline(name(), CONFIG.value.model.architecture, result["training"])
     if JSON.value:
-        print(to_json(result | {"headline": headline}))
+        cli.print_json(result | {"headline": headline})
         return
     console = Console()
     console.print(headline, markup=False)

@@ -20,7 +20,6 @@ from benchmarks import machine
 from benchmarks.report import console, table
 from experiments import cli
 from pallas_kernels import verdicts
-from yocou_jax.files import to_json
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 QUICK = flags.DEFINE_bool("quick", False, "Measure no times.")
@@ -33,7 +32,7 @@ def main(_):
     verdicts.LIMIT_S = LIMIT.value
     report = machine.measure(QUICK.value, functools.partial(print, file=sys.stderr, flush=True))
     if JSON.value:
-        print(to_json(report))
+        cli.print_json(report)
         return 1 if report["problems"] else 0
     out = console(140)
     for line in machine.lines(report):

@@ -15,8 +15,10 @@ import errno
 import functools
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from typing import Any
 
 # XLA's C++ code logs errors only. This has an effect only before jax is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -27,8 +29,10 @@ from absl import app, flags
 from experiments.command_line import parse
 from experiments.config_flag import config_file
 from yocou_jax.errors import UserError
+from yocou_jax.files import to_json
 
-__all__ = ["EXIT_USER_ERROR", "config_file", "explained", "parse", "refuse_empty", "run"]
+__all__ = ["EXIT_USER_ERROR", "command", "config_file", "explained", "parse", "print_json"]
+__all__ += ["refuse_empty", "run"]
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -38,6 +42,17 @@ MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES),
     *(errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENOMEM),
 }
+
+
+def command() -> str:
+    """The command that runs, as one types it."""
+    name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+    return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
+
+
+def print_json(report: dict[str, Any]) -> None:
+    """Prints one JSON object, with the command that gives it."""
+    print(to_json({"command": command()} | report), flush=True)
 
 
 def refuse_empty(*folders: flags.FlagHolder) -> None:

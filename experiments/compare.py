@@ -87,7 +87,7 @@ class Runner:
             "study": self.file,
             "changed": self.changed(),
             "text": self.text,
-            "command": shlex.join([*python, "experiments.compare", *sys.argv[1:]]),
+            "command": cli.command(),
             "commands": {s.entry: shlex.join([*python, *self.command(s)]) for s in first},
         }
         if found["environments"]:

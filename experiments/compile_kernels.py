@@ -55,7 +55,6 @@ from benchmarks.aot.targets import TARGETS, what_to_install
 from benchmarks.report import console, table
 from experiments import cli
 from yocou_jax.errors import UserError
-from yocou_jax.files import to_json
 
 TARGET = flags.DEFINE_enum("target", None, list(TARGETS), "What to compile for.", required=True)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
@@ -80,7 +79,7 @@ def main(_):
         raise UserError(missing)
     result = aot.measure(name)
     if JSON.value:
-        print(to_json(result))
+        cli.print_json(result)
     else:
         show(name, result)
     return 1 if result["failures"] else 0

@@ -31,7 +31,6 @@ Results are shown, and written to WORKDIR/evaluation/TASK.json and TASK.png and 
 other file is changed, so the run may still be training: the newest complete checkpoint is read.
 """  # noqa: E501
 
-import shlex
 import signal
 import sys
 
@@ -41,7 +40,7 @@ from configs import base
 from experiments import cli
 from yocou_jax.errors import UserError, shown
 from yocou_jax.evaluation.tasks import TASKS
-from yocou_jax.files import expand_path, to_json
+from yocou_jax.files import expand_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run, or an exported folder.")
 TASK = flags.DEFINE_string("task", None, f"What to measure: {', '.join(TASKS)}.")
@@ -128,10 +127,9 @@ def main(_):
         end_of_text=END_OF_TEXT.value,
     )
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=TENSOR.value))
-    command = shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]])
-    report = evaluate(TASK.value, options, mesh, STEP.value, command)
+    report = evaluate(TASK.value, options, mesh, STEP.value, cli.command())
     if JSON.value:
-        print(to_json(report), flush=True)
+        cli.print_json(report)
     else:
         show(report)
     for path in write(report, options.folder):

@@ -30,7 +30,6 @@ from benchmarks import parity
 from configs import yocou_small
 from experiments import cli
 from pallas_kernels import api
-from yocou_jax.files import to_json
 
 
 def default_config() -> ConfigDict:
@@ -55,7 +54,7 @@ def main(_):
     say = functools.partial(print, file=sys.stderr)
     result = parity.measure(CONFIG.value, name, STEPS.value, say)
     if JSON.value:
-        print(to_json(result))
+        cli.print_json(result)
         return 0 if result["passed"] else 1
     how = "interpreted" if result["interpreted"] else "on its device"
     console, losses = Console(highlight=False), result["losses"]["xla"]

@@ -8,7 +8,7 @@ from absl import flags
 from benchmarks.peers import turns
 from benchmarks.report import console, table
 from benchmarks.training import PRODUCT
-from yocou_jax.files import to_json
+from experiments import cli
 
 BUSY = 0.5  # a load (threads that run) above which a report warns
 
@@ -30,7 +30,7 @@ def flag(help_text: str, flag_values: flags.FlagValues = flags.FLAGS) -> flags.F
 def show(report: dict[str, Any], texts: list[str], notes: list[str], as_json: bool) -> None:
     """Prints the report as JSON, or as a table with the columns `texts` and lines about it."""
     if as_json:
-        print(to_json(report | {"notes": notes}))
+        cli.print_json(report | {"notes": notes})
         return
     out, products = console(120), report["matmul_gflops"]
     for versions in (report["versions"], report["peer_versions"]):

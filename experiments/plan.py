@@ -33,7 +33,6 @@ from benchmarks.report import Grid, console, table
 from experiments import cli
 from yocou_jax.config import Config
 from yocou_jax.errors import UserError
-from yocou_jax.files import to_json
 
 CONFIG = cli.config_file("configs/yocou_1b.py", "What to train.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Device and shape, as v5e:16x16.", required=True)
@@ -84,7 +83,7 @@ def main(_):
         shown = {"plans": plans} if plans else found
         grids, fits = plan_report.training(found), "error" not in found
     if JSON.value:
-        print(to_json(shown))
+        cli.print_json(shown)
     else:
         _show(grids)
     return 0 if fits else 1

@@ -65,7 +65,6 @@ from benchmarks.peers import inference as peers
 from benchmarks.report import console, output_file, table, write_json
 from experiments import cli, peer, process
 from yocou_jax.config import Config
-from yocou_jax.files import to_json
 from yocou_jax.model import resolve_compute
 
 CONFIG = cli.config_file("configs/yocou_1b.py", "Sizes to profile.")
@@ -137,7 +136,7 @@ def main(_):
     report = inference.measure(configs, sizes, budget_s, compute, keep, say) | {"notes": notes}
     keep(report)
     if JSON.value:
-        print(to_json(report))
+        cli.print_json(report)
     else:
         show(report, console(160))
     if plot_path is not None:

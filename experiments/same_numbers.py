@@ -17,7 +17,6 @@ from rich.table import Table
 from benchmarks import same_numbers
 from experiments import cli
 from yocou_jax.errors import UserError
-from yocou_jax.files import to_json
 
 STEPS = flags.DEFINE_integer("steps", 20, "Updates of each training run.", lower_bound=5)
 CASES = flags.DEFINE_list("cases", [], "Names of cases. Default: all.")
@@ -35,7 +34,7 @@ def main(arguments):
     found = same_numbers.compare(arguments[1], cases, STEPS.value)
     same = not any(case["differ"] for case in found.values())
     if JSON.value:
-        print(to_json({"revision": arguments[1], "same": same, "cases": found}))
+        cli.print_json({"revision": arguments[1], "same": same, "cases": found})
         return 0 if same else 1
     table = Table("case", "figures", "differ", "the first that differs: here, there")
     for case, result in found.items():

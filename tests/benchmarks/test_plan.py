@@ -1,6 +1,9 @@
 """Plans, with this machine's virtual CPU devices in place of a pod, and with texts of compilers."""
 
 import dataclasses
+import json
+import shlex
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,29 @@ from tests.test_sharding import config_on
 from yocou_jax import accounting, hardware
 from yocou_jax.device_memory import training_hints
 from yocou_jax.errors import UserError
+
+PROGRAM = "window*10@3 | cross*10"
+
+
+STORED = sorted((Path(__file__).parents[2] / "results" / "plans").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_a_stored_plan_has_the_command_that_made_it(path):
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    words = shlex.split(plan["command"])
+    assert words[:3] == ["python", "-m", "experiments.plan"]
+    flags = dict(word.removeprefix("--").partition("=")[::2] for word in words[3:])
+    assert flags.pop("topology") == plan["topology"]
+    assert flags.pop("json") == ""
+    flags.pop("inference", None)
+    config = flags.pop("config")
+    assert plan["program"] == ("full*20" if config.endswith(":transformer") else PROGRAM)
+    assert "_".join(path.stem.split("_")[:2]).replace("transformer", "yocou") in config
+    for flag, value in flags.items():
+        room, name = flag.removeprefix("config.").split(".")
+        want = plan["mesh"].get(name, 1) if room == "mesh" else plan[name]
+        assert value == str(want), flag
 
 
 def test_collectives_count_the_runs_of_loops_in_loops():

@@ -49,7 +49,7 @@ class Hub:
 
     def __init__(self, **commits):
         self.commits = {name.lstrip("_"): files for name, files in commits.items()}
-        self.asked, self.reads = [], []
+        self.asked, self.reads, self.kind = [], [], "json"
 
     def load_dataset_builder(self, name, config, revision):
         self.asked.append((name, config, revision))
@@ -58,6 +58,7 @@ class Hub:
         at = f"hf://datasets/{name}@{commit}" if len(commit) == 40 else "/home/me"
         names = {"train": [f"{at}/{number}.parquet" for number in range(len(files))]}
         return SimpleNamespace(
+            name=self.kind,
             config=SimpleNamespace(data_files=names),
             as_streaming_dataset=lambda split: {"train": Rows(self, files)}[split],
         )
@@ -82,7 +83,10 @@ def test_names_and_configs(hub):
     for source in ("hf:org/name", "hf:org/name/some-config", "hf:org/name/a/b", "hf:name"):
         assert texts(open_corpus(source)) == TEXTS
     configs = [("org/name", None), ("org/name", "some-config"), ("org/name", "a/b"), ("name", None)]
-    assert asked == [(*pair, None) for pair in configs]
+    assert list(dict.fromkeys(asked)) == [(*pair, None) for pair in configs]
+    for source in ("hf:", "hf:org/", "hf:/name", "hf:org//a"):
+        with pytest.raises(UserError, match=r"names no data set: write 'hf:org/name'"):
+            open_corpus(source)
     with pytest.raises(UserError, match=r"Row 1 of file 1 of .* 'org/name'.*'text', 'id'"):
         texts(open_corpus("hf:org/name", "body"))
 
@@ -116,7 +120,8 @@ def test_a_later_start_asks_and_reads_nothing(hub, tmp_path, monkeypatch, caplog
     newest = open_corpus("hf:org/name", known=tmp_path, verify=True)
     assert texts(newest) == ["another text"]
     assert texts(open_corpus("hf:org/name", known=tmp_path)) == ["another text"]
-    assert [commit for *_, commit in found.asked] == [OLD, None, NEW]
+    # Asked with and read without the newest: a later start reads in the same way.
+    assert [commit for *_, commit in found.asked] == [OLD, None, NEW, NEW]
 
 
 def test_what_is_stored_may_be_damaged(hub, tmp_path):
@@ -143,7 +148,7 @@ def test_processes_read_different_files_and_a_start_after_a_break_goes_on(hub, t
     good = rows[4][3]
     rows[4][3] = ConnectionError("the line broke\nmore lines")
     found = hub(**{f"_{OLD}": rows})
-    said = r"'org/name'.* could not be read \(file 5 of 6\): the line broke\. Start again"
+    said = r"'org/name'.* could not be read \(file 5 of 6\): the line broke more lines\. If the net"
     with pytest.raises(UserError, match=said):
         _ = open_corpus("hf:org/name", known=tmp_path, share=(1, 2)).summary
     assert found.reads == [3, 4]
@@ -175,6 +180,38 @@ def test_a_data_set_is_tokenized_once(hub, make_config, monkeypatch):
     assert second.fingerprint == first.fingerprint
 
 
+def test_parquet_is_read_by_column_without_the_package(hub, tmp_path, monkeypatch):
+    """Abandoned scanners of `datasets` keep a process from ending. The addresses are stored."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    for number, rows in enumerate(FILES):
+        with files.open(f"/{number}.parquet", "wb") as file:
+            pq.write_table(pa.table({"text": pa.array(rows, "string"), "id": rows}), file)
+    asked = []
+
+    def url_to_fs(address):
+        asked.append(address)
+        return files, "/" + address.rpartition("/")[2]
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
+    found = hub(**{f"_{OLD}": FILES})
+    found.kind = "parquet"
+    corpus = open_corpus("hf:org/name", known=tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for one in (corpus, open_corpus("hf:org/name", known=tmp_path)):
+        assert texts(one) == TEXTS
+    assert asked[:4] == [f"hf://datasets/org/name@{OLD}/{n}.parquet" for n in range(4)]
+    assert [d.name for d in corpus.documents()][2] == "org/name:2:1"
+    assert found.reads == []
+    with pytest.raises(UserError, match=r"Row 1 of file 1 .* no field 'body'.*'text', 'id'"):
+        texts(open_corpus("hf:org/name", "body", known=tmp_path))
+    files.pipe("/1.parquet", b"nonsense")
+    with pytest.raises(UserError, match=r"could not be read \(file 2 of 4\)"):
+        texts(open_corpus("hf:org/name", known=tmp_path))
+
+
 def test_rows_without_text(hub):
     hub(_=[[{"text": "a"}, {"text": None}, {"text": 5}, {"other": 1}, {"text": "b" * 100}]])
     with pytest.raises(UserError, match="Row 2 of file 1 of the data set 'org/name' has null in"):
@@ -191,7 +228,7 @@ def test_offline_and_not_installed(monkeypatch):
 
     offline = SimpleNamespace(load_dataset_builder=load_dataset_builder)
     monkeypatch.setitem(sys.modules, "datasets", offline)
-    with pytest.raises(UserError, match=r"'org/name'.*no route to the hub\. Check"):
+    with pytest.raises(UserError, match=r"'org/name'.*no route to the hub more lines\. Check"):
         open_corpus("hf:org/name")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):

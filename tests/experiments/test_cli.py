@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import logging
 import os
 import subprocess
@@ -28,6 +29,16 @@ def command(default=None) -> tuple[flags.FlagValues, flags.FlagHolder]:
     flags.DEFINE_string("workdir", None, "A folder.", flag_values=flag_values)
     flags.DEFINE_bool("json", False, "Print JSON.", flag_values=flag_values)
     return flag_values, holder
+
+
+def test_json_has_the_command_that_prints_it():
+    words = ["-m", "experiments.account", SMALL, "--lengths=64,128", "--json"]
+    found = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert json.loads(found.stdout)["command"] == " ".join(["python", *words])
+    files = (ROOT / "experiments").glob("*.py")
+    assert [p.name for p in files if "print(to_json" in p.read_text()] == ["cli.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,7 @@ from yocou_jax.progress import progress, teller, with_progress
 # `split_corpus` cuts documents into pieces if a split of whole documents is not good enough.
 PIECE_SIZES = (PIECE_BYTES, 4096, 1024, 256, 64, 16)  # bytes; the first one that is good enough
 MAX_EXCESS = 1 / 8  # a good split holds out at most this share of the text more than was asked
+SAMPLED = 32  # shards that a sample is from: to open one may take time
 ENOUGH = 0.9  # a good split gives both sides this share of the bytes that they can get
 
 
@@ -168,8 +169,8 @@ class Corpus:
                 add(sizes[number])
 
     def sample(self, size: float, wanted: Callable[[str], bool]) -> Iterator[Document]:
-        """About `size` bytes of the documents whose names are wanted, from all parts of the source:
-        the beginning of each shard. Without shards all is read, and names are chosen by a hash."""
+        """About `size` bytes of the documents whose names are wanted: the beginnings of SAMPLED
+        shards, evenly spaced. Without shards all is read, and names are chosen by a hash."""
         ends = self.shard_ends
         if ends is None:
             share = size / self.summary.bytes
@@ -179,8 +180,12 @@ class Corpus:
             return
         whole, first, _ = self._digests
         sums = np.append(0, np.cumsum(whole.sizes[first]))
-        for begin, end in itertools.pairwise([0, *ends]):
-            left = size * (sums[end] - sums[begin]) / sums[-1]
+        spans = [pair for pair in itertools.pairwise([0, *ends]) if pair[0] < pair[1]]
+        count = min(SAMPLED if size < sums[-1] else len(spans), len(spans))
+        spans = [spans[number * len(spans) // count] for number in range(count)]
+        total = sum(sums[end] - sums[begin] for begin, end in spans)
+        for begin, end in spans:
+            left = size * (sums[end] - sums[begin]) / total
             documents = itertools.islice(self._documents_from(begin), end - begin)
             while left > 0 and (document := next(documents, None)) is not None:
                 if wanted(document.name):

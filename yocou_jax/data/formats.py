@@ -378,7 +378,7 @@ def _parquet_texts(name: str, path: Path, text_field: str) -> Iterator[Raw]:
         ) from error
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for number, record in enumerate(_parquet_rows(file, text_field), 1):
+            for number, record in enumerate(parquet_rows(file, text_field), 1):
                 where = f"Row {number} of the data file '{path}'"
                 yield f"{name}:{number}", text_of(record, text_field, where)
     except pa.ArrowException as error:
@@ -386,7 +386,9 @@ def _parquet_texts(name: str, path: Path, text_field: str) -> Iterator[Raw]:
         raise UserError(f"The data file '{path}' is not valid parquet: {reason}.") from error
 
 
-def _parquet_rows(file: Any, text_field: str) -> Iterator[dict[str, Any]]:
+def parquet_rows(file: Any, text_field: str) -> Iterator[dict[str, Any]]:
+    """The rows of a pyarrow.parquet.ParquetFile, with this field only. If it has no such field: its
+    rows with all fields and no values."""
     fields = file.schema_arrow.names
     if text_field not in fields:
         yield from itertools.repeat(dict.fromkeys(fields), file.metadata.num_rows)
