@@ -112,8 +112,9 @@ def _misfit() -> str | None:
         with ThreadPoolExecutor(1) as thread:  # there the caller's mesh is not set
             thread.submit(lower).result()
     except Exception as error:
-        version = importlib.metadata.version("jax-triton")
-        return _sentence(f"jax-triton {version} does not work with jax {jax.__version__}", error)
+        mine, triton = map(importlib.metadata.version, ("jax-triton", "triton"))
+        what = f"jax-triton {mine} and triton {triton} do not work with jax {jax.__version__}"
+        return _sentence(what, error)
     return None
 
 
