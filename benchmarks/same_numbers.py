@@ -124,7 +124,9 @@ def _figures(case: str, tree: Path, home: Path, steps: int) -> dict:
     text, notes = run(tree, home, "generate", f"--workdir={workdir}", *options)
     found["greedy text"] = text
     found["KV cache, bytes"] = re.search(r"KV cache ([\d,]+) bytes", notes)[1]
-    return found | {"accounting report": json.loads(report)}
+    accounting = json.loads(report)
+    accounting.pop("command", None)  # it names the file of the config
+    return found | {"accounting report": accounting}
 
 
 def differences(here: dict, there: dict) -> dict[str, tuple]:

@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     o.max_skipped_updates = 5  # the run stops after this number of non-finite updates in a row
 
     d = c.data = ConfigDict()
-    # python | site_packages | a path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config]
+    # python | site_packages | path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config][@commit]
     # | hops(...) | needle(...) (tasks: yocou_jax/data/synthetic.py)
     # or a mixture such as 0.7*python + 0.3*texts/*.txt
     d.source = "python"
@@ -111,7 +111,8 @@ def get_config() -> ConfigDict:
     d.seed = 0  # for the order of the training sequences
     d.cache_dir = "runs/cache"  # tokenized corpora, trained tokenizers and compiled programs
     # A start does not read files again that have the same paths, sizes and times as in an earlier
-    # one. True: it reads all of them, and so finds a change that left all these as they were.
+    # one. True: it reads all of them, and so finds a change that left all these as they were; and
+    # it asks for the newest commit of a Hugging Face data set.
     d.verify = False
 
     # How devices share the work (yocou_jax/sharding.py). mesh.data is not the group `data` above.

@@ -84,7 +84,11 @@ def main(_):
     out = folder(on_cpu)  # first, so that a mistake in --out does not cost minutes of measurements
     sizes = cases.CPU if on_cpu else cases.ACCELERATOR
     budget_s = sizes.budget_s if BUDGET.value is None else BUDGET.value
-    keep = (lambda report: None) if out is None else functools.partial(kernels.write, out)
+
+    def keep(found: dict) -> None:
+        if out is not None:
+            kernels.write(out, {"command": cli.command()} | found)
+
     say = functools.partial(print, file=sys.stderr)
     report = kernels.measure(sizes, budget_s, keep, say)
     if JSON.value:

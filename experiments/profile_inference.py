@@ -122,7 +122,7 @@ def main(_):
 
     def keep(report):
         if out_path is not None:
-            write_json(out_path, report | {"notes": notes})
+            write_json(out_path, {"command": cli.command()} | report | {"notes": notes})
 
     default_s = sizes.budget_s if PEER.value is None else 600
     budget_s = default_s if BUDGET.value is None else BUDGET.value

@@ -8,10 +8,10 @@
 set -euo pipefail
 
 # EDIT: where.
-NAME=yocou
+NAME=yocou             # small letters, digits and -
 ACCELERATOR=tpu-v5-lite-podslice
 TOPOLOGY=16x16         # the plan's topology: v5e:16x16
-CHIPS=4                # of a host
+CHIPS=4                # per host
 IMAGE=REGISTRY/yocou:latest   # has this repository in /yocou, with requirements-tpu.txt installed
 CLAIM=yocou-runs       # the PersistentVolumeClaim of the volume, mounted at /mnt/runs
 # EDIT: what. The workdir must be on storage that all hosts see.
@@ -21,7 +21,7 @@ TRAIN="--config=configs/yocou_1b.py --config.data.source='/mnt/runs/text/*.jsonl
   --config.optimizer.accumulation_steps=2"
 TRAIN=$(echo $TRAIN)   # one line
 
-HOSTS=$((${TOPOLOGY//x/*} / CHIPS))
+HOSTS=$(((${TOPOLOGY//x/*} + CHIPS - 1) / CHIPS))
 
 jobset() { cat << YAML
 apiVersion: jobset.x-k8s.io/v1alpha2

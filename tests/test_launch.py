@@ -45,7 +45,7 @@ def printed(recipe: str) -> dict:
 
 def test_the_jobset_follows_what_a_user_edits():
     recipe = (ROOT / "launch/gke_tpu.sh").read_text(encoding="utf-8")
-    for topology, hosts in (("16x16", 64), ("4x4x4", 16), ("2x2", 1)):
+    for topology, hosts in (("16x16", 64), ("4x4x4", 16), ("2x2", 1), ("1x1", 1)):
         edited = recipe.replace("TOPOLOGY=16x16", f"TOPOLOGY={topology}")
         job = printed(edited)["spec"]["replicatedJobs"][0]["template"]["spec"]
         assert job["parallelism"] == job["completions"] == hosts

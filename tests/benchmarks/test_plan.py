@@ -21,9 +21,8 @@ from yocou_jax.device_memory import training_hints
 from yocou_jax.errors import UserError
 
 PROGRAM = "window*10@3 | cross*10"
-
-
 STORED = sorted((Path(__file__).parents[2] / "results" / "plans").glob("*.json"))
+assert STORED
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from yocou_jax.data import hub as hub_module
 from yocou_jax.data import load_data, tokens
+from yocou_jax.data.shards import store
 from yocou_jax.data.sources import open_corpus
 from yocou_jax.errors import UserError
 
@@ -49,11 +51,11 @@ class Hub:
 
     def __init__(self, **commits):
         self.commits = {name.lstrip("_"): files for name, files in commits.items()}
-        self.asked, self.reads, self.kind = [], [], "json"
+        self.asked, self.reads, self.kind, self.branches = [], [], "json", {}
 
     def load_dataset_builder(self, name, config, revision):
         self.asked.append((name, config, revision))
-        commit = revision or list(self.commits)[-1]
+        commit = self.branches.get(revision, revision) or list(self.commits)[-1]
         files = self.commits[commit]
         at = f"hf://datasets/{name}@{commit}" if len(commit) == 40 else "/home/me"
         names = {"train": [f"{at}/{number}.parquet" for number in range(len(files))]}
@@ -84,10 +86,10 @@ def test_names_and_configs(hub):
         assert texts(open_corpus(source)) == TEXTS
     configs = [("org/name", None), ("org/name", "some-config"), ("org/name", "a/b"), ("name", None)]
     assert list(dict.fromkeys(asked)) == [(*pair, None) for pair in configs]
-    for source in ("hf:", "hf:org/", "hf:/name", "hf:org//a"):
+    for source in ("hf:", "hf:org/", "hf:/name", "hf:org//a", "hf:@main"):
         with pytest.raises(UserError, match=r"names no data set: write 'hf:org/name'"):
             open_corpus(source)
-    with pytest.raises(UserError, match=r"Row 1 of file 1 of .* 'org/name'.*'text', 'id'"):
+    with pytest.raises(UserError, match=r"Row 1 of the file 1 of .* 'org/name'.*'text', 'id'"):
         texts(open_corpus("hf:org/name", "body"))
 
 
@@ -110,8 +112,8 @@ def test_a_later_start_asks_and_reads_nothing(hub, tmp_path, monkeypatch, caplog
     with caplog.at_level(logging.INFO):
         corpus = open_corpus("hf:org/name", known=tmp_path)
     assert corpus.summary == first
-    assert OLD in caplog.text
-    assert "data.verify" in caplog.text
+    assert f"hf:org/name is read as hf:org/name@{OLD}." in caplog.messages
+    assert corpus.source == f"hf:org/name@{OLD}"
 
     monkeypatch.setitem(sys.modules, "datasets", found)
     del found.asked[:], found.reads[:]
@@ -120,8 +122,52 @@ def test_a_later_start_asks_and_reads_nothing(hub, tmp_path, monkeypatch, caplog
     newest = open_corpus("hf:org/name", known=tmp_path, verify=True)
     assert texts(newest) == ["another text"]
     assert texts(open_corpus("hf:org/name", known=tmp_path)) == ["another text"]
-    # Asked with and read without the newest: a later start reads in the same way.
     assert [commit for *_, commit in found.asked] == [OLD, None, NEW, NEW]
+
+
+def test_a_commit_can_be_named(hub, tmp_path):
+    """Or a branch. `known` has an answer for each."""
+    found = hub(**{f"_{OLD}": FILES, f"_{NEW}": [["another text"]]})
+    for known in (None, tmp_path, tmp_path):
+        assert texts(open_corpus("hf:org/name/a", known=known)) == ["another text"]
+        corpus = open_corpus(f"hf:org/name/a@{OLD}", known=known)
+        assert texts(corpus) == TEXTS
+        assert corpus.source == f"hf:org/name/a@{OLD}"
+    found.branches["main"] = OLD
+    assert open_corpus("hf:org/name@main", known=tmp_path).source == f"hf:org/name@{OLD}"
+    assert {name for name, *_ in found.asked} == {"org/name"}
+
+
+def test_all_processes_take_the_answer_of_the_first(hub, tmp_path, monkeypatch):
+    """Although a newer commit comes between them, and if it cannot ask."""
+    found = hub(**{f"_{OLD}": FILES})
+    sent = []
+
+    def broadcast(value):
+        if hub_module.jax.process_index() == 0:
+            sent.append(value)
+            return value
+        return sent.pop(0)
+
+    monkeypatch.setattr(hub_module.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(hub_module.jax, "process_count", lambda: 2)
+
+    def as_process(index, folder):
+        monkeypatch.setattr(hub_module.jax, "process_index", lambda: index)
+        return open_corpus("hf:org/name", known=tmp_path / folder, share=(index, 2))
+
+    first = as_process(0, "a")
+    found.commits[NEW] = [["another text"]]
+    second = as_process(1, "b")
+    assert second.source == first.source == f"hf:org/name@{OLD}"
+    assert texts(second) == TEXTS
+    assert as_process(0, "b").source == first.source  # it was stored there, too
+
+    sent.clear()
+    monkeypatch.setattr(found, "load_dataset_builder", None)
+    for index in (0, 1):
+        with pytest.raises(UserError, match="could not be loaded: 'NoneType' object is not"):
+            as_process(index, "c")
 
 
 def test_what_is_stored_may_be_damaged(hub, tmp_path):
@@ -131,7 +177,12 @@ def test_what_is_stored_may_be_damaged(hub, tmp_path):
     for damage in (b"", b"nonsense", path.read_bytes()[:-30]):
         path.write_bytes(damage)
         assert len(open_corpus("hf:org/name", known=tmp_path).shards) == 4
-    assert len(found.asked) == 4
+    good = {"commit": OLD, "files": ["a"], "parquet": False}
+    wrong = [{"files": 3}, {"files": [1]}, {"commit": 5}, {"more": 1}]
+    for answer in (*(good | change for change in wrong), [], 5, None, {"commit": OLD}):
+        store(path, answer=json.dumps(answer))
+        assert len(open_corpus("hf:org/name", known=tmp_path).shards) == 4
+    assert len(found.asked) == 4 + 8
 
 
 def test_a_set_without_a_commit_is_not_trusted(hub, tmp_path):
@@ -148,7 +199,9 @@ def test_processes_read_different_files_and_a_start_after_a_break_goes_on(hub, t
     good = rows[4][3]
     rows[4][3] = ConnectionError("the line broke\nmore lines")
     found = hub(**{f"_{OLD}": rows})
-    said = r"'org/name'.* could not be read \(file 5 of 6\): the line broke more lines\. If the net"
+    said = (
+        r"'org/name'.* be read \(file 4.parquet, 5 of 6\): the line broke more lines\. If the net"
+    )
     with pytest.raises(UserError, match=said):
         _ = open_corpus("hf:org/name", known=tmp_path, share=(1, 2)).summary
     assert found.reads == [3, 4]
@@ -203,18 +256,20 @@ def test_parquet_is_read_by_column_without_the_package(hub, tmp_path, monkeypatc
     for one in (corpus, open_corpus("hf:org/name", known=tmp_path)):
         assert texts(one) == TEXTS
     assert asked[:4] == [f"hf://datasets/org/name@{OLD}/{n}.parquet" for n in range(4)]
-    assert [d.name for d in corpus.documents()][2] == "org/name:2:1"
+    assert [d.name for d in corpus.documents()][2] == "org/name/1.parquet:1"
     assert found.reads == []
-    with pytest.raises(UserError, match=r"Row 1 of file 1 .* no field 'body'.*'text', 'id'"):
+    with pytest.raises(
+        UserError, match=r"Row 1 of the file 0.parquet .* no field 'body'.*'text', 'id'"
+    ):
         texts(open_corpus("hf:org/name", "body", known=tmp_path))
     files.pipe("/1.parquet", b"nonsense")
-    with pytest.raises(UserError, match=r"could not be read \(file 2 of 4\)"):
+    with pytest.raises(UserError, match=r"could not be read \(file 1.parquet, 2 of 4\)"):
         texts(open_corpus("hf:org/name", known=tmp_path))
 
 
 def test_rows_without_text(hub):
     hub(_=[[{"text": "a"}, {"text": None}, {"text": 5}, {"other": 1}, {"text": "b" * 100}]])
-    with pytest.raises(UserError, match="Row 2 of file 1 of the data set 'org/name' has null in"):
+    with pytest.raises(UserError, match="Row 2 of the file 1 of the data set 'org/name' has null"):
         texts(open_corpus("hf:org/name"))
     corpus = open_corpus("hf:org/name", "text", "skip")
     assert texts(corpus) == ["a", "b" * 100]
@@ -249,4 +304,4 @@ def test_the_real_package_reads_a_folder(tmp_path, monkeypatch):
     corpus = open_corpus("hf:org/name")
     assert len(corpus.shards) == 2
     assert texts(corpus) == [f"{number} {row}" for number in range(2) for row in range(3)]
-    assert [d.name for d in corpus.documents()][3:5] == ["org/name:2:1", "org/name:2:2"]
+    assert [d.name for d in corpus.documents()][3:5] == ["org/name/2:1", "org/name/2:2"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from yocou_jax import progress
+from yocou_jax.data import corpus as corpus_module
 from yocou_jax.data import load_data, pipeline, shards, sources, tokens
 from yocou_jax.data.shards import in_turn
 from yocou_jax.data.sources import open_corpus
@@ -199,7 +200,41 @@ def test_a_sample_is_the_beginning_of_each_shard(corpus, readings):
         mine = [d.name for d in documents if d.name in wanted]
         assert mine == wanted[: len(mine)]
         assert bool(mine) == bool(wanted)
-    assert list(found.sample(1e9, lambda name: True)) == list(found.documents())
+    everything = list(found.documents())
+    assert list(found.sample(1e9, lambda name: True)) == everything
+
+
+def test_a_sample_opens_few_shards_if_these_have_enough(corpus, readings, monkeypatch):
+    """They are spread over the source. Small shards have too little, so more are opened."""
+    monkeypatch.setattr(corpus_module, "SAMPLED", 3)
+    found = open_corpus(corpus.source)
+    total, count = found.summary.bytes, len(found.shards)
+    shard_of = {
+        document.name: sum(end <= number for end in found.shard_ends)
+        for number, document in enumerate(found.documents())
+    }
+    for size, least, most in ((0.05, 3, 3), (0.5, 0.5 * count, 0.6 * count), (1.0, count, count)):
+        readings.clear()
+        names = [d.name for d in found.sample(size * total, lambda name: True)]
+        opened = {shard_of[name] for name in names}
+        assert least <= len(opened) <= most
+        assert {shard_of[name] for name in readings} == opened
+        got = sum(len(corpus.texts[name].encode()) for name in names)
+        assert 0.7 * size * total <= got <= (size + 0.2) * total
+        if size < 0.1:
+            assert max(opened) > count / 2
+
+
+def test_a_start_with_a_bpe_needs_no_digests(make_config, corpus, readings, tmp_path, monkeypatch):
+    """They are removed after a week without use, and take memory: the tokens must be enough."""
+    config = make_config(tokenizer="bpe")
+    first = load_data(config)
+    for path in (tmp_path / "cache").glob("shard-*.npz"):
+        path.unlink()
+    readings.clear()
+    second = load_data(config)
+    assert readings == []
+    assert second.fingerprint == first.fingerprint
 
 
 def test_a_bpe_depends_on_the_shards_that_its_sample_is_taken_from(

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -75,8 +76,8 @@ class Corpus:
     shards: the source in parts (shards.py). share: (index, count) of the processes of a run, which
     begin with different shards.
 
-    known: a folder that stores the summary, and the digests of each shard, of files or of a Hugging
-    Face data set with a fingerprint. The next time, if all files have the same paths, sizes and
+    known: a folder that stores the summary, and the digests of each shard, of files or of one
+    commit of a Hugging Face data set. The next time, if all files have the same paths, sizes and
     times, they are not read to know the summary. With verify they are, by every process, and what
     was stored is replaced.
     """
@@ -170,7 +171,8 @@ class Corpus:
 
     def sample(self, size: float, wanted: Callable[[str], bool]) -> Iterator[Document]:
         """About `size` bytes of the documents whose names are wanted: the beginnings of SAMPLED
-        shards, evenly spaced. Without shards all is read, and names are chosen by a hash."""
+        shards, evenly spaced, or of more if these are too small. Without shards all is read, and
+        names are chosen by a hash."""
         ends = self.shard_ends
         if ends is None:
             share = size / self.summary.bytes
@@ -181,7 +183,7 @@ class Corpus:
         whole, first, _ = self._digests
         sums = np.append(0, np.cumsum(whole.sizes[first]))
         spans = [pair for pair in itertools.pairwise([0, *ends]) if pair[0] < pair[1]]
-        count = min(SAMPLED if size < sums[-1] else len(spans), len(spans))
+        count = min(max(SAMPLED, math.ceil(len(spans) * size / sums[-1])), len(spans))
         spans = [spans[number * len(spans) // count] for number in range(count)]
         total = sum(sums[end] - sums[begin] for begin, end in spans)
         for begin, end in spans:
@@ -215,10 +217,7 @@ class Corpus:
     def shard_ends(self) -> list[int] | None:
         """How many documents there are up to the end of each shard. None: no shard can be read
         alone."""
-        if not self._in_shards:
-            return None
-        _, first, counts = self._digests
-        return np.append(0, np.cumsum(first))[np.cumsum(counts)].tolist()
+        return self._pass[3].tolist() if self._in_shards else None
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -272,20 +271,23 @@ class Corpus:
         return read
 
     @cached_property
-    def _pass(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
-        """The summary; and for each document, sorted by hash: the hash of its name; its bytes."""
+    def _pass(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray, np.ndarray]:
+        """The summary; for each document, sorted by hash: the hash of its name; its bytes; and how
+        many documents there are up to the end of each shard (none if it cannot be read alone)."""
         path = self._memory
         if path is None:
             return self._read_all()
         if not self.verify:
             with contextlib.suppress(OSError, *DAMAGED), np.load(path) as found:
                 summary = CorpusSummary(**json.loads(str(found["summary"])))
-                hashes, sizes = found["hashes"], found["sizes"]
-                if hashes.shape == sizes.shape == (summary.documents,):
-                    return summary, hashes, sizes
-        summary, hashes, sizes = self._read_all()
-        store(path, summary=json.dumps(summary._asdict()), hashes=hashes, sizes=sizes)
-        return summary, hashes, sizes
+                hashes, sizes, ends = found["hashes"], found["sizes"], found["ends"]
+                shards = len(self.shards) if self._in_shards else 0
+                if hashes.shape == sizes.shape == (summary.documents,) and len(ends) == shards:
+                    return summary, hashes, sizes, ends
+        summary, hashes, sizes, ends = self._read_all()
+        text = json.dumps(summary._asdict())
+        store(path, summary=text, hashes=hashes, sizes=sizes, ends=ends)
+        return summary, hashes, sizes, ends
 
     @property
     def _memory(self) -> Path | None:
@@ -302,9 +304,11 @@ class Corpus:
         key = sha256(f"{shard.stamp} {self.bad_rows} {_code()}".encode())
         return self.known / f"shard-{key.hexdigest()[:16]}.npz"
 
-    def _read_all(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray]:
+    def _read_all(self) -> tuple[CorpusSummary, np.ndarray, np.ndarray, np.ndarray]:
+        ends = np.zeros(0, np.int64)
         if self._in_shards:
-            whole, first, _ = self._digests
+            whole, first, numbers = self._digests
+            ends = np.append(0, np.cumsum(first))[np.cumsum(numbers)]
             fingerprint = self._fingerprint
             hashes, sizes = whole.hashes[first], whole.sizes[first]
             counts = {
@@ -322,7 +326,7 @@ class Corpus:
             )
         summary = CorpusSummary(fingerprint, len(hashes), int(sizes.sum()), **counts)
         order = np.argsort(hashes, kind="stable")
-        return summary, hashes[order], sizes[order]
+        return summary, hashes[order], sizes[order], ends
 
     def _read_in_order(self) -> tuple[str, np.ndarray, np.ndarray, Counter[str]]:
         counts, total = Counter(duplicates=0, invalid=0, skipped=0), hashlib.sha256()
@@ -343,7 +347,7 @@ class Corpus:
     @property
     def sizes_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of the names [documents], ascending, and the sizes of these documents in bytes."""
-        return self._pass[1:]
+        return self._pass[1:3]
 
 
 @cache

@@ -1,6 +1,6 @@
 """From a data configuration to global batches: tokenize once, then read sequences in any order.
 
-    text                     documents: (name, text), see corpus.py
+    text                     documents: (name, text), see sources.py
     the hash of the name     puts each document into the training split or the held-out split
     tokens, one file         <eot> doc <eot> doc ... of a split, uint16 or uint32 [tokens]
     sequence i               the N + 1 tokens i*N .. i*N + N of this file

@@ -3,7 +3,7 @@
     python                the standard library of the running Python (no network)
     site_packages         every .py file of the installed packages
     path or glob          files of text, JSON or parquet, also compressed; `**` matches directories
-    hf:org/name[/config]  the train split of a Hugging Face data set (hub.py)
+    hf:org/name           the train split of a Hugging Face data set (hub.py)
     hops(...) needle(...) tasks that a program writes (synthetic.py)
     w*source + w*source   a mixture; w is a share of the training sequences, and the sum is 1
 
@@ -132,9 +132,10 @@ def open_corpus(
     UserError if the source is unknown."""
     memory = {"known": known, "verify": verify, "share": share}
     if source.startswith("hf:"):
-        return Corpus(source, hub.shards(source, text_field, known, verify), bad_rows, **memory)
+        exact, shards = hub.pinned(source, text_field, known, verify, share[1])
+        return Corpus(exact, shards, bad_rows, **memory)
     if task := parse_task(source):
-        return Corpus(source, (Shard(partial(_read_task, task), None),), bad_rows)
+        return Corpus(source, (Shard(partial(_read_task, task, known), None),), bad_rows)
     if source == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = _python_files(root, STDLIB_SKIPPED)
@@ -221,6 +222,6 @@ def _read_files(files: list[File], text_field: str, alone: bool) -> Iterator[Raw
         yield from read_file(name, path, text_field, alone)
 
 
-def _read_task(task: Hops | Needle) -> Iterator[Raw]:
-    documents = open_corpus(task.source).documents() if task.source else ()
+def _read_task(task: Hops | Needle, known: Path | None) -> Iterator[Raw]:
+    documents = open_corpus(task.source, known=known).documents() if task.source else ()
     yield from task.read(document.text for document in documents)

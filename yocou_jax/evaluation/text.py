@@ -15,6 +15,7 @@ from yocou_jax.data.sources import open_corpus, parse_source
 from yocou_jax.data.tokenizer import Tokenizer
 from yocou_jax.errors import UserError
 from yocou_jax.evaluation.options import Options
+from yocou_jax.files import expand_path
 from yocou_jax.pretrained import Pretrained
 
 # An exported folder does not say what its model was trained on. These are the defaults for it.
@@ -60,7 +61,7 @@ def open_text(loaded: Pretrained, options: Options) -> Text:
     count = options.samples or (data.validation_sequences if data else SEQUENCES)
     packing = data.packing if data else False
     if source is not None:
-        fields = (data.text_field, data.bad_rows) if data else ()
+        fields = (data.text_field, data.bad_rows, expand_path(data.cache_dir)) if data else ()
         parts = []
         for weight, name in parse_source(source):
             documents = open_corpus(name, *fields).documents()
