@@ -88,8 +88,8 @@ def get_config() -> ConfigDict:
     o.max_skipped_updates = 5  # the run stops after this number of non-finite updates in a row
 
     d = c.data = ConfigDict()
-    # python | site_packages | path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config][@commit]
-    # | hops(...) | needle(...) (tasks: yocou_jax/data/synthetic.py)
+    # python | site_packages | a path or glob (.txt .gz .jsonl .parquet ...) | hf:org/name[/config]
+    # | hf:...@commit | hops(...) | needle(...) (tasks: yocou_jax/data/synthetic.py)
     # or a mixture such as 0.7*python + 0.3*texts/*.txt
     d.source = "python"
     d.text_field = "text"  # name of the field with the text, in JSON, parquet and Hugging Face rows

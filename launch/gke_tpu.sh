@@ -19,15 +19,19 @@ TRAIN="--config=configs/yocou_1b.py --config.data.source='/mnt/runs/text/*.jsonl
   --config.data.cache_dir=/mnt/runs/cache
   --config.mesh.data=4 --config.mesh.fsdp=16 --config.mesh.context=4
   --config.optimizer.accumulation_steps=2"
-TRAIN=$(echo $TRAIN)   # one line
+TRAIN=${TRAIN//$'\n'/ }   # one line
 
-HOSTS=$(((${TOPOLOGY//x/*} + CHIPS - 1) / CHIPS))
+if [[ ! $TOPOLOGY =~ ^[0-9]+(x[0-9]+)*$ ]] || ((${TOPOLOGY//x/*} % CHIPS)); then
+  echo "TOPOLOGY=$TOPOLOGY is not a whole number of hosts with CHIPS=$CHIPS chips each." >&2
+  exit 2
+fi
+HOSTS=$((${TOPOLOGY//x/*} / CHIPS))
 
 jobset() { cat << YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $NAME
+  name: "$NAME"
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:

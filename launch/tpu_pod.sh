@@ -18,7 +18,7 @@ TRAIN="--config=configs/yocou_1b.py --config.data.source='/mnt/runs/text/*.jsonl
   --config.data.cache_dir=/mnt/runs/cache
   --config.mesh.data=4 --config.mesh.fsdp=16 --config.mesh.context=4
   --config.optimizer.accumulation_steps=2"
-TRAIN=$(echo $TRAIN)   # one line
+TRAIN=${TRAIN//$'\n'/ }   # one line
 
 on_all_hosts() {
   gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"

@@ -24,6 +24,19 @@ def test_fields_and_commands_of_recipes_exist(path):
         assert (ROOT / config).is_file(), config
 
 
+def test_a_mixture_with_stars_stays_as_it_is():
+    """The shell does not put names of files in their place."""
+    mixture = "'0.5 * /mnt/a/*.txt + 0.5 * python'"
+    recipe = (ROOT / "launch/gke_tpu.sh").read_text(encoding="utf-8")
+    edited = recipe.replace("'/mnt/runs/text/*.jsonl.gz'", mixture)
+    job = printed(edited)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    command = job["template"]["spec"]["containers"][0]["command"][2]
+    assert f"--config.data.source={mixture[1:-1]}" in shlex.split(command)
+    # The others cannot run here without their systems.
+    assert "TRAIN=${TRAIN//" in (ROOT / "launch/tpu_pod.sh").read_text(encoding="utf-8")
+    assert '"${TRAIN[@]}"' in (ROOT / "launch/slurm_gpus.sbatch").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_is_edited_in_two_places(path):
     """Both are at its beginning; what follows them names nothing that a user must change."""
@@ -45,11 +58,16 @@ def printed(recipe: str) -> dict:
 
 def test_the_jobset_follows_what_a_user_edits():
     recipe = (ROOT / "launch/gke_tpu.sh").read_text(encoding="utf-8")
-    for topology, hosts in (("16x16", 64), ("4x4x4", 16), ("2x2", 1), ("1x1", 1)):
+    for topology, hosts in (("16x16", 64), ("4x4x4", 16), ("2x2", 1)):
         edited = recipe.replace("TOPOLOGY=16x16", f"TOPOLOGY={topology}")
         job = printed(edited)["spec"]["replicatedJobs"][0]["template"]["spec"]
         assert job["parallelism"] == job["completions"] == hosts
         assert topology in job["template"]["spec"]["nodeSelector"].values()
+    for topology in ("1x1", "2x3", "v5e:16x16"):
+        edited = recipe.replace("TOPOLOGY=16x16", f"TOPOLOGY={topology}")
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            printed(edited)
+        assert f"TOPOLOGY={topology} is not a whole number of hosts" in error.value.stderr
     command = job["template"]["spec"]["containers"][0]["command"]
     assert command[:2] == ["bash", "-c"]
     words = shlex.split(command[2])

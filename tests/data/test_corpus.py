@@ -98,6 +98,15 @@ def test_parquet(tmp_path):
         texts(open_corpus(f"{tmp_path}/bad.parquet"))
 
 
+def test_parquet_with_a_struct_that_has_a_field_of_the_same_path(tmp_path):
+    """pyarrow gives two columns for "meta.text"."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"meta": [{"text": "no"}] * 3, "meta.text": TEXTS})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert texts(open_corpus(f"{tmp_path}/x.parquet", "meta.text")) == TEXTS
+
+
 def test_parquet_without_pyarrow(monkeypatch, tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

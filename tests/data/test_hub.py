@@ -1,11 +1,20 @@
 """Data sets of the Hugging Face Hub: a stand-in for the package `datasets` says what was asked. One
 test has the real package."""
 
+import io
 import json
 import logging
+import os
+import re
+import subprocess
 import sys
+import textwrap
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from typing import ClassVar
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -179,10 +188,11 @@ def test_what_is_stored_may_be_damaged(hub, tmp_path):
         assert len(open_corpus("hf:org/name", known=tmp_path).shards) == 4
     good = {"commit": OLD, "files": ["a"], "parquet": False}
     wrong = [{"files": 3}, {"files": [1]}, {"commit": 5}, {"more": 1}]
+    wrong += [{"files": []}, {"files": "a"}]
     for answer in (*(good | change for change in wrong), [], 5, None, {"commit": OLD}):
         store(path, answer=json.dumps(answer))
         assert len(open_corpus("hf:org/name", known=tmp_path).shards) == 4
-    assert len(found.asked) == 4 + 8
+    assert len(found.asked) == 4 + 10
 
 
 def test_a_set_without_a_commit_is_not_trusted(hub, tmp_path):
@@ -288,6 +298,98 @@ def test_offline_and_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         open_corpus("hf:org/name")
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """What huggingface_hub and `datasets` ask of a data set: its commit, its files, their bytes."""
+
+    protocol_version = "HTTP/1.1"
+    files: ClassVar[dict[str, bytes]] = {}
+    requests: ClassVar[list[str]] = []
+
+    def _send(self, status: int, body: bytes, **headers: str):
+        self.send_response(status)
+        headers |= {"X-Repo-Commit": OLD, "Accept-Ranges": "bytes"}
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        path = unquote(urlsplit(self.path).path)
+        self.requests.append(path)
+        _, *file = re.split(r"/resolve/(?:main|0{40})/", path)
+        entries = [
+            {"type": "file", "oid": OLD, "size": len(data), "path": name}
+            for name, data in self.files.items()
+        ]
+        if not path.startswith(("/api/datasets/org/name", "/datasets/org/name")):
+            self._send(404, b"", X_Error_Code="RepoNotFound")
+        elif file and file[0] in self.files:
+            data, status, size = self.files[file[0]], 200, len(self.files[file[0]])
+            if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+                data = data[int(found[1]) : int(found[2] or size) + 1]
+                status = 206
+            range_ = {"Content_Range": f"bytes {found[1]}-*/{size}"} if found else {}
+            self._send(status, data, ETag=f'"{file[0]}"', **range_)
+        elif file or "/tree/" in path.removesuffix(f"/tree/{OLD}"):
+            self._send(404, b"", X_Error_Code="EntryNotFound")
+        elif "/paths-info/" in path:
+            known = [entry for entry in entries if entry["path"] in unquote(body)]
+            self._send(200, json.dumps(known).encode(), Content_Type="application/json")
+        elif path.endswith(f"/tree/{OLD}"):
+            self._send(200, json.dumps(entries).encode(), Content_Type="application/json")
+        else:
+            facts = {"_id": "1", "id": "org/name", "sha": OLD, "private": False, "tags": []}
+            facts |= {"disabled": False, "gated": False, "downloads": 0, "likes": 0}
+            facts["siblings"] = [{"rfilename": name} for name in self.files]
+            self._send(200, json.dumps(facts).encode(), Content_Type="application/json")
+
+    do_GET = do_HEAD = do_POST = _answer
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_real_package_reads_parquet_of_a_hub(tmp_path):
+    """In a process of its own, which must end although it has read only the beginning."""
+    pytest.importorskip("datasets")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number in range(2):
+        rows = [f"{number} {row}" for row in range(1000)]
+        table = pa.table({"text": rows, "noise": [os.urandom(500) for _ in rows]})
+        pq.write_table(table, sink := io.BytesIO(), row_group_size=100)
+        FakeHub.files[f"train-{number}.parquet"] = sink.getvalue()
+    FakeHub.requests.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+            "HF_HOME": str(tmp_path / "home"),
+            "JAX_PLATFORMS": "cpu",
+        }
+        code = f"""
+            from pathlib import Path
+            from yocou_jax.data.sources import open_corpus
+            corpus = open_corpus("hf:org/name", known=Path({str(tmp_path)!r}))
+            print(corpus.source, corpus.summary.documents)
+            documents = corpus.documents()
+            print(*next(documents))
+        """
+        words = [sys.executable, "-c", textwrap.dedent(code)]
+        for _ in range(2):
+            found = subprocess.run(words, env=env, capture_output=True, text=True, timeout=100)
+            said = [f"hf:org/name@{OLD} 2000", "org/name/train-0.parquet:1 0 0"]
+            assert found.stdout.splitlines() == said, found.stderr
+            asked = FakeHub.requests.copy()
+            FakeHub.requests.clear()
+        server.shutdown()
+    # The second process knows the commit and the summary; it reads one file.
+    assert "/api/datasets/org/name" not in asked
+    read = {path for path in asked if path.endswith(".parquet")}
+    assert read == {f"/datasets/org/name/resolve/{OLD}/train-0.parquet"}
 
 
 def test_the_real_package_reads_a_folder(tmp_path, monkeypatch):

@@ -566,7 +566,13 @@ def test_another_split_or_tokenizer_has_another_cache(make_config, tmp_path):
         load_data(make_config(**changes))
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 3
     load_data(make_config(tokenizer="bpe", validation_fraction=0.3))  # it has other training texts
-    assert len(list((tmp_path / "cache").glob("bpe-*"))) == 2
+    found = sorted((tmp_path / "cache").glob("bpe-*"))
+    assert len(found) == 2
+    contents = [path.read_bytes() for path in found]
+    found[0].write_bytes(b"")  # as after a power failure
+    for fraction in (0.2, 0.3):
+        load_data(make_config(tokenizer="bpe", validation_fraction=fraction))
+    assert [path.read_bytes() for path in found] == contents
 
 
 def test_token_width_follows_the_vocabulary(tmp_path, corpus):

@@ -213,7 +213,7 @@ def test_a_sample_opens_few_shards_if_these_have_enough(corpus, readings, monkey
         document.name: sum(end <= number for end in found.shard_ends)
         for number, document in enumerate(found.documents())
     }
-    for size, least, most in ((0.05, 3, 3), (0.5, 0.5 * count, 0.6 * count), (1.0, count, count)):
+    for size, least, most in ((0.05, 3, 3), (0.5, 0.4 * count, 0.8 * count), (1.0, count, count)):
         readings.clear()
         names = [d.name for d in found.sample(size * total, lambda name: True)]
         opened = {shard_of[name] for name in names}
@@ -401,3 +401,11 @@ def test_digests_of_nothing():
     assert len(first) == 0
     assert whole.skipped == 2
     assert whole.sizes.dtype == np.int64
+
+
+def test_a_sample_is_never_empty(corpus, readings, monkeypatch):
+    """Few documents, and no hash of a name is small enough."""
+    monkeypatch.setattr(sources, "SHARD_BYTES", 10**9)
+    found = open_corpus(corpus.source)
+    assert len(list(found.sample(1e-9, lambda name: name > "17.txt"))) == 1
+    assert not list(found.sample(1e9, lambda name: False))

@@ -150,9 +150,7 @@ class Corpus:
                     hash_document(digest, document)
                 yield Piece(digest.hexdigest(), number % count == index, lambda piece=piece: piece)
             return
-        whole, first, _ = self._digests
-        if self._fingerprint != self.summary.fingerprint:  # the summary was remembered
-            raise self._changed()
+        whole, first = self._same_digests()
         places = np.flatnonzero(first)  # among the documents with copies
         ends = np.cumsum(whole.sizes[places])
         begins = [0]
@@ -171,22 +169,33 @@ class Corpus:
 
     def sample(self, size: float, wanted: Callable[[str], bool]) -> Iterator[Document]:
         """About `size` bytes of the documents whose names are wanted: the beginnings of SAMPLED
-        shards, evenly spaced, or of more if these are too small. Without shards all is read, and
-        names are chosen by a hash."""
+        shards, evenly spaced, or of more if these have less. Without shards all is read, and names
+        are chosen by a hash. At least one document, if any is wanted."""
         ends = self.shard_ends
         if ends is None:
-            share = size / self.summary.bytes
+            share, spare, chosen = size / self.summary.bytes, None, False
             for document in self.documents():
-                if wanted(document.name) and hash_fraction(document.name, "bpe") < share:
+                if not wanted(document.name):
+                    continue
+                spare = spare or document
+                if hash_fraction(document.name, "bpe") < share:
+                    chosen = True
                     yield document
+            if spare and not chosen:
+                yield spare
             return
-        whole, first, _ = self._digests
+        whole, first = self._same_digests()
         sums = np.append(0, np.cumsum(whole.sizes[first]))
         spans = [pair for pair in itertools.pairwise([0, *ends]) if pair[0] < pair[1]]
-        count = min(max(SAMPLED, math.ceil(len(spans) * size / sums[-1])), len(spans))
-        spans = [spans[number * len(spans) // count] for number in range(count)]
-        total = sum(sums[end] - sums[begin] for begin, end in spans)
-        for begin, end in spans:
+        count = SAMPLED
+        while True:
+            count = min(count, len(spans))
+            chosen = [spans[number * len(spans) // count] for number in range(count)]
+            total = sum(sums[end] - sums[begin] for begin, end in chosen)
+            if total >= size or count == len(spans):
+                break
+            count = math.ceil(1.25 * count)
+        for begin, end in chosen:
             left = size * (sums[end] - sums[begin]) / total
             documents = itertools.islice(self._documents_from(begin), end - begin)
             while left > 0 and (document := next(documents, None)) is not None:
@@ -212,6 +221,13 @@ class Corpus:
         )
         with progress(f"Comparing the documents of {self.source}"):
             return *joined(parts), [len(part.sizes) for part in parts]
+
+    def _same_digests(self) -> tuple[Digests, np.ndarray]:
+        """Digests of all documents, and which of them are no copies. Raises UserError if they are
+        not those of the summary, which may have been remembered."""
+        if self._fingerprint != self.summary.fingerprint:
+            raise self._changed()
+        return self._digests[:2]
 
     @property
     def shard_ends(self) -> list[int] | None:

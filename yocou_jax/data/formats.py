@@ -24,6 +24,7 @@ from yocou_jax.errors import UserError
 # A name; and a text, the bytes of a text, or an error that says why a row has no text.
 Raw = tuple[str, str | bytes | UserError]
 
+BATCH_ROWS = 256  # of parquet, decoded together: rows may be whole books
 BLOCK_BYTES = 64 * 1024  # the beginning of a file, which decides what it is
 PIECE_BYTES = 16 * 1024  # size of the pieces of a single text file: a split needs documents
 BOM = "\ufeff".encode()
@@ -393,8 +394,10 @@ def parquet_rows(file: Any, text_field: str) -> Iterator[dict[str, Any]]:
     if text_field not in fields:
         yield from itertools.repeat(dict.fromkeys(fields), file.metadata.num_rows)
         return
-    for batch in file.iter_batches(columns=[text_field]):
-        for value in _column_values(batch.column(0)):
+    for batch in file.iter_batches(BATCH_ROWS, columns=[text_field]):
+        # A field `text` of a struct `meta` is the column "meta.text" too, so there may be two.
+        (index, *_) = batch.schema.get_all_field_indices(text_field)
+        for value in _column_values(batch.column(index)):
             yield {text_field: value}
 
 

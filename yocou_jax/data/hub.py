@@ -32,7 +32,6 @@ from yocou_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 PINNED = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")  # a file of one commit
-BLOCK_BYTES = 8 * 1024**2  # of one request
 
 
 class Answer(NamedTuple):
@@ -136,7 +135,7 @@ def _parquet(address: str) -> Iterator[Any]:
     files, path = url_to_fs(address)
     with (
         files.open(path, "rb", cache_type="none") as file,
-        pq.ParquetFile(file, buffer_size=BLOCK_BYTES, page_checksum_verification=True) as rows,
+        pq.ParquetFile(file, page_checksum_verification=True) as rows,
     ):
         yield rows
 
@@ -156,6 +155,8 @@ def pinned(
     answer = _that_of_the_first(find) if processes > 1 and jax.process_count() > 1 else find()
     if answer.commit is None:
         exact = source
+        if path is not None:  # it may have the commit of another day
+            path.unlink(missing_ok=True)
     else:
         exact = f"{_without_revision(source)}@{answer.commit}"
         log.info("%s is read as %s.", source, exact)
@@ -190,7 +191,7 @@ def _read_answer(text: str) -> Answer:
     answer = Answer(**json.loads(text))
     if not (isinstance(answer.commit, str | None) and isinstance(answer.files, list)):
         raise TypeError(text)
-    if not all(isinstance(file, str) for file in answer.files):
+    if not (answer.files and all(isinstance(file, str) for file in answer.files)):
         raise TypeError(text)
     return answer
 

@@ -12,7 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -361,8 +361,9 @@ def cached_bpe(texts: Iterable[str], vocab_size: int, cache_dir: Path, key: str)
     """`train_bpe`, stored in a file bpe-*.json of cache_dir. `key` identifies the texts."""
     digest = hashlib.sha256(f"{key} {vocab_size} {PATTERN}".encode()).hexdigest()[:16]
     path = cache_dir / f"bpe-{digest}.json"
-    if path.is_file():
-        return load_tokenizer(str(path))
+    with suppress(UserError):  # a file that a power failure has emptied is made again
+        if path.is_file():
+            return load_tokenizer(str(path))
     tokenizer = train_bpe(texts, vocab_size)
     scratch = cache_dir / f".tmp-{uuid.uuid4().hex}"  # another process may write the same file
     try:
