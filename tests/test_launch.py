@@ -32,9 +32,27 @@ def test_a_mixture_with_stars_stays_as_it_is():
     job = printed(edited)["spec"]["replicatedJobs"][0]["template"]["spec"]
     command = job["template"]["spec"]["containers"][0]["command"][2]
     assert f"--config.data.source={mixture[1:-1]}" in shlex.split(command)
-    # The others cannot run here without their systems.
-    assert "TRAIN=${TRAIN//" in (ROOT / "launch/tpu_pod.sh").read_text(encoding="utf-8")
-    assert '"${TRAIN[@]}"' in (ROOT / "launch/slurm_gpus.sbatch").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["tpu_pod.sh", "slurm_gpus.sbatch"])
+def test_other_recipes_keep_a_mixture_too(tmp_path, name):
+    """With programs that print their words in place of those of the system."""
+    for program in ("gcloud", "srun", "scontrol"):
+        (tmp_path / program).write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+        (tmp_path / program).chmod(0o755)
+    recipe = (ROOT / "launch" / name).read_text(encoding="utf-8")
+    mixture = "0.5 * /mnt/a/*.txt + 0.5 * python"
+    for old in ("/mnt/runs/text/*.jsonl.gz", "$HOME/text/*.jsonl.gz"):
+        recipe = recipe.replace(old, mixture)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/home/me", "SLURM_CPUS_PER_TASK": "8"}
+    words = ["bash", "-s", "start"]
+    found = subprocess.run(words, input=recipe, capture_output=True, text=True, check=True, env=env)
+    source = f"--config.data.source={mixture}"
+    if name == "slurm_gpus.sbatch":
+        assert source in found.stdout.splitlines()
+    else:
+        command = found.stdout.partition("nohup ")[2].partition(">")[0]
+        assert source in shlex.split(command)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

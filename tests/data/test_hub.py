@@ -203,6 +203,13 @@ def test_a_set_without_a_commit_is_not_trusted(hub, tmp_path):
     assert found.reads == [0, 1, 2, 3] * 2
     assert not list(tmp_path.iterdir())
 
+    found.commits[OLD] = FILES
+    open_corpus("hf:org/name", known=tmp_path)
+    assert list(tmp_path.glob("hub-*.npz"))
+    del found.commits[OLD]  # the hub answers otherwise now: what it said before is forgotten
+    open_corpus("hf:org/name", known=tmp_path, verify=True)
+    assert not list(tmp_path.glob("hub-*.npz"))
+
 
 def test_processes_read_different_files_and_a_start_after_a_break_goes_on(hub, tmp_path):
     rows = [[f"text {i} of {n}" * 20 for i in range(5)] for n in range(6)]

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -31,12 +32,17 @@ def command(default=None) -> tuple[flags.FlagValues, flags.FlagHolder]:
     return flag_values, holder
 
 
-def test_json_has_the_command_that_prints_it():
+def test_json_has_the_command_that_made_it(tmp_path):
     words = ["-m", "experiments.account", SMALL, "--lengths=64,128", "--json"]
     found = subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert json.loads(found.stdout)["command"] == " ".join(["python", *words])
+    words = ["-m", "experiments.profile_inference", "--lengths=64", "--budget_s=0"]
+    words.append(f"--out={tmp_path}/a b.json")
+    subprocess.run([sys.executable, *words], capture_output=True, check=True, cwd=ROOT)
+    written = json.loads((tmp_path / "a b.json").read_text())
+    assert written["command"] == shlex.join(["python", *words])
     files = (ROOT / "experiments").glob("*.py")
     assert [p.name for p in files if "print(to_json" in p.read_text()] == ["cli.py"]
 

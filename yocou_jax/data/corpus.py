@@ -167,41 +167,48 @@ class Corpus:
             if number in mine:
                 add(sizes[number])
 
-    def sample(self, size: float, wanted: Callable[[str], bool]) -> Iterator[Document]:
-        """About `size` bytes of the documents whose names are wanted: the beginnings of SAMPLED
-        shards, evenly spaced, or of more if these have less. Without shards all is read, and names
-        are chosen by a hash. At least one document, if any is wanted."""
+    def sample(self, size: float, threshold: float) -> Iterator[Document]:
+        """About `size` bytes of the documents whose names have a hash of `threshold` or more (those
+        that `split_corpus` does not hold out); one document too many at most, and at least one.
+
+        They are the beginnings of SAMPLED shards, evenly spaced, or of more if these have less.
+        Without shards all is read, and names are chosen by another hash."""
         ends = self.shard_ends
         if ends is None:
-            share, spare, chosen = size / self.summary.bytes, None, False
-            for document in self.documents():
-                if not wanted(document.name):
-                    continue
-                spare = spare or document
-                if hash_fraction(document.name, "bpe") < share:
-                    chosen = True
-                    yield document
-            if spare and not chosen:
-                yield spare
+            yield from self._sample_of_all(size / self.summary.bytes, threshold)
             return
         whole, first = self._same_digests()
-        sums = np.append(0, np.cumsum(whole.sizes[first]))
-        spans = [pair for pair in itertools.pairwise([0, *ends]) if pair[0] < pair[1]]
-        count = SAMPLED
+        wanted = (whole.hashes >= threshold)[first]
+        sums = np.append(0, np.cumsum(np.where(wanted, whole.sizes[first], 0)))
+        spans = [(i, j) for i, j in itertools.pairwise([0, *ends]) if sums[i] < sums[j]]
+        count = min(SAMPLED, len(spans))
         while True:
-            count = min(count, len(spans))
             chosen = [spans[number * len(spans) // count] for number in range(count)]
             total = sum(sums[end] - sums[begin] for begin, end in chosen)
             if total >= size or count == len(spans):
                 break
-            count = math.ceil(1.25 * count)
+            count = min(math.ceil(1.25 * count), len(spans))
+        left = 0.0  # what a shard gives too much, the next ones give less
         for begin, end in chosen:
-            left = size * (sums[end] - sums[begin]) / total
-            documents = itertools.islice(self._documents_from(begin), end - begin)
-            while left > 0 and (document := next(documents, None)) is not None:
-                if wanted(document.name):
+            left += size * (sums[end] - sums[begin]) / total
+            documents = zip(self._documents_from(begin), wanted[begin:end], strict=False)
+            while left > 0 and (found := next(documents, None)) is not None:
+                document, is_wanted = found
+                if is_wanted:
                     yield document
                     left -= text_bytes(document)
+
+    def _sample_of_all(self, share: float, threshold: float) -> Iterator[Document]:
+        spare, chosen = None, False
+        for document in self.documents():
+            if is_held_out(document.name, threshold):
+                continue
+            spare = spare or document
+            if hash_fraction(document.name, "bpe") < share:
+                chosen = True
+                yield document
+        if spare and not chosen:
+            yield spare
 
     @property
     def _in_shards(self) -> bool:

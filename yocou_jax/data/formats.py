@@ -24,7 +24,12 @@ from yocou_jax.errors import UserError
 # A name; and a text, the bytes of a text, or an error that says why a row has no text.
 Raw = tuple[str, str | bytes | UserError]
 
-BATCH_ROWS = 256  # of parquet, decoded together: rows may be whole books
+# Of parquet, BATCH_ROWS are decoded together: they may be whole books. With pre_buffer pyarrow
+# keeps all bytes of the column that were read so far.
+BATCH_ROWS = 256
+PARQUET: dict[str, Any] = {
+    "page_checksum_verification": True, "pre_buffer": False, "buffer_size": 8 * 1024**2
+}  # fmt: skip
 BLOCK_BYTES = 64 * 1024  # the beginning of a file, which decides what it is
 PIECE_BYTES = 16 * 1024  # size of the pieces of a single text file: a split needs documents
 BOM = "\ufeff".encode()
@@ -378,7 +383,7 @@ def _parquet_texts(name: str, path: Path, text_field: str) -> Iterator[Raw]:
             f"Reading the data file '{path}' needs pyarrow: run 'pip install pyarrow'."
         ) from error
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path, **PARQUET) as file:
             for number, record in enumerate(parquet_rows(file, text_field), 1):
                 where = f"Row {number} of the data file '{path}'"
                 yield f"{name}:{number}", text_of(record, text_field, where)

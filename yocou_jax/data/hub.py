@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from yocou_jax.data.formats import Raw, parquet_rows, text_of
+from yocou_jax.data.formats import PARQUET, Raw, parquet_rows, text_of
 from yocou_jax.data.shards import DAMAGED, Shard, store
 from yocou_jax.errors import UserError
 
@@ -90,7 +90,7 @@ class DataSet:
         what = f"read (file {path}, {number + 1} of {count})"
         help = (
             "If the network has failed, start again: files that were read before are not read "
-            "again. --config.data.verify=True asks for the newest files."
+            "again. data.verify=True asks for the newest files."
         )
         with contextlib.ExitStack() as stack:
             with self._errors(what, help):
@@ -135,7 +135,7 @@ def _parquet(address: str) -> Iterator[Any]:
     files, path = url_to_fs(address)
     with (
         files.open(path, "rb", cache_type="none") as file,
-        pq.ParquetFile(file, page_checksum_verification=True) as rows,
+        pq.ParquetFile(file, **PARQUET) as rows,
     ):
         yield rows
 
@@ -156,7 +156,8 @@ def pinned(
     if answer.commit is None:
         exact = source
         if path is not None:  # it may have the commit of another day
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     else:
         exact = f"{_without_revision(source)}@{answer.commit}"
         log.info("%s is read as %s.", source, exact)

@@ -12,7 +12,6 @@ only on the corpus, the seed and r. So the state of the iterator is one integer,
 batches do not depend on the number of processes. docs/using.md has the way from there to the loss.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from jax.experimental import multihost_utils
 from yocou_jax.data.corpus import (
     Corpus,
     Split,
-    is_held_out,
     split_corpus,
 )
 from yocou_jax.data.sources import open_corpus, parse_source
@@ -391,13 +389,8 @@ def _bpe_sample(splits: list[Split]) -> Iterator[str]:
     """The documents that train a BPE: about BPE_SAMPLE_BYTES in all, as many of each source, or all
     that it has."""
     for corpus, threshold in splits:
-        wanted = functools.partial(_is_trained_on, threshold)
-        for document in corpus.sample(BPE_SAMPLE_BYTES / len(splits), wanted):
+        for document in corpus.sample(BPE_SAMPLE_BYTES / len(splits), threshold):
             yield document.text
-
-
-def _is_trained_on(threshold: float, name: str) -> bool:
-    return not is_held_out(name, threshold)
 
 
 def _require_same_everywhere(fingerprint: str) -> None:

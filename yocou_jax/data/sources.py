@@ -135,7 +135,8 @@ def open_corpus(
         exact, shards = hub.pinned(source, text_field, known, verify, share[1])
         return Corpus(exact, shards, bad_rows, **memory)
     if task := parse_task(source):
-        return Corpus(source, (Shard(partial(_read_task, task, known), None),), bad_rows)
+        text = open_corpus(task.source, **memory) if task.source else None
+        return Corpus(source, (Shard(partial(_read_task, task, text), None),), bad_rows)
     if source == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = _python_files(root, STDLIB_SKIPPED)
@@ -222,6 +223,5 @@ def _read_files(files: list[File], text_field: str, alone: bool) -> Iterator[Raw
         yield from read_file(name, path, text_field, alone)
 
 
-def _read_task(task: Hops | Needle, known: Path | None) -> Iterator[Raw]:
-    documents = open_corpus(task.source, known=known).documents() if task.source else ()
-    yield from task.read(document.text for document in documents)
+def _read_task(task: Hops | Needle, text: Corpus | None) -> Iterator[Raw]:
+    yield from task.read(document.text for document in (text.documents() if text else ()))

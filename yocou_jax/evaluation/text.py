@@ -99,8 +99,10 @@ def _run_of(folder: Path) -> tuple[Config, str | None] | None:
 def _held_out(folder: Path, config: Config, fingerprint: str | None) -> list[tuple[float, Tokens]]:
     """Weight and held-out tokens of each part of the training text. The split is that of the
     training length, because it may depend on it (see `split_corpus`)."""
-    # With the tokenizer of the run, no BPE is trained again.
-    data = load_data(dataclasses.replace(config.data, tokenizer=str(folder / "tokenizer.json")))
+    # With the tokenizer of the run, no BPE is trained again. Without `verify`, which the run may
+    # have had, the commit of a Hugging Face data set stays that of the run.
+    changed = {"tokenizer": str(folder / "tokenizer.json"), "verify": False}
+    data = load_data(dataclasses.replace(config.data, **changed))
     if fingerprint not in (None, data.fingerprint):
         raise UserError(
             f"The training text {config.data.source!r} has changed since the run in {folder} was "
