@@ -203,7 +203,9 @@ def test_a_sample_is_the_beginning_of_each_shard(corpus, readings):
         assert mine == wanted[: len(mine)]
         parts += bool(mine)
     assert parts > len(ends) / 2
+    readings.clear()
     assert list(found.sample(1e9, 0.0)) == everything
+    assert sorted(readings) == sorted(corpus.texts)  # no shard was opened twice
 
 
 def test_a_sample_opens_few_shards_if_these_have_enough(corpus, readings, monkeypatch):

@@ -169,10 +169,11 @@ class Corpus:
 
     def sample(self, size: float, threshold: float) -> Iterator[Document]:
         """About `size` bytes of the documents whose names have a hash of `threshold` or more (those
-        that `split_corpus` does not hold out); one document too many at most, and at least one.
+        that `split_corpus` does not hold out); at least one of them, if there is any.
 
-        They are the beginnings of SAMPLED shards, evenly spaced, or of more if these have less.
-        Without shards all is read, and names are chosen by another hash."""
+        They are the beginnings of SAMPLED shards, evenly spaced, or of more if these have less; one
+        document too many at most. Without shards all is read, and another hash of the name chooses
+        about this share of the text, and of it only what is not held out."""
         ends = self.shard_ends
         if ends is None:
             yield from self._sample_of_all(size / self.summary.bytes, threshold)
@@ -191,9 +192,10 @@ class Corpus:
         left = 0.0  # what a shard gives too much, the next ones give less
         for begin, end in chosen:
             left += size * (sums[end] - sums[begin]) / total
-            documents = zip(self._documents_from(begin), wanted[begin:end], strict=False)
+            # In this order: the end of `wanted` ends it before the next shard is opened.
+            documents = zip(wanted[begin:end], self._documents_from(begin), strict=False)
             while left > 0 and (found := next(documents, None)) is not None:
-                document, is_wanted = found
+                is_wanted, document = found
                 if is_wanted:
                     yield document
                     left -= text_bytes(document)

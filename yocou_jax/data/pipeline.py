@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from yocou_jax.data.corpus import (
+    SAMPLED,
     Corpus,
     Split,
     split_corpus,
@@ -304,7 +305,7 @@ def load_data(config: Any) -> DataBundle:
         texts = [f"{s.corpus.summary.fingerprint} {s.threshold!r}" for s in splits]
         ends = [s.corpus.shard_ends for s in splits]  # a sample depends on them
         key = " + ".join(texts) + f" {BPE_SAMPLE_BYTES}"
-        key += "".join(f" {x}" for x in ends if x is not None)
+        key += "".join(f" {SAMPLED} of {x}" for x in ends if x is not None)
         trained = cached_bpe(_bpe_sample(splits), config.vocab_size, cache_dir, key)
         tokenizer = Tokenizer.from_json(trained.to_json(), "bpe", config.end_of_text)
     else:

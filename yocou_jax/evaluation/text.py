@@ -100,7 +100,7 @@ def _held_out(folder: Path, config: Config, fingerprint: str | None) -> list[tup
     """Weight and held-out tokens of each part of the training text. The split is that of the
     training length, because it may depend on it (see `split_corpus`)."""
     # With the tokenizer of the run, no BPE is trained again. Without `verify`, which the run may
-    # have had, the commit of a Hugging Face data set stays that of the run.
+    # have had, the hub is not asked for a newer commit.
     changed = {"tokenizer": str(folder / "tokenizer.json"), "verify": False}
     data = load_data(dataclasses.replace(config.data, **changed))
     if fingerprint not in (None, data.fingerprint):
