@@ -134,12 +134,14 @@ def test_a_later_start_asks_and_reads_nothing(hub, tmp_path, monkeypatch, caplog
     assert [commit for *_, commit in found.asked] == [OLD, None, NEW, NEW]
 
 
-def test_a_commit_can_be_named(hub, tmp_path):
+def test_a_commit_can_be_named(hub, tmp_path, caplog):
     """Or a branch. `known` has an answer for each."""
     found = hub(**{f"_{OLD}": FILES, f"_{NEW}": [["another text"]]})
     for known in (None, tmp_path, tmp_path):
         assert texts(open_corpus("hf:org/name/a", known=known)) == ["another text"]
-        corpus = open_corpus(f"hf:org/name/a@{OLD}", known=known)
+        with caplog.at_level(logging.INFO):
+            corpus = open_corpus(f"hf:org/name/a@{OLD}", known=known)
+        assert "is read as" not in caplog.text  # it says nothing new
         assert texts(corpus) == TEXTS
         assert corpus.source == f"hf:org/name/a@{OLD}"
     found.branches["main"] = OLD

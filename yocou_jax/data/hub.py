@@ -160,7 +160,8 @@ def pinned(
                 path.unlink()
     else:
         exact = f"{_without_revision(source)}@{answer.commit}"
-        log.info("%s is read as %s.", source, exact)
+        if exact != source:
+            log.info("%s is read as %s.", source, exact)
         if path is not None:
             store(path, answer=json.dumps(answer._asdict()))
     # Opened again, so that the first start reads as later ones do.
