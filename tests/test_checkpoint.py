@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import flax.struct
@@ -18,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
 from yocou_jax import checkpoint, manifest
 from yocou_jax.checkpoint import Checkpointer, load_params, params_sha256
@@ -261,9 +263,7 @@ def test_the_steps_after_a_damaged_checkpoint_can_be_saved_again(tmp_path, saved
 def test_a_folder_that_was_never_finished_is_skipped(tmp_path, saved, caplog):
     directory = shutil.copytree(saved, tmp_path / "c")
     (directory / "30").mkdir()
-    shutil.copytree(directory / "20", directory / "40.orbax-checkpoint-tmp-1")
-    # One Checkpointer, as in a run: in the background Orbax removes what was being written until it
-    # saves, and of two managers one would remove what the other one is removing.
+    shutil.copytree(directory / "20", directory / f"40{TMP_DIR_SUFFIX}-1")
     with Checkpointer(directory) as checkpointer:
         assert checkpointer.restore_latest(abstract(make_state()))[1] == 20
         assert checkpointer.save(50, make_state(50))
@@ -347,6 +347,21 @@ def test_killed_while_saving(tmp_path, moment):
     if moment == "writing":
         save(tmp_path, 20)
     assert restore(tmp_path)[1] == 20
+
+
+def test_what_a_killed_save_left_is_gone_when_the_resume_returns(tmp_path, saved, monkeypatch):
+    """No thread removes it later, when another run may be saving in the same directory."""
+    directory = shutil.copytree(saved, tmp_path / "c")
+    shutil.copytree(directory / "20", directory / f"40{TMP_DIR_SUFFIX}")
+    remove = shutil.rmtree
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.5)
+        remove(*args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", slowly)
+    assert restore(directory)[1] == 20
+    assert folders(directory) == ["10", "20"]
 
 
 def test_a_full_disk_gives_one_sentence(tmp_path):
@@ -451,7 +466,7 @@ def test_a_refused_resume_changes_nothing_on_disk(tmp_path, saved):
     """Unfinished files of another run stay too, because all checks come before all writes."""
     directory = shutil.copytree(saved, tmp_path / "c")
     (directory / "30").mkdir()
-    (directory / "40.orbax-checkpoint-tmp-1").mkdir()
+    (directory / f"40{TMP_DIR_SUFFIX}-1").mkdir()
     other = make_state()
     other = other.replace(params={**other.params, "embed": jnp.zeros((128, 65))})
     before = folders(directory)

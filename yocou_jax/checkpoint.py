@@ -76,6 +76,7 @@ class Checkpointer:
         if self._manager is None:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                self._remove_unfinished()
                 self._put_aside(
                     {s: UNFINISHED for s in _steps(self.directory) if not self._finished(s)}
                 )
@@ -84,7 +85,6 @@ class Checkpointer:
                     options=ocp.CheckpointManagerOptions(
                         preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
                         enable_async_checkpointing=True,
-                        cleanup_tmp_directories=True,  # a run was killed while it saved
                         create=False,
                     ),
                 )
@@ -173,6 +173,16 @@ class Checkpointer:
     def _finished(self, step: int) -> bool:
         folder = self.directory / str(step)
         return (folder / INVENTORY).exists() or _committed(folder)
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a run that was killed while it saved has left under temporary names.
+
+        Orbax's cleanup_tmp_directories does so in a thread for which only its next save waits: it
+        may still be removing when this manager is closed and another one saves in the directory.
+        """
+        if jax.process_index() == 0:  # the others wait for it in _put_aside
+            for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(folder)
 
     def _put_aside(self, reasons: dict[int, str]) -> None:
         for step, why in reasons.items() if jax.process_index() == 0 else ():
