@@ -1,8 +1,7 @@
 """Mixture-of-experts feed-forward: SwiGLU experts, the top k of them per token, and shared ones.
 
-Tokens are sorted by expert. `jax.lax.ragged_dot` is one matrix product with one group per expert,
-so no token is dropped, and no expert is padded to a capacity. (On GPUs and CPUs, XLA computes it as
-a product of each row with all experts of the device, with masks.)
+Tokens are sorted by expert. `grouped_matmul` is a matrix product with one group of rows per expert,
+so no token is dropped, and no expert is padded to a capacity.
 
 The mesh axis "tensor" splits the width of every expert, and "expert" splits the experts themselves.
 No token is dropped, and the result is that of one device, also if all tokens choose the experts of
@@ -32,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
+from yocou_jax.model.grouped_matmul import grouped_matmul
 from yocou_jax.model.layers import Linear, SwiGLU, fan_in_init, gated_silu
 from yocou_jax.sharding import gather, scatter, spec_for, split_over
 from yocou_jax.typing import Array, Float, Int
@@ -154,7 +154,7 @@ def _experts(
     # the same in every run, also on a GPU.
     x_sorted = jnp.repeat(x, per_token, axis=0).at[order].get(unique_indices=True)
     if own:
-        # What ragged_dot and its gradient give for rows after the last group is not defined.
+        # What grouped_matmul and its gradient give for rows after the last group is not defined.
         exists = (jnp.arange(len(order)) < group_sizes.sum())[:, None]
         x_sorted = jnp.where(exists, x_sorted, 0)
     if group:
@@ -162,10 +162,10 @@ def _experts(
         rows = most_rows(tokens, per_token, own_experts, jax.lax.axis_size(group))
         x_sorted = _exchange(x_sorted, rows, group, send, receive)
     hidden = gated_silu(
-        jax.lax.ragged_dot(x_sorted, gate, group_sizes),
-        jax.lax.ragged_dot(x_sorted, up, group_sizes),
+        grouped_matmul(x_sorted, gate, group_sizes),
+        grouped_matmul(x_sorted, up, group_sizes),
     )
-    y = jax.lax.ragged_dot(hidden, down, group_sizes)
+    y = grouped_matmul(hidden, down, group_sizes)
     if group:
         y = _exchange(y, len(order), group, receive, send)
     if own:
