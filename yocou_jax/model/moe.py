@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from yocou_jax.config import ModelConfig
-from yocou_jax.model.grouped_matmul import grouped_matmul
+from yocou_jax.model.grouped_matmul import block_rows, grouped_matmul
 from yocou_jax.model.layers import Linear, SwiGLU, fan_in_init, gated_silu
 from yocou_jax.sharding import gather, scatter, spec_for, split_over
 from yocou_jax.typing import Array, Float, Int
@@ -137,23 +137,23 @@ def _experts(
     up: Float[Array, "e D F"],
     down: Float[Array, "e F D"],
     group: tuple[str, ...] = (),
-    own: bool = False,
+    parts: int = 1,
 ) -> Float[Array, "M D"]:
     """Sends each token through its `chosen` experts, and returns the sum of their results, times
     `weights`, in float32. gate, up, down: the SwiGLU matrices of the experts of this device; F is
     the width of one expert. group: mesh axes over which all experts are split; each device has
-    other tokens. own: the experts of this device are not all, and the others add nothing; they
-    have numbers below 0, or from e on."""
+    other tokens. parts: the experts of this device are one of so many parts, and the others add
+    nothing; they have numbers below 0, or from e on."""
     own_experts, (tokens, per_token) = gate.shape[0], chosen.shape
     num_experts = own_experts * (jax.lax.axis_size(group) if group else 1)
-    if own:  # sorted to the end
+    if parts > 1:  # sorted to the end
         chosen = jnp.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
     # unique_indices: this is a permutation, so its gradient is a scatter without collisions. It is
     # the same in every run, also on a GPU.
     x_sorted = jnp.repeat(x, per_token, axis=0).at[order].get(unique_indices=True)
-    if own:
+    if parts > 1:
         # What grouped_matmul and its gradient give for rows after the last group is not defined.
         exists = (jnp.arange(len(order)) < group_sizes.sum())[:, None]
         x_sorted = jnp.where(exists, x_sorted, 0)
@@ -161,14 +161,15 @@ def _experts(
         send, receive, group_sizes = _slices(group_sizes, group)
         rows = most_rows(tokens, per_token, own_experts, jax.lax.axis_size(group))
         x_sorted = _exchange(x_sorted, rows, group, send, receive)
+    block = block_rows(tokens * per_token / (own_experts * parts))
     hidden = gated_silu(
-        grouped_matmul(x_sorted, gate, group_sizes),
-        grouped_matmul(x_sorted, up, group_sizes),
+        grouped_matmul(x_sorted, gate, group_sizes, block),
+        grouped_matmul(x_sorted, up, group_sizes, block),
     )
-    y = grouped_matmul(hidden, down, group_sizes)
+    y = grouped_matmul(hidden, down, group_sizes, block)
     if group:
         y = _exchange(y, len(order), group, receive, send)
-    if own:
+    if parts > 1:
         y = jnp.where(exists, y, 0)
     y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(tokens, per_token, -1)
     return jnp.einsum("mkd,mk->md", y, weights, preferred_element_type=jnp.float32)
@@ -250,7 +251,7 @@ def _sharded_experts(x, weights, chosen, *kernels):
                 for array in (x, weights)
             )
         chosen = chosen - jax.lax.axis_index(group) * kernels[0].shape[0]
-        y = flat(x, weights, chosen, *kernels, own=True)
+        y = flat(x, weights, chosen, *kernels, parts=jax.lax.axis_size(group))
         return scatter(y, group, 0, dtype) if spread else jax.lax.psum(y, group)
 
     def local(x, weights, chosen, *kernels):
