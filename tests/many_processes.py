@@ -131,17 +131,20 @@ def compare(home: Path, name: str) -> str:
     return f"{STEPS} steps, largest difference {worst:.1e}"
 
 
-def stop(group: Group, folder: Path, step: int) -> None:
-    """SIGTERM to the last process after the step: all must save and stop."""
-    wait_for(group, folder, step)
+def stop(group: Group, folder: Path) -> None:
+    """SIGTERM to the last process, some steps after the last one: all must save and stop."""
+    begin = 0
+    with contextlib.suppress(FileNotFoundError):  # it has not begun
+        begin = max(losses(folder))
+    wait_for(group, folder, begin + 6)
     group[-1].send_signal(signal.SIGTERM)
     finish(group, STOPPED)
 
 
 def split(home: Path) -> str:
     folder = home / "split"
-    stop(start(home, "split", 2, devices=2, mesh__fsdp=4), folder, 8)
-    stop(start(home, "split", 1), folder, 20)
+    stop(start(home, "split", 2, devices=2, mesh__fsdp=4), folder)
+    stop(start(home, "split", 1), folder)
     finish(start(home, "split", 2, devices=2, mesh__fsdp=4))
     summary = json.loads((folder / "summary.json").read_text())
     code = """if 1:
@@ -163,8 +166,8 @@ def split(home: Path) -> str:
 
 def moved(home: Path) -> str:
     folder = home / "moved"
-    stop(start(home, "moved", 2, devices=2, mesh__fsdp=4), folder, 8)
-    stop(start(home, "moved", 4, mesh__fsdp=2, mesh__context=2), folder, 20)
+    stop(start(home, "moved", 2, devices=2, mesh__fsdp=4), folder)
+    stop(start(home, "moved", 4, mesh__fsdp=2, mesh__context=2), folder)
     finish(start(home, "moved", 1))
     return f"2, 4 and 1 processes: {compare(home, 'moved')}"
 

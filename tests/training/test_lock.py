@@ -84,7 +84,7 @@ def no_flock(monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(lock, "BEAT_S", 0.5)
+    monkeypatch.setattr(lock, "BEAT_S", 1.0)
 
 
 def claim(folder: Path, **fields) -> Path:
@@ -107,7 +107,7 @@ def test_without_locks_a_beating_owner_is_alive(tmp_path, no_flock):
 
 
 def test_an_owner_on_another_host_is_alive_as_long_as_it_beats(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_S", 0.5)
+    monkeypatch.setattr(lock, "BEAT_S", 1.0)
     with WorkdirLock(tmp_path / "run"):
         monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
         monkeypatch.setattr(lock, "_flock", lambda file: True)  # the hosts do not share locks
@@ -117,7 +117,7 @@ def test_an_owner_on_another_host_is_alive_as_long_as_it_beats(tmp_path, monkeyp
 
 def test_an_owner_that_misses_its_beats_loses_the_workdir(tmp_path, monkeypatch):
     """If it runs again later, it raises an error, and leaves the workdir to the new owner."""
-    monkeypatch.setattr(lock, "BEAT_S", 0.1)
+    monkeypatch.setattr(lock, "BEAT_S", 0.5)
     with WorkdirLock(tmp_path / "run") as first:
         first.check()
         first._ended.set()  # it has no beats any more

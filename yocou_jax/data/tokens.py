@@ -59,8 +59,9 @@ def tokenized(
                 paths = _make_pieces(split, tokenizer, allow_lossy, pieces, index, count)
         with _all_or_none(), _unless_made(directory):
             if index == 0 and not directory.is_dir():
-                # Of a process that had the cache already, or that cannot see this folder.
-                if not all(path.exists() for path in paths):
+                # Of a process that had the cache already, or that cannot see this folder. Or they
+                # are gone, because another run has just made the directory of them.
+                if not all(path.exists() for path in paths) and not directory.is_dir():
                     paths = _make_pieces(split, tokenizer, allow_lossy, pieces, 0, 1)
                 with _complete_or_absent(directory) as scratch:
                     _join_pieces(paths, split, tokenizer, scratch)
