@@ -200,6 +200,12 @@ class Corpus:
                     yield document
                     left -= text_bytes(document)
 
+    @property
+    def sample_key(self) -> str:
+        """What a sample depends on besides the documents and the arguments: the shards."""
+        ends = self.shard_ends
+        return "" if ends is None else f" {SAMPLED} of {ends}"
+
     def _sample_of_all(self, share: float, threshold: float) -> Iterator[Document]:
         spare, chosen = None, False
         for document in self.documents():

@@ -25,12 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from yocou_jax.data.corpus import (
-    SAMPLED,
-    Corpus,
-    Split,
-    split_corpus,
-)
+from yocou_jax.data.corpus import Corpus, Split, split_corpus
 from yocou_jax.data.sources import open_corpus, parse_source
 from yocou_jax.data.tokenizer import Tokenizer, cached_bpe, load_tokenizer
 from yocou_jax.data.tokens import SPLITS, tokenized
@@ -303,9 +298,8 @@ def load_data(config: Any) -> DataBundle:
         # Without the weights: another mixture of the same sources keeps its tokens.
         splits = [split for _, split in parts]
         texts = [f"{s.corpus.summary.fingerprint} {s.threshold!r}" for s in splits]
-        ends = [s.corpus.shard_ends for s in splits]  # a sample depends on them
         key = " + ".join(texts) + f" {BPE_SAMPLE_BYTES}"
-        key += "".join(f" {SAMPLED} of {x}" for x in ends if x is not None)
+        key += "".join(s.corpus.sample_key for s in splits)
         trained = cached_bpe(_bpe_sample(splits), config.vocab_size, cache_dir, key)
         tokenizer = Tokenizer.from_json(trained.to_json(), "bpe", config.end_of_text)
     else:
