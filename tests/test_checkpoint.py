@@ -353,6 +353,9 @@ def test_what_a_killed_save_left_is_gone_when_the_resume_returns(tmp_path, saved
     """No thread removes it later, when another run may be saving in the same directory."""
     directory = shutil.copytree(saved, tmp_path / "c")
     shutil.copytree(directory / "20", directory / f"40{TMP_DIR_SUFFIX}")
+    (directory / f"50{TMP_DIR_SUFFIX}").write_text("not a checkpoint")
+    (directory / f"60{TMP_DIR_SUFFIX}").symlink_to(directory / "20")
+    before = folders(directory)
     remove = shutil.rmtree
 
     def slowly(*args, **kwargs):
@@ -361,7 +364,7 @@ def test_what_a_killed_save_left_is_gone_when_the_resume_returns(tmp_path, saved
 
     monkeypatch.setattr(shutil, "rmtree", slowly)
     assert restore(directory)[1] == 20
-    assert folders(directory) == ["10", "20"]
+    assert folders(directory) == [name for name in before if name != f"40{TMP_DIR_SUFFIX}"]
 
 
 def test_a_full_disk_gives_one_sentence(tmp_path):

@@ -181,8 +181,9 @@ class Checkpointer:
         may still be removing when this manager is closed and another one saves in the directory.
         """
         if jax.process_index() == 0:  # the others wait for it in _put_aside
-            for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(folder)
+            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
 
     def _put_aside(self, reasons: dict[int, str]) -> None:
         for step, why in reasons.items() if jax.process_index() == 0 else ():

@@ -53,6 +53,21 @@ def gradients(block):
     return run
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_group_that_is_not_finite_leaves_the_others_alone(value):
+    """A block of the first group ends in the second one, and rows after the last group are in a
+    block of the third one."""
+    sizes, block = np.array([3, 4, 2]), 4
+    x, g = np.ones((12, D), np.float32), np.ones((12, F), np.float32)
+    x[3], x[9:] = value, value
+    w = np.ones((3, D, F), np.float32)
+    y, dx, dw = gradients(block)(x, w, sizes, g)
+    assert np.isfinite(np.delete(y[:9], 3, axis=0)).all()
+    assert np.isfinite(dx[:9]).all()
+    assert np.isfinite(dw[jnp.array([0, 2])]).all()
+    assert not np.isfinite(dw[1]).any()
+
+
 def test_no_row_may_be_left():
     """The last block then ends after the last row."""
     x, w = jnp.ones((7, 1)), jnp.arange(1.0, 4).reshape(3, 1, 1)
@@ -72,6 +87,13 @@ def test_the_blocks_are_little_more_than_the_rows(rows, groups):
     np.testing.assert_array_equal(covered, np.arange(rows))
     np.testing.assert_array_equal(np.repeat(group, count), np.repeat(np.arange(groups), sizes))
     assert blocks.number * block <= 1.25 * rows
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"), [(1 / 8, 1), (1, 2), (4, 8), (16, 32), (128, 32), (256, 64), (4096, 1024)]
+)
+def test_small_groups_have_one_block(size, rows):
+    assert block_rows(size) == rows
 
 
 def test_one_token_needs_one_block_for_each_of_its_experts():

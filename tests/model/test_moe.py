@@ -1,5 +1,6 @@
 """Compares routed experts with a plain loop over experts, on one device and on eight."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -10,6 +11,8 @@ import pytest
 
 from tests import tiny
 from yocou_jax.config import MeshConfig
+from yocou_jax.model import moe
+from yocou_jax.model.grouped_matmul import grouped_matmul
 from yocou_jax.model.moe import MixtureOfExperts, _slices, most_rows
 from yocou_jax.sharding import make_mesh, tree_shardings
 
@@ -288,3 +291,61 @@ def test_a_device_has_its_own_experts_only():
         name: split[name].shard_shape(boxed[name].value.shape) for name in ("gate", "up", "down")
     }
     assert shapes == {"gate": (1, D // 2, 12), "up": (1, D // 2, 12), "down": (1, 12, D // 2)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [((1, 1, 1), 12), ((4, 1, 1, 1, 2), 3), ((2, 1, 1, 1, 4), 6), ((1, 1, 1, 1, 8), 12)],
+    ids=["one device", "a group that gathers", "a group with an all-to-all", "a group of 8"],
+)
+def test_blocks_are_for_the_rows_of_an_expert(sizes, rows, monkeypatch):
+    """48 tokens have 2 of 8 experts each; 8 devices have 6 tokens each."""
+    apply, params, _ = layer(**EIGHT)
+    seen = set()
+    monkeypatch.setattr(moe, "block_rows", lambda size: seen.add(size) or 4)
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    with jax.set_mesh(mesh):
+        jax.eval_shape(apply, params, X)
+    assert seen == {rows}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def undefined_after_the_groups(x, w, sizes, block):
+    """As on a TPU: of rows after the last group, results and gradients may be anything."""
+    return _undefined(x, w, sizes, block)[0]
+
+
+def _known(array, sizes, other):
+    return jnp.where((jnp.arange(len(array)) < sizes.sum())[:, None], array, other)
+
+
+def _undefined(x, w, sizes, block):
+    y = grouped_matmul(x, w, sizes, block)
+    return _known(y, sizes, jnp.nan), (x, w, sizes)
+
+
+def _undefined_bwd(block, kept, g):
+    x, w, sizes = kept
+    _, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block), x, w)
+    dx, dw = vjp(_known(g, sizes, 0))
+    return _known(dx, sizes, jnp.nan), dw, None
+
+
+undefined_after_the_groups.defvjp(_undefined, _undefined_bwd)
+
+
+def test_rows_after_the_last_group_do_not_count(monkeypatch):
+    rng = np.random.default_rng(5)
+    chosen = jnp.asarray([rng.permutation(8)[:2] for _ in range(12)], jnp.int32) - 2  # of 4 parts
+    shapes = (12, D), (12, 2), (2, D, 5), (2, D, 5), (2, 5, D)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+    def run():
+        def loss(x, weights, *kernels):
+            return (moe._experts(x, weights, chosen, *kernels, parts=4) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))(*arrays)
+
+    expected = run()
+    monkeypatch.setattr(moe, "grouped_matmul", undefined_after_the_groups)
+    tiny.assert_close(run(), expected, 1e-6)

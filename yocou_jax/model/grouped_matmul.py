@@ -22,6 +22,7 @@ def grouped_matmul(
 ) -> Float[Array, "M F"]:
     """The first sizes[0] rows of x times w[0], the next sizes[1] rows times w[1], and so on. If the
     sum of sizes is less than M, the rows that are left have undefined results and gradients.
+    x and w have one type, and sizes are int32. It has a gradient, but no second one and no jvp.
     block: rows that a device other than a TPU multiplies at once (`block_rows`)."""
     products = functools.partial(_in_blocks, block=block, transpose=False)
     return jax.lax.platform_dependent(x, w, sizes, tpu=jax.lax.ragged_dot, default=products)
@@ -39,7 +40,7 @@ def _backward(block, kept, g):
 
     def blocks(x, w, sizes, g):
         dx = _in_blocks(g, w, sizes, block, transpose=True)
-        return dx, _sums_of_groups(x, g, sizes, block)
+        return dx, _sums_of_groups(x, g, sizes, block).astype(w.dtype)
 
     return *jax.lax.platform_dependent(*kept, g, tpu=ragged, default=blocks), None
 
@@ -48,9 +49,10 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def block_rows(size: float) -> int:
-    """A power of 2, so that a group of `size` rows has 4 to 8 blocks. Its last block is partly in
-    vain; but smaller blocks make the single products less efficient."""
-    return 2 ** math.floor(math.log2(max(size / 4, 1)))
+    """A power of 2, for groups with `size` rows on average. The last block of a group is partly in
+    vain, so a large group has 4 to 8 of them. A small group has one, because each block reads the
+    whole matrix."""
+    return 2 ** math.floor(math.log2(max(size / 4, min(2 * size, 32), 1)))
 
 
 class Blocks(NamedTuple):
@@ -96,10 +98,11 @@ def _sums_of_groups(x, g, sizes, block: int):
     x, g = (jnp.pad(array, ((0, block), (0, 0))) for array in (x, g))
 
     def one(i, sums):
+        own = jnp.arange(block)[:, None] < blocks.count[i]
         a, b = (jax.lax.dynamic_slice_in_dim(array, blocks.begin[i], block) for array in (x, g))
-        b = jnp.where(jnp.arange(block)[:, None] < blocks.count[i], b, 0)
+        a, b = (jnp.where(own, array, 0) for array in (a, b))  # both: 0 times inf is not 0
         part = jnp.dot(a.T, b, preferred_element_type=jnp.float32)
         return sums.at[blocks.group[i]].add(part)
 
     sums = jnp.zeros((len(sizes), x.shape[1], g.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, blocks.number, one, sums).astype(x.dtype)
+    return jax.lax.fori_loop(0, blocks.number, one, sums)
