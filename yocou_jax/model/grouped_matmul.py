@@ -68,9 +68,9 @@ class Blocks(NamedTuple):
         needed = -(-sizes // block)  # of each group, rounded up
         last = jnp.cumsum(needed)
         most = (rows + min(len(sizes), rows) * (block - 1)) // block
-        number = jnp.arange(most)
-        group = jnp.searchsorted(last, number, side="right").clip(max=len(sizes) - 1)
-        done = block * (number - (last - needed)[group])  # rows of the group in earlier blocks
+        index = jnp.arange(most)
+        group = jnp.searchsorted(last, index, side="right").clip(max=len(sizes) - 1)
+        done = block * (index - (last - needed)[group])  # rows of the group in earlier blocks
         begin = (jnp.cumsum(sizes) - sizes)[group] + done
         return cls(last[-1], group, begin, jnp.minimum(sizes[group] - done, block))
 
